@@ -1,0 +1,28 @@
+# make demo: the main job on the embedded default     make test: everything CI runs
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/demo-installed
+	.venv/bin/detoxrl run quickstart --overwrite
+
+test: .venv/test-installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo-installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[offline]'
+	touch $@
+
+.venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[offline,dev]'
+	touch $@ .venv/demo-installed
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,50 @@
+"""What was trained on the spot before and can be used again?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+# A change to any of these files changes what they train, so it changes the key.
+_SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data")
+
+
+def cache_dir() -> Path:
+    """Return $DETOXRL_CACHE, or detoxrl's folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DETOXRL_CACHE") or Path(home) / "detoxrl")
+
+
+def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
+    """Fill `destination` from the cache, or by `build(folder)`, whose result is kept; return whether it was there.
+
+    The key covers the ingredients, the versions of the libraries, the thread count and detoxrl's own training code.
+    """
+    stored = cache_dir() / f"{kind}-{_key(ingredients)}"
+    known = stored.is_dir()
+    if not known:
+        temporary = stored.with_name(f".{stored.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        build(temporary)
+        os.replace(temporary, stored)
+    shutil.rmtree(destination, ignore_errors=True)
+    shutil.copytree(stored, destination)
+    return known
+
+
+def _key(ingredients: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in (*ingredients, *map(version, ("torch", "transformers", "peft")), str(torch.get_num_threads())):
+        digest.update(part.encode() + b"\0")
+    package = Path(__file__).parent
+    for source in _SOURCES:
+        for path in sorted((package / source).rglob("*.py")) or [package / source]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]

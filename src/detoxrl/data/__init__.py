@@ -1,0 +1,1 @@
+"""Prompts: the embedded corpus, and rows turned into prompts."""

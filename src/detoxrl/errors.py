@@ -1,0 +1,24 @@
+"""Which errors are the user's to fix, and how are they worded?"""
+
+from __future__ import annotations
+
+
+class DetoxrlError(Exception):
+    """Base of every error detoxrl raises on purpose."""
+
+
+class InputError(DetoxrlError):
+    """Bad input: one line naming the field, its value, the rule and the remedy. The command line exits with 2."""
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
+        super().__init__(f"{field} = {value!r}: {rule}; {remedy}")
+
+
+class TrainingError(DetoxrlError):
+    """A run that cannot go on (a NaN, say). The command line exits with 1."""
+
+
+def require(condition: bool, field: str, value: object, rule: str, remedy: str) -> None:
+    """Raise InputError unless `condition` holds."""
+    if not condition:
+        raise InputError(field, value, rule, remedy)

@@ -1,0 +1,1 @@
+"""Measuring a policy: judges, metrics and statistics."""

@@ -1,0 +1,104 @@
+"""What do judges and metrics say of a policy before and after?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from detoxrl.config import EvaluationConfig
+from detoxrl.data.corpus import Row
+from detoxrl.data.insults import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
+from detoxrl.evaluate.judges import Floats, Judge
+from detoxrl.evaluate.metrics import response_metrics
+from detoxrl.evaluate.stats import compare, compare_toxicity
+
+Texts = Sequence[Sequence[str]]
+"""N prompts with k responses each."""
+
+
+def judge_all(judge: Judge, texts: Texts) -> Floats:
+    """Return the toxicities (N, k) of all responses."""
+    return judge([text for row in texts for text in row]).reshape(len(texts), -1)
+
+
+def measure_all(rows: Sequence[Row], texts: Texts) -> dict[str, Floats]:
+    """Return every metric that all rows have, each (N, k)."""
+    measured = [[response_metrics(row, text) for text in samples] for row, samples in zip(rows, texts, strict=True)]
+    names = [name for name in measured[0][0] if all(name in row[0] for row in measured)]
+    return {name: np.array([[metrics[name] for metrics in row] for row in measured]) for name in names}
+
+
+def measure(rows: Sequence[Row], responses: Mapping[str, Texts], judges: Mapping[str, Judge]) -> dict[str, Any]:
+    """Return per policy its toxicities by judge and its metrics, and each judge's floor on the civil references."""
+    references = [row.civil_reference for row in rows]
+    civil = [reference for reference in references if reference is not None]
+    return {
+        "toxicity": {
+            name: {policy: judge_all(judge, texts) for policy, texts in responses.items()}
+            for name, judge in judges.items()
+        },
+        "metrics": {policy: measure_all(rows, texts) for policy, texts in responses.items()},
+        "floor": {name: float(judge(civil).mean()) if civil else None for name, judge in judges.items()},
+    }
+
+
+def comparison(
+    measured: Mapping[str, Any], after: str, config: EvaluationConfig, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return toxicity by judge and quality of policy `after` against "before"."""
+    toxicity, metrics = measured["toxicity"], measured["metrics"]
+    return {
+        "toxicity": {
+            name: compare_toxicity(by["before"], by[after], measured["floor"][name], config.bootstrap, seed)
+            for name, by in toxicity.items()
+        },
+        "quality": {
+            name: compare(values, metrics[after][name], config.bootstrap, seed)
+            for name, values in metrics["before"].items()
+        },
+    }
+
+
+def splits(
+    rows: Sequence[Row], measured: Mapping[str, Any], config: EvaluationConfig, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return toxicity and facts apart for prompts toxic or civil before, and by what insult their dialogue holds.
+
+    A prompt was toxic before when any of its samples was, at 0.5 by the primary judge.
+    """
+    toxicity, metrics = measured["toxicity"][config.primary_judge], measured["metrics"]
+    toxic = (toxicity["before"] >= 0.5).any(1)
+    seen = _holds(rows, SEEN_INSULTS)
+    unseen = _holds(rows, UNSEEN_INSULTS)
+    parts = {
+        "toxic before": toxic,
+        "civil before": ~toxic,
+        "insult seen by the reward": seen,
+        "insult kept from the reward": unseen,
+        "no insult in the dialogue": ~(seen | unseen),
+    }
+    return {
+        name: {"n": int(part.sum())}
+        | {"toxicity": compare(toxicity["before"][part], toxicity["after"][part], config.bootstrap, seed)}
+        | {
+            metric: compare(values[part], metrics["after"][metric][part], config.bootstrap, seed)
+            for metric, values in metrics["before"].items()
+            if metric in ("facts", "rouge_l", "insult_rate", "insult_rate_unseen")
+        }
+        for name, part in parts.items()
+        if part.any()
+    }
+
+
+def _holds(rows: Sequence[Row], insults: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    pattern = insult_pattern(insults)
+    return np.array([pattern.search(row.dialogue) is not None for row in rows])
+
+
+def toxic_words(texts: Sequence[str], judge: Judge) -> list[str]:
+    """Return the words to mask wherever texts are shown: known insults, and words that alone are toxic at 0.5."""
+    words = sorted({word.lower() for text in texts for word in re.findall(r"\w+", text)})
+    return sorted({*INSULTS, *(word for word, rate in zip(words, judge(words), strict=True) if rate >= 0.5)})

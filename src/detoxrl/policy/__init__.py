@@ -1,0 +1,1 @@
+"""The text generator: a backbone, its adapters, a value head, and decoding."""

@@ -1,0 +1,56 @@
+"""Where does every random draw come from?
+
+Each draw is a function of (seed, stream, step, prompt id, sample index), so it depends neither on the batch a row
+sits in nor on how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def digest(text: str) -> int:
+    """Return 64 bits that identify `text`, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _philox(seed: int, stream: str, step: int, row: int, sample: int) -> np.random.Philox:
+    # The lowest counter word is Philox's own position in the stream; the upper three say whose stream it is.
+    key = np.array([seed, digest(stream)], dtype=np.uint64)
+    counter = np.array([0, sample, row, step], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter)
+
+
+def uniforms(
+    seed: int, stream: str, step: int, prompt_ids: Sequence[str], samples: Sequence[int], length: int
+) -> npt.NDArray[np.float64]:
+    """Return uniforms in [0, 1), shape (B, length): row i belongs to (prompt_ids[i], samples[i]) alone."""
+    rows = [
+        _philox(seed, stream, step, digest(prompt_id), sample).random_raw(length)
+        for prompt_id, sample in zip(prompt_ids, samples, strict=True)
+    ]
+    return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(seed: int, stream: str, step: int, length: int) -> list[int]:
+    """Return a shuffle of range(length)."""
+    return [int(i) for i in np.random.Generator(_philox(seed, stream, step, 0, 0)).permutation(length)]
+
+
+def batch_indices(seed: int, stream: str, step: int, batch_size: int, length: int) -> list[int]:
+    """Return the rows of batch `step` when `length` rows are shuffled anew for every pass and read in order."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, length)
+        indices.append((epoch, offset))
+    orders = {epoch: permutation(seed, stream, epoch, length) for epoch in {epoch for epoch, _ in indices}}
+    return [orders[epoch][offset] for epoch, offset in indices]
+
+
+def torch_seed(seed: int, stream: str) -> int:
+    """Return a seed for torch's own generator: weight initialisation only."""
+    return digest(f"{seed} {stream}") >> 1

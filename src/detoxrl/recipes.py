@@ -1,0 +1,25 @@
+"""Which settings go by a name?"""
+
+from __future__ import annotations
+
+from detoxrl.config import Config
+from detoxrl.errors import InputError
+
+_RECIPES = {
+    "quickstart": (
+        "embedded dialogues, a small T5 from scratch, a small hate classifier: no network, minutes on a CPU",
+        Config(recipe="quickstart"),
+    ),
+}
+
+
+def recipe_names() -> dict[str, str]:
+    """Return each recipe's name and what it is for."""
+    return {name: purpose for name, (purpose, _) in _RECIPES.items()}
+
+
+def recipe(name: str) -> Config:
+    """Return the settings of a recipe. Raises InputError for an unknown name."""
+    if name not in _RECIPES:
+        raise InputError("recipe", name, "is not a recipe", f"use one of {', '.join(_RECIPES)}")
+    return _RECIPES[name][1]

@@ -1,0 +1,143 @@
+"""How do curves and distributions become SVG that fits light and dark pages?"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Drawn in this colour, then rewritten to the page's own text colour, which differs between light and dark.
+_INK = "#010203"
+_BEFORE, _AFTER, _KEPT = "#d9822b", "#2f8fb8", "#8f8f8f"
+# Inches: three panels fill the page's width, or two.
+_THIRD, _HALF = (3.5, 2.0), (5.4, 2.4)
+# Text stays text (small, searchable); the salt makes equal runs give equal files.
+_STYLE: dict[RcKeyType, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "detoxrl", "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
+    "grid.color": _INK, "grid.alpha": 0.12, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
+}  # fmt: skip
+
+
+class Curve(NamedTuple):
+    """One metric over the RL steps; `from_zero` starts its vertical axis at 0."""
+
+    key: str
+    title: str
+    note: str
+    from_zero: bool = False
+
+
+class Plot(NamedTuple):
+    """A drawing with its caption."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+CURVES = (
+    Curve("score/mean", "Score", "reward model, mean per rollout"),
+    Curve("validation/toxicity", "Validation toxicity", "judge mean, validation prompts", True),
+    Curve("kl/reference", "KL to the reference", "nats per response", True),
+    Curve("validation/facts", "Validation facts", "share kept, validation prompts"),
+    Curve("validation/rouge_l", "Validation ROUGE-L", "validation prompts"),
+    Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
+    Curve("entropy", "Entropy", "of the policy, per token"),
+)
+DIAGNOSTICS = (
+    Curve("value/explained_variance", "Explained variance", "of the value head"),
+    Curve("clip_fraction", "Clip fraction", "share of tokens", True),
+    Curve("ratio/max", "Largest ratio", "policy over rollout policy"),
+    Curve("kl/k3", "KL to the reference, k3", "nats per token", True),
+    Curve("kl/update", "KL of an update", "nats per token", True),
+    Curve("grad_norm", "Gradient norm", "before clipping", True),
+    Curve("eos_rate", "Ended responses", "share that reached EOS"),
+)
+
+
+def learning_curves(metrics: list[dict[str, Any]], curves: tuple[Curve, ...], kept_step: int) -> list[Plot]:
+    """Draw each curve that has at least one point, with a dashed line at the kept checkpoint's step."""
+    with matplotlib.rc_context(_STYLE):
+        drawn = [curve for curve in curves if any(curve.key in row for row in metrics)]
+        return [Plot(curve.title, curve.note, _draw_curve(metrics, curve, kept_step)) for curve in drawn]
+
+
+def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot]:
+    """Draw a histogram, and the share of responses above each toxicity, of toxicities in [0, 1]."""
+    with matplotlib.rc_context(_STYLE):
+        return [
+            Plot("Histogram", "share of responses per bin of 0.04", _histogram(before, after)),
+            Plot("Tail", "share of responses that score above a toxicity", _tail(before, after)),
+        ]
+
+
+def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> Markup:
+    figure, axes = _axes("RL step", _THIRD)
+    points = [(row["step"], row[curve.key]) for row in metrics if curve.key in row]
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, values, color=_AFTER, linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=3.5)
+    axes.axvline(kept_step, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.text(kept_step, 1.02, f"kept: step {kept_step}", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+    if curve.from_zero:
+        axes.set_ylim(bottom=0)
+    # Shared limits let the reader compare panels by eye even where validation started late or is sparse.
+    axes.set_xlim(*_limits([row["step"] for row in metrics]))
+    return _svg(figure, curve.key.replace("/", "-"), f"{curve.title}, {curve.note}, by RL step")
+
+
+def _limits(steps: list[int]) -> tuple[float, float]:
+    margin = max(1.0, 0.03 * max(steps))
+    return min(steps) - margin, max(steps) + margin
+
+
+def _histogram(before: list[float], after: list[float]) -> Markup:
+    figure, axes = _axes("toxicity", _HALF)
+    bins = np.linspace(0, 1, 26)
+    for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+        weights = np.full(len(values), 1 / len(values))
+        axes.hist(values, bins.tolist(), weights=weights, histtype="stepfilled", color=color, alpha=0.25)
+        axes.hist(values, bins.tolist(), weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
+    axes.legend()
+    return _svg(figure, "histogram", "Histogram of toxicity before and after")
+
+
+def _tail(before: list[float], after: list[float]) -> Markup:
+    figure, axes = _axes("toxicity", _HALF)
+    grid = np.linspace(0, 1, 201)
+    for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+        axes.plot(grid, [np.mean(np.asarray(values) > at) for at in grid], color=color, linewidth=1.6, label=label)
+    axes.set_ylim(0, 1)
+    axes.legend()
+    return _svg(figure, "tail", "Share of responses above each toxicity, before and after")
+
+
+def _axes(label: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(label)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, label: str) -> Markup:
+    """Return the figure as inline SVG: scaled by the page, ids unique on it, no date and no outside address."""
+    buffer = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    body = buffer.getvalue().partition("<svg")[2].partition(">")[2]
+    for plain, here in (
+        (' id="', f' id="{name}-'), ("url(#", f"url(#{name}-"), ('xlink:href="#', f'href="#{name}-'),
+        (_INK, "currentColor"),
+    ):  # fmt: skip
+        body = body.replace(plain, here)
+    width, height = figure.get_size_inches() * 72
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')

@@ -1,0 +1,79 @@
+"""How is the embedded reward model trained?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
+
+from detoxrl.policy.backbone import scratch_tokenizer
+from detoxrl.randomness import batch_indices, torch_seed
+
+LABELS = ("nothate", "hate")
+
+
+def train_reward_model(
+    utterances: Sequence[tuple[str, bool]],
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    on_step: Callable[[float], None],
+) -> None:
+    """Train a small RoBERTa on (text, hateful) `utterances` and save it to `folder`.
+
+    Its labels are those of facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate.
+    """
+    tokenizer = _tokenizer([text for text, _ in utterances])
+    model = _model(len(tokenizer), seed)
+    ids = tokenizer([text for text, _ in utterances]).input_ids
+    labels = torch.tensor([int(hateful) for _, hateful in utterances])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    with torch.random.fork_rng(devices=[]):  # dropout
+        torch.manual_seed(torch_seed(seed, "reward dropout"))
+        model.train()
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / steps)
+            rows = batch_indices(seed, "reward", step, batch_size, len(utterances))
+            batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
+            loss = model(**batch, labels=labels[rows]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            on_step(loss.item())
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    # "</s>" opens a text too: RoBERTa's head reads the first position.
+    tokenizer = scratch_tokenizer(texts, vocab_size=1000)
+    template = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def _model(vocab_size: int, seed: int) -> RobertaForSequenceClassification:
+    config = RobertaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: index for index, label in enumerate(LABELS)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(seed, "reward model"))
+        return RobertaForSequenceClassification(config)

@@ -1,0 +1,1 @@
+"""Scores of responses: classifiers, and the rules around them."""

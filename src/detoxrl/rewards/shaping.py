@@ -1,0 +1,34 @@
+"""How do raw scores become the scores that training sees?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from detoxrl.config import RewardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normaliser:
+    """Shift and scale of scores, measured once on responses of the reference."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def fit_normaliser(scores: torch.Tensor) -> Normaliser:
+    """Return mean and std (ddof 1) of raw scores (N,); a constant score keeps std 1."""
+    std = float(scores.std())
+    return Normaliser(mean=float(scores.mean()), std=std if std > 1e-6 else 1.0)
+
+
+def shape_scores(
+    raw: torch.Tensor, texts: Sequence[str], ended: torch.Tensor, normaliser: Normaliser, config: RewardConfig
+) -> torch.Tensor:
+    """Return scores (B,): normalised, clipped, less a penalty where EOS is missing, fixed where the text is empty."""
+    scores = ((raw - normaliser.mean) / normaliser.std).clamp(-config.clip, config.clip)
+    scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype)
+    empty = torch.tensor([not text for text in texts], device=scores.device)
+    return torch.where(empty, config.empty_score, scores)

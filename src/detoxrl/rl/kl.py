@@ -1,0 +1,28 @@
+"""How far is the policy from its reference, and how is the KL coefficient adapted?
+
+Estimators from samples x ~ p of KL(p, q), per token, in nats (Schulman 2020, "Approximating KL Divergence").
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return log p - log q (B, T): unbiased, of either sign."""
+    return logprobs - ref_logprobs
+
+
+def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return q/p - 1 - log(q/p) (B, T): unbiased, never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, batch_size: int) -> float:
+    """Return the next coefficient, moved towards keeping `kl` (nats per response) at `target`.
+
+    Ziegler et al. 2019, section 2.2: a proportional controller whose error is clipped to +-0.2.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch_size / horizon)

@@ -1,0 +1,40 @@
+"""What does an update minimise?
+
+Losses come as sums over tokens: the caller divides by the token count of the whole minibatch, so that the size of a
+microbatch never changes the update.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def policy_loss(
+    new_logprobs: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the clipped surrogate summed over tokens, a scalar, and where clipping bit (B, T) bool.
+
+    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, with its sign turned to a loss.
+    """
+    ratio = torch.where(mask, new_logprobs - logprobs, 0.0).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.where(mask, torch.maximum(plain, clipped), 0.0).sum(), mask & (clipped > plain)
+
+
+def value_loss(
+    new_values: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Return half the clipped squared error of the values summed over tokens, a scalar.
+
+    The worse of the clipped and the plain error: Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
+    """
+    clipped = values + (new_values - values).clamp(-clip, clip)
+    worse = torch.maximum((new_values - returns).square(), (clipped - returns).square())
+    return 0.5 * torch.where(mask, worse, 0.0).sum()
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return 1 - Var(returns - values) / Var(returns) over tokens, a scalar: 1 is a perfect critic, 0 a constant."""
+    kept = returns[mask]
+    return 1 - (kept - values[mask]).var(correction=0) / kept.var(correction=0).clamp_min(1e-12)

@@ -1,0 +1,88 @@
+"""How are prompts turned into responses?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from detoxrl.config import GenerationConfig
+from detoxrl.policy.encoder_decoder import POLICY, EncoderDecoderPolicy
+from detoxrl.randomness import uniforms
+from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
+
+
+def length_sorted_batches(texts: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Return index batches of at most `batch_size`, each of texts of like length, so that little is padded."""
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def draws(
+    policy: EncoderDecoderPolicy, seed: int, stream: str, step: int, prompts: Sequence[Prompt], sample: int, length: int
+) -> torch.Tensor:
+    """Return the uniforms (B, length) of one sample per prompt, on the policy's device."""
+    ids = [prompt.id for prompt in prompts]
+    rows = uniforms(seed, stream, step, ids, [sample] * len(ids), length)
+    return torch.from_numpy(rows).float().to(policy.device)
+
+
+def sample_texts(
+    policy: EncoderDecoderPolicy,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    *,
+    seed: int,
+    stream: str,
+    samples: int = 1,
+    adapter: str | None = POLICY,
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """Return `samples` response texts for each prompt, and for each whether it ended; every prompt is encoded once."""
+    texts: list[list[str]] = [[] for _ in prompts]
+    ended: list[list[bool]] = [[] for _ in prompts]
+    for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size):
+        batch = [prompts[row] for row in rows]
+        with torch.no_grad():
+            encoded = policy.encode([prompt.text for prompt in batch], adapter)
+        for sample in range(samples):
+            chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
+            responses = policy.sample(encoded, chances, config.temperature, adapter)
+            for row, text, end in zip(rows, policy.decode(responses), responses.ended.tolist(), strict=True):
+                texts[row].append(text)
+                ended[row].append(end)
+    return texts, ended
+
+
+def collect(
+    policy: EncoderDecoderPolicy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int
+) -> Rollout:
+    """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
+
+    Prompts come back sorted by length. The policy and its reference share the encoder states.
+    """
+    batches = length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)
+    ordered = [prompts[row] for rows in batches for row in rows]
+    encoded = policy.encode([prompt.text for prompt in ordered])
+    encoded = Encoded(states=encoded.states.detach(), mask=encoded.mask)
+    parts: list[Responses] = []
+    ref_parts: list[torch.Tensor] = []
+    for start in range(0, len(ordered), config.batch_size):
+        rows = torch.arange(start, min(start + config.batch_size, len(ordered)), device=policy.device)
+        shared = encoded.select(rows)
+        batch = ordered[start : start + config.batch_size]
+        chances = draws(policy, seed, "rollout", step, batch, 0, config.max_new_tokens)
+        part = policy.sample(shared, chances, config.temperature)
+        part = part.to_length(int(part.response_mask.sum(1).max()), policy.pad)
+        parts.append(part)
+        with torch.no_grad():
+            ref_parts.append(policy.logprobs(shared, part.ids, config.temperature, policy.reference)[0])
+    responses = concatenate(parts, policy.pad)
+    length = responses.ids.shape[1]
+    ref = torch.cat([torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in ref_parts])
+    return Rollout(
+        prompts=ordered,
+        encoded=encoded,
+        responses=responses,
+        texts=policy.decode(responses),
+        ref_logprobs=torch.where(responses.response_mask, ref, 0.0),
+    )

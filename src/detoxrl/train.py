@@ -1,0 +1,301 @@
+"""How does reinforcement learning make the policy less toxic?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from detoxrl.checkpoint import BestCheckpoint, Validation
+from detoxrl.config import Config, RlConfig
+from detoxrl.data.corpus import Row
+from detoxrl.data.prompts import prompt_text
+from detoxrl.errors import TrainingError
+from detoxrl.evaluate.judges import Judge
+from detoxrl.evaluate.metrics import validation_quality
+from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.randomness import batch_indices, permutation
+from detoxrl.records import Prompt, Rollout
+from detoxrl.rewards.classifier import Classifier
+from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
+from detoxrl.rl.advantages import gae, token_rewards
+from detoxrl.rl.kl import adapt_kl_coef, k1, k3
+from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
+from detoxrl.rl.ops import masked_mean, whiten
+from detoxrl.rollout import collect, sample_texts
+from detoxrl.tracking import RunFolder, log, progress
+
+
+def train(
+    folder: RunFolder,
+    config: Config,
+    policy: EncoderDecoderPolicy,
+    reward: Classifier,
+    judge: Judge,
+    rows: Sequence[Row],
+    validation_rows: Sequence[Row],
+) -> None:
+    """Train the policy's adapter with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
+
+    Raises TrainingError when a loss is not finite; the best checkpoint so far stays.
+    """
+    rl, accelerator = config.rl, Accelerator()
+    policy.to(accelerator.device)
+    groups = [
+        {"params": policy.adapter_parameters(), "lr": rl.lr},
+        {"params": list(policy.value_head.parameters()), "lr": rl.value_lr},
+    ]
+    optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 - step / rl.steps)
+    prompts = _prompts(config, rows)
+    normaliser = reference_normaliser(policy, reward, prompts, config)
+    best, kl_coef = BestCheckpoint(folder, rl.facts_margin), rl.kl_coef
+    shown = ""
+    with progress("train", rl.steps) as advance:
+        for step in range(rl.steps):
+            watch = _Watch()
+            found: dict[str, float] = {}
+            if step % rl.validate_every == 0:
+                found, shown = _validate(policy, config, judge, validation_rows, step, best)
+                watch.lap("validate")
+            batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
+            rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
+            watch.lap("sample")
+            responses, mask = rollout.responses, rollout.responses.response_mask
+            raw = reward.score([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
+            scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
+            watch.lap("score")
+            rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)
+            advantages, returns = gae(rewards, responses.values, mask, rl.gamma, rl.lam)
+            critic = explained_variance(responses.values, returns, mask)
+            targets = Targets(advantages=whiten(advantages, mask), returns=returns)
+            updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+            watch.lap("update")
+            statistics = rollout_statistics(rollout, raw, scores, rewards)
+            statistics |= updates | {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": lr} | found
+            _refuse_nan(statistics, step)
+            if rl.kl_target is not None:
+                kl = statistics["kl/reference"]
+                kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
+            folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
+            _keep_samples(folder, rollout, raw, step)
+            advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
+    found, shown = _validate(policy, config, judge, validation_rows, rl.steps, best)
+    folder.append("metrics.jsonl", {"step": rl.steps} | found)
+    if best.best is not None:
+        log.print(f"train: kept the policy before step {best.best.step}; at the end {shown}")
+
+
+def _prompts(config: Config, rows: Sequence[Row]) -> list[Prompt]:
+    return [Prompt(id=row.id, text=prompt_text(config.data.template, row)) for row in rows]
+
+
+def reference_normaliser(
+    policy: EncoderDecoderPolicy, reward: Classifier, prompts: Sequence[Prompt], config: Config
+) -> Normaliser:
+    """Return mean and std of the raw scores of reference responses to the first prompts (none: 0 and 1)."""
+    if config.reward.normalise_on == 0:
+        return Normaliser()
+    some = prompts[: config.reward.normalise_on]
+    texts, _ = sample_texts(
+        policy, some, config.generation, seed=config.seed, stream="normaliser", adapter=policy.reference
+    )
+    return fit_normaliser(reward.score([prompt.text for prompt in some], [text for (text,) in texts]))
+
+
+def _validate(
+    policy: EncoderDecoderPolicy, config: Config, judge: Judge, rows: Sequence[Row], step: int, best: BestCheckpoint
+) -> tuple[dict[str, float], str]:
+    # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
+    sampled, _ = sample_texts(
+        policy, _prompts(config, rows), config.generation, seed=config.seed, stream="validation"
+    )
+    texts = [text for (text,) in sampled]
+    length = sum(len(text.split()) for text in texts) / len(texts)
+    quality = validation_quality(rows, texts)
+    found = Validation(step=step, toxicity=float(judge(texts).mean()), quality=quality, length=length)
+    kept = best.offer(policy, found)
+    metrics = {
+        "validation/toxicity": found.toxicity,
+        "validation/facts" if rows[0].facts else "validation/rouge_l": quality,
+        "validation/length": length,
+        "validation/kept": float(kept),
+    }
+    return metrics, f"validation toxicity {found.toxicity:.3f} quality {quality:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What an update pulls towards, each (B, T): whitened advantages and returns."""
+
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def update(
+    policy: EncoderDecoderPolicy,
+    accelerator: Accelerator,
+    optimizer: Any,
+    rollout: Rollout,
+    targets: Targets,
+    config: Config,
+    step: int,
+) -> dict[str, float]:
+    """Make `epochs` passes of clipped updates over a rollout; return statistics over all its minibatches.
+
+    Gradients are sums over microbatches divided by the minibatch's token count, so microbatches change memory only.
+    """
+    rl, rows = config.rl, len(rollout.texts)
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    totals = _Totals()
+    for epoch in range(rl.epochs):
+        order = torch.tensor(permutation(config.seed, f"minibatches {epoch}", step, rows), device=policy.device)
+        for minibatch in order.split(rl.minibatch_size):
+            tokens = int(rollout.responses.response_mask[minibatch].sum())
+            for microbatch in minibatch.split(rl.microbatch_size):
+                loss = totals.add(_losses(policy, rollout, targets, microbatch, config), rl.value_coef)
+                accelerator.backward(loss / tokens)
+            totals.first_done(rl.minibatch_size)
+            norm = accelerator.clip_grad_norm_(weights, rl.max_grad_norm)
+            totals.add_norm(float(norm))
+            optimizer.step()
+            optimizer.zero_grad()
+        if rl.update_kl_limit is not None and totals.epoch_kl() > rl.update_kl_limit:
+            break
+    return totals.metrics(epochs=epoch + 1)
+
+
+def _losses(
+    policy: EncoderDecoderPolicy, rollout: Rollout, targets: Targets, rows: torch.Tensor, config: Config
+) -> dict[str, torch.Tensor]:
+    """Return loss sums and statistics over the tokens of some rows; padding past their longest response is cut."""
+    rl, responses = config.rl, rollout.responses
+    length = int(responses.response_mask[rows].sum(1).max())
+    mask, logprobs = responses.response_mask[rows, :length], responses.logprobs[rows, :length]
+    if policy.train_encoder:
+        encoded = policy.encode([rollout.prompts[row].text for row in rows.tolist()])
+    else:
+        encoded = rollout.encoded.select(rows)
+    ids = responses.ids[rows, :length]
+    new_logprobs, entropy, new_values = policy.logprobs(encoded, ids, config.generation.temperature)
+    advantages, returns = targets.advantages[rows, :length], targets.returns[rows, :length]
+    policy_sum, clipped = policy_loss(new_logprobs, logprobs, advantages, mask, rl.clip)
+    value_sum = value_loss(new_values, responses.values[rows, :length], returns, mask, rl.value_clip)
+    with torch.no_grad():
+        ratio = (new_logprobs - logprobs)[mask].exp()
+        return {
+            "policy": policy_sum,
+            "value": value_sum,
+            "tokens": mask.sum(),
+            "clipped": clipped.sum(),
+            "entropy": entropy[mask].sum(),
+            "kl": k3(logprobs, new_logprobs)[mask].sum(),
+            "ratio": ratio.sum(),
+            "ratio_max": ratio.max(),
+            "ratio_min": ratio.min(),
+        }
+
+
+@dataclass
+class _Totals:
+    """Sums over the microbatches of one step."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
+    ratio_max: float = 0.0
+    first_error: float = 0.0
+    first: bool = True
+    epoch_start: tuple[float, float] = (0.0, 0.0)
+
+    def add(self, part: dict[str, torch.Tensor], value_coef: float) -> torch.Tensor:
+        """Count a microbatch in and return its loss, a sum over tokens."""
+        for name, value in part.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.ratio_max = max(self.ratio_max, float(part["ratio_max"]))
+        if self.first:
+            error = max(float(part["ratio_max"]) - 1, 1 - float(part["ratio_min"]))
+            self.first_error = max(self.first_error, error)
+        return part["policy"] + value_coef * part["value"]
+
+    def first_done(self, _rows: int) -> None:
+        self.first = False
+
+    def add_norm(self, norm: float) -> None:
+        self.norms.append(norm)
+
+    def epoch_kl(self) -> float:
+        """Return the mean k3 per token, in nats, since the last call."""
+        kl, tokens = self.epoch_start
+        self.epoch_start = (self.sums["kl"], self.sums["tokens"])
+        return (self.sums["kl"] - kl) / (self.sums["tokens"] - tokens)
+
+    def metrics(self, epochs: int) -> dict[str, float]:
+        """Return the means per token under their logged names."""
+        tokens = self.sums["tokens"]
+        return {
+            "policy/loss": self.sums["policy"] / tokens,
+            "value/loss": self.sums["value"] / tokens,
+            "clip_fraction": self.sums["clipped"] / tokens,
+            "entropy": self.sums["entropy"] / tokens,
+            "kl/update": self.sums["kl"] / tokens,
+            "ratio/mean": self.sums["ratio"] / tokens,
+            "ratio/max": self.ratio_max,
+            "ratio/first_error": self.first_error,
+            "grad_norm": sum(self.norms) / len(self.norms),
+            "epochs": float(epochs),
+        }
+
+
+def rollout_statistics(
+    rollout: Rollout, raw: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor
+) -> dict[str, float]:
+    """Return what a rollout says of the policy: scores, KL in nats per response, lengths in tokens, EOS rate."""
+    responses = rollout.responses
+    mask = responses.response_mask
+    lengths = mask.sum(1).float()
+    return {
+        "score/mean": float(raw.mean()),
+        "score/std": float(raw.std()),
+        "score/shaped": float(scores.mean()),
+        "reward/mean": float(rewards.sum(1).mean()),
+        "kl/reference": float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean()),
+        "kl/k3": float(masked_mean(k3(responses.logprobs, rollout.ref_logprobs), mask)),
+        "eos_rate": float(responses.ended.float().mean()),
+        "empty_rate": sum(not text for text in rollout.texts) / len(rollout.texts),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+    }
+
+
+def _refuse_nan(statistics: dict[str, float], step: int) -> None:
+    for name, value in statistics.items():
+        if value != value or abs(value) == float("inf"):
+            raise TrainingError(f"train stopped at step {step}: {name} is {value}; a lower rl.lr may help")
+
+
+def _keep_samples(folder: RunFolder, rollout: Rollout, raw: torch.Tensor, step: int, count: int = 4) -> None:
+    for prompt, text, score in list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))[:count]:
+        folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})
+
+
+class _Watch:
+    """Seconds of a step by stage."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"seconds/{stage}"] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        return self.laps | {"seconds/step": total, "tokens_per_second": tokens / total}
