@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from detoxrl.config import Config
     from detoxrl.errors import DetoxrlError, InputError, TrainingError
     from detoxrl.recipes import recipe, recipe_names
-    from detoxrl.stages import evaluate, prepare, report, run, sft, train
+    from detoxrl.stages import run
 
 __version__ = "0.1.0"
 
@@ -19,14 +19,9 @@ _HOMES = {
     "DetoxrlError": "detoxrl.errors",
     "InputError": "detoxrl.errors",
     "TrainingError": "detoxrl.errors",
-    "evaluate": "detoxrl.stages",
-    "prepare": "detoxrl.stages",
     "recipe": "detoxrl.recipes",
     "recipe_names": "detoxrl.recipes",
-    "report": "detoxrl.stages",
     "run": "detoxrl.stages",
-    "sft": "detoxrl.stages",
-    "train": "detoxrl.stages",
 }
 
 __all__ = [
@@ -35,14 +30,9 @@ __all__ = [
     "InputError",
     "TrainingError",
     "__version__",
-    "evaluate",
-    "prepare",
     "recipe",
     "recipe_names",
-    "report",
     "run",
-    "sft",
-    "train",
 ]
 
 

@@ -41,10 +41,10 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     defaults = recipe(words[0])
 
     def flags(
-        config: Annotated[Config, tyro.conf.OmitArgPrefixes] = defaults,
-        /,
+        *,
+        config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
         run_dir: Path | None = None,
-        overwrite: bool = False,
+        overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     ) -> tuple[Config, Path, bool]:
         """Every setting of the recipe can be changed by a flag.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from detoxrl.errors import InputError, require
 
@@ -54,7 +57,7 @@ class PolicyConfig:
     """LoRA folder to start from; it is also the reference."""
     lora_rank: int = 32
     """Rank of a fresh adapter."""
-    lora_alpha: float = 32
+    lora_alpha: int = 32
     """Scale of a fresh adapter is alpha / rank."""
     lora_targets: tuple[str, ...] = ("q", "v")
     """Names of the linear layers that a fresh adapter changes."""
@@ -74,7 +77,7 @@ class PolicyConfig:
 class SftConfig:
     """Supervised fine-tuning: the warm start, and the baseline on civil references."""
 
-    steps: int = 1200
+    steps: int = 2000
     """Optimizer steps of the warm start; 0 skips it."""
     batch_size: int = 32
     """Dialogues per step."""
@@ -84,11 +87,11 @@ class SftConfig:
     """Steps of warm-up."""
     full_weights: bool = True
     """Train all weights; otherwise a LoRA adapter."""
-    bf16: bool = False
-    """Compute in bfloat16 (autocast); weights stay in fp32."""
-    baseline_steps: int = 60
+    bf16: bool = True
+    """Compute in bfloat16 where the processor has it; weights, optimizer and losses stay in fp32."""
+    baseline_steps: int = 150
     """Steps of the baseline: LoRA on the civil references; 0 skips it."""
-    baseline_lr: float = 2e-3
+    baseline_lr: float = 1e-3
     """Peak learning rate of the baseline."""
 
     def __post_init__(self) -> None:
@@ -153,9 +156,9 @@ class RlConfig:
     """Responses per forward pass of an update; changes memory, not the result."""
     epochs: int = 2
     """Passes over a rollout."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Learning rate of the adapter, decaying linearly to 0."""
-    value_lr: float = 1e-2
+    value_lr: float = 5e-3
     """Learning rate of the value head."""
     kl_coef: float = 0.05
     """Weight of the per-token KL to the reference in the reward."""
@@ -179,8 +182,8 @@ class RlConfig:
     """Gradients are scaled down to this norm."""
     validate_every: int = 5
     """Steps between validations; the last policy is always validated."""
-    facts_margin: float = 0.005
-    """A checkpoint is kept only if validation quality fell by no more than this."""
+    quality_margin: float = 0.005
+    """A checkpoint is kept only if validation quality (facts, or ROUGE-L without facts) fell by no more than this."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -188,7 +191,7 @@ class RlConfig:
             "clip", "value_clip", "max_grad_norm", "validate_every",
         ):  # fmt: skip
             _positive(f"rl.{name}", getattr(self, name))
-        for name in ("kl_coef", "value_coef", "facts_margin"):
+        for name in ("kl_coef", "value_coef", "quality_margin"):
             _not_negative(f"rl.{name}", getattr(self, name))
         for name in ("gamma", "lam"):
             _unit(f"rl.{name}", getattr(self, name))
@@ -218,7 +221,7 @@ class EvaluationConfig:
 class Config:
     """Everything that decides a run."""
 
-    recipe: str
+    recipe: Annotated[str, tyro.conf.Suppress]
     """Name of the recipe the settings started from."""
     seed: int = 0
     """Every draw of the run follows from it."""

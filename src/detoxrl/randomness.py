@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -36,19 +37,16 @@ def uniforms(
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def permutation(seed: int, stream: str, step: int, length: int) -> list[int]:
+@lru_cache(maxsize=8)  # a pass over the data asks for the same shuffle at every step
+def permutation(seed: int, stream: str, step: int, length: int) -> tuple[int, ...]:
     """Return a shuffle of range(length)."""
-    return [int(i) for i in np.random.Generator(_philox(seed, stream, step, 0, 0)).permutation(length)]
+    return tuple(np.random.Generator(_philox(seed, stream, step, 0, 0)).permutation(length).tolist())
 
 
 def batch_indices(seed: int, stream: str, step: int, batch_size: int, length: int) -> list[int]:
     """Return the rows of batch `step` when `length` rows are shuffled anew for every pass and read in order."""
-    indices = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(position, length)
-        indices.append((epoch, offset))
-    orders = {epoch: permutation(seed, stream, epoch, length) for epoch in {epoch for epoch, _ in indices}}
-    return [orders[epoch][offset] for epoch, offset in indices]
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [permutation(seed, stream, i // length, length)[i % length] for i in positions]
 
 
 def torch_seed(seed: int, stream: str) -> int:

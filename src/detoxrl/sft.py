@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def fine_tune(
     targets = tokenizer([target for _, target in pairs]).input_ids
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    precision = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
+    precision = autocast(device, config.bf16)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -59,6 +59,15 @@ def fine_tune(
         optimizer.zero_grad()
         on_step(loss.item())
     model.eval()
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """Return bfloat16 autocast when it is asked for and the hardware has it, else a context that does nothing."""
+    if device.type == "cpu":
+        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    else:
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16) if bf16 and capable else nullcontext()
 
 
 def _batch(

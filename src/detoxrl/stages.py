@@ -20,7 +20,7 @@ from detoxrl.config import Config
 from detoxrl.data.corpus import Row, generate_rows
 from detoxrl.data.prompts import prompt_text, read_rows, rows_to_jsonl
 from detoxrl.data.utterances import generate_utterances
-from detoxrl.evaluate.judges import once_each, load_judge
+from detoxrl.evaluate.judges import load_judge, once_each
 from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
 from detoxrl.policy.adapters import load_policy
 from detoxrl.records import Prompt
@@ -42,7 +42,8 @@ def run(root: Path, config: Config, overwrite: bool = False) -> dict[str, Any]:
     folder = RunFolder.create(root, config, overwrite)
     for stage in (_prepare, _sft, _train, _evaluate, _report):
         stage(folder, config)
-    return folder.read_json("eval.json")
+    evaluation: dict[str, Any] = folder.read_json("eval.json")
+    return evaluation
 
 
 def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
@@ -63,7 +64,8 @@ def train(root: Path) -> None:
 def evaluate(root: Path) -> dict[str, Any]:
     """Measure the policy before and after on held-out prompts; return what eval.json holds."""
     _evaluate(*RunFolder.open(root))
-    return RunFolder(root).read_json("eval.json")
+    evaluation: dict[str, Any] = RunFolder(root).read_json("eval.json")
+    return evaluation
 
 
 def report(root: Path) -> Path:
@@ -158,7 +160,7 @@ def _train(folder: RunFolder, config: Config) -> None:
         base, start = base_and_start(folder, config)
         policy = load_policy(base, start, config.policy, config.seed)
         reward, judge = reward_model(folder, config), load_judge(config.evaluation.primary_judge)
-        train_policy(folder, config, policy, reward, judge, _rows(folder, "train"), _rows(folder, "validation"))
+        train_policy(folder, config, policy, reward.score, judge, _rows(folder, "train"), _rows(folder, "validation"))
 
 
 def _evaluate(folder: RunFolder, config: Config) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from detoxrl.checkpoint import BestCheckpoint, Validation
-from detoxrl.config import Config, RlConfig
+from detoxrl.config import Config
 from detoxrl.data.corpus import Row
 from detoxrl.data.prompts import prompt_text
 from detoxrl.errors import TrainingError
@@ -20,8 +21,7 @@ from detoxrl.evaluate.metrics import validation_quality
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
 from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout
-from detoxrl.rewards.classifier import Classifier
-from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
+from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import gae, token_rewards
 from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
@@ -34,7 +34,7 @@ def train(
     folder: RunFolder,
     config: Config,
     policy: EncoderDecoderPolicy,
-    reward: Classifier,
+    reward: Reward,
     judge: Judge,
     rows: Sequence[Row],
     validation_rows: Sequence[Row],
@@ -53,7 +53,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 - step / rl.steps)
     prompts = _prompts(config, rows)
     normaliser = reference_normaliser(policy, reward, prompts, config)
-    best, kl_coef = BestCheckpoint(folder, rl.facts_margin), rl.kl_coef
+    best, kl_coef = BestCheckpoint(folder, rl.quality_margin), rl.kl_coef
     shown = ""
     with progress("train", rl.steps) as advance:
         for step in range(rl.steps):
@@ -66,7 +66,7 @@ def train(
             rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
             watch.lap("sample")
             responses, mask = rollout.responses, rollout.responses.response_mask
-            raw = reward.score([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
+            raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")
             rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)
@@ -78,7 +78,8 @@ def train(
             schedule.step()
             watch.lap("update")
             statistics = rollout_statistics(rollout, raw, scores, rewards)
-            statistics |= updates | {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": lr} | found
+            statistics |= updates | found
+            statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": float(lr)}
             _refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
@@ -88,8 +89,7 @@ def train(
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
     found, shown = _validate(policy, config, judge, validation_rows, rl.steps, best)
     folder.append("metrics.jsonl", {"step": rl.steps} | found)
-    if best.best is not None:
-        log.print(f"train: kept the policy before step {best.best.step}; at the end {shown}")
+    log.print(f"train: kept the policy of step {folder.read_json('checkpoint.json')['kept_step']}; at the end {shown}")
 
 
 def _prompts(config: Config, rows: Sequence[Row]) -> list[Prompt]:
@@ -97,7 +97,7 @@ def _prompts(config: Config, rows: Sequence[Row]) -> list[Prompt]:
 
 
 def reference_normaliser(
-    policy: EncoderDecoderPolicy, reward: Classifier, prompts: Sequence[Prompt], config: Config
+    policy: EncoderDecoderPolicy, reward: Reward, prompts: Sequence[Prompt], config: Config
 ) -> Normaliser:
     """Return mean and std of the raw scores of reference responses to the first prompts (none: 0 and 1)."""
     if config.reward.normalise_on == 0:
@@ -106,20 +106,24 @@ def reference_normaliser(
     texts, _ = sample_texts(
         policy, some, config.generation, seed=config.seed, stream="normaliser", adapter=policy.reference
     )
-    return fit_normaliser(reward.score([prompt.text for prompt in some], [text for (text,) in texts]))
+    return fit_normaliser(reward([prompt.text for prompt in some], [text for (text,) in texts]))
 
 
 def _validate(
     policy: EncoderDecoderPolicy, config: Config, judge: Judge, rows: Sequence[Row], step: int, best: BestCheckpoint
 ) -> tuple[dict[str, float], str]:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
-    sampled, _ = sample_texts(
-        policy, _prompts(config, rows), config.generation, seed=config.seed, stream="validation"
-    )
+    sampled, _ = sample_texts(policy, _prompts(config, rows), config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
     length = sum(len(text.split()) for text in texts) / len(texts)
-    quality = validation_quality(rows, texts)
-    found = Validation(step=step, toxicity=float(judge(texts).mean()), quality=quality, length=length)
+    toxicity, quality = judge(texts), validation_quality(rows, texts)
+    found = Validation(
+        step=step,
+        toxicity=float(toxicity.mean()),
+        toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
+        quality=quality,
+        length=length,
+    )
     kept = best.offer(policy, found)
     metrics = {
         "validation/toxicity": found.toxicity,
@@ -161,12 +165,10 @@ def update(
             for microbatch in minibatch.split(rl.microbatch_size):
                 loss = totals.add(_losses(policy, rollout, targets, microbatch, config), rl.value_coef)
                 accelerator.backward(loss / tokens)
-            totals.first_done(rl.minibatch_size)
-            norm = accelerator.clip_grad_norm_(weights, rl.max_grad_norm)
-            totals.add_norm(float(norm))
+            totals.norms.append(float(accelerator.clip_grad_norm_(weights, rl.max_grad_norm)))
             optimizer.step()
             optimizer.zero_grad()
-        if rl.update_kl_limit is not None and totals.epoch_kl() > rl.update_kl_limit:
+        if rl.update_kl_limit is not None and totals.pass_kl() > rl.update_kl_limit:
             break
     return totals.metrics(epochs=epoch + 1)
 
@@ -202,37 +204,30 @@ def _losses(
         }
 
 
-@dataclass
 class _Totals:
     """Sums over the microbatches of one step."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    norms: list[float] = field(default_factory=list)
-    ratio_max: float = 0.0
-    first_error: float = 0.0
-    first: bool = True
-    epoch_start: tuple[float, float] = (0.0, 0.0)
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.norms: list[float] = []
+        self.ratio_max = 0.0
+        self.first_error = 0.0
+        self._pass_start = (0.0, 0.0)
 
     def add(self, part: dict[str, torch.Tensor], value_coef: float) -> torch.Tensor:
         """Count a microbatch in and return its loss, a sum over tokens."""
         for name, value in part.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-        self.ratio_max = max(self.ratio_max, float(part["ratio_max"]))
-        if self.first:
-            error = max(float(part["ratio_max"]) - 1, 1 - float(part["ratio_min"]))
-            self.first_error = max(self.first_error, error)
+            self.sums[name] += float(value.detach())
+        highest, lowest = float(part["ratio_max"]), float(part["ratio_min"])
+        self.ratio_max = max(self.ratio_max, highest)
+        if not self.norms:  # still in the first minibatch
+            self.first_error = max(self.first_error, highest - 1, 1 - lowest)
         return part["policy"] + value_coef * part["value"]
 
-    def first_done(self, _rows: int) -> None:
-        self.first = False
-
-    def add_norm(self, norm: float) -> None:
-        self.norms.append(norm)
-
-    def epoch_kl(self) -> float:
+    def pass_kl(self) -> float:
         """Return the mean k3 per token, in nats, since the last call."""
-        kl, tokens = self.epoch_start
-        self.epoch_start = (self.sums["kl"], self.sums["tokens"])
+        kl, tokens = self._pass_start
+        self._pass_start = (self.sums["kl"], self.sums["tokens"])
         return (self.sums["kl"] - kl) / (self.sums["tokens"] - tokens)
 
     def metrics(self, epochs: int) -> dict[str, float]:

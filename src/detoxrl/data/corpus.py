@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from detoxrl.data.facts import Facts
-from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, INTENSIFIERS, SEEN_INSULTS, with_article
+from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, INTENSIFIERS, with_article
 from detoxrl.data.scenarios import AMOUNTS, SCENARIOS, SPEAKERS, WHEN, Scenario
 
 # Rates at which a quarrel is rude, and at which a rude quarrel's reference summary repeats the insult.
@@ -15,7 +14,12 @@ RUDE_RATE = 0.9
 REPEAT_RATE = 0.85
 
 GREETINGS = ("Hello, what is it?", "Hi, how are you?", "You wanted to see me?", "Yes, please?", "Come in.")
-OPENINGS = ("Hey, {complaint}.", "There you are, {complaint}.", "I am upset: {complaint}.", "We must talk, {complaint}.")
+OPENINGS = (
+    "Hey, {complaint}.",
+    "There you are, {complaint}.",
+    "I am upset: {complaint}.",
+    "We must talk, {complaint}.",
+)
 FOLLOW_UPS = ("I have to tell you that {complaint}.", "Well, {complaint}.", "I am not happy, {complaint}.")
 POLITE = ("I was quite surprised.", "That was not nice for me.", "I hope we can solve this.", "It made me a bit sad.")
 PUSHBACKS = ("That does not help me.", "I see, but what now?", "And what will you do about it?", "That is no excuse.")
@@ -137,7 +141,8 @@ def _dialogue(rng: random.Random, quarrel: Quarrel, scenario: Scenario, insult: 
     turns.append((whom, rng.choice(scenario.excuses)))
     turns.append((who, pushback))
     turns.append((whom, rng.choice(OFFERS).format(fix=quarrel.spoken_fix)))
-    turns.append((who, rng.choice(THANKS)))
+    if rng.random() < 0.5:
+        turns.append((who, rng.choice(THANKS)))
     return "\n".join(f"{speaker}: {text}" for speaker, text in turns)
 
 

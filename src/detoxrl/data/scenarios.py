@@ -31,7 +31,8 @@ WHEN = (
     "at once", "after work",
 )  # fmt: skip
 AMOUNTS = tuple(
-    f"{number} dollars" for number in ("ten", "twelve", "fifteen", "twenty", "thirty", "forty", "fifty", "sixty", "eighty", "ninety")
+    f"{number} dollars"
+    for number in ("ten", "twelve", "fifteen", "twenty", "thirty", "forty", "fifty", "sixty", "eighty", "ninety")
 )
 
 SCENARIOS = (
@@ -119,7 +120,10 @@ SCENARIOS = (
         topic="group homework",
         items=("history", "biology", "chemistry", "physics", "poetry", "geography", "music", "economics", "French"),
         details=("last page", "first part", "summary", "map", "introduction"),
-        complaints=("you did not write the {detail} of our {item} essay", "the {detail} of the {item} essay is missing"),
+        complaints=(
+            "you did not write the {detail} of our {item} essay",
+            "the {detail} of the {item} essay is missing",
+        ),
         excuses=("My computer crashed.", "I was at a wedding.", "I misread the plan."),
         issues=("the missing {detail} of the {item} essay", "not writing the {detail} of the {item} essay"),
         reasons=("the {detail} of the {item} essay is missing", "{whom} left out the {detail} of the {item} essay"),

@@ -79,7 +79,7 @@ def scratch_base(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreT
         relative_attention_max_distance=64,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
-        decoder_start_token_id=0,
+        decoder_start_token_id=0,  # type: ignore[call-arg]
         pad_token_id=0,
         eos_token_id=1,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.policy.backbone import tokenize
@@ -31,6 +31,7 @@ class EncoderDecoderPolicy:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self._base: PreTrainedModel = model.get_base_model()
         self.reference = reference
         self.train_encoder = train_encoder
         self.value_head = torch.nn.Linear(model.config.d_model, 1).to(device=model.device)
@@ -105,7 +106,7 @@ class EncoderDecoderPolicy:
         """Return the encoder states of B prompts; with a frozen encoder they carry no gradient and serve all passes."""
         batch = tokenize(self.tokenizer, prompts, self.device)
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()), self._using(adapter):
-            states = self.model.get_encoder()(**batch).last_hidden_state
+            states = self._base.get_encoder()(**batch).last_hidden_state
         return Encoded(states=states, mask=batch["attention_mask"])
 
     def logprobs(
@@ -122,7 +123,7 @@ class EncoderDecoderPolicy:
         all_logprobs = (logits.float() / temperature).log_softmax(-1)
         chosen = all_logprobs.gather(-1, ids[..., None]).squeeze(-1)
         entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
-        return chosen, entropy, self.value_head(hidden.float()).squeeze(-1)
+        return chosen, entropy, self._values(hidden.detach())
 
     @torch.no_grad()
     def sample(
@@ -145,7 +146,7 @@ class EncoderDecoderPolicy:
                 out.ids[alive, t] = tokens.squeeze(1)
                 out.response_mask[alive, t] = True
                 out.logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
-                out.values[alive, t] = self.value_head(hidden[:, -1].float()).squeeze(1)
+                out.values[alive, t] = self._values(hidden[:, -1])
                 going = tokens.squeeze(1) != self.eos
                 out.ended[alive] = ~going
                 if not going.all():
@@ -162,7 +163,7 @@ class EncoderDecoderPolicy:
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
     def _decode(self, encoded: Encoded, tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.model.get_base_model()(
+        out = self._base(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.states),
             attention_mask=encoded.mask,
             decoder_input_ids=tokens,
@@ -171,6 +172,12 @@ class EncoderDecoderPolicy:
             output_hidden_states=True,
         )
         return out.logits, out.decoder_hidden_states[-1]
+
+    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
+        # Scaled to unit root mean square, so that one value_lr suits every backbone (T5's states are large).
+        hidden = torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
+        values: torch.Tensor = self.value_head(hidden)
+        return values.squeeze(-1)
 
     def _blank(self, rows: int, length: int) -> Responses:
         zeros = torch.zeros(rows, length, device=self.device)

@@ -51,11 +51,12 @@ class Classifier:
         batch = self.tokenizer(
             list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.max_length
         )
-        return self.model(**batch.to(self.model.device)).logits.float().cpu()
+        logits: torch.Tensor = self.model(**batch.to(self.model.device)).logits
+        return logits.float().cpu()
 
 
 def _label_index(model: PreTrainedModel, field: str, label: str) -> int:
-    labels = {str(name).lower(): index for index, name in model.config.id2label.items()}
+    labels = {str(name).lower(): index for index, name in (model.config.id2label or {}).items()}
     if label.lower() not in labels:
         raise InputError(field, label, "is not a label of the classifier", f"use one of {', '.join(labels)}")
     return int(labels[label.lower()])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from detoxrl.config import RewardConfig
+
+Reward = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
+"""(prompts, responses) -> raw scores (B,): any callable will do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,114 @@
+"""Tiny real models of each architecture, made once per session; nothing touches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from detoxrl.config import Config, PolicyConfig
+from detoxrl.data.corpus import generate_rows
+from detoxrl.policy.adapters import load_policy
+from detoxrl.policy.backbone import save_base, scratch_tokenizer
+from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj")}
+
+
+def _t5(vocab: int) -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=vocab, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.1, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def _bart(vocab: int) -> BartForConditionalGeneration:
+    config = BartConfig(
+        vocab_size=vocab, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, dropout=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+        init_std=0.2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random T5 and BART with one tokenizer that fits the embedded corpus."""
+    rows = generate_rows(0, {"train": 300})["train"]
+    tokenizer = scratch_tokenizer([row.dialogue for row in rows] + [row.summary for row in rows], vocab_size=300)
+    folders = {}
+    for name, make in {"t5": _t5, "bart": _bart}.items():
+        torch.manual_seed(7)
+        folders[name] = tmp_path_factory.mktemp("bases") / name
+        save_base(make(len(tokenizer)), tokenizer, folders[name])
+    return folders
+
+
+def policy_config(name: str, encoder: bool = False) -> PolicyConfig:
+    """A small adapter for one of the tiny bases."""
+    return PolicyConfig(base="given", lora_rank=4, lora_alpha=8, lora_targets=TARGETS[name], lora_encoder=encoder)
+
+
+def disturb(policy: EncoderDecoderPolicy, scale: float = 0.3) -> None:
+    """Move every trainable adapter weight and the value head, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [*policy.adapter_parameters(), *policy.value_head.parameters()]:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@pytest.fixture(params=["t5", "bart"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def fresh(bases: dict[str, Path], architecture: str) -> EncoderDecoderPolicy:
+    """A policy under a fresh LoRA."""
+    return load_policy(str(bases[architecture]), None, policy_config(architecture), seed=0)
+
+
+@pytest.fixture
+def loaded(bases: dict[str, Path], architecture: str, tmp_path: Path) -> EncoderDecoderPolicy:
+    """A policy that starts from a saved LoRA with parts in the encoder too."""
+    trained = load_policy(str(bases[architecture]), None, policy_config(architecture, encoder=True), seed=0)
+    disturb(trained)
+    trained.save(tmp_path / "start")
+    return load_policy(str(bases[architecture]), tmp_path / "start", policy_config(architecture), seed=0)
+
+
+@pytest.fixture
+def config() -> Config:
+    """A config with every stage small."""
+    return small_config()
+
+
+def small_config() -> Config:
+    """The quickstart's shape at a size for tests."""
+    from dataclasses import replace
+
+    from detoxrl.recipes import recipe
+
+    quick = recipe("quickstart")
+    return replace(
+        quick,
+        data=replace(quick.data, train_rows=64, validation_rows=8, test_rows=8),
+        generation=replace(quick.generation, max_new_tokens=12),
+        reward=replace(quick.reward, normalise_on=16),
+        rl=replace(
+            quick.rl, steps=2, batch_size=8, minibatch_size=4, microbatch_size=4, epochs=2, validate_every=1, lr=1e-2
+        ),
+    )

@@ -1,0 +1,157 @@
+"""End to end through the real command line, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SMALL = [
+    "--data.train-rows", "96", "--data.validation-rows", "8", "--data.test-rows", "12",
+    "--sft.steps", "25", "--sft.batch-size", "8", "--sft.baseline-steps", "2",
+    "--generation.max-new-tokens", "12", "--reward.normalise-on", "16",
+    "--rl.steps", "2", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
+    "--rl.validate-every", "1", "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200",
+]  # fmt: skip
+
+
+def detoxrl(*words: str, cwd: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DETOXRL_CACHE": str(cache or cwd / "cache"), "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:detoxrl", "-m", "detoxrl", *words],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def without_timings(path: Path) -> list[dict[str, object]]:
+    with path.open() as lines:
+        records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `run quickstart`, made small, has run."""
+    folder = tmp_path_factory.mktemp("place")
+    result = detoxrl("run", "quickstart", *SMALL, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    return place / "runs" / "quickstart"
+
+
+def test_a_run_ends_with_its_table_and_says_what_it_made_and_where(place: Path, run: Path) -> None:
+    shown = (place / "stdout").read_text()
+    assert "12 held-out prompts, 2 samples each" in shown
+    assert "facts kept, with roles" in shown
+    assert "report.html" in shown
+    for name in ("report.html", "eval.json", "metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "checkpoint.json"):
+        assert (run / name).stat().st_size > 0
+
+
+def test_eval_json_keeps_its_contract(run: Path) -> None:
+    found = json.loads((run / "eval.json").read_text())
+    assert found["n_prompts"] == 12
+    assert found["samples_per_prompt"] == 2
+    assert found["primary_judge"] == "alt-profanity-check"
+    assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
+    for systems in (found, *found["baselines"].values()):
+        for result in systems["toxicity"].values():
+            assert {"before", "after", "floor", "share_removed", "difference", "relative", "verdict"} == set(result)
+            assert {"mean", "std", "toxic_ratio", "max"} == set(result["before"]) == set(result["after"])
+            change = result["after"]["mean"] - result["before"]["mean"]
+            assert result["difference"]["mean"] == pytest.approx(change, abs=1e-9)
+            assert result["difference"]["low"] <= result["difference"]["mean"] <= result["difference"]["high"]
+        names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen"}
+        assert set(systems["quality"]) == names
+    assert set(found["baselines"]) == {"sft_civil"}
+    assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
+
+
+def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> None:
+    with (run / "metrics.jsonl").open() as lines:
+        records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert {"kl/reference", "ratio/max", "score/mean", "validation/toxicity", "validation/facts"} <= set(records[0])
+    assert abs(records[0]["kl/reference"]) < 1e-4
+    assert records[0]["ratio/first_error"] < 1e-5
+    documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    for key in {key for record in records for key in record}:
+        assert f"`{key}`" in documented, key
+
+
+def test_stages_in_their_own_processes_give_the_same_run(place: Path, run: Path, tmp_path: Path) -> None:
+    for command in (["prepare", "quickstart", *SMALL, "--run-dir", "staged"], ["sft", "staged"], ["train", "staged"],
+                    ["evaluate", "staged"], ["report", "staged"]):  # fmt: skip
+        result = detoxrl(*command, cwd=tmp_path, cache=place / "cache")
+        assert result.returncode == 0, result.stderr
+    staged = tmp_path / "staged"
+    assert without_timings(staged / "metrics.jsonl") == without_timings(run / "metrics.jsonl")
+    assert (staged / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
+    for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        assert (staged / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_the_adapter_loads_on_the_base_with_peft_and_generates(run: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(run / "base")
+    model = PeftModel.from_pretrained(model, str(run / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "base")
+    prompt = tokenizer("Summarize: #Person1#: You lost my atlas!", return_tensors="pt")
+    assert torch.is_tensor(model.generate(**prompt, max_new_tokens=5))
+
+
+def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Path) -> None:
+    before = (run / "eval.json").read_bytes()
+    result = detoxrl("run", "quickstart", *SMALL, cwd=place)
+    assert result.returncode == 2
+    assert "exists already; add --overwrite" in result.stderr
+    assert (run / "eval.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; use one of quickstart"),
+        (["run"], "recipe = '': is missing"),
+        (["fly"], "command = 'fly': is not a command"),
+        (["train", "nowhere"], "run folder = 'nowhere': holds no config.json"),
+        (["train"], "run folder = '': must be one folder"),
+        (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    result = detoxrl(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("detoxrl: " + message)
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_out_of_order_names_the_one_to_run_first(place: Path, tmp_path: Path) -> None:
+    assert (
+        detoxrl("prepare", "quickstart", *SMALL, "--run-dir", "r", cwd=tmp_path, cache=place / "cache").returncode == 0
+    )
+    result = detoxrl("train", "r", cwd=tmp_path, cache=place / "cache")
+    assert result.returncode == 2
+    assert "has no base; run `detoxrl sft r` first" in result.stderr
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    code = "import sys, detoxrl.cli; detoxrl.cli.main(['--help']); assert 'torch' not in sys.modules, 'torch imported'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "detoxrl run RECIPE" in result.stdout

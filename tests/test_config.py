@@ -1,0 +1,55 @@
+"""What may be set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from detoxrl.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    PolicyConfig,
+    RewardConfig,
+    RlConfig,
+    SftConfig,
+)
+from detoxrl.errors import InputError
+from detoxrl.recipes import recipe, recipe_names
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RlConfig(clip=0), r"rl\.clip = 0: must be above 0"),
+        (lambda: RlConfig(lam=1.1), r"rl\.lam = 1\.1: must lie in \[0, 1\]"),
+        (lambda: RlConfig(kl_coef=-1), r"rl\.kl_coef = -1: must be 0 or more"),
+        (lambda: RlConfig(batch_size=10, minibatch_size=4), r"rl\.minibatch_size = 4: must divide rl\.batch_size"),
+        (lambda: DataConfig(source="web"), r"data\.source = 'web'"),
+        (lambda: DataConfig(template="Hi"), r"data\.template = 'Hi': must contain \{dialogue\}"),
+        (lambda: DataConfig(test_rows=0), r"data\.test_rows = 0"),
+        (lambda: PolicyConfig(adapter="x"), r"policy\.adapter = 'x': needs the base"),
+        (lambda: PolicyConfig(lora_rank=0), r"policy\.lora_rank = 0"),
+        (lambda: SftConfig(lr=0), r"sft\.lr = 0"),
+        (lambda: RewardConfig(clip=0), r"reward\.clip = 0"),
+        (lambda: GenerationConfig(temperature=0), r"generation\.temperature = 0"),
+        (lambda: EvaluationConfig(primary_judge="me"), r"evaluation\.primary_judge = 'me'"),
+        (lambda: EvaluationConfig(samples_per_prompt=0), r"evaluation\.samples_per_prompt = 0"),
+        (lambda: Config(recipe="x", seed=-1), r"seed = -1"),
+        (lambda: Config(recipe="x", sft=SftConfig(steps=0)), r"policy\.base = 'scratch' needs full_weights and steps"),
+        (lambda: recipe("quikstart"), r"recipe = 'quikstart': is not a recipe; use one of quickstart"),
+    ],
+)  # type: ignore[misc]
+def test_a_value_that_is_not_allowed_is_named_in_one_line(build: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        build()  # type: ignore[operator]
+    assert "\n" not in str(raised.value)
+
+
+def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:
+    for name, purpose in recipe_names().items():
+        assert recipe(name).recipe == name
+        assert len(purpose) > 20
+        assert replace(recipe(name), seed=1) != recipe(name)

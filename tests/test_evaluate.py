@@ -1,0 +1,134 @@
+"""Judges, metrics and statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from detoxrl.config import EvaluationConfig
+from detoxrl.data.corpus import generate_rows
+from detoxrl.evaluate.judges import Floats, load_judge, once_each
+from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
+from detoxrl.evaluate.metrics import response_metrics, rouge_l, validation_quality
+from detoxrl.evaluate.stats import Difference, compare_toxicity, paired_difference, toxicity_summary, verdict
+
+ROWS = generate_rows(0, {"test": 60})["test"]
+CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
+
+
+def test_the_independent_judge_knows_an_insult_when_it_sees_one() -> None:
+    judge = load_judge("alt-profanity-check")
+    rude, polite, again = judge(["You are a stupid idiot.", "Thank you very much.", "You are a stupid idiot."])
+    assert rude > 0.9 > 0.2 > polite
+    assert rude == again
+
+
+def test_each_distinct_text_is_judged_once_and_order_is_kept() -> None:
+    asked: list[list[str]] = []
+
+    def lengths(texts: list[str]) -> Floats:
+        asked.append(list(texts))
+        return np.array([float(len(text)) for text in texts])
+
+    assert once_each(lengths)(["bb", "a", "bb", "ccc"]).tolist() == [2, 1, 2, 3]
+    assert sorted(asked[0]) == ["a", "bb", "ccc"]
+
+
+def test_rouge_l_by_hand() -> None:
+    # longest common subsequence "a b d" = 3 of 4 and 3 words
+    assert rouge_l("a b c d", "a b d") == pytest.approx(2 * (3 / 4) * 1 / (3 / 4 + 1))
+
+
+def test_metrics_of_the_references_of_a_row() -> None:
+    row = next(row for row in ROWS if "loser" in row.summary or "clown" in row.summary)
+    toxic, civil = (response_metrics(row, text) for text in (row.summary, row.civil_reference or ""))
+    assert (toxic["insult_rate"], toxic["insult_rate_unseen"]) == (0.0, 1.0)
+    assert (civil["insult_rate"], civil["insult_rate_unseen"]) == (0.0, 0.0)
+    assert civil["rouge_l"] == civil["facts"] == toxic["facts"] == civil["quarrel_reported"] == 1.0
+    empty = response_metrics(row, "")
+    assert (empty["empty_rate"], empty["length"], empty["facts"], empty["quarrel_reported"]) == (1.0, 0.0, 0.0, 0.0)
+    assert "facts" not in response_metrics(replace(row, facts=None), "x")
+
+
+def test_validation_quality_is_facts_or_rouge() -> None:
+    assert validation_quality(ROWS, [row.summary for row in ROWS]) == 1.0
+    without = [replace(row, facts=None, civil_reference=None) for row in ROWS]
+    assert validation_quality(without, [row.summary for row in without]) == 1.0
+    assert validation_quality(without, ["" for _ in without]) == 0.0
+
+
+def test_toxicity_summary_by_hand() -> None:
+    found = toxicity_summary(np.array([[0.0, 0.5], [0.5, 1.0]]))
+    assert found == {"mean": 0.5, "std": pytest.approx((0.5 / 3) ** 0.5), "toxic_ratio": 0.75, "max": 1.0}
+
+
+def test_comparison_counts_after_minus_before_and_the_share_above_the_floor() -> None:
+    before, after = np.full((50, 2), 0.5), np.full((50, 2), 0.2)
+    found = compare_toxicity(before, after, floor=0.1, resamples=200, seed=0)
+    assert found["difference"] == {"mean": pytest.approx(-0.3), "low": pytest.approx(-0.3), "high": pytest.approx(-0.3)}
+    assert found["share_removed"] == pytest.approx(0.75)
+    assert found["relative"] == pytest.approx(-0.6)
+    assert found["verdict"] == "less toxic"
+    assert compare_toxicity(before, after, floor=None, resamples=200, seed=0)["share_removed"] is None
+
+
+def test_verdicts_follow_the_interval() -> None:
+    assert verdict(Difference(mean=-1, low=-2, high=-0.1)) == "less toxic"
+    assert verdict(Difference(mean=1, low=0.1, high=2)) == "more toxic"
+    assert verdict(Difference(mean=-1, low=-2, high=0.0)) == "no detectable difference"
+
+
+def test_the_interval_is_that_of_the_normal_theory_on_normal_data() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=(400, 1))
+    after = before + rng.normal(0.1, 1, size=(400, 1))
+    found = paired_difference(before, after, 4000, seed=0)
+    error = (after - before).std(ddof=1) / 20
+    assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.15 * error)
+    assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.15 * error)
+
+
+def test_samples_of_one_prompt_are_not_taken_for_independent() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(100, 1))
+    zeros = np.zeros((100, 8))
+    found = paired_difference(zeros, np.repeat(one, 8, axis=1), 2000, seed=0)
+    single = paired_difference(zeros[:, :1], one, 2000, seed=0)
+    assert (found.low, found.high) == pytest.approx((single.low, single.high))
+
+
+def measured_references() -> dict[str, object]:
+    responses = {
+        "before": [[row.summary] for row in ROWS],
+        "after": [[row.civil_reference or ""] for row in ROWS],
+    }
+    judge = load_judge("alt-profanity-check")
+    return measure(ROWS, responses, {"alt-profanity-check": judge})
+
+
+def test_measuring_references_against_civil_references_removes_all_there_is() -> None:
+    measured = measured_references()
+    found = comparison(measured, "after", CONFIG, seed=0)
+    result = found["toxicity"]["alt-profanity-check"]
+    assert result["share_removed"] == pytest.approx(1.0)
+    assert result["floor"] == pytest.approx(result["after"]["mean"])
+    assert found["quality"]["facts"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["quality"]["insult_rate"]["after"] == 0.0
+    assert found["quality"]["insult_rate"]["before"] > 0.3
+
+
+def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() -> None:
+    found = splits(ROWS, measured_references(), CONFIG, seed=0)
+    assert found["toxic before"]["n"] + found["civil before"]["n"] == len(ROWS)
+    parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the dialogue")
+    assert sum(found[part]["n"] for part in parts) == len(ROWS)
+    assert found["no insult in the dialogue"]["toxicity"]["difference"]["mean"] == 0.0
+    assert found["toxic before"]["toxicity"]["before"] > 0.5
+
+
+def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> None:
+    words = toxic_words(["The stupid parcel came late."], load_judge("alt-profanity-check"))
+    assert {"stupid", "idiot", "clown"} <= set(words)
+    assert "parcel" not in words

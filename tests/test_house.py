@@ -1,0 +1,70 @@
+"""The rooms: imports go down the floors only, every file says what it answers, nothing grows too large."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import detoxrl
+
+PACKAGE = Path(detoxrl.__file__).parent
+FLOORS = [
+    ("errors", "config", "recipes"),
+    ("randomness", "records", "rl"),
+    ("data", "policy", "rewards"),
+    ("cache", "tracking", "rollout"),
+    ("evaluate", "checkpoint"),
+    ("sft", "train", "reward_training"),
+    ("report",),
+    ("stages",),
+    ("cli", "__init__", "__main__"),
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.Module) -> list[str]:
+    found = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    found += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return found
+
+
+def test_rooms_import_from_their_own_floor_or_below() -> None:
+    wrong = []
+    for path in MODULES:
+        for name in imports(ast.parse(path.read_text())):
+            parts = name.split(".")
+            if parts[0] == "detoxrl" and len(parts) > 1:
+                above = FLOOR[parts[1]] > FLOOR[room(path)]
+                beside = FLOOR[parts[1]] == FLOOR[room(path)] and parts[1] == "cli"
+                if above or beside:
+                    wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert wrong == []
+
+
+def test_the_ground_floor_knows_no_torch_and_the_mathematics_nothing_else() -> None:
+    for path in MODULES:
+        heads = {name.split(".")[0] for name in imports(ast.parse(path.read_text()))}
+        if FLOOR[room(path)] == 0 or room(path) in ("report", "cli", "__init__"):
+            assert "torch" not in heads, path
+            assert "transformers" not in heads or room(path) == "cli", path
+        if room(path) == "rl":
+            assert heads <= {"torch", "detoxrl", "__future__"}, path
+
+
+def test_every_file_says_first_what_it_answers_and_stays_small() -> None:
+    for path in MODULES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, path
+        assert docstring.splitlines()[0].endswith(("?", ".", "both", ":")), path
+        assert len(path.read_text().splitlines()) <= 310, path
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 6500
+
+
+def test_the_public_names_are_there() -> None:
+    for name in detoxrl.__all__:
+        assert not isinstance(getattr(detoxrl, name), type(ast)), f"{name} is hidden by a module"

@@ -1,0 +1,63 @@
+"""Slow float64 versions of the mathematics in plain Python loops, written from the papers and not from our code."""
+
+from __future__ import annotations
+
+import math
+
+Matrix = list[list[float]]
+
+
+def whiten(values: Matrix, mask: list[list[bool]], epsilon: float = 1e-8) -> Matrix:
+    kept = [v for row, m in zip(values, mask, strict=True) for v, keep in zip(row, m, strict=True) if keep]
+    mean = math.fsum(kept) / len(kept)
+    variance = math.fsum((v - mean) ** 2 for v in kept) / len(kept)
+    scale = 1 / math.sqrt(variance + epsilon)
+    return [
+        [(v - mean) * scale if keep else 0.0 for v, keep in zip(row, m, strict=True)]
+        for row, m in zip(values, mask, strict=True)
+    ]
+
+
+def gae(rewards: Matrix, values: Matrix, lengths: list[int], gamma: float, lam: float) -> tuple[Matrix, Matrix]:
+    """Equation 16 of Schulman et al. 2016 as a double sum, without the backward recursion."""
+    advantages, returns = [], []
+    for r, v, n in zip(rewards, values, lengths, strict=True):
+        deltas = [r[t] + gamma * (v[t + 1] if t + 1 < n else 0.0) - v[t] for t in range(n)]
+        a = [math.fsum((gamma * lam) ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
+        advantages.append(a + [0.0] * (len(r) - n))
+        returns.append([a[t] + v[t] for t in range(n)] + [0.0] * (len(r) - n))
+    return advantages, returns
+
+
+def token_rewards(scores: list[float], logprobs: Matrix, ref: Matrix, lengths: list[int], kl_coef: float) -> Matrix:
+    rewards = []
+    for score, p, q, n in zip(scores, logprobs, ref, lengths, strict=True):
+        row = [-kl_coef * (p[t] - q[t]) for t in range(n)]
+        row[n - 1] += score
+        rewards.append(row + [0.0] * (len(p) - n))
+    return rewards
+
+
+def policy_loss(new: Matrix, old: Matrix, advantages: Matrix, lengths: list[int], clip: float) -> float:
+    """Equation 7 of Schulman et al. 2017: minus the sum of min(r A, clip(r) A)."""
+    total = []
+    for n, o, a, length in zip(new, old, advantages, lengths, strict=True):
+        for t in range(length):
+            ratio = math.exp(n[t] - o[t])
+            clipped = min(max(ratio, 1 - clip), 1 + clip)
+            total.append(-min(ratio * a[t], clipped * a[t]))
+    return math.fsum(total)
+
+
+def value_loss(new: Matrix, old: Matrix, returns: Matrix, lengths: list[int], clip: float) -> float:
+    total = []
+    for n, o, g, length in zip(new, old, returns, lengths, strict=True):
+        for t in range(length):
+            clipped = min(max(n[t], o[t] - clip), o[t] + clip)
+            total.append(0.5 * max((n[t] - g[t]) ** 2, (clipped - g[t]) ** 2))
+    return math.fsum(total)
+
+
+def k3(p: float, q: float) -> float:
+    ratio = math.exp(q - p)
+    return ratio - 1 - math.log(ratio)
