@@ -82,12 +82,27 @@ def fresh(bases: dict[str, Path], architecture: str) -> EncoderDecoderPolicy:
 
 
 @pytest.fixture
-def loaded(bases: dict[str, Path], architecture: str, tmp_path: Path) -> EncoderDecoderPolicy:
-    """A policy that starts from a saved LoRA with parts in the encoder too."""
+def start(bases: dict[str, Path], architecture: str, tmp_path: Path) -> Path:
+    """A saved LoRA with parts in the encoder too, far from the bare base."""
     trained = load_policy(str(bases[architecture]), None, policy_config(architecture, encoder=True), seed=0)
     disturb(trained)
     trained.save(tmp_path / "start")
-    return load_policy(str(bases[architecture]), tmp_path / "start", policy_config(architecture), seed=0)
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def loaded(bases: dict[str, Path], architecture: str, start: Path) -> EncoderDecoderPolicy:
+    """A policy that starts from that LoRA."""
+    return load_policy(str(bases[architecture]), start, policy_config(architecture), seed=0)
+
+
+@pytest.fixture(params=["fresh", "loaded"])
+def policy(
+    request: pytest.FixtureRequest, bases: dict[str, Path], architecture: str, start: Path
+) -> EncoderDecoderPolicy:
+    """Both kinds of policy."""
+    adapter = start if request.param == "loaded" else None
+    return load_policy(str(bases[architecture]), adapter, policy_config(architecture), seed=0)
 
 
 @pytest.fixture

@@ -38,11 +38,8 @@ def test_rooms_import_from_their_own_floor_or_below() -> None:
     for path in MODULES:
         for name in imports(ast.parse(path.read_text())):
             parts = name.split(".")
-            if parts[0] == "detoxrl" and len(parts) > 1:
-                above = FLOOR[parts[1]] > FLOOR[room(path)]
-                beside = FLOOR[parts[1]] == FLOOR[room(path)] and parts[1] == "cli"
-                if above or beside:
-                    wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+            if parts[0] == "detoxrl" and len(parts) > 1 and FLOOR[parts[1]] > FLOOR[room(path)]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert wrong == []
 
 

@@ -22,7 +22,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     losses: list[float] = []
     train_reward_model(
-        generate_utterances(0, 2000), folder, steps=60, batch_size=32, lr=2e-3, seed=0, on_step=losses.append
+        generate_utterances(0, 3000), folder, steps=150, batch_size=64, lr=1e-3, seed=0, on_step=losses.append
     )
     assert losses[0] > 0.5 > 0.2 > losses[-1]
     return folder

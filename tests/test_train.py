@@ -44,7 +44,7 @@ def learn(folder: Path, base: Path, config: Config, reward: object = share_of_e)
 def learning_config() -> Config:
     small = small_config()
     rl = replace(
-        small.rl, steps=15, batch_size=32, minibatch_size=16, microbatch_size=16, kl_coef=0.0, lr=2e-2,
+        small.rl, steps=40, batch_size=32, minibatch_size=16, microbatch_size=16, kl_coef=0.0, lr=2e-2,
         validate_every=100, update_kl_limit=None,
     )  # fmt: skip
     return replace(small, rl=rl)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.policy.backbone import tokenize
@@ -31,7 +31,8 @@ class EncoderDecoderPolicy:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self._base: PreTrainedModel = model.get_base_model()
+        self._base: Any = model.get_base_model()
+        self._tuner: Any = model.base_model
         self.reference = reference
         self.train_encoder = train_encoder
         self.value_head = torch.nn.Linear(model.config.d_model, 1).to(device=model.device)
@@ -79,7 +80,7 @@ class EncoderDecoderPolicy:
 
     def _activate(self, name: str) -> None:
         # peft thaws whatever adapter it makes active; only the policy's may train, and its encoder part only if asked.
-        self.model.base_model.set_adapter(name, inference_mode=name != POLICY)
+        self._tuner.set_adapter(name, inference_mode=name != POLICY)
         if name == POLICY and not self.train_encoder:
             for path, parameter in self.model.named_parameters():
                 if ".encoder." in path:
