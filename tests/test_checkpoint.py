@@ -65,6 +65,7 @@ def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_run_folder_is_replaced_only_on_request_and_only_if_it_is_one(tmp_path: Path) -> None:
@@ -77,9 +78,12 @@ def test_a_run_folder_is_replaced_only_on_request_and_only_if_it_is_one(tmp_path
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday").touch()
+    (tmp_path / "photos" / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(InputError, match=r"is no run folder.*nothing was deleted"):
         RunFolder.create(tmp_path / "photos", config, overwrite=True)
     assert (tmp_path / "photos" / "holiday").exists()
+    with pytest.raises(InputError, match="is a file; name a folder"):
+        RunFolder.create(tmp_path / "photos" / "holiday", config, overwrite=True)
 
 
 def test_a_folder_opens_with_its_config_and_names_the_stage_that_is_missing(tmp_path: Path) -> None:

@@ -77,16 +77,35 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
     assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
 
 
+def records(path: Path) -> list[dict[str, float]]:
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
 def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> None:
-    with (run / "metrics.jsonl").open() as lines:
-        records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == [0, 1, 2]
-    assert {"kl/reference", "ratio/max", "score/mean", "validation/toxicity", "validation/facts"} <= set(records[0])
-    assert abs(records[0]["kl/reference"]) < 1e-4
-    assert records[0]["ratio/first_error"] < 1e-5
+    steps, validations = records(run / "metrics.jsonl"), records(run / "validation.jsonl")
+    assert [record["step"] for record in steps] == [0, 1]
+    assert [record["step"] for record in validations] == [0, 1, 2]
+    for record in steps:
+        assert {"step", "kl/reference", "ratio/max", "score/mean"} <= set(record)
+    assert abs(steps[0]["kl/reference"]) < 1e-4
+    assert all(record["ratio/first_error"] < 1e-5 for record in steps)
     documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    for key in {key for record in records for key in record}:
+    for key in {key for record in steps + validations for key in record}:
         assert f"`{key}`" in documented, key
+
+
+def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detoxrl import stages
+
+    def name_adapter(policy: object, prompts: list[object], *_: object, adapter: str | None, **__: object) -> object:
+        return [[str(adapter)] for _ in prompts], None
+
+    monkeypatch.setattr(stages, "sample_texts", name_adapter)
+    found = stages._responses(*stages.RunFolder.open(run))
+    assert {name: texts[0][0] for name, texts in found.items()} == {
+        "before": "None", "after": "after", "sft_civil": "sft_civil",
+    }  # fmt: skip
 
 
 def test_stages_in_their_own_processes_give_the_same_run(place: Path, run: Path, tmp_path: Path) -> None:
@@ -95,6 +114,7 @@ def test_stages_in_their_own_processes_give_the_same_run(place: Path, run: Path,
         result = detoxrl(*command, cwd=tmp_path, cache=place / "cache")
         assert result.returncode == 0, result.stderr
     staged = tmp_path / "staged"
+    assert records(staged / "validation.jsonl") == records(run / "validation.jsonl")
     assert without_timings(staged / "metrics.jsonl") == without_timings(run / "metrics.jsonl")
     assert (staged / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
     for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
@@ -128,6 +148,7 @@ def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Pa
         (["fly"], "command = 'fly': is not a command"),
         (["train", "nowhere"], "run folder = 'nowhere': holds no config.json"),
         (["train"], "run folder = '': must be one folder"),
+        (["run", "quickstart", "--rl.batch-size", "1"], "rl.batch_size = 1: must be 2 or more"),
         (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
     ],
 )

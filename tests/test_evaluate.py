@@ -128,6 +128,15 @@ def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() 
     assert found["toxic before"]["toxicity"]["before"] > 0.5
 
 
+def test_one_toxic_sample_of_several_makes_a_prompt_toxic_before_by_any_judge() -> None:
+    two = ROWS[:2]
+    responses = {side: [["fine", "toxic"], ["fine", "fine"]] for side in ("before", "after")}
+    deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
+    sharp = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
+    found = splits(two, measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}), CONFIG, seed=0)
+    assert (found["toxic before"]["n"], found["civil before"]["n"]) == (1, 1)
+
+
 def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> None:
     words = toxic_words(["The stupid parcel came late."], load_judge("alt-profanity-check"))
     assert {"stupid", "idiot", "clown"} <= set(words)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from conftest import disturb, policy_config, small_config
+from detoxrl import train as train_module
 from detoxrl.config import Config
 from detoxrl.errors import InputError
 from detoxrl.policy.adapters import REFERENCE, load_policy
@@ -31,13 +32,16 @@ PROMPTS = [
 LENGTH = 16
 
 
-def rollout_of(policy: EncoderDecoderPolicy, step: int = 0) -> Rollout:
-    config = replace(small_config().generation, max_new_tokens=LENGTH)
+def rollout_of(policy: EncoderDecoderPolicy, step: int = 0, temperature: float = 1.0) -> Rollout:
+    config = replace(small_config().generation, max_new_tokens=LENGTH, temperature=temperature)
     return collect(policy, PROMPTS, config, seed=0, step=step)
 
 
-def test_kl_is_zero_at_the_first_step_and_grows_once_the_adapter_moves(policy: EncoderDecoderPolicy) -> None:
-    rollout = rollout_of(policy)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_is_zero_at_the_first_step_and_grows_once_the_adapter_moves(
+    policy: EncoderDecoderPolicy, temperature: float
+) -> None:
+    rollout = rollout_of(policy, temperature=temperature)
     assert k1(rollout.responses.logprobs, rollout.ref_logprobs).abs().max().item() < 1e-5
     disturb(policy)
     moved = rollout_of(policy)
@@ -134,9 +138,14 @@ def run_update(policy: EncoderDecoderPolicy, config: Config, rollout: Rollout) -
     return update(policy, Accelerator(), optimizer, rollout, targets, config, step=0)
 
 
-def test_ratio_is_one_in_the_first_minibatch_and_moves_after_it(policy: EncoderDecoderPolicy) -> None:
-    config = replace(small_config(), rl=replace(small_config().rl, update_kl_limit=None))
-    statistics = run_update(policy, config, rollout_of(policy))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ratio_is_one_in_the_first_minibatch_and_moves_after_it(
+    policy: EncoderDecoderPolicy, temperature: float
+) -> None:
+    small = small_config()
+    generation = replace(small.generation, temperature=temperature)
+    config = replace(small, rl=replace(small.rl, update_kl_limit=None), generation=generation)
+    statistics = run_update(policy, config, rollout_of(policy, temperature=temperature))
     assert statistics["ratio/first_error"] < 1e-5
     assert statistics["ratio/max"] > 1.001
 
@@ -175,6 +184,51 @@ def test_with_lora_everywhere_the_encoder_learns_too(bases: dict[str, Path], arc
     assert run_update(policy, small_config(), rollout_of(policy))["ratio/first_error"] < 1e-5
     changed = {name for name, weight in policy.model.named_parameters() if not torch.equal(weight, before[name])}
     assert any(".encoder." in name for name in changed)
+
+
+def test_with_lora_everywhere_the_reference_reads_its_own_encoder(bases: dict[str, Path], architecture: str) -> None:
+    policy = load_policy(str(bases[architecture]), None, policy_config(architecture, encoder=True), seed=0)
+    disturb(policy)
+    rollout = rollout_of(policy)
+    bare = policy.encode([prompt.text for prompt in rollout.prompts], adapter=None)
+    expected, _, _ = policy.logprobs(bare, rollout.responses.ids, 1.0, adapter=None)
+    mask = rollout.responses.response_mask
+    torch.testing.assert_close(rollout.ref_logprobs[mask], expected[mask].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_moved_too_far_skips_its_other_epochs_and_a_gradient_is_scaled_down(
+    bases: dict[str, Path],
+) -> None:
+    small = small_config()
+    moved = {}
+    for name, changes in {"free": {}, "held": {"max_grad_norm": 1e-9}, "short": {"update_kl_limit": 1e-12}}.items():
+        policy = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
+        before = [weight.detach().clone() for weight in policy.adapter_parameters()]
+        config = replace(small, rl=replace(small.rl, **{"update_kl_limit": None, **changes}))
+        epochs = run_update(policy, config, rollout_of(policy))["epochs"]
+        pairs = zip(before, policy.adapter_parameters(), strict=True)
+        moved[name] = (epochs, sum(float((new - old).abs().sum()) for old, new in pairs))
+    assert moved["free"][0] == moved["held"][0] == 2
+    assert moved["short"][0] == 1
+    assert moved["held"][1] < 0.05 * moved["free"][1]
+
+
+def test_minibatches_are_shuffled_anew_in_every_epoch(
+    fresh: EncoderDecoderPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    losses = train_module._losses
+
+    def record(*given: object) -> object:
+        seen.extend(given[3].tolist())  # type: ignore[attr-defined]
+        return losses(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_module, "_losses", record)
+    config = replace(small_config(), rl=replace(small_config().rl, update_kl_limit=None, epochs=4, minibatch_size=2))
+    run_update(fresh, config, rollout_of(fresh))
+    passes = [seen[i : i + 4] for i in range(0, 16, 4)]
+    assert all(sorted(one) == [0, 1, 2, 3] for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
 
 
 def test_the_saved_adapter_loads_with_peft_alone_and_generates_the_same(
@@ -232,6 +286,17 @@ def test_a_target_that_is_no_layer_is_named_with_those_there_are(bases: dict[str
     config = replace(policy_config("t5"), lora_targets=("query",))
     with pytest.raises(InputError, match=r"lora_targets = 'query'.*choose from .*\bq\b"):
         load_policy(str(bases["t5"]), None, config, seed=0)
+
+
+def test_an_adapter_of_another_base_is_bad_input(bases: dict[str, Path], tmp_path: Path) -> None:
+    load_policy(str(bases["bart"]), None, policy_config("bart"), seed=0).save(tmp_path)
+    with pytest.raises(InputError, match=r"policy\.adapter = .*; give an adapter of this base"):
+        load_policy(str(bases["t5"]), tmp_path, policy_config("t5"), seed=0)
+
+
+def test_a_layer_no_adapter_may_reach_is_no_target(bases: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="lora_targets = 'lm_head'"):
+        load_policy(str(bases["t5"]), None, replace(policy_config("t5"), lora_targets=("lm_head",)), seed=0)
 
 
 def test_a_pickled_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

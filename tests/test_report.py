@@ -67,7 +67,7 @@ def sample(
     scores = {"before": [before[1], 0.5], "after": [after[1], 0.5]}
     return {
         "id": name,
-        "prompt": prompt,
+        "dialogue": prompt,
         "reference": "Ann calls Bob a pig.",
         "civil_reference": None,
         "responses": {"before": [before[0], "x"], "after": [after[0], "x"]},
@@ -96,10 +96,10 @@ SAMPLES = [
     sample("same", ("", 0.3), ("<script>alert(1)</script>", 0.3)),
 ]
 METRICS = [
-    {"step": 0, "score/mean": 0.1, "kl/reference": 0.0, "validation/toxicity": 0.3, "validation/facts": 0.9},
+    {"step": 0, "score/mean": 0.1, "kl/reference": 0.0},
     {"step": 1, "score/mean": 0.4, "kl/reference": 1.2},
-    {"step": 2, "validation/toxicity": 0.1, "validation/facts": 0.9},
 ]
+VALIDATIONS = [{"step": 0, "toxicity": 0.3, "quality": 0.9}, {"step": 2, "toxicity": 0.1, "quality": 0.9}]
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ def run_dir(tmp_path: Path) -> Path:
     write(tmp_path, "eval.json", EVALUATION)
     write(tmp_path, "masked_words.json", ["idiot", "pig", "clown"])
     write_lines(tmp_path, "metrics.jsonl", METRICS)
+    write_lines(tmp_path, "validation.jsonl", VALIDATIONS)
     write_lines(tmp_path, "samples.jsonl", SAMPLES)
     return tmp_path
 
@@ -257,7 +258,7 @@ def test_at_most_ten_regressions_largest_first(run_dir: Path) -> None:
 def test_optional_parts_may_be_missing(run_dir: Path) -> None:
     bare = {"quality": {"rouge_l": change(0.5, 0.4)}, "baselines": {}, "splits": {}}
     write(run_dir, "eval.json", EVALUATION | bare)
-    write_lines(run_dir, "metrics.jsonl", [{"step": 0, "score/mean": 0.1}, {"step": 1, "validation/toxicity": 0.1}])
+    write_lines(run_dir, "metrics.jsonl", [{"step": 0, "score/mean": 0.1}])
     text = visible(built(run_dir))
     assert "ROUGE-L" in text
     assert "Facts kept went" not in text
@@ -272,7 +273,7 @@ def test_unfinished_run_names_the_stage_to_run(run_dir: Path) -> None:
 
 def test_settings_and_command_are_shown(run_dir: Path) -> None:
     text = visible(built(run_dir))
-    assert "detoxrl run quickstart --seed 7" in text
+    assert "detoxrl run quickstart --seed 7 --rl.lr 0.001" in text
     assert "rl.lr0.001" in text
     assert "policy.lora_targetsq, v" in text
     assert "2 min 04 s in total" in text

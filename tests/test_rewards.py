@@ -62,6 +62,7 @@ def test_labels_are_found_by_name_whatever_their_order(classifier: Classifier) -
     [
         ("civil", "hate", r"reward\.good_label = 'civil'.*use one of nothate, hate"),
         ("nothate", "toxic", r"reward\.toxic_label = 'toxic'.*use one of nothate, hate"),
+        ("nothate", "nothate", r"reward\.toxic_label = 'nothate': is the good label too"),
         ("hate", "nothate", r"scores a civil sentence .* no higher than a toxic one"),
     ],
 )
@@ -77,10 +78,10 @@ def test_a_missing_classifier_is_bad_input() -> None:
 
 def test_scores_are_normalised_clipped_and_ruled_by_hand() -> None:
     config = RewardConfig(clip=2.0, missing_eos_penalty=0.5, empty_score=-5.0)
-    raw = torch.tensor([3.0, 3.0, 100.0, 3.0])
-    ended = torch.tensor([True, False, True, True])
-    scores = shape_scores(raw, ["a", "b", "c", ""], ended, Normaliser(mean=1.0, std=2.0), config)
-    assert scores.tolist() == [1.0, 0.5, 2.0, -5.0]
+    raw = torch.tensor([3.0, 3.0, 100.0, 3.0, 3.0])
+    ended = torch.tensor([True, False, True, True, True])
+    scores = shape_scores(raw, ["a", "b", "c", "", " ."], ended, Normaliser(mean=1.0, std=2.0), config)
+    assert scores.tolist() == [1.0, 0.5, 2.0, -5.0, -5.0]
 
 
 def test_the_normaliser_takes_mean_and_sample_std_and_survives_a_constant() -> None:

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from conftest import policy_config, small_config
+from detoxrl import cache as cache_module
+from detoxrl import sft as sft_module
+from detoxrl import train as train_module
 from detoxrl.cache import cached
 from detoxrl.config import Config, RewardConfig
 from detoxrl.data.corpus import generate_rows
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import scratch_base
+from detoxrl.policy.backbone import load_base, scratch_base
 from detoxrl.sft import fine_tune
 from detoxrl.tracking import RunFolder
 from detoxrl.train import reference_normaliser, train
@@ -38,7 +41,7 @@ def learn(folder: Path, base: Path, config: Config, reward: object = share_of_e)
     policy = load_policy(str(base), None, policy_config("t5"), config.seed)
     train(RunFolder(folder), config, policy, reward, no_judge, ROWS["train"], ROWS["validation"])  # type: ignore[arg-type]
     with (folder / "metrics.jsonl").open() as lines:
-        return [json.loads(line) for line in lines][:-1]
+        return [json.loads(line) for line in lines]
 
 
 def learning_config() -> Config:
@@ -87,6 +90,65 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(bases: dict[s
     ]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+
+
+def test_the_loop_passes_its_settings_where_they_belong(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[object]] = {"gae": [], "ended": [], "groups": []}
+    gae, shape_scores, adam = train_module.gae, train_module.shape_scores, torch.optim.AdamW
+
+    def spy_gae(rewards: object, values: object, mask: object, gamma: float, lam: float) -> object:
+        asked["gae"].append((gamma, lam))
+        return gae(rewards, values, mask, gamma, lam)  # type: ignore[arg-type]
+
+    def spy_scores(raw: object, texts: object, ended: torch.Tensor, *others: object) -> object:
+        asked["ended"].append(float(ended.float().mean()))
+        return shape_scores(raw, texts, ended, *others)  # type: ignore[arg-type]
+
+    def spy_adam(groups: list[dict[str, object]], **settings: object) -> object:
+        asked["groups"].append([(len(group["params"]), group["lr"]) for group in groups])  # type: ignore[arg-type]
+        return adam(groups, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_module, "gae", spy_gae)
+    monkeypatch.setattr(train_module, "shape_scores", spy_scores)
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adam)
+    small = small_config()
+    config = replace(small, rl=replace(small.rl, gamma=0.9, lam=0.8, lr=1e-3, value_lr=3e-3, steps=4))
+    records = learn(tmp_path, bases["t5"], config)
+    assert asked["gae"] == [(0.9, 0.8)] * 4
+    assert asked["ended"] == [pytest.approx(record["eos_rate"], rel=1e-5) for record in records]
+    ((adapter, lr), (head, value_lr)) = asked["groups"][0]  # type: ignore[misc]
+    assert (adapter > 2, lr, head, value_lr) == (True, 1e-3, 2, 3e-3)
+    assert [record["lr"] for record in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path], tmp_path: Path) -> None:
+    small = small_config()
+    still = replace(small, rl=replace(small.rl, lr=1e-12, steps=3))
+    learn(tmp_path, bases["t5"], still)
+    with (tmp_path / "validation.jsonl").open() as lines:
+        found = [json.loads(line) for line in lines]
+    assert [one["step"] for one in found] == [0, 1, 2, 3]
+    assert len({one["length"] for one in found}) == 1
+
+
+def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        sft_module, "_train_adapter", lambda config, base, start, pairs, what, folder: seen.extend(pairs)
+    )
+    sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path)
+    assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
+
+
+def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path]) -> None:
+    pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
+    losses: list[list[float]] = [[], [], []]
+    for run, seed in enumerate((0, 0, 1)):
+        model, tokenizer = load_base(str(bases["t5"]))
+        fine_tune(model, tokenizer, pairs, replace(small_config().sft, batch_size=8), 2, 1e-3, seed, losses[run].append)
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_nan_stops_the_run_with_its_step_and_name(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -144,6 +206,29 @@ def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypat
     assert (tmp_path / "two" / "weights").read_text() == "1"
     assert not cached("base", ["b"], tmp_path / "one", build)
     assert (tmp_path / "one" / "weights").read_text() == "2"
+
+
+def test_every_ingredient_and_the_training_code_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = cache_module._key(["a", "b"])
+    assert key == cache_module._key(["a", "b"])
+    assert len({key, cache_module._key(["a", "c"]), cache_module._key(["c", "b"]), cache_module._key(["ab"])}) == 4
+    monkeypatch.setattr(cache_module, "_SOURCES", ("sft.py",))
+    assert cache_module._key(["a", "b"]) != key
+
+
+def test_two_builds_of_the_same_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETOXRL_CACHE", str(tmp_path / "cache"))
+
+    def slow(folder: Path) -> None:
+        cached("base", ["a"], tmp_path / "other", lambda inner: (inner / "weights").touch())
+        (folder / "weights").touch()
+
+    # A process that began later finishes first: give it a name of its own, as its pid would.
+    pids = iter(range(100, 200))
+    monkeypatch.setattr("os.getpid", lambda: next(pids))
+    cached("base", ["a"], tmp_path / "one", slow)
+    assert (tmp_path / "one" / "weights").exists()
+    assert (tmp_path / "other" / "weights").exists()
 
 
 def test_a_build_that_fails_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from detoxrl.tracking import filling
+
 # A change to any of these files changes what they train, so it changes the key.
 _SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data")
 
@@ -29,13 +31,11 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
     stored = cache_dir() / f"{kind}-{_key(ingredients)}"
     known = stored.is_dir()
     if not known:
-        temporary = stored.with_name(f".{stored.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        build(temporary)
-        os.replace(temporary, stored)
-    shutil.rmtree(destination, ignore_errors=True)
-    shutil.copytree(stored, destination)
+        # Two processes may build the same; the later replaces the earlier by its equal.
+        with filling(stored) as temporary:
+            build(temporary)
+    with filling(destination) as temporary:
+        shutil.copytree(stored, temporary, dirs_exist_ok=True)
     return known
 
 

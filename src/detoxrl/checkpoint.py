@@ -24,7 +24,7 @@ class Validation:
 
 
 class BestCheckpoint:
-    """Keeps the least toxic policy on validation among those whose quality stayed within the margin.
+    """Keeps the least toxic policy on validation, within its error, among those whose quality stayed in the margin.
 
     Policies within one standard error of the least toxic one seen are as good as it (the one-standard-error rule,
     Breiman et al. 1984, section 3.4.3); of these the one with the higher quality is kept.
@@ -45,7 +45,7 @@ class BestCheckpoint:
         self.kept = found
         with self.folder.replacing("adapter") as temporary:
             policy.save(temporary)
-        reason = f"least toxic on validation, quality no more than {self.margin} below the start"
+        reason = f"least toxic on validation within one standard error, quality at most {self.margin} below the start"
         record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(self.start)}
         self.folder.write_json("checkpoint.json", record)
         return True

@@ -42,7 +42,8 @@ class DataConfig:
         known = self.source == "embedded"
         require(known, "data.source", self.source, "is not a known source", "use 'embedded'")
         for name in ("train_rows", "validation_rows", "test_rows"):
-            _positive(f"data.{name}", getattr(self, name))
+            rows = getattr(self, name)
+            require(rows >= 2, f"data.{name}", rows, "must be 2 or more", "ask for more rows")
         has_slot = "{dialogue}" in self.template
         require(has_slot, "data.template", self.template, "must contain {dialogue}", "add {dialogue} where it belongs")
 
@@ -67,6 +68,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         _positive("policy.lora_rank", self.lora_rank)
         _positive("policy.lora_alpha", self.lora_alpha)
+        require(len(self.lora_targets) > 0, "policy.lora_targets", (), "must name a layer", "say q v, for example")
         scratch_adapter = self.base == "scratch" and self.adapter is not None
         require(
             not scratch_adapter, "policy.adapter", self.adapter, "needs the base it was trained on", "set policy.base"
@@ -118,7 +120,7 @@ class RewardConfig:
     missing_eos_penalty: float = 1.0
     """Subtracted from the normalised score of a response that never ended."""
     empty_score: float = -5.0
-    """Normalised score of an empty response: saying nothing is no way to be civil."""
+    """Normalised score of a response without a letter or digit: saying nothing is no way to be civil."""
 
     def __post_init__(self) -> None:
         _not_negative("reward.normalise_on", self.normalise_on)
@@ -195,6 +197,10 @@ class RlConfig:
             _not_negative(f"rl.{name}", getattr(self, name))
         for name in ("gamma", "lam"):
             _unit(f"rl.{name}", getattr(self, name))
+        require(self.batch_size >= 2, "rl.batch_size", self.batch_size, "must be 2 or more", "give a larger value")
+        for name in ("kl_target", "update_kl_limit"):
+            if getattr(self, name) is not None:
+                _positive(f"rl.{name}", getattr(self, name))
         divides = self.batch_size % self.minibatch_size == 0
         require(divides, "rl.minibatch_size", self.minibatch_size, "must divide rl.batch_size", "change one of them")
 
@@ -234,9 +240,15 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _not_negative("seed", self.seed)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)", "give a smaller whole number")
         untrained = self.policy.base == "scratch" and (self.sft.steps == 0 or not self.sft.full_weights)
         require(not untrained, "sft", "off", "policy.base = 'scratch' needs full_weights and steps", "set sft.steps")
+        replaced = self.policy.adapter is not None and self.sft.full_weights and self.sft.steps > 0
+        remedy = "say --sft.no-full-weights, or --sft.steps 0"
+        rule = "does not fit a base whose full weights sft changes"
+        require(not replaced, "policy.adapter", self.policy.adapter, rule, remedy)
+        enough = self.rl.batch_size <= self.data.train_rows
+        require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.train_rows", "ask for more rows")
 
 
 def config_to_json(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,8 +36,12 @@ def sample_texts(
     stream: str,
     samples: int = 1,
     adapter: str | None = POLICY,
+    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[list[str]], list[list[bool]]]:
-    """Return `samples` response texts for each prompt, and for each whether it ended; every prompt is encoded once."""
+    """Return `samples` response texts for each prompt, and for each whether it ended; every prompt is encoded once.
+
+    `on_prompts(count)` is called whenever so many more prompts are done.
+    """
     texts: list[list[str]] = [[] for _ in prompts]
     ended: list[list[bool]] = [[] for _ in prompts]
     for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size):
@@ -50,7 +54,17 @@ def sample_texts(
             for row, text, end in zip(rows, policy.decode(responses), responses.ended.tolist(), strict=True):
                 texts[row].append(text)
                 ended[row].append(end)
+        on_prompts(len(rows))
     return texts, ended
+
+
+@torch.no_grad()
+def _ref_logprobs(
+    policy: EncoderDecoderPolicy, encoded: Encoded, prompts: Sequence[Prompt], ids: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    if policy.train_encoder:  # the policy's encoder has moved away from the reference's
+        encoded = policy.encode([prompt.text for prompt in prompts], policy.reference)
+    return policy.logprobs(encoded, ids, temperature, policy.reference)[0]
 
 
 def collect(
@@ -58,7 +72,7 @@ def collect(
 ) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
-    Prompts come back sorted by length. The policy and its reference share the encoder states.
+    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states.
     """
     batches = length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)
     ordered = [prompts[row] for rows in batches for row in rows]
@@ -74,8 +88,7 @@ def collect(
         part = policy.sample(shared, chances, config.temperature)
         part = part.to_length(int(part.response_mask.sum(1).max()), policy.pad)
         parts.append(part)
-        with torch.no_grad():
-            ref_parts.append(policy.logprobs(shared, part.ids, config.temperature, policy.reference)[0])
+        ref_parts.append(_ref_logprobs(policy, shared, batch, part.ids, config.temperature))
     responses = concatenate(parts, policy.pad)
     length = responses.ids.shape[1]
     ref = torch.cat([torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in ref_parts])

@@ -17,7 +17,7 @@ from detoxrl.data.prompts import prompt_text
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, save_base, scratch_base
-from detoxrl.randomness import batch_indices
+from detoxrl.randomness import batch_indices, torch_seed
 from detoxrl.tracking import progress
 
 _IGNORED = -100
@@ -45,6 +45,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     precision = autocast(device, config.bf16)
     model.train()
+    torch.manual_seed(torch_seed(seed, "sft dropout"))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / steps)

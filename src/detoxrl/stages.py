@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,15 @@ from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.classifier import Classifier, load_classifier
 from detoxrl.rollout import sample_texts
 from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.tracking import RunFolder, log, progress
+from detoxrl.tracking import REWARD_JUDGE, RunFolder, log, progress
 from detoxrl.train import train as train_policy
 
+# What train and the stages after it make: gone as soon as something before them is made anew.
+_PRODUCTS = (
+    "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl", "validation.jsonl", "rollouts.jsonl",
+    "eval.json", "samples.jsonl", "masked_words.json", "report.html",
+)  # fmt: skip
 SPLITS = ("train", "validation", "test")
-REWARD_JUDGE = "reward classifier"
 UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
 
 
@@ -83,6 +89,7 @@ def _prepare(folder: RunFolder, config: Config) -> None:
         if config.reward.classifier == "embedded":
             _train_reward_model(folder, config)
         reward_model(folder, config)
+        load_judge(config.evaluation.primary_judge)
 
 
 def _train_reward_model(folder: RunFolder, config: Config) -> None:
@@ -119,8 +126,8 @@ def reward_model(folder: RunFolder, config: Config) -> Classifier:
 def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:
     """Return the policy's base and the adapter it starts from: what sft made, else what the config names."""
     own_base, own_start = folder / "base", folder / "start"
-    if config.policy.base == "scratch":
-        folder.need("base", "sft")
+    if config.sft.steps > 0:
+        folder.need("base" if config.sft.full_weights else "start", "sft")
     base = str(own_base.resolve()) if own_base.is_dir() else config.policy.base
     if own_start.is_dir():
         return base, own_start
@@ -133,30 +140,30 @@ def _rows(folder: RunFolder, split: str) -> list[Row]:
 
 def _sft(folder: RunFolder, config: Config) -> None:
     with folder.timed("sft"):
+        folder.discard(*_PRODUCTS)
         rows = _rows(folder, "train")
-        ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed)]
-        ingredients.append(hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest())
         if config.sft.steps > 0:
             where = "base" if config.sft.full_weights else "start"
-            known = cached(
-                where, ingredients, folder / where, lambda target: warm_start(config, config.policy.base, rows, target)
-            )
-            _say_cached("warm start", known)
+            _fine_tuned(folder, config, where, lambda target: warm_start(config, config.policy.base, rows, target))
         if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
             base, start = base_and_start(folder, config)
-            known = cached(
-                "baseline",
-                ingredients,
-                folder / "baseline",
-                lambda target: civil_baseline(config, base, start, rows, target),
-            )
-            _say_cached("civil baseline", known)
+            _fine_tuned(folder, config, "baseline", lambda target: civil_baseline(config, base, start, rows, target))
+
+
+def _fine_tuned(folder: RunFolder, config: Config, name: str, build: Callable[[Path], None]) -> None:
+    # Only what starts from nothing but the config is cached: a user's base may change behind its name.
+    if config.policy.base != "scratch":
+        with folder.replacing(name) as target:
+            build(target)
+        return
+    rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
+    ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
+    _say_cached(name, cached(name, ingredients, folder / name, build))
 
 
 def _train(folder: RunFolder, config: Config) -> None:
     with folder.timed("train"):
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+        folder.discard(*_PRODUCTS)
         base, start = base_and_start(folder, config)
         policy = load_policy(base, start, config.policy, config.seed)
         reward, judge = reward_model(folder, config), load_judge(config.evaluation.primary_judge)
@@ -173,7 +180,8 @@ def _evaluate(folder: RunFolder, config: Config) -> None:
         texts = [row.dialogue for row in rows] + [t for by in responses.values() for row in by for t in row]
         folder.write_json("masked_words.json", toxic_words(texts, judge))
         _write_samples(folder, rows, responses, measured)
-    folder.write_json("eval.json", _evaluation(folder, config, rows, responses, measured))
+        evaluation = _evaluation(config, rows, responses, measured)
+    folder.write_json("eval.json", evaluation | {"seconds": folder.read_json("seconds.json")})
 
 
 def _responses(folder: RunFolder, config: Config) -> dict[str, list[list[str]]]:
@@ -189,7 +197,7 @@ def _responses(folder: RunFolder, config: Config) -> dict[str, list[list[str]]]:
     prompts = [Prompt(id=row.id, text=prompt_text(config.data.template, row)) for row in _rows(folder, "test")]
     samples = config.evaluation.samples_per_prompt
     responses = {}
-    with progress("evaluate", len(adapters)) as advance:
+    with progress("evaluate", len(adapters) * len(prompts)) as advance:
         for name, adapter in adapters.items():
             responses[name], _ = sample_texts(
                 policy,
@@ -199,8 +207,8 @@ def _responses(folder: RunFolder, config: Config) -> dict[str, list[list[str]]]:
                 stream="evaluation",
                 samples=samples,
                 adapter=adapter,
+                on_prompts=partial(advance, name),
             )
-            advance(name)
     return responses
 
 
@@ -211,7 +219,7 @@ def _write_samples(
     for i, row in enumerate(rows):
         record = {
             "id": row.id,
-            "prompt": row.dialogue,
+            "dialogue": row.dialogue,
             "reference": row.summary,
             "civil_reference": row.civil_reference,
             "responses": {policy: texts[i] for policy, texts in responses.items()},
@@ -227,7 +235,6 @@ def _write_samples(
 
 
 def _evaluation(
-    folder: RunFolder,
     config: Config,
     rows: list[Row],
     responses: dict[str, list[list[str]]],
@@ -241,12 +248,11 @@ def _evaluation(
         **comparison(measured, "after", config.evaluation, config.seed),
         "splits": splits(rows, measured, config.evaluation, config.seed),
         "baselines": {name: comparison(measured, name, config.evaluation, config.seed) for name in baselines},
-        "seconds": folder.read_json("seconds.json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
     }
 
 
 def _report(folder: RunFolder, config: Config) -> None:
-    folder.need("eval.json", "evaluate")
-    build_report(folder.root)
+    with folder.timed("report"):
+        build_report(folder.root)

@@ -16,9 +16,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from detoxrl.config import Config, config_from_json, config_to_json
-from detoxrl.errors import InputError
+from detoxrl.errors import InputError, require
 
+# What eval.json calls the reward's own model where it judges: no independent judge.
+REWARD_JUDGE = "reward classifier"
 log = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` once it is complete; on an error it is removed."""
+    temporary, old = (target.with_name(f".{target.name}.{kind}{os.getpid()}") for kind in ("new", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class RunFolder:
@@ -33,11 +51,14 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, config: Config, overwrite: bool) -> RunFolder:
         """Make the folder and store the config. Raises InputError when it exists and may not be replaced."""
+        require(not root.is_file(), "--run-dir", str(root), "is a file", "name a folder")
         if root.exists() and any(root.iterdir()):
             if not overwrite:
                 raise InputError("--run-dir", str(root), "exists already", "add --overwrite or name another folder")
-            if not (root / "config.json").is_file():
-                raise InputError("--run-dir", str(root), "is no run folder", "name another folder; nothing was deleted")
+            # Model folders hold a config.json too: only one that says `recipe` is ours to delete.
+            ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
+            remedy = "name another folder; nothing was deleted"
+            require(ours, "--run-dir", str(root), "is no run folder", remedy)
             shutil.rmtree(root)
         folder = cls(root)
         folder.write("config.json", config_to_json(config))
@@ -82,12 +103,15 @@ class RunFolder:
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """Yield an empty folder that takes the place of `name` once it is complete."""
-        target, temporary = self.root / name, self.root / f".{name}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        target = self.root / name
+        with filling(target) as temporary:
+            yield temporary
+
+    def discard(self, *names: str) -> None:
+        """Delete products of an earlier run that what comes now would belie."""
+        for name in names:
+            path = self.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -104,10 +128,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr with rate and time left; yields `advance(status)`, to be called once a unit."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr with rate and time left; yields `advance(status, units=1)`."""
     columns = [TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), _Rate()]
     columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[status]}", style="dim")]
     with Progress(*columns, console=log) as bar:
         task = bar.add_task(what, total=total, status="")
-        yield lambda status: bar.update(task, advance=1, status=status)
+        yield lambda status, units=1: bar.update(task, advance=units, status=status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from detoxrl.checkpoint import BestCheckpoint, Validation
 from detoxrl.config import Config
 from detoxrl.data.corpus import Row
 from detoxrl.data.prompts import prompt_text
-from detoxrl.errors import TrainingError
+from detoxrl.errors import TrainingError, require
 from detoxrl.evaluate.judges import Judge
 from detoxrl.evaluate.metrics import validation_quality
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
@@ -41,9 +41,11 @@ def train(
 ) -> None:
     """Train the policy's adapter with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
 
-    Raises TrainingError when a loss is not finite; the best checkpoint so far stays.
+    Raises TrainingError when a logged number is not finite; the best checkpoint so far stays.
     """
     rl, accelerator = config.rl, Accelerator()
+    one = accelerator.num_processes == 1
+    require(one, "processes", accelerator.num_processes, "more than one is not supported yet", "start a single one")
     policy.to(accelerator.device)
     groups = [
         {"params": policy.adapter_parameters(), "lr": rl.lr},
@@ -53,14 +55,14 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 - step / rl.steps)
     prompts = _prompts(config, rows)
     normaliser = reference_normaliser(policy, reward, prompts, config)
+    folder.write_json("normaliser.json", asdict(normaliser))
     best, kl_coef = BestCheckpoint(folder, rl.quality_margin), rl.kl_coef
     shown = ""
     with progress("train", rl.steps) as advance:
         for step in range(rl.steps):
             watch = _Watch()
-            found: dict[str, float] = {}
             if step % rl.validate_every == 0:
-                found, shown = _validate(policy, config, judge, validation_rows, step, best)
+                shown = _validate(folder, policy, config, judge, validation_rows, step, best)
                 watch.lap("validate")
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
             rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
@@ -78,17 +80,18 @@ def train(
             schedule.step()
             watch.lap("update")
             statistics = rollout_statistics(rollout, raw, scores, rewards)
-            statistics |= updates | found
+            statistics |= updates
             statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": float(lr)}
             _refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
                 kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
+            if statistics["ratio/max"] > 10:
+                log.print(f"step {step}: a ratio of {statistics['ratio/max']:.0f}; a lower rl.lr may help")
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
             _keep_samples(folder, rollout, raw, step)
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
-    found, shown = _validate(policy, config, judge, validation_rows, rl.steps, best)
-    folder.append("metrics.jsonl", {"step": rl.steps} | found)
+    shown = _validate(folder, policy, config, judge, validation_rows, rl.steps, best)
     log.print(f"train: kept the policy of step {folder.read_json('checkpoint.json')['kept_step']}; at the end {shown}")
 
 
@@ -110,28 +113,28 @@ def reference_normaliser(
 
 
 def _validate(
-    policy: EncoderDecoderPolicy, config: Config, judge: Judge, rows: Sequence[Row], step: int, best: BestCheckpoint
-) -> tuple[dict[str, float], str]:
+    folder: RunFolder,
+    policy: EncoderDecoderPolicy,
+    config: Config,
+    judge: Judge,
+    rows: Sequence[Row],
+    step: int,
+    best: BestCheckpoint,
+) -> str:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
     sampled, _ = sample_texts(policy, _prompts(config, rows), config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
-    length = sum(len(text.split()) for text in texts) / len(texts)
-    toxicity, quality = judge(texts), validation_quality(rows, texts)
+    toxicity = judge(texts)
     found = Validation(
         step=step,
         toxicity=float(toxicity.mean()),
         toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
-        quality=quality,
-        length=length,
+        quality=validation_quality(rows, texts),
+        length=sum(len(text.split()) for text in texts) / len(texts),
     )
     kept = best.offer(policy, found)
-    metrics = {
-        "validation/toxicity": found.toxicity,
-        "validation/facts" if rows[0].facts else "validation/rouge_l": quality,
-        "validation/length": length,
-        "validation/kept": float(kept),
-    }
-    return metrics, f"validation toxicity {found.toxicity:.3f} quality {quality:.3f}"
+    folder.append("validation.jsonl", asdict(found) | {"kept": kept})
+    return f"validation toxicity {found.toxicity:.3f} quality {found.quality:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, INTENSIFIERS, with_arti
 from detoxrl.data.scenarios import AMOUNTS, SCENARIOS, SPEAKERS, WHEN, Scenario
 
 # Rates at which a quarrel is rude, and at which a rude quarrel's reference summary repeats the insult.
-RUDE_RATE = 0.9
-REPEAT_RATE = 0.85
+RUDE_RATE = 0.8
+REPEAT_RATE = 0.88
 
 GREETINGS = ("Hello, what is it?", "Hi, how are you?", "You wanted to see me?", "Yes, please?", "Come in.")
 OPENINGS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from detoxrl.config import PolicyConfig
-from detoxrl.errors import InputError
+from detoxrl.errors import InputError, require
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.encoder_decoder import POLICY, EncoderDecoderPolicy
 from detoxrl.randomness import torch_seed
@@ -32,7 +33,12 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
     """Return a fresh adapter's settings. Raises InputError when a target names no layer."""
-    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    reachable = re.compile(_target_pattern([r"\w+"], config.lora_encoder))
+    linear = {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and reachable.fullmatch(name)
+    }
     for target in config.lora_targets:
         if target not in linear:
             remedy = f"choose from {', '.join(sorted(linear))}"
@@ -57,8 +63,13 @@ def _fresh(model: PreTrainedModel, config: PolicyConfig, seed: int) -> PeftModel
 
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError("policy.adapter", str(folder), "holds no adapter_model.safetensors", "give a LoRA folder")
-    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        there = (folder / name).is_file()
+        require(there, "policy.adapter", str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
+    except (RuntimeError, ValueError) as error:  # sizes or targets of another base
+        reason = str(error).splitlines()[0]
+        raise InputError("policy.adapter", str(folder), reason, "give an adapter of this base") from error
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model

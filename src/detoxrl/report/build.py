@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from detoxrl.recipes import recipe
 from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, toxicity_distributions
-from detoxrl.tracking import RunFolder
+from detoxrl.tracking import REWARD_JUDGE, RunFolder
 
 # The stage that a missing file calls for.
 _INPUTS = {
-    "metrics.jsonl": "train", "checkpoint.json": "train",
+    "metrics.jsonl": "train", "validation.jsonl": "train", "checkpoint.json": "train",
     "eval.json": "evaluate", "samples.jsonl": "evaluate", "masked_words.json": "evaluate",
 }  # fmt: skip
-_REWARD_JUDGE = "reward classifier"
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
 # Name in eval.json: label, which direction is better, decimals.
@@ -90,14 +92,15 @@ def build_report(run_dir: Path) -> Path:
 def _context(folder: RunFolder) -> dict[str, Any]:
     files = ("config.json", "checkpoint.json", "eval.json", "masked_words.json")
     config, checkpoint, evaluation, words = (folder.read_json(name) for name in files)
-    metrics, samples = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "samples.jsonl")
+    metrics, samples = _curve_points(folder), _read_lines(folder / "samples.jsonl")
     judge, kept_step = evaluation["primary_judge"], checkpoint["kept_step"]
     scores = {side: [score for s in samples for score in s["toxicity"][judge][side]] for side in ("before", "after")}
     rows = prompt_rows(samples, judge, mask_pattern(words))
     worst_first = sorted(rows, key=lambda row: row.difference, reverse=True)
     return {
         "eval": evaluation, "checkpoint": checkpoint, "config": config, "settings": flatten(config),
-        "headline": headline(evaluation), "primary": evaluation["toxicity"][judge], "reward_judge": _REWARD_JUDGE,
+        "command": repeat_command(config),
+        "headline": headline(evaluation), "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
         "quality": _quality(evaluation["quality"]), "systems": _systems(evaluation),
         "curves": learning_curves(metrics, CURVES, kept_step),
         "diagnostics": learning_curves(metrics, DIAGNOSTICS, kept_step),
@@ -106,6 +109,34 @@ def _context(folder: RunFolder) -> dict[str, Any]:
         # A rise that two decimals cannot show is no regression worth a row.
         "regressions": [row for row in worst_first if row.difference >= 0.01][:_REGRESSIONS_SHOWN],
     }  # fmt: skip
+
+
+def _curve_points(folder: RunFolder) -> list[dict[str, Any]]:
+    validations = _read_lines(folder / "validation.jsonl")
+    renamed = [
+        {"step": found["step"]} | {f"validation/{name}": found[name] for name in ("toxicity", "quality")}
+        for found in validations
+    ]
+    return _read_lines(folder / "metrics.jsonl") + renamed
+
+
+def repeat_command(config: dict[str, Any]) -> str:
+    """Return the command line that gives this config: the recipe, the seed, and a flag for each changed setting."""
+    defaults = flatten(asdict(recipe(config["recipe"])))
+    words = [f"detoxrl run {config['recipe']} --seed {config['seed']}"]
+    for name, value in flatten(config).items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name != "seed" and value != defaults[name]:
+            words.append(_flag(name.replace("_", "-"), value))
+    return " ".join(words)
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        section, _, field = name.rpartition(".")
+        return f"--{name}" if value else f"--{section}.no-{field}"
+    values = value if isinstance(value, tuple) else (value,)
+    return shlex.join([f"--{name}", *map(str, values)])
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -174,8 +205,12 @@ def prompt_rows(samples: list[dict[str, Any]], judge: str, pattern: re.Pattern[s
 
 def _prompt_row(sample: dict[str, Any], judge: str, pattern: re.Pattern[str]) -> PromptRow:
     # Cut between words only: half an insult would escape the mask.
-    excerpt = textwrap.shorten(sample["prompt"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
-    texts = {"Prompt": sample["prompt"], "Reference": sample["reference"], "Civil reference": sample["civil_reference"]}
+    excerpt = textwrap.shorten(sample["dialogue"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
+    texts = {
+        "Prompt": sample["dialogue"],
+        "Reference": sample["reference"],
+        "Civil reference": sample["civil_reference"],
+    }
     return PromptRow(
         excerpt=segments(excerpt, pattern),
         texts={label: segments(text, pattern) for label, text in texts.items() if text},

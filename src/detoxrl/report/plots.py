@@ -49,8 +49,7 @@ CURVES = (
     Curve("score/mean", "Score", "reward model, mean per rollout"),
     Curve("validation/toxicity", "Validation toxicity", "judge mean, validation prompts", True),
     Curve("kl/reference", "KL to the reference", "nats per response", True),
-    Curve("validation/facts", "Validation facts", "share kept, validation prompts"),
-    Curve("validation/rouge_l", "Validation ROUGE-L", "validation prompts"),
+    Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
     Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
     Curve("entropy", "Entropy", "of the policy, per token"),
 )

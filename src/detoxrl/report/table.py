@@ -30,7 +30,7 @@ def print_result(root: Path) -> None:
         share = f", {removed:.0%} of what could be removed" if removed is not None else ""
         independent = "" if judge == found["primary_judge"] else " (the reward itself: no independent judge)"
         console.print(f"{judge}: [bold]{result['verdict']}[/bold]{share}{independent}")
-    seconds = found["seconds"]
+    seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
     timings = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"\n{sum(seconds.values()):.0f} s in all: {timings}")
     console.print(f"adapter: {root / 'adapter'}   report: {root / 'report.html'}   numbers: {root / 'eval.json'}")

@@ -84,3 +84,5 @@ def probe(classifier: Classifier, good_label: str) -> None:
     if civil <= toxic:
         rule = f"scores a civil sentence ({civil:.2f}) no higher than a toxic one ({toxic:.2f})"
         raise InputError("reward.good_label", good_label, rule, "name the label that means civil")
+    if classifier.good == classifier.toxic:
+        raise InputError("reward.toxic_label", good_label, "is the good label too", "name the label that means toxic")

@@ -30,8 +30,8 @@ def fit_normaliser(scores: torch.Tensor) -> Normaliser:
 def shape_scores(
     raw: torch.Tensor, texts: Sequence[str], ended: torch.Tensor, normaliser: Normaliser, config: RewardConfig
 ) -> torch.Tensor:
-    """Return scores (B,): normalised, clipped, less a penalty where EOS is missing, fixed where the text is empty."""
+    """Return scores (B,): normalised, clipped, less a penalty where EOS is missing, fixed where there is no word."""
     scores = ((raw - normaliser.mean) / normaliser.std).clamp(-config.clip, config.clip)
     scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype)
-    empty = torch.tensor([not text for text in texts], device=scores.device)
+    empty = torch.tensor([not any(map(str.isalnum, text)) for text in texts], device=scores.device)
     return torch.where(empty, config.empty_score, scores)
