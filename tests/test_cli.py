@@ -102,7 +102,8 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
         return [[str(adapter)] for _ in prompts], None
 
     monkeypatch.setattr(stages, "sample_texts", name_adapter)
-    found = stages._responses(*stages.RunFolder.open(run))
+    folder, config = stages.RunFolder.open(run)
+    found = stages._responses(folder, config, stages._rows(folder, "test"))
     assert {name: texts[0][0] for name, texts in found.items()} == {
         "before": "None", "after": "after", "sft_civil": "sft_civil",
     }  # fmt: skip

@@ -207,7 +207,7 @@ def test_a_step_that_moved_too_far_skips_its_other_epochs_and_a_gradient_is_scal
         config = replace(small, rl=replace(small.rl, **{"update_kl_limit": None, **changes}))
         epochs = run_update(policy, config, rollout_of(policy))["epochs"]
         pairs = zip(before, policy.adapter_parameters(), strict=True)
-        moved[name] = (epochs, sum(float((new - old).abs().sum()) for old, new in pairs))
+        moved[name] = (epochs, sum(float((new.detach() - old).abs().sum()) for old, new in pairs))
     assert moved["free"][0] == moved["held"][0] == 2
     assert moved["short"][0] == 1
     assert moved["held"][1] < 0.05 * moved["free"][1]

@@ -11,7 +11,7 @@ _RECIPES = {
         Config(
             recipe="quickstart",
             # lam = 1: the verb that decides whether an insult follows stands some 20 tokens before the score.
-            rl=RlConfig(steps=60, batch_size=128, minibatch_size=32, microbatch_size=32, lam=1.0, kl_coef=0.2, lr=5e-4),
+            rl=RlConfig(steps=60, batch_size=128, minibatch_size=32, microbatch_size=32, lam=1.0, kl_coef=0.2, lr=3e-4),
         ),
     ),
 }

@@ -20,12 +20,11 @@ from accelerate import PartialState
 from detoxrl.cache import cached
 from detoxrl.config import Config
 from detoxrl.data.corpus import Row, generate_rows
-from detoxrl.data.prompts import prompt_text, read_rows, rows_to_jsonl
+from detoxrl.data.prompts import read_rows, rows_to_jsonl, to_prompts
 from detoxrl.data.utterances import generate_utterances
 from detoxrl.evaluate.judges import load_judge, once_each
 from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
 from detoxrl.policy.adapters import load_policy
-from detoxrl.records import Prompt
 from detoxrl.report.build import build_report
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.classifier import Classifier, load_classifier
@@ -172,7 +171,8 @@ def _train(folder: RunFolder, config: Config) -> None:
 
 def _evaluate(folder: RunFolder, config: Config) -> None:
     with folder.timed("evaluate"):
-        rows, responses = _rows(folder, "test"), _responses(folder, config)
+        rows = _rows(folder, "test")
+        responses = _responses(folder, config, rows)
         reward, judge = reward_model(folder, config), load_judge(config.evaluation.primary_judge)
         by_reward = once_each(lambda texts: reward.toxicity(texts).double().numpy())
         judges = {config.evaluation.primary_judge: judge, REWARD_JUDGE: by_reward}
@@ -184,7 +184,7 @@ def _evaluate(folder: RunFolder, config: Config) -> None:
     folder.write_json("eval.json", evaluation | {"seconds": folder.read_json("seconds.json")})
 
 
-def _responses(folder: RunFolder, config: Config) -> dict[str, list[list[str]]]:
+def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, list[list[str]]]:
     """Sample the start, the trained policy and the baseline on the same prompts with the same uniforms."""
     trained = folder.need("adapter", "train")
     base, start = base_and_start(folder, config)
@@ -194,7 +194,7 @@ def _responses(folder: RunFolder, config: Config) -> dict[str, list[list[str]]]:
     if (folder / "baseline").is_dir():
         policy.add_adapter("sft_civil", folder / "baseline")
         adapters["sft_civil"] = "sft_civil"
-    prompts = [Prompt(id=row.id, text=prompt_text(config.data.template, row)) for row in _rows(folder, "test")]
+    prompts = to_prompts(config.data.template, rows)
     samples = config.evaluation.samples_per_prompt
     responses = {}
     with progress("evaluate", len(adapters) * len(prompts)) as advance:

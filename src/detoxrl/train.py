@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from detoxrl.checkpoint import BestCheckpoint, Validation
 from detoxrl.config import Config
 from detoxrl.data.corpus import Row
-from detoxrl.data.prompts import prompt_text
+from detoxrl.data.prompts import to_prompts
 from detoxrl.errors import TrainingError, require
 from detoxrl.evaluate.judges import Judge
 from detoxrl.evaluate.metrics import validation_quality
@@ -53,7 +53,7 @@ def train(
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 - step / rl.steps)
-    prompts = _prompts(config, rows)
+    prompts = to_prompts(config.data.template, rows)
     normaliser = reference_normaliser(policy, reward, prompts, config)
     folder.write_json("normaliser.json", asdict(normaliser))
     best, kl_coef = BestCheckpoint(folder, rl.quality_margin), rl.kl_coef
@@ -95,10 +95,6 @@ def train(
     log.print(f"train: kept the policy of step {folder.read_json('checkpoint.json')['kept_step']}; at the end {shown}")
 
 
-def _prompts(config: Config, rows: Sequence[Row]) -> list[Prompt]:
-    return [Prompt(id=row.id, text=prompt_text(config.data.template, row)) for row in rows]
-
-
 def reference_normaliser(
     policy: EncoderDecoderPolicy, reward: Reward, prompts: Sequence[Prompt], config: Config
 ) -> Normaliser:
@@ -122,7 +118,8 @@ def _validate(
     best: BestCheckpoint,
 ) -> str:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
-    sampled, _ = sample_texts(policy, _prompts(config, rows), config.generation, seed=config.seed, stream="validation")
+    prompts = to_prompts(config.data.template, rows)
+    sampled, _ = sample_texts(policy, prompts, config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
     toxicity = judge(texts)
     found = Validation(

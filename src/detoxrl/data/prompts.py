@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from detoxrl.data.corpus import Row
+from detoxrl.records import Prompt
 
 _ROW = TypeAdapter(Row)
 
@@ -15,6 +16,11 @@ _ROW = TypeAdapter(Row)
 def prompt_text(template: str, row: Row) -> str:
     """Return what the policy reads for a row."""
     return template.replace("{dialogue}", row.dialogue)
+
+
+def to_prompts(template: str, rows: Iterable[Row]) -> list[Prompt]:
+    """Return the prompts of rows, under the rows' ids."""
+    return [Prompt(id=row.id, text=prompt_text(template, row)) for row in rows]
 
 
 def rows_to_jsonl(rows: Iterable[Row]) -> str:
