@@ -204,7 +204,7 @@ def test_a_step_that_moved_too_far_skips_its_other_epochs_and_a_gradient_is_scal
     for name, changes in {"free": {}, "held": {"max_grad_norm": 1e-9}, "short": {"update_kl_limit": 1e-12}}.items():
         policy = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
         before = [weight.detach().clone() for weight in policy.adapter_parameters()]
-        config = replace(small, rl=replace(small.rl, **{"update_kl_limit": None, **changes}))
+        config = replace(small, rl=replace(small.rl, **{"minibatch_size": 2, "update_kl_limit": None, **changes}))
         epochs = run_update(policy, config, rollout_of(policy))["epochs"]
         pairs = zip(before, policy.adapter_parameters(), strict=True)
         moved[name] = (epochs, sum(float((new.detach() - old).abs().sum()) for old, new in pairs))

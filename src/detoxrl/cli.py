@@ -57,7 +57,7 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
         return config, run_dir or Path("runs") / config.recipe, overwrite
 
     config, run_dir, overwrite = tyro.cli(flags, prog=f"detoxrl {command} {words[0]}", args=list(words[1:]))
-    _quiet_libraries()
+    _prepare_libraries()
     from detoxrl import stages
 
     if command == "prepare":
@@ -72,7 +72,7 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     if len(words) != 1 or words[0].startswith("-"):
         raise InputError("run folder", " ".join(words), "must be one folder", f"say `detoxrl {command} runs/NAME`")
     root = Path(words[0])
-    _quiet_libraries()
+    _prepare_libraries()
     from detoxrl import stages
 
     if command == "sft":
@@ -95,8 +95,11 @@ def _print_result(root: Path) -> None:
     print_result(root)
 
 
-def _quiet_libraries() -> None:
-    # Their progress bars and notices would tear ours apart; their errors still come through.
+def _prepare_libraries() -> None:
+    # OpenMP threads spin while they wait; where cores are shared with another job, two spinning teams slow each other
+    # down a hundredfold (docs/log.md). It must be said before torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Progress bars and notices of others would tear ours apart; their errors still come through.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
