@@ -10,7 +10,7 @@ from detoxrl.checkpoint import BestCheckpoint, Validation
 from detoxrl.config import config_to_json
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
-from detoxrl.tracking import RunFolder
+from detoxrl.tracking import RunFolder, filling
 
 
 class FakePolicy:
@@ -54,11 +54,11 @@ def test_the_least_toxic_checkpoint_with_its_facts_kept_stays(
 
 def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with folder.replacing("adapter") as temporary:
+    with filling(folder / "adapter") as temporary:
         (temporary / "weights").write_text("old")
 
     def fail() -> None:
-        with folder.replacing("adapter") as temporary:
+        with filling(folder / "adapter") as temporary:
             (temporary / "weights").write_text("new")
             raise OSError("disk full")
 

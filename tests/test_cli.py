@@ -99,7 +99,7 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
     from detoxrl import stages
 
     def name_adapter(policy: object, prompts: list[object], *_: object, adapter: str | None, **__: object) -> object:
-        return [[str(adapter)] for _ in prompts], None
+        return [[str(adapter)] for _ in prompts]
 
     monkeypatch.setattr(stages, "sample_texts", name_adapter)
     folder, config = stages.RunFolder.open(run)

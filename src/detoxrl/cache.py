@@ -26,7 +26,8 @@ def cache_dir() -> Path:
 def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
     """Fill `destination` from the cache, or by `build(folder)`, whose result is kept; return whether it was there.
 
-    The key covers the ingredients, the versions of the libraries, the thread count and detoxrl's own training code.
+    The key covers the ingredients, the versions of the libraries, threads and bf16 of the machine, and detoxrl's own
+    training code.
     """
     stored = cache_dir() / f"{kind}-{_key(ingredients)}"
     known = stored.is_dir()
@@ -41,7 +42,8 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
 
 def _key(ingredients: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for part in (*ingredients, *map(version, ("torch", "transformers", "peft")), str(torch.get_num_threads())):
+    machine = (torch.get_num_threads(), torch.cpu.get_capabilities().get("avx512_bf16"))  # what rounding depends on
+    for part in (*ingredients, *map(version, ("torch", "transformers", "peft")), repr(machine)):
         digest.update(part.encode() + b"\0")
     package = Path(__file__).parent
     for source in _SOURCES:

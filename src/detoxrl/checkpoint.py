@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
-from detoxrl.tracking import RunFolder
+from detoxrl.tracking import RunFolder, filling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class BestCheckpoint:
         if not self._better(found, self.start.quality - self.margin):
             return False
         self.kept = found
-        with self.folder.replacing("adapter") as temporary:
+        with filling(self.folder / "adapter") as temporary:
             policy.save(temporary)
         reason = f"least toxic on validation within one standard error, quality at most {self.margin} below the start"
         record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(self.start)}

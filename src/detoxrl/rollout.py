@@ -37,13 +37,12 @@ def sample_texts(
     samples: int = 1,
     adapter: str | None = POLICY,
     on_prompts: Callable[[int], None] = lambda count: None,
-) -> tuple[list[list[str]], list[list[bool]]]:
-    """Return `samples` response texts for each prompt, and for each whether it ended; every prompt is encoded once.
+) -> list[list[str]]:
+    """Return `samples` response texts for each prompt; every prompt is encoded once.
 
     `on_prompts(count)` is called whenever so many more prompts are done.
     """
     texts: list[list[str]] = [[] for _ in prompts]
-    ended: list[list[bool]] = [[] for _ in prompts]
     for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size):
         batch = [prompts[row] for row in rows]
         with torch.no_grad():
@@ -51,11 +50,10 @@ def sample_texts(
         for sample in range(samples):
             chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
             responses = policy.sample(encoded, chances, config.temperature, adapter)
-            for row, text, end in zip(rows, policy.decode(responses), responses.ended.tolist(), strict=True):
+            for row, text in zip(rows, policy.decode(responses), strict=True):
                 texts[row].append(text)
-                ended[row].append(end)
         on_prompts(len(rows))
-    return texts, ended
+    return texts
 
 
 @torch.no_grad()

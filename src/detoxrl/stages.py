@@ -30,7 +30,7 @@ from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.classifier import Classifier, load_classifier
 from detoxrl.rollout import sample_texts
 from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.tracking import REWARD_JUDGE, RunFolder, log, progress
+from detoxrl.tracking import REWARD_JUDGE, RunFolder, filling, log, progress
 from detoxrl.train import train as train_policy
 
 # What train and the stages after it make: gone as soon as something before them is made anew.
@@ -152,7 +152,7 @@ def _sft(folder: RunFolder, config: Config) -> None:
 def _fine_tuned(folder: RunFolder, config: Config, name: str, build: Callable[[Path], None]) -> None:
     # Only what starts from nothing but the config is cached: a user's base may change behind its name.
     if config.policy.base != "scratch":
-        with folder.replacing(name) as target:
+        with filling(folder / name) as target:
             build(target)
         return
     rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
@@ -199,7 +199,7 @@ def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, 
     responses = {}
     with progress("evaluate", len(adapters) * len(prompts)) as advance:
         for name, adapter in adapters.items():
-            responses[name], _ = sample_texts(
+            responses[name] = sample_texts(
                 policy,
                 prompts,
                 config.generation,

@@ -100,13 +100,6 @@ class RunFolder:
         with (self.root / name).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n")
 
-    @contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
-        """Yield an empty folder that takes the place of `name` once it is complete."""
-        target = self.root / name
-        with filling(target) as temporary:
-            yield temporary
-
     def discard(self, *names: str) -> None:
         """Delete products of an earlier run that what comes now would belie."""
         for name in names:

@@ -102,7 +102,7 @@ def reference_normaliser(
     if config.reward.normalise_on == 0:
         return Normaliser()
     some = prompts[: config.reward.normalise_on]
-    texts, _ = sample_texts(
+    texts = sample_texts(
         policy, some, config.generation, seed=config.seed, stream="normaliser", adapter=policy.reference
     )
     return fit_normaliser(reward([prompt.text for prompt in some], [text for (text,) in texts]))
@@ -119,7 +119,7 @@ def _validate(
 ) -> str:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
     prompts = to_prompts(config.data.template, rows)
-    sampled, _ = sample_texts(policy, prompts, config.generation, seed=config.seed, stream="validation")
+    sampled = sample_texts(policy, prompts, config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
     toxicity = judge(texts)
     found = Validation(
