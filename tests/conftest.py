@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,15 @@ import torch
 import transformers
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from detoxrl.config import Config, PolicyConfig
+from detoxrl.config import Config, DataConfig, PolicyConfig
 from detoxrl.data.corpus import generate_rows
+from detoxrl.data.rows import Row
+from detoxrl.data.utterances import generate_utterances
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base, scratch_tokenizer
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.recipes import recipe
+from detoxrl.reward_training import train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(2)
@@ -56,6 +61,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp("bases") / name
         save_base(make(len(tokenizer)), tokenizer, folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny RoBERTa with the labels nothate and hate that knows insults."""
+    folder = tmp_path_factory.mktemp("classifier") / "reward"
+    losses: list[float] = []
+    train_reward_model(
+        generate_utterances(0, 3000), folder, steps=150, batch_size=64, lr=1e-3, seed=0, on_step=losses.append
+    )
+    assert losses[0] > 0.5 > 0.2 > losses[-1]
+    return folder
 
 
 def policy_config(name: str, encoder: bool = False) -> PolicyConfig:
@@ -106,6 +123,16 @@ def policy(
     return load_policy(str(bases[architecture]), adapter, policy_config(architecture), seed=0)
 
 
+def prompted_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
+    """Generated rows with the prompts that the default template makes."""
+    template = DataConfig().template
+    rows = generate_rows(seed, sizes)
+    return {
+        split: [replace(row, prompt=template.replace("{dialogue}", row.dialogue)) for row in those]
+        for split, those in rows.items()
+    }
+
+
 @pytest.fixture
 def config() -> Config:
     """A config with every stage small."""
@@ -114,17 +141,22 @@ def config() -> Config:
 
 def small_config() -> Config:
     """The quickstart's shape at a size for tests."""
-    from dataclasses import replace
-
-    from detoxrl.recipes import recipe
-
     quick = recipe("quickstart")
     return replace(
         quick,
-        data=replace(quick.data, train_rows=64, validation_rows=8, test_rows=8),
+        data=replace(quick.data, limit=64),
+        evaluation=replace(quick.evaluation, prompts=8),
         generation=replace(quick.generation, max_new_tokens=12),
         reward=replace(quick.reward, normalise_on=16),
         rl=replace(
-            quick.rl, steps=2, batch_size=8, minibatch_size=4, microbatch_size=4, epochs=2, validate_every=1, lr=1e-2
+            quick.rl,
+            steps=2,
+            batch_size=8,
+            minibatch_size=4,
+            microbatch_size=4,
+            epochs=2,
+            validate_every=1,
+            lr=1e-2,
+            validation_prompts=8,
         ),
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from detoxrl.checkpoint import BestCheckpoint, Validation
-from detoxrl.config import config_to_json
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
+from detoxrl.settings import config_to_json
 from detoxrl.tracking import RunFolder, filling
 
 
@@ -71,7 +71,7 @@ def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_a_run_folder_is_replaced_only_on_request_and_only_if_it_is_one(tmp_path: Path) -> None:
     config = recipe("quickstart")
     RunFolder.create(tmp_path / "run", config, overwrite=False)
-    with pytest.raises(InputError, match="exists already; add --overwrite"):
+    with pytest.raises(InputError, match="exists already; add --resume"):
         RunFolder.create(tmp_path / "run", config, overwrite=False)
     (tmp_path / "run" / "old").touch()
     RunFolder.create(tmp_path / "run", config, overwrite=True)

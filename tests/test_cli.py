@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SMALL = [
-    "--data.train-rows", "96", "--data.validation-rows", "8", "--data.test-rows", "12",
+    "--data.limit", "96", "--rl.validation-prompts", "8", "--evaluation.prompts", "12",
     "--sft.steps", "25", "--sft.batch-size", "8", "--sft.baseline-steps", "2",
     "--generation.max-new-tokens", "12", "--reward.normalise-on", "16",
     "--rl.steps", "2", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
@@ -71,7 +71,8 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
             change = result["after"]["mean"] - result["before"]["mean"]
             assert result["difference"]["mean"] == pytest.approx(change, abs=1e-9)
             assert result["difference"]["low"] <= result["difference"]["mean"] <= result["difference"]["high"]
-        names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen"}
+        names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen",
+                 "score"}  # fmt: skip
         assert set(systems["quality"]) == names
     assert set(found["baselines"]) == {"sft_civil"}
     assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
@@ -137,14 +138,14 @@ def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Pa
     before = (run / "eval.json").read_bytes()
     result = detoxrl("run", "quickstart", *SMALL, cwd=place)
     assert result.returncode == 2
-    assert "exists already; add --overwrite" in result.stderr
+    assert "exists already; add --resume to go on, --overwrite to begin anew" in result.stderr
     assert (run / "eval.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; use one of quickstart"),
+        (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; did you mean quickstart?"),
         (["run"], "recipe = '': is missing"),
         (["fly"], "command = 'fly': is not a command"),
         (["train", "nowhere"], "run folder = 'nowhere': holds no config.json"),

@@ -29,27 +29,42 @@ from detoxrl.recipes import recipe, recipe_names
         (lambda: RlConfig(batch_size=10, minibatch_size=4), r"rl\.minibatch_size = 4: must divide rl\.batch_size"),
         (lambda: RlConfig(batch_size=1, minibatch_size=1), r"rl\.batch_size = 1: must be 2 or more"),
         (lambda: RlConfig(kl_target=0), r"rl\.kl_target = 0: must be above 0"),
-        (lambda: DataConfig(validation_rows=1), r"data\.validation_rows = 1: must be 2 or more"),
+        (lambda: RlConfig(validation_prompts=1), r"rl\.validation_prompts = 1: must be 2 or more"),
         (lambda: PolicyConfig(lora_targets=()), r"policy\.lora_targets = \(\): must name a layer"),
         (lambda: Config(recipe="x", seed=2**63), r"seed = 9223372036854775808"),
-        (lambda: Config(recipe="x", data=DataConfig(train_rows=9)), r"rl\.batch_size = 64: exceeds data\.train_rows"),
+        (lambda: Config(recipe="x", data=DataConfig(limit=9)), r"rl\.batch_size = 64: exceeds data\.limit"),
         (
             lambda: Config(recipe="x", policy=PolicyConfig(base="b", adapter="a")),
             r"policy\.adapter = 'a': does not fit a base whose full weights sft changes; say --sft.no-full-weights",
         ),
-        (lambda: DataConfig(source="web"), r"data\.source = 'web'"),
+        (lambda: DataConfig(limit=1), r"data\.limit = 1: must be 2 or more"),
+        (lambda: DataConfig(min_length=9, max_length=8), r"data\.max_length = 8: is below data\.min_length"),
+        (lambda: DataConfig(max_prompt_tokens=0), r"data\.max_prompt_tokens = 0: must be above 0"),
+        (
+            lambda: Config(recipe="x", data=DataConfig(summary_column=None)),
+            r"data\.summary_column = None: leaves sft nothing to learn from",
+        ),
+        (
+            lambda: Config(recipe="x", data=DataConfig(length_unit="tokens")),
+            r"data\.length_unit = 'tokens': needs a tokenizer",
+        ),
+        (
+            lambda: Config(
+                recipe="x", reward=RewardConfig(classifier="c"), evaluation=EvaluationConfig(primary_judge="c")
+            ),
+            r"evaluation\.primary_judge = 'c': is the reward's own classifier",
+        ),
         (lambda: DataConfig(template="Hi"), r"data\.template = 'Hi': must contain \{dialogue\}"),
-        (lambda: DataConfig(test_rows=0), r"data\.test_rows = 0"),
+        (lambda: EvaluationConfig(prompts=1), r"evaluation\.prompts = 1"),
         (lambda: PolicyConfig(adapter="x"), r"policy\.adapter = 'x': needs the base"),
         (lambda: PolicyConfig(lora_rank=0), r"policy\.lora_rank = 0"),
         (lambda: SftConfig(lr=0), r"sft\.lr = 0"),
         (lambda: RewardConfig(clip=0), r"reward\.clip = 0"),
         (lambda: GenerationConfig(temperature=0), r"generation\.temperature = 0"),
-        (lambda: EvaluationConfig(primary_judge="me"), r"evaluation\.primary_judge = 'me'"),
         (lambda: EvaluationConfig(samples_per_prompt=0), r"evaluation\.samples_per_prompt = 0"),
         (lambda: Config(recipe="x", seed=-1), r"seed = -1"),
         (lambda: Config(recipe="x", sft=SftConfig(steps=0)), r"policy\.base = 'scratch' needs full_weights and steps"),
-        (lambda: recipe("quikstart"), r"recipe = 'quikstart': is not a recipe; use one of quickstart"),
+        (lambda: recipe("quikstart"), r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"),
     ],
 )  # type: ignore[misc]
 def test_a_value_that_is_not_allowed_is_named_in_one_line(build: object, message: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from detoxrl.data.corpus import Row, generate_rows
+from detoxrl.data.corpus import generate_rows
 from detoxrl.data.facts import Facts, facts_kept, quarrel_roles
 from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
-from detoxrl.data.prompts import prompt_text, read_rows, rows_to_jsonl
+from detoxrl.data.rows import Row, read_rows, rows_to_jsonl
 from detoxrl.data.scenarios import AMOUNTS, SCENARIOS, WHEN
 from detoxrl.data.utterances import generate_utterances
 
@@ -138,4 +138,3 @@ def test_rows_survive_the_run_folder(rows: dict[str, list[Row]], tmp_path: Path)
     kept = [odd, *rows["test"][1:5]]
     (tmp_path / "rows.jsonl").write_bytes(rows_to_jsonl(kept).encode())
     assert read_rows(tmp_path / "rows.jsonl") == kept
-    assert prompt_text("Say: {dialogue}", odd) == "Say: " + odd.dialogue

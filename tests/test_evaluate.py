@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from conftest import prompted_rows
 from detoxrl.config import EvaluationConfig
-from detoxrl.data.corpus import generate_rows
 from detoxrl.evaluate.judges import Floats, load_judge, once_each
 from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
 from detoxrl.evaluate.metrics import response_metrics, rouge_l, validation_quality
 from detoxrl.evaluate.stats import Difference, compare_toxicity, paired_difference, toxicity_summary, verdict
 
-ROWS = generate_rows(0, {"test": 60})["test"]
+ROWS = prompted_rows(0, {"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
 
 
+def lengths(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    """A reward: the length of prompt and response together."""
+    return torch.tensor([float(len(prompt) + len(text)) for prompt, text in zip(prompts, responses, strict=True)])
+
+
 def test_the_independent_judge_knows_an_insult_when_it_sees_one() -> None:
-    judge = load_judge("alt-profanity-check")
+    judge = load_judge(EvaluationConfig(), torch.device("cpu"))
     rude, polite, again = judge(["You are a stupid idiot.", "Thank you very much.", "You are a stupid idiot."])
     assert rude > 0.9 > 0.2 > polite
     assert rude == again
@@ -104,8 +111,8 @@ def measured_references() -> dict[str, object]:
         "before": [[row.summary] for row in ROWS],
         "after": [[row.civil_reference or ""] for row in ROWS],
     }
-    judge = load_judge("alt-profanity-check")
-    return measure(ROWS, responses, {"alt-profanity-check": judge})
+    judge = load_judge(EvaluationConfig(), torch.device("cpu"))
+    return measure(ROWS, responses, {"alt-profanity-check": judge}, lengths)
 
 
 def test_measuring_references_against_civil_references_removes_all_there_is() -> None:
@@ -133,11 +140,11 @@ def test_one_toxic_sample_of_several_makes_a_prompt_toxic_before_by_any_judge() 
     responses = {side: [["fine", "toxic"], ["fine", "fine"]] for side in ("before", "after")}
     deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
     sharp = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
-    found = splits(two, measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}), CONFIG, seed=0)
+    found = splits(two, measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, lengths), CONFIG, seed=0)
     assert (found["toxic before"]["n"], found["civil before"]["n"]) == (1, 1)
 
 
 def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> None:
-    words = toxic_words(["The stupid parcel came late."], load_judge("alt-profanity-check"))
+    words = toxic_words(["The stupid parcel came late."], load_judge(EvaluationConfig(), torch.device("cpu")))
     assert {"stupid", "idiot", "clown"} <= set(words)
     assert "parcel" not in words

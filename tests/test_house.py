@@ -9,14 +9,14 @@ import detoxrl
 
 PACKAGE = Path(detoxrl.__file__).parent
 FLOORS = [
-    ("errors", "config", "recipes"),
+    ("errors", "config", "settings", "recipes"),
     ("randomness", "records", "rl"),
     ("data", "policy", "rewards"),
     ("cache", "tracking", "rollout"),
     ("evaluate", "checkpoint"),
     ("sft", "train", "reward_training"),
     ("report",),
-    ("stages",),
+    ("parts", "prepare", "estimate", "stages"),
     ("cli", "__init__", "__main__"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -248,13 +248,15 @@ def test_the_saved_adapter_loads_with_peft_alone_and_generates_the_same(
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_value_head_comes_back(fresh: EncoderDecoderPolicy, tmp_path: Path) -> None:
+def test_a_saved_policy_comes_back_with_its_value_head(fresh: EncoderDecoderPolicy, tmp_path: Path) -> None:
     disturb(fresh)
     fresh.save(tmp_path)
-    kept = fresh.value_head.weight.detach().clone()
-    torch.nn.init.zeros_(fresh.value_head.weight)
-    fresh.load_value_head(tmp_path)
-    assert torch.equal(fresh.value_head.weight, kept)
+    weights = [*fresh.adapter_parameters(), *fresh.value_head.parameters()]
+    kept = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        torch.nn.init.zeros_(weight)
+    fresh.load(tmp_path)
+    assert all(torch.equal(weight, before) for weight, before in zip(weights, kept, strict=True))
 
 
 def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without() -> None:

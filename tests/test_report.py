@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,11 @@ from typing import Any
 import pytest
 
 from detoxrl.errors import InputError
-from detoxrl.report.build import build_report, flatten, mask_pattern, number, segments, signed
+from detoxrl.report.build import build_report, mask_pattern, segments
+from detoxrl.report.sheets import blind_sheets, samples_sheet
+from detoxrl.report.table import print_result
+from detoxrl.report.words import changes, number, signed
+from detoxrl.settings import flatten
 
 JUDGE = "alt-profanity-check"
 
@@ -82,6 +89,8 @@ EVALUATION = {
     "toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic"),
                  "reward classifier": toxicity(0.4, 0.1, "less toxic", None)},
     "quality": {"facts": change(0.91, 0.9), "length": change(24.0, 23.5)},
+    "two_by_two": {"toxic before": {"toxic after": 1, "civil after": 3},
+                   "civil before": {"toxic after": 2, "civil after": 14}},
     "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},
                "without": {"n": 1, "toxicity": change(0.1, 0.1)}},
     "baselines": {"sft_civil": {"toxicity": {JUDGE: toxicity(0.27, 0.15, "less toxic")},
@@ -99,7 +108,16 @@ METRICS = [
     {"step": 0, "score/mean": 0.1, "kl/reference": 0.0},
     {"step": 1, "score/mean": 0.4, "kl/reference": 1.2},
 ]
-VALIDATIONS = [{"step": 0, "toxicity": 0.3, "quality": 0.9}, {"step": 2, "toxicity": 0.1, "quality": 0.9}]
+VALIDATIONS = [
+    {"step": 0, "toxicity": 0.3, "toxicity_error": 0.01, "quality": 0.9},
+    {"step": 2, "toxicity": 0.1, "toxicity_error": 0.01, "quality": 0.9},
+]
+ROWS = {
+    "splits": {"train": {"used for train": 1200, "duplicate": 30}, "test": {"used for test": 400, "too long": 5}},
+    "truncated": {"train": 7, "validation": 0, "test": 0},
+    "prompt_tokens": {"median": 96, "p95": 141.0, "max": 203},
+}
+SHEETS = {"samples.csv", "blind_sheet.csv", "blind_key.csv"}
 
 
 @pytest.fixture
@@ -108,6 +126,7 @@ def run_dir(tmp_path: Path) -> Path:
     write(tmp_path, "config.json", config)
     write(tmp_path, "checkpoint.json", {"kept_step": 2, "reason": "least toxic on validation"})
     write(tmp_path, "eval.json", EVALUATION)
+    write(tmp_path, "rows.json", ROWS)
     write(tmp_path, "masked_words.json", ["idiot", "pig", "clown"])
     write_lines(tmp_path, "metrics.jsonl", METRICS)
     write_lines(tmp_path, "validation.jsonl", VALIDATIONS)
@@ -131,17 +150,22 @@ def prompt_table(html: str, name: str) -> str:
     return html.partition(f'id="{name}"')[2].partition("</table>")[0]
 
 
-def test_report_is_one_file_and_the_same_each_time(run_dir: Path) -> None:
+def cells(text: str) -> list[dict[str, str]]:
+    assert text.startswith("\ufeff")
+    return list(csv.DictReader(io.StringIO(text[1:], newline="")))
+
+
+def test_report_and_sheets_are_the_same_each_time(run_dir: Path) -> None:
     files = {path.name for path in run_dir.iterdir()}
-    first = built(run_dir)
-    assert built(run_dir) == first
-    assert {path.name for path in run_dir.iterdir()} == files | {"report.html"}
+    first = [built(run_dir), *((run_dir / name).read_bytes() for name in sorted(SHEETS))]
+    assert [built(run_dir), *((run_dir / name).read_bytes() for name in sorted(SHEETS))] == first
+    assert {path.name for path in run_dir.iterdir()} == files | {"report.html"} | SHEETS
 
 
-def test_report_refers_to_nothing_outside(run_dir: Path) -> None:
+def test_report_refers_to_nothing_but_the_files_beside_it(run_dir: Path) -> None:
     html = built(run_dir)
     assert not re.search(r"https?:|\bsrc\s*=|<link|@import|//[a-z]+\.", html)
-    assert set(re.findall(r'href="(.)', html)) == {"#"}
+    assert set(re.findall(r'href="([^#][^"]*)"', html)) == SHEETS | {"samples.jsonl"}
     ids = re.findall(r'\sid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
@@ -231,6 +255,12 @@ def test_kept_step_is_marked_in_every_curve(run_dir: Path) -> None:
     assert curves.count("kept: step 2<") == 4
 
 
+def test_validation_toxicity_shows_its_error(run_dir: Path) -> None:
+    narrow = built(run_dir)
+    write_lines(run_dir, "validation.jsonl", [found | {"toxicity_error": 0.1} for found in VALIDATIONS])
+    assert built(run_dir) != narrow
+
+
 def test_prompts_are_sorted_by_improvement(run_dir: Path) -> None:
     differences = re.findall(r'data-value="([^"]+)"', prompt_table(built(run_dir), "all"))
     assert [round(float(value), 2) for value in differences] == [-0.8, 0, 0.7]
@@ -238,7 +268,7 @@ def test_prompts_are_sorted_by_improvement(run_dir: Path) -> None:
 
 def test_regressions_are_listed(run_dir: Path) -> None:
     table = prompt_table(built(run_dir), "regressions")
-    assert table.count("<tr><td>") == 1
+    assert table.count("<tr") == 2
     assert "+0.70" in table
 
 
@@ -261,19 +291,192 @@ def test_optional_parts_may_be_missing(run_dir: Path) -> None:
     write_lines(run_dir, "metrics.jsonl", [{"step": 0, "score/mean": 0.1}])
     text = visible(built(run_dir))
     assert "ROUGE-L" in text
-    assert "Facts kept went" not in text
-    assert "Against the baseline" not in text
+    assert "Facts kept" not in text
+    assert "baseline" not in text
+    assert "Parts of the held-out prompts" not in text
 
 
-def test_unfinished_run_names_the_stage_to_run(run_dir: Path) -> None:
-    (run_dir / "eval.json").unlink()
-    with pytest.raises(InputError, match=r"has no eval\.json; run `detoxrl evaluate"):
+def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) -> None:
+    for name in ("checkpoint.json", "metrics.jsonl", "validation.jsonl"):
+        (run_dir / name).unlink()
+    text = visible(built(run_dir))
+    assert "after is the adapter that was given" in text
+    assert "Learning curves" not in text
+    assert "einforcement" not in text
+
+
+def test_a_plain_reward_function_leaves_no_word_of_a_reward_model(run_dir: Path) -> None:
+    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}}
+    write(run_dir, "eval.json", EVALUATION | plain)
+    text = visible(built(run_dir))
+    assert not re.search("reward (classifier|model)|Insults|any of the judges", text)
+    assert "floor" not in text.lower()
+
+
+def test_parts_without_facts_have_no_columns_for_them(run_dir: Path) -> None:
+    write(run_dir, "eval.json", EVALUATION | {"splits": {"all": {"n": 3, "toxicity": change(0.5, 0.1)}}})
+    text = visible(built(run_dir)).partition("Parts of the held-out prompts")[2].partition("Learning curves")[0]
+    assert "acts kept" not in text
+    assert "all30.5000.100−0.400−0.420 to −0.380" in text
+    assert "—" not in text
+
+
+def test_references_may_be_missing(run_dir: Path) -> None:
+    bare = sample("a", ("x", 0.1), ("y", 0.1)) | {"reference": None}
+    write_lines(run_dir, "samples.jsonl", [bare])
+    assert "<h4>Reference" not in built(run_dir)
+    assert cells((run_dir / "samples.csv").read_text("utf-8"))[0]["reference"] == ""
+
+
+def test_changes_are_told_from_differences_nobody_can_detect() -> None:
+    quality = {
+        "length": change(24.0, 23.5), "score": change(-1.0, 2.0), "rouge_l": change(0.5, 0.4),
+        "facts": change(0.91, 0.9), "empty_rate": change(0.5, 0.6),
+    }  # fmt: skip
+    changed, unchanged = changes(EVALUATION | {"quality": quality})
+    assert {measure.label: (measure.claim, measure.verdict) for measure in changed} == {
+        f"Toxicity by {JUDGE}": ("fell from 0.270 to 0.050", "better"),
+        "Reward score": ("rose from −1.000 to 2.000", "better"),
+        "ROUGE-L": ("fell from 0.500 to 0.400", "worse"),
+        "Empty responses": ("rose from 0.500 to 0.600", "worse"),
+        "Response length in words": ("fell from 24.0 to 23.5", "shorter"),
+    }
+    assert [(m.label, m.claim, m.verdict) for m in unchanged] == [("Facts kept", "0.910 before, 0.900 after", "")]
+    assert unchanged[0].evidence == "difference −0.010, 95 % interval −0.030 to +0.010"
+
+
+def test_an_interval_that_excludes_zero_does_not_seem_to_touch_it() -> None:
+    close = {"before": 0.993, "after": 0.989, "difference": {"mean": -0.0035, "low": -0.007, "high": -0.00004}}
+    (_, facts), _ = changes(EVALUATION | {"quality": {"facts": close}})
+    assert facts.verdict == "worse"
+    assert facts.evidence == "difference −0.00350, 95 % interval −0.00700 to −0.00004"
+
+
+def test_the_page_groups_what_changed_and_what_did_not(run_dir: Path) -> None:
+    text = visible(built(run_dir)).partition("Toxicity by judge")[0]
+    changed, _, unchanged = text.partition("No detectable difference")
+    assert "Response length in words fell from 24.0 to 23.5: shorter" in changed
+    assert "Facts kept 0.910 before, 0.900 after" in unchanged
+    assert "reward classifier" not in text
+
+
+def test_two_by_two_counts_prompts_made_civil_and_made_toxic(run_dir: Path) -> None:
+    text = visible(built(run_dir))
+    assert "Of 4 prompts that were toxic before, 3 were made civil; of 16 that were civil before, 2 were made" in text
+    rows = text.splitlines()
+    assert "Toxic before1 25 %3 75 %4" in rows
+    assert any(row.startswith("Civil before2 12 %14 88 %16") for row in rows)
+
+
+def test_two_by_two_may_have_an_empty_row(run_dir: Path) -> None:
+    empty = EVALUATION["two_by_two"] | {"civil before": {"toxic after": 0, "civil after": 0}}  # type: ignore[operator]
+    write(run_dir, "eval.json", EVALUATION | {"two_by_two": empty})
+    assert "Civil before0 —0 —0" in visible(built(run_dir))
+
+
+def test_every_row_of_the_source_is_accounted_for(run_dir: Path) -> None:
+    text = visible(built(run_dir))
+    assert "each of its 1,635 rows" in text
+    rows = text.partition("Where the data went")[2].splitlines()[1:7]
+    assert rows[:4] == ["Rows of the sourcetraintestAll", "used for train1,20001,200", "used for test0400400",
+                        "duplicate30030"]  # fmt: skip
+    assert rows[5].startswith("all1,2304051,635")
+    assert "Prompts truncated to fit the model: 7 in train." in text
+    assert "96 tokens at the median, 141 at the 95th percentile, 203 at most" in text
+
+
+def test_a_source_of_one_split_has_no_column_of_sums(run_dir: Path) -> None:
+    write(run_dir, "rows.json", ROWS | {"splits": {"embedded": {"used for train": 1200, "used for test": 400}}})
+    rows = visible(built(run_dir)).partition("Where the data went")[2].splitlines()[1:]
+    assert rows[:3] == ["Rows of the sourceembedded", "used for train1,200", "used for test400"]
+    assert re.match(r"all1,600\D", rows[3])
+
+
+def test_no_truncation_is_said_in_words(run_dir: Path) -> None:
+    write(run_dir, "rows.json", ROWS | {"truncated": {"train": 0}})
+    assert "No prompt was truncated." in visible(built(run_dir))
+
+
+def test_only_rows_whose_response_changed_pass_the_filter(run_dir: Path) -> None:
+    write_lines(run_dir, "samples.jsonl", [*SAMPLES, sample("still", ("Well.", 0.1), ("Well.", 0.1))])
+    assert prompt_table(built(run_dir), "all").count('<tr class="differs"') == 3
+
+
+def test_samples_sheet_keeps_text_and_runs_no_formula() -> None:
+    texts = ["=1+1", "+1", "-1", "@a", "\ta", "\ra", 'a "b", c\nd\re', "ä = b"]
+    rows = [sample("s", (text, 0.25), ("x", 0.5), "Ann: Hi.\nBob: Ho.") for text in texts]
+    found = cells(samples_sheet(rows, JUDGE))
+    assert [row["before_response"] for row in found] == [f"'{text}" for text in texts[:6]] + texts[6:]
+    assert {row["dialogue"] for row in found} == {"Ann: Hi.\nBob: Ho."}
+    assert list(found[0]) == ["id", "dialogue", "reference", "before_response", "before_toxicity", "after_response",
+                              "after_toxicity"]  # fmt: skip
+    assert (found[0]["before_toxicity"], found[0]["after_toxicity"]) == ("0.25", "0.5")
+
+
+def test_blind_sheet_hides_what_its_key_tells() -> None:
+    rows = [sample(f"id{i}", (f"old {i}", 0.1), (f"new {i}", 0.1)) for i in range(40)]
+    same = sample("same", ("x", 0.1), ("x", 0.1))
+    sheet_text, key_text = blind_sheets([*rows, same], seed=3)
+    sheet, key = cells(sheet_text), cells(key_text)
+    assert not re.search("before|after|id[0-9]", sheet_text)
+    assert list(sheet[0]) == ["number", "dialogue", "left", "right", "more_civil", "better_summary"]
+    assert list(key[0]) == ["number", "id", "left", "right"]
+    policies = {"before": "old", "after": "new"}
+    for row, answer in zip(sheet, key, strict=True):
+        assert row["number"] == answer["number"]
+        for side in ("left", "right"):
+            assert row[side] == f"{policies[answer[side]]} {answer['id'].removeprefix('id')}"
+        assert row["more_civil"] == row["better_summary"] == ""
+    assert sorted(row["id"] for row in key) == sorted(row["id"] for row in rows)
+    assert [row["id"] for row in key] != [row["id"] for row in rows]
+    assert 10 < [row["left"] for row in key].count("before") < 30
+
+
+def test_blind_sheets_follow_the_seed() -> None:
+    rows = [sample(f"id{i}", (f"old {i}", 0.1), (f"new {i}", 0.1)) for i in range(40)]
+    assert blind_sheets(rows, seed=3) == blind_sheets(rows, seed=3)
+    assert blind_sheets(rows, seed=3) != blind_sheets(rows, seed=4)
+
+
+def test_the_page_says_how_many_prompts_can_be_rated(run_dir: Path) -> None:
+    write_lines(run_dir, "samples.jsonl", [*SAMPLES, sample("still", ("Well.", 0.1), ("Well.", 0.1))])
+    assert "the 3 prompts whose first response changed" in visible(built(run_dir))
+    assert len(cells((run_dir / "blind_sheet.csv").read_text("utf-8"))) == 3
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_screen_table_names_measures_and_products(
+    run_dir: Path, trained: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    shutil.copytree(run_dir, run_dir / "run")
+    if trained:
+        (run_dir / "run/adapter").mkdir()
+    write(run_dir / "run", "seconds.json", {"train": 2.0})
+    quality = {"score": change(-1.0, 2.0)}
+    write(run_dir / "run", "eval.json", EVALUATION | {"quality": quality, "baselines": {}})
+    print_result(run_dir / "run")
+    text = capsys.readouterr().out
+    assert re.search(r"reward score .* -1\.000 .* 2\.000", text)
+    assert ("adapter:" in text) == trained
+    assert "samples.csv" in text
+    assert "blind_sheet.csv" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("rows.json", "prepare"), ("validation.jsonl", "train"), ("eval.json", "evaluate"), ("samples.jsonl", "evaluate")],
+)
+def test_unfinished_run_names_the_stage_to_run(run_dir: Path, name: str, stage: str) -> None:
+    (run_dir / name).unlink()
+    with pytest.raises(InputError, match=rf"has no {re.escape(name)}; run `detoxrl {stage} "):
         build_report(run_dir)
 
 
 def test_settings_and_command_are_shown(run_dir: Path) -> None:
     text = visible(built(run_dir))
     assert "detoxrl run quickstart --seed 7 --rl.lr 0.001" in text
+    assert "detoxrl run --from config.json --run-dir NEW" in text
     assert "rl.lr0.001" in text
     assert "policy.lora_targetsq, v" in text
     assert "2 min 04 s in total" in text

@@ -8,29 +8,17 @@ import pytest
 import torch
 
 from detoxrl.config import RewardConfig
-from detoxrl.data.utterances import generate_utterances
 from detoxrl.errors import InputError
-from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.classifier import Classifier, load_classifier
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward")
-    losses: list[float] = []
-    train_reward_model(
-        generate_utterances(0, 3000), folder, steps=150, batch_size=64, lr=1e-3, seed=0, on_step=losses.append
-    )
-    assert losses[0] > 0.5 > 0.2 > losses[-1]
-    return folder
+LABELS = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
 
 
 @pytest.fixture(scope="module")
 def classifier(reward_folder: Path) -> Classifier:
-    return load_classifier(str(reward_folder), "nothate", "hate", CPU)
+    return load_classifier(str(reward_folder), "reward.classifier", LABELS, CPU)
 
 
 def test_the_score_is_the_raw_good_logit_of_the_response_alone(classifier: Classifier) -> None:
@@ -52,9 +40,10 @@ def test_batch_size_and_repetition_change_no_score(classifier: Classifier) -> No
     assert torch.equal(classifier.logits(texts)[0], classifier.logits(texts)[2])
 
 
-def test_labels_are_found_by_name_whatever_their_order(classifier: Classifier) -> None:
-    swapped = Classifier(classifier.model, classifier.tokenizer, "HATE", "nothate")
-    assert (swapped.good, swapped.toxic) == (1, 0)
+def test_labels_are_found_by_name_whatever_their_case(reward_folder: Path) -> None:
+    labels = {"reward.toxic_label": "HATE", "reward.good_label": "NotHate"}
+    found = load_classifier(str(reward_folder), "reward.classifier", labels, CPU)
+    assert (found.good, found.toxic) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +51,20 @@ def test_labels_are_found_by_name_whatever_their_order(classifier: Classifier) -
     [
         ("civil", "hate", r"reward\.good_label = 'civil'.*use one of nothate, hate"),
         ("nothate", "toxic", r"reward\.toxic_label = 'toxic'.*use one of nothate, hate"),
-        ("nothate", "nothate", r"reward\.toxic_label = 'nothate': is the good label too"),
-        ("hate", "nothate", r"scores a civil sentence .* no higher than a toxic one"),
+        ("nothate", "nothate", r"reward\.toxic_label = 'nothate': is reversed: probability \d\.\d\d for a civil"),
+        ("hate", "nothate", r"reward\.good_label = 'hate': is reversed: probability \d\.\d\d for a civil sentence"),
     ],
 )
 def test_wrong_or_reversed_labels_are_bad_input(reward_folder: Path, good: str, toxic: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_classifier(str(reward_folder), good, toxic, CPU)
+        load_classifier(
+            str(reward_folder), "reward.classifier", {"reward.toxic_label": toxic, "reward.good_label": good}, CPU
+        )
 
 
 def test_a_missing_classifier_is_bad_input() -> None:
     with pytest.raises(InputError, match=r"reward\.classifier = '/nowhere'"):
-        load_classifier("/nowhere", "nothate", "hate", CPU)
+        load_classifier("/nowhere", "reward.classifier", LABELS, CPU)
 
 
 def test_scores_are_normalised_clipped_and_ruled_by_hand() -> None:

@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import policy_config, small_config
+from conftest import policy_config, prompted_rows, small_config
 from detoxrl import cache as cache_module
 from detoxrl import sft as sft_module
 from detoxrl import train as train_module
 from detoxrl.cache import cached
 from detoxrl.config import Config, RewardConfig
-from detoxrl.data.corpus import generate_rows
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import load_base, scratch_base
+from detoxrl.policy.backbone import load_base, scratch_base, scratch_tokenizer
 from detoxrl.sft import fine_tune
 from detoxrl.tracking import RunFolder
 from detoxrl.train import reference_normaliser, train
 
-ROWS = generate_rows(0, {"train": 64, "validation": 8})
+ROWS = prompted_rows(0, {"train": 64, "validation": 8})
 
 
 def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -182,7 +181,8 @@ def test_scores_are_normalised_on_the_reference(bases: dict[str, Path]) -> None:
 
 def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it() -> None:
     pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
-    model, tokenizer = scratch_base([text for pair in pairs for text in pair], seed=0)
+    tokenizer = scratch_tokenizer([text for pair in pairs for text in pair], vocab_size=1500)
+    model = scratch_base(tokenizer, seed=0)
     config = replace(small_config().sft, batch_size=8, warmup_steps=2)
     losses: list[float] = []
     fine_tune(model, tokenizer, pairs, config, 30, 3e-3, 0, losses.append)

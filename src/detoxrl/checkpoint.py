@@ -1,11 +1,16 @@
-"""Which policy does training keep?"""
+"""Which policy does training keep, and from what can it go on?"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
-from detoxrl.tracking import RunFolder, filling
+from detoxrl.tracking import RunFolder, filling, reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,14 @@ class BestCheckpoint:
         self.folder.write_json("checkpoint.json", record)
         return True
 
+    def seen(self) -> dict[str, Validation | None]:
+        """Return what decides on the next offer."""
+        return {"start": self.start, "least_toxic": self.least_toxic, "kept": self.kept}
+
+    def recall(self, seen: dict[str, Validation | None]) -> None:
+        """Take up what `seen` returned before an interruption."""
+        self.start, self.least_toxic, self.kept = seen["start"], seen["least_toxic"], seen["kept"]
+
     def _better(self, found: Validation, quality_bound: float) -> bool:
         if found.quality < quality_bound:
             return False
@@ -59,3 +72,40 @@ class BestCheckpoint:
         if self.kept is None or self.kept.toxicity > bound:
             return found.toxicity <= bound
         return found.toxicity <= bound and found.quality > self.kept.quality
+
+
+def save_state(
+    folder: RunFolder, policy: EncoderDecoderPolicy, optimizer: Any, best: BestCheckpoint, step: int, kl_coef: float
+) -> None:
+    """Write to state/ all that the step after this one depends on."""
+    moments = {
+        f"{number}/{name}": tensor.contiguous()
+        for number, of_one in optimizer.state_dict()["state"].items()
+        for name, tensor in of_one.items()
+    }
+    seen = {name: found and asdict(found) for name, found in best.seen().items()}
+    with filling(folder / "state") as temporary:
+        policy.save(temporary)
+        save_file(moments, temporary / "optimizer.safetensors")
+        RunFolder(temporary).write_json("state.json", {"step": step, "kl_coef": kl_coef, "best": seen})
+
+
+def load_state(
+    folder: RunFolder, policy: EncoderDecoderPolicy, optimizer: Any, best: BestCheckpoint
+) -> tuple[int, float] | None:
+    """Put back what `save_state` wrote and return the step to go on with and its kl_coef; None where there is none.
+
+    Raises StorageError when a file of it is torn.
+    """
+    if not (folder / "state").is_dir():
+        return None
+    with reading(folder / "state"):
+        policy.load(folder / "state")
+        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, tensor in load_file(folder / "state" / "optimizer.safetensors").items():
+            number, _, name = key.partition("/")
+            moments[int(number)][name] = tensor
+        optimizer.load_state_dict({"state": dict(moments), "param_groups": optimizer.state_dict()["param_groups"]})
+        state = folder.read_json("state/state.json")
+        best.recall({name: found and Validation(**found) for name, found in state["best"].items()})
+    return state["step"], state["kl_coef"]

@@ -2,70 +2,181 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from safetensors import SafetensorError
 
 from detoxrl import __version__
 from detoxrl.config import Config
-from detoxrl.errors import DetoxrlError, InputError
+from detoxrl.errors import DetoxrlError, InputError, require
 from detoxrl.recipes import recipe, recipe_names
+from detoxrl.settings import changed, config_from_json, config_to_json, flatten, nearest
 
+COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "recipes", "help")
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
 
   detoxrl run RECIPE        the main job: prepare, sft, train, evaluate, report
   detoxrl prepare RECIPE    make a run folder: prompts and reward model
   detoxrl sft RUN           warm-start the policy; fine-tune the civil baseline
-  detoxrl train RUN         PPO from the warm start against the classifier
+  detoxrl train RUN         PPO from the warm start against the reward
   detoxrl evaluate RUN      before and after on held-out prompts, by an independent judge
   detoxrl report RUN        write report.html
   detoxrl recipes           list the recipes
   detoxrl --version
 
-RECIPE is a name from `detoxrl recipes`; RUN is a run folder such as runs/quickstart.
-`detoxrl run RECIPE --help` lists every setting with its default. Start with: detoxrl run quickstart
+RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
+  --run-dir DIR   run folder to make; default runs/RECIPE
+  --overwrite     replace an existing run folder
+  --resume        go on with an existing one; with --run-dir alone no recipe is needed
+  --dry-run       check everything, show settings, rows, lengths, memory and time; write nothing
+
+Start with: detoxrl run quickstart
+Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
+`detoxrl run RECIPE --help` lists every setting with its default.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+_SWITCHES = ("overwrite", "resume", "dry_run")
+
+
+def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, object], dict[str, str]]:
+    """Return settings and options that the flags among `words` give. Raises InputError for an unknown flag.
+
+    Without a config only options are known.
+    """
+    defaults = flatten(asdict(config)) if config else {}
+    settings: dict[str, object] = {}
+    options: dict[str, str] = {}
+    for flag, values in _flags(words):
+        name = flag.replace("-", "_")
+        off = ".".join(part.removeprefix("no_") for part in name.split("."))
+        if name in _SWITCHES:
+            _count(flag, values, 0)
+            options[name] = "yes"
+        elif name in ("run_dir", "from"):
+            options[name] = _count(flag, values, 1)
+        elif isinstance(defaults.get(name), bool):
+            settings[name] = values[0] if values else True
+        elif name != off and isinstance(defaults.get(off), bool):
+            _count(flag, values, 0)
+            settings[off] = False
+        elif isinstance(defaults.get(name), tuple):
+            settings[name] = values
+        elif name in defaults and name != "recipe":
+            settings[name] = _count(flag, values, 1)
+        elif config:
+            known = [f"--{known.replace('_', '-')}" for known in (*defaults, *_SWITCHES, "run_dir", "from")]
+            remedy = nearest(f"--{flag}", known, f"see `detoxrl run {config.recipe} --help`")
+            raise InputError("flag", f"--{flag}", "is not known", remedy)
+    return settings, options
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    flag, values = "", list[str]()
+    for word in [*words, "--"]:
+        if not word.startswith("--"):
+            require(flag != "", "word", word, "belongs to no flag", "put a flag before it, or quote text with spaces")
+            values.append(word)
+            continue
+        if flag:
+            yield flag, values
+        flag, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+
+
+def _count(flag: str, values: list[str], count: int) -> str:
+    remedy = f"write --{flag} VALUE" if count else f"write --{flag} alone"
+    require(len(values) == count, f"--{flag}", " ".join(values), f"takes {count or 'no'} value", remedy)
+    return values[0] if values else ""
 
 
 def _recipe_command(command: str, words: Sequence[str]) -> None:
-    if not words or words[0].startswith("-"):
-        name = words[0] if words else ""
-        if name in ("-h", "--help"):
-            print(USAGE)
+    name, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
+    if "--help" in rest or "-h" in words:
+        _show_help(command, name)
+        return
+    _, options = _parse(rest, None)
+    defaults = _defaults(command, name, options)
+    settings, _ = _parse(rest, defaults)
+    config = changed(defaults, settings)
+    root = Path(options.get("run_dir", f"runs/{config.recipe}"))
+    overwrite, resume = "overwrite" in options, "resume" in options
+    require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
+    _prepare_libraries()
+    from detoxrl import stages
+
+    if "dry_run" in options:
+        _dry_run(config)
+        return
+    with _kept(root):
+        if command == "prepare":
+            stages.prepare(root, config, overwrite)
+            print(f"prepared {root}; next: detoxrl sft {root}")
             return
-        raise InputError("recipe", name, "is missing", f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`")
-    defaults = recipe(words[0])
+        stages.run(root, config, overwrite=overwrite, resume=resume)
+    _print_result(root)
+
+
+def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
+    """Return the settings that flags change: a recipe's, those of --from, or those of the run to resume."""
+    source = options.get("from")
+    if not name and not source and "resume" in options and "run_dir" in options:
+        source = options["run_dir"]
+    require(not (name and source), "--from", source, "does not go with a recipe", "leave one of them out")
+    if source:
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        require(path.is_file(), "--from", source, "is no file", "give a run's config.json")
+        return config_from_json(path)
+    remedy = f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`"
+    require(name != "", "recipe", name, "is missing", remedy)
+    return recipe(name)
+
+
+def _show_help(command: str, name: str) -> None:
+    if not name:
+        print(USAGE)
+        return
+    import tyro
 
     def flags(
-        *,
-        config: Annotated[Config, tyro.conf.arg(name="")] = defaults,
-        run_dir: Path | None = None,
+        config: Annotated[Config, tyro.conf.arg(name="")],
+        run_dir: Path = Path("runs") / name,
+        source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    ) -> tuple[Config, Path, bool]:
+        resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    ) -> None:
         """Every setting of the recipe can be changed by a flag.
 
         Args:
             config: The recipe's settings.
-            run_dir: Run folder; default runs/RECIPE.
+            run_dir: Run folder to make.
+            source: Instead of a recipe: the config.json of a run, to repeat it.
             overwrite: Replace an existing run folder.
+            resume: Go on with an existing run folder.
+            dry_run: Check everything, show settings, rows, lengths, memory and time; write nothing.
         """
-        return config, run_dir or Path("runs") / config.recipe, overwrite
 
-    config, run_dir, overwrite = tyro.cli(flags, prog=f"detoxrl {command} {words[0]}", args=list(words[1:]))
-    _prepare_libraries()
-    from detoxrl import stages
+    flags.__defaults__ = (recipe(name), *(flags.__defaults__ or ()))
+    tyro.cli(flags, prog=f"detoxrl {command} {name}", args=["--help"])
 
-    if command == "prepare":
-        stages.prepare(run_dir, config, overwrite)
-        print(f"prepared {run_dir}; next: detoxrl sft {run_dir}")
-        return
-    stages.run(run_dir, config, overwrite)
-    _print_result(run_dir)
+
+def _dry_run(config: Config) -> None:
+    from detoxrl.estimate import estimate, print_estimate
+    from detoxrl.parts import absolute
+    from detoxrl.prepare import check
+
+    config = absolute(config)
+    prepared = check(config)
+    print(config_to_json(config))
+    print_estimate(prepared, estimate(config, prepared))
 
 
 def _stage_command(command: str, words: Sequence[str]) -> None:
@@ -75,18 +186,41 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     _prepare_libraries()
     from detoxrl import stages
 
-    if command == "sft":
-        stages.sft(root)
-        print(f"warm start ready in {root}; next: detoxrl train {root}")
-    elif command == "train":
-        stages.train(root)
-        print(f"trained adapter in {root / 'adapter'}; next: detoxrl evaluate {root}")
-    elif command == "evaluate":
-        stages.evaluate(root)
-        print(f"measured: {root / 'eval.json'}; next: detoxrl report {root}")
-    else:
-        stages.report(root)
-        _print_result(root)
+    with _kept(root):
+        if command == "sft":
+            stages.sft(root)
+            print(f"warm start ready in {root}; next: detoxrl train {root}")
+        elif command == "train":
+            stages.train(root)
+            print(f"trained adapter in {root / 'adapter'}; next: detoxrl evaluate {root}")
+        elif command == "evaluate":
+            stages.evaluate(root)
+            _print_result(root)
+        else:
+            stages.report(root)
+            _print_result(root)
+
+
+@contextmanager
+def _kept(root: Path) -> Iterator[None]:
+    """Say what is kept and how to go on when a run is interrupted or the disk is full."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(_complain(f"interrupted; {_how_to_go_on(root)}", 130))
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the system's error in one of its own.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if not full:
+            raise
+        sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+
+
+def _how_to_go_on(root: Path) -> str:
+    if not (root / "config.json").is_file():
+        return "nothing was written"
+    kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
+    return f"{root} keeps {kept}; go on with `detoxrl run --resume --run-dir {root}`"
 
 
 def _print_result(root: Path) -> None:
@@ -101,9 +235,11 @@ def _prepare_libraries() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Progress bars and notices of others would tear ours apart; their errors still come through.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import huggingface_hub
     import transformers
 
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -122,7 +258,7 @@ def _dispatch(words: Sequence[str]) -> None:
     elif command in ("sft", "train", "evaluate", "report"):
         _stage_command(command, words[1:])
     else:
-        raise InputError("command", command, "is not a command", "see `detoxrl --help`")
+        raise InputError("command", command, "is not a command", nearest(command, COMMANDS, "see `detoxrl --help`"))
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -134,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except DetoxrlError as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; stages that finished are kept in the run folder", 130))
+        sys.exit(_complain("interrupted; nothing was written", 130))
 
 
 def _complain(message: str, code: int) -> int:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from detoxrl.errors import InputError, require
+from detoxrl.errors import require
 
 
 def _positive(name: str, value: float) -> None:
-    require(value > 0, name, value, "must be above 0", "give a larger value")
+    require(0 < value < float("inf"), name, value, "must be above 0", "give a larger value")
 
 
 def _not_negative(name: str, value: float) -> None:
-    require(value >= 0, name, value, "must be 0 or more", "give 0 or a larger value")
+    require(0 <= value < float("inf"), name, value, "must be 0 or more", "give 0 or a larger value")
 
 
 def _unit(name: str, value: float) -> None:
@@ -25,27 +24,37 @@ def _unit(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts: where dialogues come from and how one becomes a prompt."""
+    """Prompts: where dialogues come from, which are used, and how one becomes a prompt."""
 
     source: str = "embedded"
-    """`embedded`: generated dialogues in DialogSum's shape."""
-    train_rows: int = 24_000
-    """Dialogues to learn from."""
-    validation_rows: int = 256
-    """Dialogues on which checkpoints are compared."""
-    test_rows: int = 400
-    """Held-out dialogues for the evaluation."""
+    """A file (.csv .json .jsonl .jsonl.gz .parquet), a folder of such, a hub id, or `embedded`: generated quarrels."""
+    dialogue_column: str = "dialogue"
+    """Column that holds the dialogue."""
+    summary_column: str | None = "summary"
+    """Column that holds the reference summary; None: there is none, so sft and ROUGE-L are off."""
+    id_column: str | None = None
+    """Column that holds a name for each row, unique in its split; None numbers the rows."""
+    limit: int = 24_000
+    """Most dialogues to learn from; the embedded source makes exactly so many."""
+    min_length: int = 1
+    """Shorter dialogues are left out."""
+    max_length: int | None = None
+    """Longer dialogues are left out."""
+    length_unit: Literal["characters", "tokens"] = "characters"
+    """What the two bounds count."""
     template: str = "Summarize the following conversation.\n\n{dialogue}\n\nSummary:"
     """The prompt; `{dialogue}` is replaced."""
+    max_prompt_tokens: int = 512
+    """The dialogue in a longer prompt is cut at its end; the rest of the template is kept."""
 
     def __post_init__(self) -> None:
-        known = self.source == "embedded"
-        require(known, "data.source", self.source, "is not a known source", "use 'embedded'")
-        for name in ("train_rows", "validation_rows", "test_rows"):
-            rows = getattr(self, name)
-            require(rows >= 2, f"data.{name}", rows, "must be 2 or more", "ask for more rows")
+        require(self.limit >= 2, "data.limit", self.limit, "must be 2 or more", "ask for more rows")
         has_slot = "{dialogue}" in self.template
         require(has_slot, "data.template", self.template, "must contain {dialogue}", "add {dialogue} where it belongs")
+        _positive("data.max_prompt_tokens", self.max_prompt_tokens)
+        _not_negative("data.min_length", self.min_length)
+        ordered = self.max_length is None or self.min_length <= self.max_length
+        require(ordered, "data.max_length", self.max_length, "is below data.min_length", "give a larger value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,8 @@ class RewardConfig:
 
     classifier: str = "embedded"
     """Folder or hub id of a sequence classifier; `embedded`: a small one trained on generated utterances."""
+    function: str | None = None
+    """`FILE.py:NAME` of a Python function (prompts, responses) -> scores, higher is better; replaces the classifier."""
     good_label: str = "nothate"
     """The score is the raw logit of this label."""
     toxic_label: str = "hate"
@@ -184,6 +195,8 @@ class RlConfig:
     """Gradients are scaled down to this norm."""
     validate_every: int = 5
     """Steps between validations; the last policy is always validated."""
+    validation_prompts: int = 256
+    """Most dialogues on which checkpoints are compared."""
     quality_margin: float = 0.005
     """A checkpoint is kept only if validation quality (facts, or ROUGE-L without facts) fell by no more than this."""
 
@@ -197,7 +210,9 @@ class RlConfig:
             _not_negative(f"rl.{name}", getattr(self, name))
         for name in ("gamma", "lam"):
             _unit(f"rl.{name}", getattr(self, name))
-        require(self.batch_size >= 2, "rl.batch_size", self.batch_size, "must be 2 or more", "give a larger value")
+        for name in ("batch_size", "validation_prompts"):
+            value = getattr(self, name)
+            require(value >= 2, f"rl.{name}", value, "must be 2 or more", "give a larger value")
         for name in ("kl_target", "update_kl_limit"):
             if getattr(self, name) is not None:
                 _positive(f"rl.{name}", getattr(self, name))
@@ -210,17 +225,20 @@ class EvaluationConfig:
     """The measurement before and after."""
 
     primary_judge: str = "alt-profanity-check"
-    """The judge that decides the verdict, named before the run."""
+    """The judge that decides the verdict: `alt-profanity-check`, or the folder or hub id of a classifier."""
+    judge_label: str = "toxic"
+    """The label of a judging classifier whose probability is the toxicity."""
+    prompts: int = 400
+    """Most held-out dialogues to measure on."""
     samples_per_prompt: int = 4
     """Responses per held-out prompt and policy."""
     bootstrap: int = 10_000
     """Resamples behind each interval."""
 
     def __post_init__(self) -> None:
-        known = self.primary_judge == "alt-profanity-check"
-        require(known, "evaluation.primary_judge", self.primary_judge, "is no known judge", "use 'alt-profanity-check'")
-        _positive("evaluation.samples_per_prompt", self.samples_per_prompt)
-        _positive("evaluation.bootstrap", self.bootstrap)
+        for name in ("samples_per_prompt", "bootstrap"):
+            _positive(f"evaluation.{name}", getattr(self, name))
+        require(self.prompts >= 2, "evaluation.prompts", self.prompts, "must be 2 or more", "give a larger value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,24 +265,15 @@ class Config:
         remedy = "say --sft.no-full-weights, or --sft.steps 0"
         rule = "does not fit a base whose full weights sft changes"
         require(not replaced, "policy.adapter", self.policy.adapter, rule, remedy)
-        enough = self.rl.batch_size <= self.data.train_rows
-        require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.train_rows", "ask for more rows")
-
-
-def config_to_json(config: Config) -> str:
-    """Return the config as indented JSON that `config_from_json` reads back to an equal config."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Config).dump_json(config, indent=2).decode()
-
-
-def config_from_json(path: Path) -> Config:
-    """Return the config stored at `path`. Raises InputError when a field is unknown, missing or not allowed."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(Config).validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise InputError(where, first.get("input"), first["msg"], f"correct it in {path}") from None
+        no_targets = self.data.summary_column is None and self.sft.steps > 0
+        remedy = "name the column, or say --sft.steps 0"
+        require(not no_targets, "data.summary_column", None, "leaves sft nothing to learn from", remedy)
+        uncounted = self.policy.base == "scratch" and self.data.length_unit == "tokens"
+        remedy = "count characters, or name a base"
+        require(not uncounted, "data.length_unit", "tokens", "needs a tokenizer, and scratch has none yet", remedy)
+        enough = self.rl.batch_size <= self.data.limit
+        require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.limit", "ask for more rows")
+        judge = self.evaluation.primary_judge
+        rule = "is the reward's own classifier, which cannot judge what was trained to please it"
+        independent = self.reward.function is not None or judge != self.reward.classifier
+        require(independent, "evaluation.primary_judge", judge, rule, "name another judge")

@@ -14,6 +14,10 @@ class InputError(DetoxrlError):
         super().__init__(f"{field} = {value!r}: {rule}; {remedy}")
 
 
+class StorageError(DetoxrlError):
+    """A file of a run that cannot be read or written. The command line exits with 1."""
+
+
 class TrainingError(DetoxrlError):
     """A run that cannot go on (a NaN, say). The command line exits with 1."""
 
@@ -22,3 +26,8 @@ def require(condition: bool, field: str, value: object, rule: str, remedy: str) 
     """Raise InputError unless `condition` holds."""
     if not condition:
         raise InputError(field, value, rule, remedy)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from detoxrl.config import Config, RlConfig
-from detoxrl.errors import InputError
+from collections.abc import Mapping
+
+from detoxrl.config import Config, PolicyConfig, RewardConfig, RlConfig, SftConfig
+from detoxrl.errors import require
+from detoxrl.settings import changed, nearest
 
 _RECIPES = {
     "quickstart": (
@@ -14,6 +17,16 @@ _RECIPES = {
             rl=RlConfig(steps=60, batch_size=128, minibatch_size=32, microbatch_size=32, lam=1.0, kl_coef=0.2, lr=3e-4),
         ),
     ),
+    "own": (
+        "your dialogues, model and classifier: LoRA on a model that is trained already, no warm start",
+        Config(
+            recipe="own",
+            policy=PolicyConfig(base="google/flan-t5-small"),
+            sft=SftConfig(steps=0, baseline_steps=0),
+            reward=RewardConfig(classifier="facebook/roberta-hate-speech-dynabench-r4-target"),
+            rl=RlConfig(steps=100, lr=1e-4),
+        ),
+    ),
 }
 
 
@@ -22,8 +35,10 @@ def recipe_names() -> dict[str, str]:
     return {name: purpose for name, (purpose, _) in _RECIPES.items()}
 
 
-def recipe(name: str) -> Config:
-    """Return the settings of a recipe. Raises InputError for an unknown name."""
-    if name not in _RECIPES:
-        raise InputError("recipe", name, "is not a recipe", f"use one of {', '.join(_RECIPES)}")
-    return _RECIPES[name][1]
+def recipe(name: str, settings: Mapping[str, object] | None = None) -> Config:
+    """Return the settings of a recipe, some of them changed by dotted names: `{"rl.steps": 100}`.
+
+    Raises InputError for an unknown name, with the nearest one.
+    """
+    require(name in _RECIPES, "recipe", name, "is not a recipe", nearest(name, _RECIPES, f"use {', '.join(_RECIPES)}"))
+    return changed(_RECIPES[name][1], settings or {})

@@ -12,11 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from detoxrl.config import Config, SftConfig
-from detoxrl.data.corpus import Row
-from detoxrl.data.prompts import prompt_text
+from detoxrl.data.rows import Row
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import load_base, save_base, scratch_base
+from detoxrl.policy.backbone import load_base, load_tokenizer, save_base, scratch_base
 from detoxrl.randomness import batch_indices, torch_seed
 from detoxrl.tracking import progress
 
@@ -88,14 +87,16 @@ def _batch(
     }
 
 
-def warm_start(config: Config, base: str, rows: Sequence[Row], folder: Path) -> None:
+def warm_start(config: Config, rows: Sequence[Row], folder: Path, scratch_tokenizer: Path) -> None:
     """Fine-tune on the reference summaries and save to `folder`: a whole model with tokenizer, or a LoRA adapter."""
-    pairs = [(prompt_text(config.data.template, row), row.summary) for row in rows]
+    pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
+    base = config.policy.base
     if not config.sft.full_weights:
         _train_adapter(config, base, _starting_adapter(config), pairs, "warm start", folder)
         return
     if base == "scratch":
-        model, tokenizer = scratch_base([text for pair in pairs[:4_000] for text in pair], config.seed)
+        tokenizer = load_tokenizer(str(scratch_tokenizer))
+        model = scratch_base(tokenizer, config.seed)
     else:
         model, tokenizer = load_base(base)
     _fine_tune_showing(model.to(PartialState().device), tokenizer, pairs, config, "warm start")
@@ -104,7 +105,7 @@ def warm_start(config: Config, base: str, rows: Sequence[Row], folder: Path) -> 
 
 def civil_baseline(config: Config, base: str, start: Path | None, rows: Sequence[Row], folder: Path) -> None:
     """Fine-tune a LoRA adapter from the same start on the civil references alone and save it to `folder`."""
-    pairs = [(prompt_text(config.data.template, row), row.civil_reference) for row in rows if row.civil_reference]
+    pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
     _train_adapter(config, base, start, pairs, "civil baseline", folder)
 
 

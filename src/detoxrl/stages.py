@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,131 +22,138 @@ from accelerate import PartialState
 
 from detoxrl.cache import cached
 from detoxrl.config import Config
-from detoxrl.data.corpus import Row, generate_rows
-from detoxrl.data.prompts import read_rows, rows_to_jsonl, to_prompts
-from detoxrl.data.utterances import generate_utterances
-from detoxrl.evaluate.judges import load_judge, once_each
-from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
-from detoxrl.policy.adapters import load_policy
+from detoxrl.data.rows import Row, read_rows, to_prompts
+from detoxrl.errors import require
+from detoxrl.evaluate.judges import Judge
+from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words, two_by_two
+from detoxrl.parts import absolute, base_and_start, judge_of, run_scorer, with_function
+from detoxrl.policy.adapters import load_policy, require_adapter
+from detoxrl.prepare import check, say_cached
+from detoxrl.prepare import write as write_prepared
 from detoxrl.report.build import build_report
-from detoxrl.reward_training import train_reward_model
-from detoxrl.rewards.classifier import Classifier, load_classifier
+from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import sample_texts
+from detoxrl.settings import changed, flatten
 from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.tracking import REWARD_JUDGE, RunFolder, filling, log, progress
+from detoxrl.tracking import REWARD_JUDGE, STAGES, RunFolder, filling, progress
 from detoxrl.train import train as train_policy
 
 # What train and the stages after it make: gone as soon as something before them is made anew.
 _PRODUCTS = (
-    "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl", "validation.jsonl", "rollouts.jsonl",
-    "eval.json", "samples.jsonl", "masked_words.json", "report.html",
+    "adapter", "state", "checkpoint.json", "normaliser.json", "metrics.jsonl", "validation.jsonl", "rollouts.jsonl",
+    "eval.json", "samples.jsonl", "masked_words.json", "report.html", "samples.csv", "blind_sheet.csv",
+    "blind_key.csv",
 )  # fmt: skip
-SPLITS = ("train", "validation", "test")
-UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
 
 
-def run(root: Path, config: Config, overwrite: bool = False) -> dict[str, Any]:
-    """Run every stage in a new folder and return the evaluation."""
-    folder = RunFolder.create(root, config, overwrite)
-    for stage in (_prepare, _sft, _train, _evaluate, _report):
-        stage(folder, config)
+def run(
+    root: Path | str,
+    config: Config,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    reward: RewardFunction | None = None,
+) -> dict[str, Any]:
+    """Run every stage in a new folder, or with `resume` those that are not done, and return what eval.json holds.
+
+    `reward` takes the place of the config's classifier. Raises InputError for what does not fit, before anything is
+    written.
+    """
+    folder, config = _begun(Path(root), config, overwrite, resume, reward)
+    for name, stage in _REMAINING.items():
+        if name not in folder.finished():
+            stage(folder, config, reward)
     evaluation: dict[str, Any] = folder.read_json("eval.json")
     return evaluation
 
 
 def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
     """Make the run folder: prompts in data/, and the embedded reward model in reward/."""
-    _prepare(RunFolder.create(root, config, overwrite), config)
+    _begun(root, config, overwrite, False, None)
 
 
 def sft(root: Path) -> None:
     """Warm-start the policy, and fine-tune the baseline on civil references."""
-    _sft(*RunFolder.open(root))
+    _sft(*RunFolder.open(root), None)
 
 
 def train(root: Path) -> None:
     """Train the policy with PPO; the best checkpoint stands in adapter/."""
-    _train(*RunFolder.open(root))
+    folder, config = RunFolder.open(root)
+    folder.discard("state")
+    _train(folder, config, None)
 
 
-def evaluate(root: Path) -> dict[str, Any]:
-    """Measure the policy before and after on held-out prompts; return what eval.json holds."""
-    _evaluate(*RunFolder.open(root))
-    evaluation: dict[str, Any] = RunFolder(root).read_json("eval.json")
+def evaluate(
+    root: Path | str,
+    config: Config | None = None,
+    *,
+    adapter: Path | str | None = None,
+    overwrite: bool = False,
+    reward: RewardFunction | None = None,
+) -> dict[str, Any]:
+    """Measure a policy before and after on held-out prompts, write the report, and return what eval.json holds.
+
+    With `root` alone a trained run is measured again. With a config and a LoRA folder `adapter`, which detoxrl need
+    not have made, `root` becomes a new folder: before is the config's base, after the base with that adapter.
+    """
+    if config is None:
+        folder, config = RunFolder.open(Path(root))
+    else:
+        require(adapter is not None, "adapter", None, "is missing", "give the LoRA folder to measure")
+        require_adapter(Path(str(adapter)), "adapter")
+        config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
+        folder, config = _begun(Path(root), config, overwrite, False, reward)
+        shutil.copytree(str(adapter), folder / "adapter")
+    _evaluate(folder, config, reward)
+    _report(folder, config, reward)
+    evaluation: dict[str, Any] = folder.read_json("eval.json")
     return evaluation
 
 
 def report(root: Path) -> Path:
     """Write report.html and return its path."""
-    _report(*RunFolder.open(root))
+    _report(*RunFolder.open(root), None)
     return root / "report.html"
 
 
-def _prepare(folder: RunFolder, config: Config) -> None:
-    with folder.timed("prepare"):
-        sizes = {split: getattr(config.data, f"{split}_rows") for split in SPLITS}
-        rows = generate_rows(config.seed, sizes)
-        for split in SPLITS:
-            folder.write(f"data/{split}.jsonl", rows_to_jsonl(rows[split]))
-        if config.reward.classifier == "embedded":
-            _train_reward_model(folder, config)
-        reward_model(folder, config)
-        load_judge(config.evaluation.primary_judge)
+def _begun(
+    root: Path, config: Config, overwrite: bool, resume: bool, reward: RewardFunction | None
+) -> tuple[RunFolder, Config]:
+    """Return a prepared folder and its config: a new one, or the one to go on with."""
+    started = time.perf_counter()
+    config = absolute(with_function(config, reward))
+    prepared = None
+    if resume and (root / "config.json").is_file():
+        folder, stored = RunFolder.open(root)
+        _refuse_changes(flatten(asdict(stored)), flatten(asdict(config)))
+    else:
+        RunFolder.refuse_unfit(root, overwrite)
+        prepared = check(config, reward)
+        folder = RunFolder.create(root, config, overwrite)
+    if "prepare" not in folder.finished():
+        with folder.timed("prepare", started):
+            write_prepared(folder, config, prepared or check(config, reward))
+    return folder, config
 
 
-def _train_reward_model(folder: RunFolder, config: Config) -> None:
-    utterances = generate_utterances(config.seed, UTTERANCES)
-
-    def build(target: Path) -> None:
-        with progress("reward model", REWARD_STEPS) as advance:
-            train_reward_model(
-                utterances,
-                target,
-                steps=REWARD_STEPS,
-                batch_size=REWARD_BATCH,
-                lr=REWARD_LR,
-                seed=config.seed,
-                on_step=lambda loss: advance(f"loss {loss:.3f}"),
-            )
-
-    settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
-    _say_cached("reward model", cached("reward", [settings, json.dumps(utterances)], folder / "reward", build))
-
-
-def _say_cached(what: str, known: bool) -> None:
-    if known:
-        log.print(f"{what}: trained before, taken from the cache")
-
-
-def reward_model(folder: RunFolder, config: Config) -> Classifier:
-    """Return the run's classifier, probed. Raises InputError when it does not fit its labels."""
-    embedded = config.reward.classifier == "embedded"
-    source = str(folder.need("reward", "prepare")) if embedded else config.reward.classifier
-    return load_classifier(source, config.reward.good_label, config.reward.toxic_label, PartialState().device)
-
-
-def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:
-    """Return the policy's base and the adapter it starts from: what sft made, else what the config names."""
-    own_base, own_start = folder / "base", folder / "start"
-    if config.sft.steps > 0:
-        folder.need("base" if config.sft.full_weights else "start", "sft")
-    base = str(own_base.resolve()) if own_base.is_dir() else config.policy.base
-    if own_start.is_dir():
-        return base, own_start
-    return base, Path(config.policy.adapter) if config.policy.adapter else None
+def _refuse_changes(stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name, value in asked.items():
+        rule = f"differs from the run's {stored[name]!r}"
+        require(value == stored[name], name, value, rule, "leave it out to go on, or begin anew with --overwrite")
 
 
 def _rows(folder: RunFolder, split: str) -> list[Row]:
     return read_rows(folder.need(f"data/{split}.jsonl", "prepare"))
 
 
-def _sft(folder: RunFolder, config: Config) -> None:
+def _sft(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("sft"):
         folder.discard(*_PRODUCTS)
         rows = _rows(folder, "train")
         if config.sft.steps > 0:
             where = "base" if config.sft.full_weights else "start"
-            _fine_tuned(folder, config, where, lambda target: warm_start(config, config.policy.base, rows, target))
+            _fine_tuned(folder, config, where, lambda target: warm_start(config, rows, target, folder / "tokenizer"))
         if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
             base, start = base_and_start(folder, config)
             _fine_tuned(folder, config, "baseline", lambda target: civil_baseline(config, base, start, rows, target))
@@ -157,31 +167,35 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, build: Callable[[P
         return
     rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
     ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
-    _say_cached(name, cached(name, ingredients, folder / name, build))
+    say_cached(name, cached(name, ingredients, folder / name, build))
 
 
-def _train(folder: RunFolder, config: Config) -> None:
+def _train(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("train"):
-        folder.discard(*_PRODUCTS)
+        going_on = (folder / "state").is_dir()
+        if not going_on:
+            folder.discard(*_PRODUCTS)
         base, start = base_and_start(folder, config)
         policy = load_policy(base, start, config.policy, config.seed)
-        reward, judge = reward_model(folder, config), load_judge(config.evaluation.primary_judge)
-        train_policy(folder, config, policy, reward.score, judge, _rows(folder, "train"), _rows(folder, "validation"))
+        reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
+        train_policy(folder, config, policy, reward, judge, _rows(folder, "train"), _rows(folder, "validation"))
+        folder.discard("state")
 
 
-def _evaluate(folder: RunFolder, config: Config) -> None:
+def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("evaluate"):
         rows = _rows(folder, "test")
         responses = _responses(folder, config, rows)
-        reward, judge = reward_model(folder, config), load_judge(config.evaluation.primary_judge)
-        by_reward = once_each(lambda texts: reward.toxicity(texts).double().numpy())
-        judges = {config.evaluation.primary_judge: judge, REWARD_JUDGE: by_reward}
-        measured = measure(rows, responses, judges)
+        scorer, name = run_scorer(folder, config, given), config.evaluation.primary_judge
+        judges: dict[str, Judge] = {name: judge_of(config)}
+        if scorer.judge is not None:
+            judges[REWARD_JUDGE] = scorer.judge
+        measured = measure(rows, responses, judges, scorer.reward)
         texts = [row.dialogue for row in rows] + [t for by in responses.values() for row in by for t in row]
-        folder.write_json("masked_words.json", toxic_words(texts, judge))
+        folder.write_json("masked_words.json", toxic_words(texts, judges[name]))
         _write_samples(folder, rows, responses, measured)
         evaluation = _evaluation(config, rows, responses, measured)
-    folder.write_json("eval.json", evaluation | {"seconds": folder.read_json("seconds.json")})
+    folder.write_json("eval.json", evaluation | {"seconds": folder.finished()})
 
 
 def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, list[list[str]]]:
@@ -189,12 +203,14 @@ def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, 
     trained = folder.need("adapter", "train")
     base, start = base_and_start(folder, config)
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    policy.add_adapter("after", trained)
-    adapters = {"before": policy.reference, "after": "after"}
-    if (folder / "baseline").is_dir():
-        policy.add_adapter("sft_civil", folder / "baseline")
-        adapters["sft_civil"] = "sft_civil"
-    prompts = to_prompts(config.data.template, rows)
+    adapters = {"before": policy.reference}
+    found = {"after": trained, "sft_civil": folder / "baseline"}
+    for name, place in found.items():
+        if place.is_dir():
+            require_adapter(place, "adapter")
+            policy.add_adapter(name, place)
+            adapters[name] = name
+    prompts = to_prompts(rows)
     samples = config.evaluation.samples_per_prompt
     responses = {}
     with progress("evaluate", len(adapters) * len(prompts)) as advance:
@@ -241,11 +257,13 @@ def _evaluation(
     measured: dict[str, Any],
 ) -> dict[str, Any]:
     baselines = [name for name in responses if name not in ("before", "after")]
+    primary = measured["toxicity"][config.evaluation.primary_judge]
     return {
         "n_prompts": len(rows),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "primary_judge": config.evaluation.primary_judge,
         **comparison(measured, "after", config.evaluation, config.seed),
+        "two_by_two": two_by_two(primary["before"], primary["after"]),
         "splits": splits(rows, measured, config.evaluation, config.seed),
         "baselines": {name: comparison(measured, name, config.evaluation, config.seed) for name in baselines},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
@@ -253,6 +271,9 @@ def _evaluation(
     }
 
 
-def _report(folder: RunFolder, config: Config) -> None:
+def _report(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("report"):
         build_report(folder.root)
+
+
+_REMAINING = dict(zip(STAGES[1:], (_sft, _train, _evaluate, _report), strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from safetensors import SafetensorError
 
-from detoxrl.config import Config, config_from_json, config_to_json
-from detoxrl.errors import InputError, require
+from detoxrl.config import Config
+from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.settings import config_from_json, config_to_json
 
 # What eval.json calls the reward's own model where it judges: no independent judge.
 REWARD_JUDGE = "reward classifier"
+STAGES = ("prepare", "sft", "train", "evaluate", "report")
 log = Console(stderr=True, highlight=False)
 
 
@@ -39,6 +44,16 @@ def filling(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a torn or missing file into a StorageError."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = first_line(error)
+        raise StorageError(f"{path} is broken: {reason}; every other file was left as it is") from error
+
+
 class RunFolder:
     """The interface between stages: each reads what those before it wrote, and writes atomically."""
 
@@ -48,20 +63,33 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.root / name
 
+    @staticmethod
+    def refuse_unfit(root: Path, overwrite: bool) -> None:
+        """Raise InputError when `root` cannot become a new run folder. Nothing is written."""
+        require(not root.is_file(), "--run-dir", str(root), "is a file", "name a folder")
+        parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+        writable = parent.is_dir() and os.access(parent, os.W_OK)
+        require(writable, "--run-dir", str(root), f"cannot be made: {parent} is not writable", "name another folder")
+        if not root.exists() or not any(root.iterdir()):
+            return
+        remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
+        require(overwrite, "--run-dir", str(root), "exists already", remedy)
+        # Model folders hold a config.json too: only one that says `recipe` is ours to delete.
+        ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
+        require(ours, "--run-dir", str(root), "is no run folder", "name another folder; nothing was deleted")
+
     @classmethod
     def create(cls, root: Path, config: Config, overwrite: bool) -> RunFolder:
         """Make the folder and store the config. Raises InputError when it exists and may not be replaced."""
-        require(not root.is_file(), "--run-dir", str(root), "is a file", "name a folder")
-        if root.exists() and any(root.iterdir()):
-            if not overwrite:
-                raise InputError("--run-dir", str(root), "exists already", "add --overwrite or name another folder")
-            # Model folders hold a config.json too: only one that says `recipe` is ours to delete.
-            ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
-            remedy = "name another folder; nothing was deleted"
-            require(ours, "--run-dir", str(root), "is no run folder", remedy)
+        cls.refuse_unfit(root, overwrite)
+        if root.exists():
             shutil.rmtree(root)
         folder = cls(root)
-        folder.write("config.json", config_to_json(config))
+        try:
+            folder.write("config.json", config_to_json(config))
+        except OSError as error:
+            remedy = "name another folder"
+            raise InputError("--run-dir", str(root), f"cannot be made: {error.strerror}", remedy) from error
         return folder
 
     @classmethod
@@ -106,13 +134,19 @@ class RunFolder:
             path = self.root / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+    def finished(self) -> dict[str, float]:
+        """Return the stages that are done, with the seconds each took."""
+        done: dict[str, float] = self.read_json("seconds.json") if (self / "seconds.json").is_file() else {}
+        return done
+
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Record the seconds a stage took in seconds.json."""
-        started = time.perf_counter()
+    def timed(self, stage: str, started: float | None = None) -> Iterator[None]:
+        """Record the seconds of a stage in seconds.json once it is done; until then it and later ones are not."""
+        before = {name: s for name, s in self.finished().items() if STAGES.index(name) < STAGES.index(stage)}
+        self.write_json("seconds.json", before)
+        started = started or time.perf_counter()
         yield
-        known = self.read_json("seconds.json") if (self / "seconds.json").is_file() else {}
-        self.write_json("seconds.json", known | {stage: round(time.perf_counter() - started, 2)})
+        self.write_json("seconds.json", before | {stage: round(time.perf_counter() - started, 2)})
 
 
 class _Rate(ProgressColumn):
@@ -121,10 +155,31 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a bar on stderr with rate and time left; yields `advance(status, units=1)`."""
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr with rate and time left, `done` units of it full; yields `advance(status, units=1)`."""
     columns = [TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), _Rate()]
     columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[status]}", style="dim")]
     with Progress(*columns, console=log) as bar:
-        task = bar.add_task(what, total=total, status="")
+        task = bar.add_task(what, total=total, completed=done, status="")
         yield lambda status, units=1: bar.update(task, advance=units, status=status)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed; the second one interrupts at once."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        log.print("interrupted: ending this step and writing its state (again: stop at once, without)")
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield lambda: False
+        return
+    earlier = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, earlier)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from detoxrl.checkpoint import BestCheckpoint, Validation
+from detoxrl.checkpoint import BestCheckpoint, Validation, load_state, save_state
 from detoxrl.config import Config
-from detoxrl.data.corpus import Row
-from detoxrl.data.prompts import to_prompts
+from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import TrainingError, require
 from detoxrl.evaluate.judges import Judge
 from detoxrl.evaluate.metrics import validation_quality
@@ -27,7 +26,7 @@ from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import masked_mean, whiten
 from detoxrl.rollout import collect, sample_texts
-from detoxrl.tracking import RunFolder, log, progress
+from detoxrl.tracking import RunFolder, interruptible, log, progress
 
 
 def train(
@@ -41,7 +40,8 @@ def train(
 ) -> None:
     """Train the policy's adapter with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
 
-    Raises TrainingError when a logged number is not finite; the best checkpoint so far stays.
+    Goes on from `state/` where an interrupted training left one. Ctrl-C ends the step, writes that state and raises
+    KeyboardInterrupt. Raises TrainingError when a logged number is not finite; the best checkpoint so far stays.
     """
     rl, accelerator = config.rl, Accelerator()
     one = accelerator.num_processes == 1
@@ -52,15 +52,18 @@ def train(
         {"params": list(policy.value_head.parameters()), "lr": rl.value_lr},
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1 - step / rl.steps)
-    prompts = to_prompts(config.data.template, rows)
-    normaliser = reference_normaliser(policy, reward, prompts, config)
-    folder.write_json("normaliser.json", asdict(normaliser))
-    best, kl_coef = BestCheckpoint(folder, rl.quality_margin), rl.kl_coef
+    prompts, best = to_prompts(rows), BestCheckpoint(folder, rl.quality_margin)
+    first, kl_coef = load_state(folder, policy, optimizer, best) or (0, rl.kl_coef)
+    if first == 0:
+        folder.write_json("normaliser.json", asdict(reference_normaliser(policy, reward, prompts, config)))
+    normaliser = Normaliser(**folder.read_json("normaliser.json"))
     shown = ""
-    with progress("train", rl.steps) as advance:
-        for step in range(rl.steps):
+    with progress("train", rl.steps, first) as advance, interruptible() as interrupted:
+        for step in range(first, rl.steps):
             watch = _Watch()
+            decay = 1 - step / rl.steps
+            for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
+                group["lr"] = peak * decay
             if step % rl.validate_every == 0:
                 shown = _validate(folder, policy, config, judge, validation_rows, step, best)
                 watch.lap("validate")
@@ -76,12 +79,14 @@ def train(
             critic = explained_variance(responses.values, returns, mask)
             targets = Targets(advantages=whiten(advantages, mask), returns=returns)
             updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
-            lr = schedule.get_last_lr()[0]
-            schedule.step()
             watch.lap("update")
             statistics = rollout_statistics(rollout, raw, scores, rewards)
             statistics |= updates
-            statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": float(lr)}
+            statistics |= {
+                "value/explained_variance": float(critic),
+                "kl_coef": kl_coef,
+                "lr": rl.lr * decay,
+            }
             _refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
@@ -91,6 +96,9 @@ def train(
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
             _keep_samples(folder, rollout, raw, step)
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
+            if interrupted():
+                save_state(folder, policy, optimizer, best, step + 1, kl_coef)
+                raise KeyboardInterrupt
     shown = _validate(folder, policy, config, judge, validation_rows, rl.steps, best)
     log.print(f"train: kept the policy of step {folder.read_json('checkpoint.json')['kept_step']}; at the end {shown}")
 
@@ -118,7 +126,7 @@ def _validate(
     best: BestCheckpoint,
 ) -> str:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
-    prompts = to_prompts(config.data.template, rows)
+    prompts = to_prompts(rows)
     sampled = sample_texts(policy, prompts, config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
     toxicity = judge(texts)

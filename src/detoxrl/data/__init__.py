@@ -1,1 +1,1 @@
-"""Prompts: the embedded corpus, and rows turned into prompts."""
+"""Prompts: the embedded corpus, a user's files, and rows turned into prompts."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from detoxrl.data.facts import Facts
 from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, INTENSIFIERS, with_article
+from detoxrl.data.rows import Row
 from detoxrl.data.scenarios import AMOUNTS, SCENARIOS, SPEAKERS, WHEN, Scenario
 
 # Rates at which a quarrel is rude, and at which a rude quarrel's reference summary repeats the insult.
@@ -50,18 +51,6 @@ AGREEMENTS = (
     "In the end {whom} will {fix}.",
     "They agree that {whom} will {fix}.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One dialogue in DialogSum's shape; `facts` and `civil_reference` are known for generated rows only."""
-
-    id: str
-    dialogue: str
-    summary: str
-    topic: str
-    facts: Facts | None = None
-    civil_reference: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from detoxrl.config import EvaluationConfig
 from detoxrl.errors import InputError
+from detoxrl.rewards.classifier import Classifier, load_classifier
 
 Floats = npt.NDArray[np.float64]
 Judge = Callable[[Sequence[str]], Floats]
@@ -25,8 +28,17 @@ def once_each(judge: Judge) -> Judge:
     return judged
 
 
-def load_judge(name: str) -> Judge:
-    """Return the judge of that name. Raises InputError when its package is missing."""
+def classifier_judge(classifier: Classifier) -> Judge:
+    """Return the judge that a classifier's toxic label makes; the classifier itself rates each distinct text once."""
+    return lambda texts: classifier.toxicity(texts).double().numpy()
+
+
+def load_judge(config: EvaluationConfig, device: torch.device) -> Judge:
+    """Return the primary judge. Raises InputError when its package is missing, or its classifier does not fit."""
+    name = config.primary_judge
+    if name != "alt-profanity-check":
+        labels = {"evaluation.judge_label": config.judge_label}
+        return classifier_judge(load_classifier(name, "evaluation.primary_judge", labels, device))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

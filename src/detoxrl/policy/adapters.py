@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from detoxrl.config import PolicyConfig
-from detoxrl.errors import InputError, require
+from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.encoder_decoder import POLICY, EncoderDecoderPolicy
 from detoxrl.randomness import torch_seed
@@ -63,13 +64,24 @@ def _fresh(model: PreTrainedModel, config: PolicyConfig, seed: int) -> PeftModel
 
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        there = (folder / name).is_file()
-        require(there, "policy.adapter", str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
+    require_adapter(folder, "policy.adapter")
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
     except (RuntimeError, ValueError) as error:  # sizes or targets of another base
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError("policy.adapter", str(folder), reason, "give an adapter of this base") from error
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model
+
+
+def require_adapter(folder: Path, field: str) -> None:
+    """Raise InputError unless `folder` holds a LoRA, and StorageError when its weights are torn."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        there = (folder / name).is_file()
+        require(there, field, str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{weights} is broken: {first_line(error)}; every other file was left as it is") from error

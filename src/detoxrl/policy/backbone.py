@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -19,25 +23,72 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from detoxrl.errors import InputError
+from detoxrl.config import Config
+from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.randomness import torch_seed
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub id. Raises InputError when there is none."""
+    tokenizer: PreTrainedTokenizerBase = _from_source(AutoTokenizer.from_pretrained, base)
+    return tokenizer
+
+
 def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return an encoder-decoder model in eval mode and its tokenizer, from a folder or the hub; safetensors only.
 
-    Raises InputError when there is no such model, or when it is no encoder-decoder.
+    Raises InputError when there is no such model, when it is no encoder-decoder, or when the tokenizer does not fit.
     """
-    try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(base, use_safetensors=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("policy.base", base, reason, "give an encoder-decoder folder or hub id") from error
+    config = _from_source(AutoConfig.from_pretrained, base)
+    rule = f"is a {config.model_type} model, no encoder-decoder"
+    require(config.is_encoder_decoder, "policy.base", base, rule, "give a T5 or BART, for example")
+    tokenizer = load_tokenizer(base)
+    model, info = _from_source(
+        partial(AutoModelForSeq2SeqLM.from_pretrained, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True),
+        base,
+    )  # fmt: skip
+    missing = sorted(info["missing_keys"])
+    rule = f"lacks weights of a generator, {missing[0]} for one" if missing else ""
+    require(not missing, "policy.base", base, rule, "give a model saved with its language-model head")
+    _require_fit(base, model, tokenizer)
     model.generation_config.max_length = None
     return use_fast_activation(model).eval(), tokenizer
+
+
+def _from_source(load: Callable[[str], Any], base: str) -> Any:
+    try:
+        return load(base)
+    except SafetensorError as error:
+        raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = f"cannot be loaded: {first_line(error)}"
+        raise InputError("policy.base", base, reason, "give an encoder-decoder folder or hub id") from error
+
+
+def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
+    rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
+    require(tokens <= rows, "policy.base", base, rule, remedy)
+    for name in ("pad_token_id", "eos_token_id"):
+        ours, theirs = getattr(tokenizer, name), getattr(model.config, name)
+        rule = f"has a tokenizer with {name} {ours}, but the model says {theirs}"
+        require(ours is not None and ours == theirs, "policy.base", base, rule, remedy)
+
+
+def require_positions(settings: PreTrainedConfig, config: Config) -> None:
+    """Raise InputError when prompts or responses may be longer than the positions the model has (T5 has no bound)."""
+    positions = settings.to_dict().get("max_position_embeddings")
+    lengths = {
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "generation.max_new_tokens": config.generation.max_new_tokens,
+    }
+    for name, length in lengths.items():
+        fits = positions is None or length <= positions
+        require(fits, name, length, f"exceeds the {positions} positions of {config.policy.base}", "give a smaller one")
 
 
 def use_fast_activation(model: PreTrainedModel) -> PreTrainedModel:
@@ -65,9 +116,8 @@ def scratch_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
 
 
-def scratch_base(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a randomly initialised T5 of about 1 M parameters and a tokenizer that fits `texts`."""
-    tokenizer = scratch_tokenizer(texts, vocab_size=1500)
+def scratch_base(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Return a randomly initialised T5 of about 1 M parameters for the tokenizer."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -85,8 +135,9 @@ def scratch_base(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreT
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "scratch base"))
-        model = T5ForConditionalGeneration(config)
-    return use_fast_activation(model).eval(), tokenizer
+        model = use_fast_activation(T5ForConditionalGeneration(config))
+    model.eval()
+    return model
 
 
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -74,8 +74,9 @@ class EncoderDecoderPolicy:
         self.save_adapter(folder)
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
-    def load_value_head(self, folder: Path) -> None:
-        """Read the value head that `save` wrote."""
+    def load(self, folder: Path) -> None:
+        """Put the adapter and the value head that `save` wrote in place of the present ones."""
+        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name=POLICY)
         self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
 
     def _activate(self, name: str) -> None:

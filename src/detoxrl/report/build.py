@@ -14,26 +14,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detoxrl.recipes import recipe
 from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, toxicity_distributions
+from detoxrl.report.sheets import blind_sheets, differing, samples_sheet
+from detoxrl.report.words import changes, duration, headline, number, percent, signed, systems
+from detoxrl.settings import flatten
 from detoxrl.tracking import REWARD_JUDGE, RunFolder
 
 # The stage that a missing file calls for.
 _INPUTS = {
-    "metrics.jsonl": "train", "validation.jsonl": "train", "checkpoint.json": "train",
-    "eval.json": "evaluate", "samples.jsonl": "evaluate", "masked_words.json": "evaluate",
+    "rows.json": "prepare", "eval.json": "evaluate", "samples.jsonl": "evaluate", "masked_words.json": "evaluate",
 }  # fmt: skip
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
-# Name in eval.json: label, which direction is better, decimals.
-_QUALITY = {
-    "facts": ("Facts kept", "share; higher is better", 3),
-    "quarrel_reported": ("Quarrels reported", "share; higher is better", 3),
-    "rouge_l": ("ROUGE-L", "to the civil reference where there is one; higher is better", 3),
-    "length": ("Response length", "words", 1),
-    "empty_rate": ("Empty responses", "share; lower is better", 3),
-    "insult_rate": ("Insults the reward model knows", "share of responses; lower is better", 3),
-    "insult_rate_unseen": ("Insults the reward model never saw", "share of responses; lower is better", 3),
-}
-_SYSTEMS = {"sft_civil": "Supervised on civil references"}
 
 
 class Segment(NamedTuple):
@@ -46,17 +37,6 @@ class Segment(NamedTuple):
     def stars(self) -> str:
         """The first letter, then a star for each further one."""
         return self.text[0] + "*" * (len(self.text) - 1)
-
-
-class Measure(NamedTuple):
-    """One number before and after; the difference is after minus before with its 95 % interval."""
-
-    label: str
-    note: str
-    decimals: int
-    before: float
-    after: float
-    difference: dict[str, float]
 
 
 class PromptRow(NamedTuple):
@@ -76,48 +56,91 @@ class PromptRow(NamedTuple):
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path. Raises InputError when a stage before it has not run."""
+    """Write report.html and the sheets beside it; return the page's path.
+
+    Raises InputError when a stage before it has not run.
+    """
     folder = RunFolder(run_dir)
     for name, stage in _INPUTS.items():
         folder.need(name, stage)
+    config, evaluation = folder.read_json("config.json"), folder.read_json("eval.json")
+    samples = _read_lines(folder / "samples.jsonl")
+    sheet, key = blind_sheets(samples, config["seed"])
+    folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
+    folder.write("blind_sheet.csv", sheet)
+    folder.write("blind_key.csv", key)
+    parts = _results(evaluation, samples) | _prompts(folder, evaluation, samples) | _training(folder, evaluation)
+    parts |= {"config": config, "settings": flatten(config), "command": repeat_command(config)}
+    parts |= {"data": data_account(folder.read_json("rows.json"))}
+    folder.write("report.html", _environment().get_template("template.html.j2").render(parts))
+    return folder / "report.html"
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
-    folder.write("report.html", environment.get_template("template.html.j2").render(_context(folder)))
-    return folder / "report.html"
+    return environment
 
 
-def _context(folder: RunFolder) -> dict[str, Any]:
-    files = ("config.json", "checkpoint.json", "eval.json", "masked_words.json")
-    config, checkpoint, evaluation, words = (folder.read_json(name) for name in files)
-    metrics, samples = _curve_points(folder), _read_lines(folder / "samples.jsonl")
-    judge, kept_step = evaluation["primary_judge"], checkpoint["kept_step"]
+def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    judge = evaluation["primary_judge"]
     scores = {side: [score for s in samples for score in s["toxicity"][judge][side]] for side in ("before", "after")}
-    rows = prompt_rows(samples, judge, mask_pattern(words))
+    changed, unchanged = changes(evaluation)
+    return {
+        "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
+        "headline": headline(evaluation), "changed": changed, "unchanged": unchanged,
+        "distributions": toxicity_distributions(scores["before"], scores["after"]),
+    }  # fmt: skip
+
+
+def _prompts(folder: RunFolder, evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = prompt_rows(samples, evaluation["primary_judge"], mask_pattern(folder.read_json("masked_words.json")))
     worst_first = sorted(rows, key=lambda row: row.difference, reverse=True)
     return {
-        "eval": evaluation, "checkpoint": checkpoint, "config": config, "settings": flatten(config),
-        "command": repeat_command(config),
-        "headline": headline(evaluation), "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
-        "quality": _quality(evaluation["quality"]), "systems": _systems(evaluation),
-        "curves": learning_curves(metrics, CURVES, kept_step),
-        "diagnostics": learning_curves(metrics, DIAGNOSTICS, kept_step),
-        "distributions": toxicity_distributions(scores["before"], scores["after"]),
-        "rows": rows,
+        "rows": rows, "blind_rows": len(differing(samples)),
         # A rise that two decimals cannot show is no regression worth a row.
         "regressions": [row for row in worst_first if row.difference >= 0.01][:_REGRESSIONS_SHOWN],
     }  # fmt: skip
 
 
+def _training(folder: RunFolder, evaluation: dict[str, Any]) -> dict[str, Any]:
+    # A model that was only evaluated has no checkpoint: nothing was trained here.
+    if not (folder / "checkpoint.json").is_file():
+        return {"checkpoint": None, "systems": systems(evaluation, "The given adapter")}
+    checkpoint, metrics = folder.read_json("checkpoint.json"), _curve_points(folder)
+    return {
+        "checkpoint": checkpoint, "systems": systems(evaluation, "Reinforcement learning"),
+        "curves": learning_curves(metrics, CURVES, checkpoint["kept_step"]),
+        "diagnostics": learning_curves(metrics, DIAGNOSTICS, checkpoint["kept_step"]),
+    }  # fmt: skip
+
+
 def _curve_points(folder: RunFolder) -> list[dict[str, Any]]:
-    validations = _read_lines(folder / "validation.jsonl")
-    renamed = [
-        {"step": found["step"]} | {f"validation/{name}": found[name] for name in ("toxicity", "quality")}
-        for found in validations
-    ]
-    return _read_lines(folder / "metrics.jsonl") + renamed
+    validations = _read_lines(folder.need("validation.jsonl", "train"))
+    renamed = [{f"validation/{name}": value for name, value in found.items()} | found for found in validations]
+    return _read_lines(folder.need("metrics.jsonl", "train")) + renamed
+
+
+def data_account(rows: dict[str, Any]) -> dict[str, Any]:
+    """Return rows.json as a table: each outcome with its rows by source split and in all, uses first."""
+    splits = rows["splits"]
+    outcomes = dict.fromkeys(outcome for split in splits.values() for outcome in split)
+    table = {
+        outcome: [split.get(outcome, 0) for split in splits.values()]
+        for outcome in sorted(outcomes, key=lambda outcome: not outcome.startswith("used"))
+    }
+    sums = [sum(split.values()) for split in splits.values()]
+    truncated = {split: count for split, count in rows["truncated"].items() if count}
+    return {
+        "splits": list(splits),
+        "rows": table,
+        "sums": sums,
+        "truncated": truncated,
+        "tokens": rows["prompt_tokens"],
+    }
 
 
 def repeat_command(config: dict[str, Any]) -> str:
@@ -142,43 +165,6 @@ def _flag(name: str, value: object) -> str:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
-    """Say in words what the primary judge found, and what it rests on: interval, prompts and samples."""
-    judge = evaluation["primary_judge"]
-    result = evaluation["toxicity"][judge]
-    difference = result["difference"]
-    decimals = 2 if abs(difference["mean"]) >= 0.05 else 3
-    before, after = (number(result[side]["mean"], decimals) for side in ("before", "after"))
-    change = {
-        "less toxic": f"fell from {before} to {after}",
-        "more toxic": f"rose from {before} to {after}",
-        "no detectable difference": f"was {before} before and {after} after",
-    }[result["verdict"]]
-    mean, low, high = (signed(difference[key], decimals) for key in ("mean", "low", "high"))
-    size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
-    claim = f"{result['verdict'].capitalize()}: mean toxicity by {judge} {change}"
-    return claim, f"(difference {mean}, 95 % interval {low} to {high}; {size})"
-
-
-def _quality(quality: dict[str, Any]) -> list[Measure]:
-    found = [(about, quality[name]) for name, about in _QUALITY.items() if name in quality]
-    return [Measure(*about, values["before"], values["after"], values["difference"]) for about, values in found]
-
-
-def _measures(system: dict[str, Any]) -> dict[str, Measure]:
-    toxicity = [
-        Measure(f"Toxicity by {judge}", "", 3, result["before"]["mean"], result["after"]["mean"], result["difference"])
-        for judge, result in system["toxicity"].items()
-    ]
-    return {measure.label: measure for measure in (*toxicity, *_quality(system["quality"]))}
-
-
-def _systems(evaluation: dict[str, Any]) -> dict[str, dict[str, Measure]]:
-    """Return what each way of training reached; RL first, as its measures decide the table's rows."""
-    baselines = {_SYSTEMS.get(name, name): _measures(system) for name, system in evaluation["baselines"].items()}
-    return {"Reinforcement learning": _measures(evaluation)} | baselines
 
 
 def mask_pattern(words: list[str]) -> re.Pattern[str]:
@@ -219,35 +205,3 @@ def _prompt_row(sample: dict[str, Any], judge: str, pattern: re.Pattern[str]) ->
         score_before=sample["toxicity"][judge]["before"][0],
         score_after=sample["toxicity"][judge]["after"][0],
     )
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def number(value: float | None, decimals: int = 3) -> str:
-    """Return the rounded value with a true minus sign; a dash for no value."""
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    return "—" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-
-
-def signed(value: float, decimals: int = 3) -> str:
-    """Return the rounded value with its sign, plus included; zero has none."""
-    return ("+" if round(value, decimals) > 0 else "") + number(value, decimals)
-
-
-def percent(share: float | None, sign: bool = False) -> str:
-    """Return a share as whole percent."""
-    if share is None:
-        return "—"
-    return f"{signed(100 * share, 0) if sign else number(100 * share, 0)} %"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `12.3 s` or `4 min 05 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

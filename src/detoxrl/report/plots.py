@@ -29,12 +29,13 @@ _STYLE: dict[RcKeyType, Any] = {
 
 
 class Curve(NamedTuple):
-    """One metric over the RL steps; `from_zero` starts its vertical axis at 0."""
+    """One metric over the RL steps; `from_zero` starts its vertical axis at 0, `error` is the key of its error."""
 
     key: str
     title: str
     note: str
     from_zero: bool = False
+    error: str = ""
 
 
 class Plot(NamedTuple):
@@ -46,8 +47,14 @@ class Plot(NamedTuple):
 
 
 CURVES = (
-    Curve("score/mean", "Score", "reward model, mean per rollout"),
-    Curve("validation/toxicity", "Validation toxicity", "judge mean, validation prompts", True),
+    Curve("score/mean", "Score", "of the reward, mean per rollout"),
+    Curve(
+        "validation/toxicity",
+        "Validation toxicity",
+        "judge mean; band: one standard error",
+        True,
+        "validation/toxicity_error",
+    ),
     Curve("kl/reference", "KL to the reference", "nats per response", True),
     Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
     Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
@@ -85,6 +92,10 @@ def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> 
     points = [(row["step"], row[curve.key]) for row in metrics if curve.key in row]
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=_AFTER, linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=3.5)
+    if curve.error:
+        errors = [row[curve.error] for row in metrics if curve.key in row]
+        low, high = np.subtract(values, errors), np.add(values, errors)
+        axes.fill_between(steps, low, high, color=_AFTER, alpha=0.18, linewidth=0)
     axes.axvline(kept_step, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.text(kept_step, 1.02, f"kept: step {kept_step}", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
     if curve.from_zero:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 _NAMES = {
+    "score": "reward score",
     "facts": "facts kept, with roles",
     "quarrel_reported": "quarrel still reported",
     "rouge_l": "ROUGE-L to the civil reference",
@@ -33,7 +34,10 @@ def print_result(root: Path) -> None:
     seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
     timings = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"\n{sum(seconds.values()):.0f} s in all: {timings}")
-    console.print(f"adapter: {root / 'adapter'}   report: {root / 'report.html'}   numbers: {root / 'eval.json'}")
+    # A model that was only evaluated has no adapter of ours.
+    adapter = f"adapter: {root / 'adapter'}   " if (root / "adapter").is_dir() else ""
+    console.print(f"{adapter}report: {root / 'report.html'}   numbers: {root / 'eval.json'}")
+    console.print(f"sheets: {root / 'samples.csv'}   for blind raters: {root / 'blind_sheet.csv'}")
     console.print(f"next: open {root / 'report.html'} in a browser")
 
 

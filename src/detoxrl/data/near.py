@@ -1,0 +1,52 @@
+"""Which texts are the same, or nearly so?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+# Two texts are near when the sets of their word trigrams overlap by this much (Jaccard).
+THRESHOLD = 0.7
+Shingles = frozenset[tuple[str, ...]]
+
+
+def shingles(text: str) -> Shingles:
+    """Return the word trigrams of a text, case aside; a shorter text is one shingle."""
+    words = re.findall(r"\w+", text.casefold())
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset({tuple(words)})
+
+
+def near_groups(texts: Sequence[str]) -> list[int]:
+    """Return a group for each text, a number; texts near to each other, directly or through others, share one.
+
+    Exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets that overlap by the threshold
+    share one of the rarest few elements of each, so only texts that do are compared.
+    """
+    sets = [shingles(text) for text in texts]
+    counts = Counter(shingle for one in sets for shingle in one)
+    group = list(range(len(texts)))
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i in sorted(group, key=lambda i: len(sets[i])):
+        rarest = sorted(sets[i], key=lambda shingle: (counts[shingle], shingle))
+        prefix = rarest[: int(len(rarest) * (1 - THRESHOLD)) + 1]
+        for j in {j for shingle in prefix for j in holders[shingle]}:
+            if _root(group, i) != _root(group, j) and _near(sets[j], sets[i]):
+                group[_root(group, i)] = _root(group, j)
+        for shingle in prefix:
+            holders[shingle].append(i)
+    return [_root(group, i) for i in range(len(texts))]
+
+
+def _near(smaller: Shingles, larger: Shingles) -> bool:
+    if len(smaller) < THRESHOLD * len(larger):
+        return False
+    common = len(smaller & larger)
+    return common >= THRESHOLD * (len(smaller) + len(larger) - common)
+
+
+def _root(group: list[int], i: int) -> int:
+    while group[i] != i:
+        group[i] = group[group[i]]
+        i = group[i]
+    return i

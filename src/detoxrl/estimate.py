@@ -1,0 +1,111 @@
+"""How much memory and time will a run take on this machine?"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from detoxrl.config import Config
+from detoxrl.data.rows import to_prompts
+from detoxrl.parts import scorer
+from detoxrl.policy.adapters import load_policy
+from detoxrl.policy.backbone import save_base, scratch_base
+from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.prepare import Prepared, account_table
+from detoxrl.rewards.function import RewardFunction
+from detoxrl.rollout import collect, sample_texts
+from detoxrl.sft import fine_tune
+from detoxrl.tracking import log
+from detoxrl.train import Targets, update
+
+
+def estimate(config: Config, prepared: Prepared, given: RewardFunction | None = None) -> dict[str, float]:
+    """Return seconds by stage, and `peak_gib`, the peak memory of this process, by doing one step of each stage.
+
+    A scratch base is not trained yet, so its responses run to the length limit and the estimate is an upper bound.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        base = config.policy.base
+        if base == "scratch":
+            base = place
+            save_base(scratch_base(prepared.tokenizer, config.seed), prepared.tokenizer, Path(place))
+        start = Path(config.policy.adapter) if config.policy.adapter else None
+        policy = load_policy(base, start, config.policy, config.seed)
+    log.print("measuring one step of each stage")
+    step = _step_seconds(config, prepared, policy, given)
+    response = _response_seconds(config, prepared, policy)
+    validated = (-(-config.rl.steps // config.rl.validate_every) + 1) * len(prepared.rows["validation"])
+    sampled = 2 * len(prepared.rows["test"]) * config.evaluation.samples_per_prompt
+    return {
+        "sft": _sft_seconds(config, prepared, policy) if config.sft.steps else 0.0,
+        "train": config.rl.steps * step + validated * response,
+        "evaluate": sampled * response,
+        "peak_gib": peak_memory(),
+    }
+
+
+def _step_seconds(
+    config: Config, prepared: Prepared, policy: EncoderDecoderPolicy, given: RewardFunction | None
+) -> float:
+    """Return the seconds of one rollout, its scores (an embedded reward costs next to nothing) and its update."""
+    accelerator = Accelerator()
+    policy.to(accelerator.device)
+    optimizer = accelerator.prepare(torch.optim.AdamW(policy.adapter_parameters(), lr=0.0))
+    reward = scorer(config, None, given)
+    prompts = to_prompts(prepared.rows["train"][: config.rl.batch_size])
+    started = time.perf_counter()
+    rollout = collect(policy, prompts, config.generation, seed=config.seed, step=0)
+    if reward is not None:
+        reward.reward([prompt.text for prompt in rollout.prompts], rollout.texts)
+    values = rollout.responses.values
+    update(policy, accelerator, optimizer, rollout, Targets(advantages=values, returns=values), config, 0)
+    return time.perf_counter() - started
+
+
+def _response_seconds(config: Config, prepared: Prepared, policy: EncoderDecoderPolicy) -> float:
+    prompts = to_prompts(prepared.rows["test"][: config.generation.batch_size])
+    started = time.perf_counter()
+    sample_texts(policy, prompts, config.generation, seed=config.seed, stream="estimate")
+    return (time.perf_counter() - started) / len(prompts)
+
+
+def _sft_seconds(config: Config, prepared: Prepared, policy: EncoderDecoderPolicy) -> float:
+    if config.sft.full_weights:
+        policy.model.requires_grad_(True)
+    pairs = [(row.prompt, row.summary or "") for row in prepared.rows["train"][: 3 * config.sft.batch_size]]
+    ends: list[float] = []
+    fine_tune(
+        policy.model, policy.tokenizer, pairs, config.sft, 3, 0.0, 0, lambda loss: ends.append(time.perf_counter())
+    )
+    return (ends[2] - ends[0]) / 2 * config.sft.steps
+
+
+def peak_memory() -> float:
+    """Return the most memory this process has held, in GiB."""
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def print_estimate(prepared: Prepared, found: dict[str, float]) -> None:
+    """Print what became of the rows, lengths in tokens, and the estimate."""
+    console = Console(highlight=False)
+    console.print(account_table(prepared.account))
+    if prepared.account["summary_tokens"]:
+        words = "summary tokens: median {median}, 95 % up to {p95}, longest {max}"
+        console.print(words.format(**prepared.account["summary_tokens"]))
+    seconds = {stage: value for stage, value in found.items() if stage != "peak_gib"}
+    stages = ", ".join(f"{stage} {value / 60:.1f} min" for stage, value in seconds.items())
+    console.print(f"time: about {sum(seconds.values()) / 60:.1f} min ({stages}), measured by one step of each stage")
+    console.print(f"memory: about {found['peak_gib']:.1f} GiB, the peak of that step")
+    console.print("nothing was written; leave --dry-run out to run")

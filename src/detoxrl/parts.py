@@ -1,0 +1,96 @@
+"""Which reward, judge and policy does a config name?"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from detoxrl.config import Config
+from detoxrl.evaluate.judges import Judge, classifier_judge, load_judge
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
+from detoxrl.rewards.function import RewardFunction, checked, load_function
+from detoxrl.rewards.shaping import Reward
+from detoxrl.settings import changed, flatten
+from detoxrl.tracking import RunFolder
+
+# Settings that may name something on disk, and the words that never do.
+_PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge")
+_RESERVED = ("embedded", "scratch", "alt-profanity-check")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """What training maximises, and the same model as a judge where it is a classifier (not an independent one)."""
+
+    reward: Reward
+    judge: Judge | None
+
+
+def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) -> Scorer | None:
+    """Return the reward, tried on two texts: a function that was given or named, else a classifier.
+
+    `embedded` is where the embedded classifier lies; before it is trained there is none, and None comes back.
+    Raises InputError when it does not fit.
+    """
+    name = config.reward.function
+    if name is not None:
+        reward = checked(given or load_function(name), name)
+        reward(["", ""], [CIVIL_PROBE, TOXIC_PROBE])
+        return Scorer(reward=reward, judge=None)
+    source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
+    if config.reward.classifier == "embedded" and embedded is None:
+        return None
+    labels = {"reward.toxic_label": config.reward.toxic_label, "reward.good_label": config.reward.good_label}
+    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device)
+    return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
+
+
+def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) -> Scorer:
+    """Return the reward of a prepared run."""
+    wanted = config.reward.function is None and config.reward.classifier == "embedded"
+    found = scorer(config, folder.need("reward", "prepare") if wanted else None, given)
+    assert found is not None
+    return found
+
+
+def judge_of(config: Config) -> Judge:
+    """Return the primary judge."""
+    return load_judge(config.evaluation, PartialState().device)
+
+
+def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:
+    """Return the policy's base and the adapter it starts from: what sft made, else what the config names."""
+    own_base, own_start = folder / "base", folder / "start"
+    if config.sft.steps > 0:
+        folder.need("base" if config.sft.full_weights else "start", "sft")
+    base = str(own_base.resolve()) if own_base.is_dir() else config.policy.base
+    if own_start.is_dir():
+        return base, own_start
+    return base, Path(config.policy.adapter) if config.policy.adapter else None
+
+
+def with_function(config: Config, given: RewardFunction | None) -> Config:
+    """Return the config with the name of a reward that was given in Python."""
+    if given is None:
+        return config
+    named = given if inspect.isfunction(given) else type(given)
+    name = f"{named.__module__}:{named.__qualname__}"
+    return replace(config, reward=replace(config.reward, function=name))
+
+
+def absolute(config: Config) -> Config:
+    """Return the config with every path absolute, so that it means the same from any folder."""
+    flat = flatten(asdict(config))
+    found = {
+        name: str(Path(flat[name]).resolve())
+        for name in _PLACES
+        if flat[name] not in (None, *_RESERVED) and Path(flat[name]).exists()
+    }
+    function = config.reward.function
+    if function is not None and Path(function.rpartition(":")[0]).is_file():
+        file, _, attribute = function.rpartition(":")
+        found["reward.function"] = f"{Path(file).resolve()}:{attribute}"
+    return changed(config, found)

@@ -1,0 +1,144 @@
+"""What has to be there, and to fit, before a run begins?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from detoxrl.cache import cached
+from detoxrl.config import Config
+from detoxrl.data.corpus import generate_rows
+from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_prompts
+from detoxrl.data.selection import Selection, select
+from detoxrl.data.sources import read_source
+from detoxrl.data.utterances import generate_utterances
+from detoxrl.parts import judge_of, scorer
+from detoxrl.policy.adapters import load_policy, lora_config
+from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
+from detoxrl.reward_training import train_reward_model
+from detoxrl.rewards.function import RewardFunction
+from detoxrl.tracking import RunFolder, log, progress
+
+UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run starts from: rows with their prompts, and the tokenizer that counted them."""
+
+    rows: dict[str, list[Row]]
+    account: dict[str, Any]
+    """What became of every row of the source, how many prompts were cut, and lengths in tokens."""
+    tokenizer: PreTrainedTokenizerBase
+
+
+def check(config: Config, given: RewardFunction | None = None) -> Prepared:
+    """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit."""
+    judge_of(config)
+    scorer(config, None, given)
+    with log.status("reading and counting the rows"):
+        prepared = _prepared(config)
+    if config.policy.base == "scratch":
+        lora_config(scratch_base(prepared.tokenizer, config.seed), config.policy)
+    else:
+        start = Path(config.policy.adapter) if config.policy.adapter else None
+        require_positions(load_policy(config.policy.base, start, config.policy, config.seed).model.config, config)
+    return prepared
+
+
+def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
+    """Write the rows, their account, a scratch base's tokenizer, and the embedded reward model."""
+    for split in SPLITS:
+        folder.write(f"data/{split}.jsonl", rows_to_jsonl(prepared.rows[split]))
+    folder.write_json("rows.json", prepared.account)
+    log.print(account_table(prepared.account))
+    if config.policy.base == "scratch":
+        prepared.tokenizer.save_pretrained(folder / "tokenizer")
+    if config.reward.function is None and config.reward.classifier == "embedded":
+        _train_reward_model(folder, config)
+
+
+def _prepared(config: Config) -> Prepared:
+    tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
+    selection = _selection(config, tokenizer)
+    if tokenizer is None:
+        some, slot = selection.rows["train"][:4_000], "{dialogue}"
+        prompts = [config.data.template.replace(slot, row.dialogue) for row in some]
+        tokenizer = scratch_tokenizer([*prompts, *(row.summary or "" for row in some)], vocab_size=1500)
+    rows, lengths = {}, {}
+    for split in SPLITS:
+        rows[split], lengths[split] = with_prompts(selection.rows[split], config.data, tokenizer)
+    limit = config.data.max_prompt_tokens
+    summaries = [row.summary for row in rows["train"] if row.summary is not None]
+    account = {
+        "splits": selection.outcomes,
+        "truncated": {split: sum(length > limit for length in lengths[split]) for split in SPLITS},
+        "prompt_tokens": _spread([min(length, limit) for split in SPLITS for length in lengths[split]]),
+        "summary_tokens": _spread(token_lengths(tokenizer, summaries)) if summaries else None,
+    }
+    return Prepared(rows=rows, account=account, tokenizer=tokenizer)
+
+
+def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Selection:
+    if config.data.source == "embedded":
+        sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
+        rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
+        return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
+
+    def lengths(texts: list[str]) -> list[int]:
+        if tokenizer is None or config.data.length_unit == "characters":
+            return [len(text) for text in texts]
+        return token_lengths(tokenizer, texts)
+
+    return select(read_source(config.data), config, lengths)
+
+
+def _spread(lengths: Sequence[int]) -> dict[str, int]:
+    median, p95, most = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
+    return {"median": median, "p95": p95, "max": most}
+
+
+def account_table(account: dict[str, Any]) -> Table:
+    """Return what became of every row of the source, as a table for the screen."""
+    splits = account["splits"]
+    cut = ", ".join(f"{n} of {split}" for split, n in account["truncated"].items() if n) or "none"
+    tokens = "prompt tokens: median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
+    table = Table("rows", caption=f"prompts cut to fit: {cut}; {tokens}")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for outcome in dict.fromkeys(outcome for counts in splits.values() for outcome in counts):
+        table.add_row(outcome, *(f"{counts.get(outcome, 0):,}" for counts in splits.values()))
+    table.add_row("in all", *(f"{sum(counts.values()):,}" for counts in splits.values()), style="bold")
+    return table
+
+
+def _train_reward_model(folder: RunFolder, config: Config) -> None:
+    utterances = generate_utterances(config.seed, UTTERANCES)
+
+    def build(target: Path) -> None:
+        with progress("reward model", REWARD_STEPS) as advance:
+            train_reward_model(
+                utterances,
+                target,
+                steps=REWARD_STEPS,
+                batch_size=REWARD_BATCH,
+                lr=REWARD_LR,
+                seed=config.seed,
+                on_step=lambda loss: advance(f"loss {loss:.3f}"),
+            )
+
+    settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
+    say_cached("reward model", cached("reward", [settings, json.dumps(utterances)], folder / "reward", build))
+
+
+def say_cached(what: str, known: bool) -> None:
+    """Tell the user that something was not trained again."""
+    if known:
+        log.print(f"{what}: trained before, taken from the cache")

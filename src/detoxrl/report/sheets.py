@@ -1,0 +1,65 @@
+"""What goes into a spreadsheet, for reading and for blind rating?"""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections.abc import Sequence
+from typing import Any
+
+# A spreadsheet would run a cell that starts with one of these as a formula.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def samples_sheet(samples: list[dict[str, Any]], judge: str) -> str:
+    """Return, as CSV, a row per prompt with each policy's first response and its toxicity by `judge`."""
+    policies = list(samples[0]["responses"])
+    header = ["id", "dialogue", "reference"]
+    header += [f"{policy}_{what}" for policy in policies for what in ("response", "toxicity")]
+    rows = []
+    for sample in samples:
+        row = [sample["id"], sample["dialogue"], sample["reference"]]
+        for policy in policies:
+            row += [sample["responses"][policy][0], sample["toxicity"][judge][policy][0]]
+        rows.append(row)
+    return _csv(header, rows)
+
+
+def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
+    """Return, as CSV, a sheet for raters and the key to it.
+
+    A row is a prompt whose first responses before and after differ; which of them stands left, and the order of the
+    rows, are shuffled by `seed`. The sheet does not say which is which, the key does.
+    """
+    draw = random.Random(f"blind {seed}")
+    rated = differing(samples)
+    draw.shuffle(rated)
+    sheet: list[Sequence[object]] = []
+    key: list[Sequence[object]] = []
+    for number, sample in enumerate(rated, start=1):
+        sides = draw.sample(("before", "after"), 2)
+        sheet.append([number, sample["dialogue"], *(sample["responses"][side][0] for side in sides), "", ""])
+        key.append([number, sample["id"], *sides])
+    return (
+        _csv(["number", "dialogue", "left", "right", "more_civil", "better_summary"], sheet),
+        _csv(["number", "id", "left", "right"], key),
+    )
+
+
+def differing(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the samples whose first responses before and after differ: only these can be rated."""
+    return [sample for sample in samples if sample["responses"]["before"][0] != sample["responses"]["after"][0]]
+
+
+def _csv(header: list[str], rows: Sequence[Sequence[object]]) -> str:
+    # All text in quotes, so that line breaks stay inside their cell; the BOM tells Excel that it is UTF-8.
+    text = io.StringIO()
+    sheet = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    sheet.writerow(header)
+    sheet.writerows([_inert(cell) for cell in row] for row in rows)
+    return "\ufeff" + text.getvalue()
+
+
+def _inert(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell

@@ -1,0 +1,138 @@
+"""How does the report put a result into words and numbers?"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Name in eval.json: label, what it is, decimals, 1 where more is better, -1 where less is.
+_QUALITY = {
+    "score": ("Reward score", "raw", 3, 1),
+    "facts": ("Facts kept", "share", 3, 1),
+    "quarrel_reported": ("Quarrels reported", "share", 3, 1),
+    "rouge_l": ("ROUGE-L", "to the civil reference where there is one", 3, 1),
+    "length": ("Response length in words", "mean", 1, 0),
+    "empty_rate": ("Empty responses", "share", 3, -1),
+    "insult_rate": ("Insults the reward model knows", "share of responses", 3, -1),
+    "insult_rate_unseen": ("Insults the reward model never saw", "share of responses", 3, -1),
+}
+_SYSTEMS = {"sft_civil": "Supervised on civil references"}
+
+
+class Measure(NamedTuple):
+    """One number before and after; the difference is after minus before with its 95 % interval."""
+
+    label: str
+    what: str
+    decimals: int
+    better: int
+    before: float
+    after: float
+    difference: dict[str, float]
+
+    @property
+    def note(self) -> str:
+        """What the number is, and which direction is good."""
+        return self.what + {1: "; higher is better", -1: "; lower is better", 0: ""}[self.better]
+
+    @property
+    def direction(self) -> int:
+        """1 where the interval lies above 0, -1 where it lies below, 0 where it holds 0."""
+        return (self.difference["low"] > 0) - (self.difference["high"] < 0)
+
+    @property
+    def verdict(self) -> str:
+        """What the change is worth, in a word; empty without a detectable difference."""
+        if self.direction and self.better:
+            return "better" if self.direction == self.better else "worse"
+        return {1: "longer", -1: "shorter", 0: ""}[self.direction]
+
+    @property
+    def claim(self) -> str:
+        """The change in words."""
+        before, after = (number(value, self._decimals) for value in (self.before, self.after))
+        return {
+            1: f"rose from {before} to {after}",
+            -1: f"fell from {before} to {after}",
+            0: f"{before} before, {after} after",
+        }[self.direction]
+
+    @property
+    def evidence(self) -> str:
+        """The difference with its interval."""
+        mean, low, high = (signed(self.difference[key], self._decimals) for key in ("mean", "low", "high"))
+        return f"difference {mean}, 95 % interval {low} to {high}"
+
+    @property
+    def _decimals(self) -> int:
+        # An interval that excludes 0 must not seem to touch it: as many decimals as its nearer end needs.
+        nearer = min(abs(self.difference["low"]), abs(self.difference["high"]))
+        decimals = self.decimals
+        while self.direction and round(nearer, decimals) == 0:
+            decimals += 1
+        return decimals
+
+
+def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
+    """Say in words what the primary judge found, and what it rests on: interval, prompts and samples."""
+    judge = evaluation["primary_judge"]
+    result = evaluation["toxicity"][judge]
+    difference = result["difference"]
+    decimals = 2 if abs(difference["mean"]) >= 0.05 else 3
+    before, after = (number(result[side]["mean"], decimals) for side in ("before", "after"))
+    change = {
+        "less toxic": f"fell from {before} to {after}",
+        "more toxic": f"rose from {before} to {after}",
+        "no detectable difference": f"was {before} before and {after} after",
+    }[result["verdict"]]
+    mean, low, high = (signed(difference[key], decimals) for key in ("mean", "low", "high"))
+    size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
+    claim = f"{result['verdict'].capitalize()}: mean toxicity by {judge} {change}"
+    return claim, f"(difference {mean}, 95 % interval {low} to {high}; {size})"
+
+
+def changes(evaluation: dict[str, Any]) -> tuple[list[Measure], list[Measure]]:
+    """Return what changed, by intervals that exclude 0, and what did not; of the judges only the primary one counts."""
+    primary = evaluation["primary_judge"]
+    measures = measured(evaluation | {"toxicity": {primary: evaluation["toxicity"][primary]}}).values()
+    return [m for m in measures if m.direction], [m for m in measures if not m.direction]
+
+
+def measured(system: dict[str, Any]) -> dict[str, Measure]:
+    """Return every measure of one way of training by its label: toxicity by each judge, then quality."""
+    toxicity = [
+        Measure(f"Toxicity by {judge}", "in [0, 1]", 3, -1, r["before"]["mean"], r["after"]["mean"], r["difference"])
+        for judge, r in system["toxicity"].items()
+    ]
+    found = [(about, system["quality"][name]) for name, about in _QUALITY.items() if name in system["quality"]]
+    quality = [Measure(*about, r["before"], r["after"], r["difference"]) for about, r in found]
+    return {measure.label: measure for measure in (*toxicity, *quality)}
+
+
+def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measure]]:
+    """Return what each way of training reached; `first` names the run's own, whose measures are the table's rows."""
+    baselines = {_SYSTEMS.get(name, name): measured(system) for name, system in evaluation["baselines"].items()}
+    return {first: measured(evaluation)} | baselines
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    """Return the rounded value with a true minus sign; a dash for no value."""
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    return "—" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+
+
+def signed(value: float, decimals: int = 3) -> str:
+    """Return the rounded value with its sign, plus included; zero has none."""
+    return ("+" if round(value, decimals) > 0 else "") + number(value, decimals)
+
+
+def percent(share: float | None, sign: bool = False) -> str:
+    """Return a share as whole percent."""
+    if share is None:
+        return "—"
+    return f"{signed(100 * share, 0) if sign else number(100 * share, 0)} %"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `12.3 s` or `4 min 05 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

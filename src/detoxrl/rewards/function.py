@@ -1,0 +1,85 @@
+"""How does a plain Python function become a reward?"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from detoxrl.errors import InputError, require
+from detoxrl.rewards.shaping import Reward
+
+FIELD = "reward.function"
+
+
+class RewardFunction(Protocol):
+    """What a reward of your own looks like: one number for each response, higher is better.
+
+    `prompts` are what the policy read, `responses` what it wrote, both (B,); an empty response is possible.
+    """
+
+    def __call__(
+        self, prompts: list[str], responses: list[str]
+    ) -> Sequence[float] | np.ndarray[Any, Any] | torch.Tensor:
+        """Return B finite numbers."""
+
+
+def load_function(name: str) -> RewardFunction:
+    """Return the function `FILE.py:NAME` or `package.module:NAME`. Raises InputError when there is none."""
+    where, _, attribute = name.rpartition(":")
+    require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
+    module = _module(name, where)
+    function = vars(module).get(attribute)
+    there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    remedy = f"choose from {', '.join(there)}" if there else "define it there"
+    require(callable(function), FIELD, name, f"{where} defines no function {attribute}", remedy)
+    loaded: RewardFunction = vars(module)[attribute]
+    return loaded
+
+
+def _module(name: str, where: str) -> ModuleType:
+    if where.endswith(".py"):
+        require(Path(where).is_file(), FIELD, name, f"there is no file {where}", "give the path of a Python file")
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(module.__name__, module)
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError:
+        raise InputError(FIELD, name, f"there is no module {where}", "write FILE.py:NAME") from None
+
+
+def checked(function: RewardFunction, name: str) -> Reward:
+    """Return the function as a reward that refuses what is not one finite number for each response.
+
+    The reward raises InputError; what the function itself raises comes through as it is.
+    """
+
+    def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        returned = function(list(prompts), list(responses))
+        remedy = "return one finite number for each response, an empty one too"
+        try:
+            numbers = np.asarray(returned, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise InputError(FIELD, name, f"returned {type(returned).__name__}, not numbers", remedy) from None
+        rule = f"returned shape {numbers.shape} for {len(responses)} responses"
+        require(numbers.shape == (len(responses),), FIELD, name, rule, remedy)
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad):
+            rule = f"returned {numbers[bad[0]]} for response {bad[0] + 1} of {len(responses)}"
+            raise InputError(FIELD, name, rule, remedy)
+        return torch.from_numpy(numbers)
+
+    return scores

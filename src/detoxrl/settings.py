@@ -1,0 +1,72 @@
+"""How is a config changed by names, and stored?"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from detoxrl.config import Config
+from detoxrl.errors import InputError, require
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def config_to_json(config: Config) -> str:
+    """Return the config as indented JSON that `config_from_json` reads back to an equal config."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config).dump_json(config, indent=2).decode()
+
+
+def config_from_json(path: Path) -> Config:
+    """Return the config stored at `path`. Raises InputError when a field is unknown, missing or not allowed."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("config", str(path), f"is no JSON: {error}", "give a run's config.json") from None
+    known = isinstance(settings, dict) and "recipe" in settings
+    require(known, "config", str(path), "is not the config of a run", "give a run's config.json")
+    return _validated(settings, f"correct it in {path}")
+
+
+def changed(config: Config, settings: Mapping[str, object]) -> Config:
+    """Return the config with some settings changed, given as dotted names: `{"rl.steps": 100}`.
+
+    Text is read as the setting's type, so that flags and Python share one way. Raises InputError for a name that is
+    none, with the nearest one, and for a value that is not allowed.
+    """
+    nested = asdict(config)
+    names = flatten(nested)
+    for name, value in settings.items():
+        require(name in names, "setting", name, "is not a setting", nearest(name, names, "see detoxrl.Config"))
+        section, _, field_name = name.rpartition(".")
+        target = nested[section] if section else nested
+        target[field_name] = None if value == "None" else value
+    return _validated(nested, "see `detoxrl run RECIPE --help`")
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return the remedy for a name that is none: the nearest of those that are, or what to do without one."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def _validated(settings: dict[str, Any], remedy: str) -> Config:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Config).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        raise InputError(where, first.get("input"), first["msg"].lower(), remedy) from None

@@ -1,0 +1,327 @@
+"""A user's own things through the real command line, and one clear line for what does not fit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config
+
+from conftest import TARGETS
+from detoxrl import cli
+from detoxrl.errors import InputError
+from detoxrl.rewards.function import checked, load_function
+from detoxrl.settings import config_from_json
+from detoxrl.tracking import RunFolder
+from test_cli import without_timings
+from test_data import ODD, dialogue
+
+REWARD = '''
+"""Rewards of a user's own."""
+import os, signal
+
+def brevity(prompts, responses):
+    if os.environ.get("INTERRUPT_AT") == str(len(calls)):
+        signal.raise_signal(signal.SIGINT)
+    calls.append(len(responses))
+    return [-len(text) / 10 for text in responses]
+
+def short(prompts, responses):
+    return [0.0]
+
+def undefined(prompts, responses):
+    return [float("nan") if i == 1 else 0.0 for i, _ in enumerate(responses)]
+
+calls = []
+'''
+# Small enough to run in seconds; spelt as a user would.
+SMALL = [
+    "--rl.steps", "3", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
+    "--rl.validate-every", "1", "--rl.lr", "1e-2", "--rl.validation-prompts", "5", "--evaluation.prompts", "8",
+    "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200", "--generation.max-new-tokens", "12",
+    "--reward.normalise-on", "16",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with the user's model, classifier, dialogues and reward functions."""
+    copytree(bases["t5"], tmp_path / "model")
+    copytree(reward_folder, tmp_path / "classifier")
+    rows = [{"dialogue": ODD + dialogue(i), "summary": f"They talk about {i}, “all” 😀."} for i in range(40)]
+    rows += [{"dialogue": "", "summary": "x"}, rows[0], {"dialogue": "word " * 1000, "summary": "Long."}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def own(*words: str) -> list[str]:
+    return ["run", "own", "--policy.base", "model", "--reward.classifier", "classifier", "--data.source", "mine.jsonl",
+            *SMALL, *words]  # fmt: skip
+
+
+def detoxrl(words: Sequence[str]) -> int:
+    """Run a command in this process and return its exit code."""
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_own_dialogues_model_and_classifier_go_through_unharmed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(own("--data.max-prompt-tokens", "120")) == 0
+    shown = capsys.readouterr()
+    assert "no dialogue" in shown.err
+    assert "runs/own/report.html" in shown.out.replace("\n", "")
+    run = place / "runs" / "own"
+    account = json.loads((run / "rows.json").read_text())
+    assert account["splits"]["train"] == {
+        "no dialogue": 1, "duplicate": 1, "used for train": 29, "used for validation": 4, "used for test": 8,
+    }  # fmt: skip
+    assert sum(account["truncated"].values()) == 41
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().split("\n") if line]
+    assert all(sample["dialogue"].startswith(ODD) or "word" in sample["dialogue"] for sample in samples)
+    assert any("😀" in sample["reference"] for sample in samples)
+    found = json.loads((run / "eval.json").read_text())
+    assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
+    assert set(found["quality"]) == {"score", "length", "empty_rate", "rouge_l"}
+    assert set(found["splits"]) <= {"toxic before", "civil before"}
+    assert sum(n for by in found["two_by_two"].values() for n in by.values()) == 8
+
+
+def test_an_own_reward_function_and_judge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = ["--evaluation.primary-judge", "classifier", "--evaluation.judge-label", "hate"]
+    assert detoxrl([*own("--reward.function", "rewards.py:brevity"), *judge]) == 0
+    run = place / "runs" / "own"
+    found = json.loads((run / "eval.json").read_text())
+    assert list(found["toxicity"]) == [str(place / "classifier")]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().split("\n") if line]
+    before = [len(text) / -10 for sample in samples for text in sample["responses"]["before"]]
+    assert found["quality"]["score"]["before"] == pytest.approx(sum(before) / len(before), rel=1e-5)
+    # The stored config means the same from any folder, so it repeats the run.
+    again = place / "elsewhere"
+    again.mkdir()
+    assert detoxrl(["run", "--from", str(run), "--run-dir", str(again / "r")]) == 0
+    assert (again / "r" / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
+    assert config_from_json(again / "r" / "config.json") == config_from_json(run / "config.json")
+    assert detoxrl(["run", "--from", str(run / "config.json"), "--rl.steps", "1", "--run-dir", "other"]) == 0
+    assert config_from_json(Path("other/config.json")).rl.steps == 1
+    capsys.readouterr()
+
+
+def test_a_dry_run_shows_settings_counts_lengths_and_an_estimate_and_writes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(place.rglob("*"))
+    assert detoxrl(own("--dry-run", "--rl.lr", "5e-4")) == 0
+    shown = capsys.readouterr().out
+    assert '"lr": 0.0005' in shown
+    for words in ("duplicate", "prompt tokens: median", "summary tokens: median", "time: about", "memory: about"):
+        assert words in shown.replace("\n", " ").replace("  ", " ")
+    assert sorted(place.rglob("*")) == before
+
+
+# What does not fit
+
+
+def a_causal_model(place: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(place / "causal")
+
+
+def a_tokenizer_too_large(place: Path) -> None:
+    copytree(place / "model", place / "misfit")
+    tokenizer = AutoTokenizer.from_pretrained(place / "misfit")
+    tokenizer.add_tokens([f"extra{i}" for i in range(9)])
+    tokenizer.save_pretrained(place / "misfit")
+
+
+def a_tokenizer_with_another_end(place: Path) -> None:
+    copytree(place / "model", place / "misfit")
+    AutoTokenizer.from_pretrained(place / "misfit", eos_token="<unk>").save_pretrained(place / "misfit")
+
+
+def a_model_without_its_head(place: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copytree(place / "model", place / "headless")
+    weights = load_file(place / "headless" / "model.safetensors")
+    del weights["decoder.final_layer_norm.weight"]
+    save_file(weights, place / "headless" / "model.safetensors", metadata={"format": "pt"})
+
+
+def an_unfinished_run(place: Path) -> None:
+    (place / "runs" / "own").mkdir(parents=True)
+    (place / "runs" / "own" / "config.json").write_text("{}")
+
+
+def a_file_for_a_folder(place: Path) -> None:
+    (place / "runs").write_text("no folder")
+
+
+def nothing(place: Path) -> None:
+    pass
+
+
+BAD_INPUT = [
+    (nothing, ["run", "ovn"], r"recipe = 'ovn': is not a recipe; did you mean own\?"),
+    (nothing, ["run", "x"], r"recipe = 'x': is not a recipe; use quickstart, own"),
+    (nothing, ["trian", "runs/own"], r"command = 'trian': is not a command; did you mean train\?"),
+    (nothing, own("--rl.kl-coeff", "1"), r"flag = '--rl\.kl-coeff': is not known; did you mean --rl\.kl-coef\?"),
+    (nothing, own("--zzz"), r"flag = '--zzz': is not known; see `detoxrl run own --help`"),
+    (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': input should be a valid number"),
+    (nothing, own("--rl.lr", "nan"), r"rl\.lr = nan: must be above 0"),
+    (nothing, own("--rl.lr"), r"--rl\.lr = '': takes 1 value; write --rl\.lr VALUE"),
+    (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': input should be 'characters' or"),
+    (nothing, own("--overwrite", "now"), r"--overwrite = 'now': takes no value"),
+    (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is no file; \. holds mine\.jsonl"),
+    (nothing, own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': .*choose from dialogue, summ"),
+    (nothing, own("--data.min-length", "99999"), r"leaves 0 rows for train \(42 too short, 1 no dialogue\)"),
+    (nothing, own("--reward.good-label", "civil"), r"reward\.good_label = 'civil': .*use one of nothate, hate"),
+    (nothing, own("--reward.good-label", "hate", "--reward.toxic-label", "nothate"),
+     r"reward\.good_label = 'hate': is reversed: probability 0\.\d\d for a civil sentence, .*name the"),
+    (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks the weights of a cl"),
+    (nothing, own("--policy.base", "classifier"), r"policy\.base = '.*classifier': is a roberta model, no enc"),
+    (a_causal_model, own("--policy.base", "causal"), r"policy\.base = '.*causal': is a gpt2 model, no encoder-decoder"),
+    (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': cannot be loaded: "),
+    (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
+    (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
+    (a_model_without_its_head, own("--policy.base", "headless"), r"lacks weights of a generator, decoder\.final_layer"),
+    (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
+    (nothing, own("--policy.adapter", "model"), r"policy\.adapter = '.*model': holds no adapter_config\.json"),
+    (an_unfinished_run, own(), r"--run-dir = 'runs/own': exists already; add --resume to go on, --overwrite to begin"),
+    (a_file_for_a_folder, own(), r"--run-dir = 'runs/own': cannot be made: .*runs is not writable"),
+    (nothing, own("--run-dir", "/proc/nowhere"), r"--run-dir = '/proc/nowhere': cannot be made"),
+    (nothing, own("--reward.function", "rewards.py:short"), r"reward\.function = '.*rewards\.py:short': returned sh"),
+    (nothing, own("--reward.function", "rewards.py:undefined"), r"returned nan for response 2 of 2; return one finite"),
+    (nothing, own("--reward.function", "rewards.py:brief"), r"defines no function brief; choose from brevity, short"),
+    (nothing, own("--reward.function", "reward.py:brevity"), r"there is no file reward\.py; give the path"),
+    (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': names no function; write FILE\.py"),
+    (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
+    (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
+    (nothing, ["run", "--resume", "--run-dir", "gone"], r"--from = 'gone': is no file; give a run's config\.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arrange", "words", "message"), BAD_INPUT, ids=[row[2][:60] for row in BAD_INPUT])
+def test_bad_input_is_one_line_names_the_remedy_and_writes_nothing(
+    place: Path, capfd: pytest.CaptureFixture[str], arrange: Callable[[Path], None], words: list[str], message: str
+) -> None:
+    arrange(place)
+    before = sorted(place.rglob("*"))
+    assert detoxrl(words) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("detoxrl: ")
+    assert len(told.splitlines()) == 1
+    assert re.search(message, told), told
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+def test_positions_bound_prompts_and_responses(
+    place: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = own("--policy.base", str(bases["bart"]), "--policy.lora-targets", *TARGETS["bart"])
+    assert detoxrl(words) == 2
+    assert "data.max_prompt_tokens = 512: exceeds the 128 positions of" in capfd.readouterr().err
+    assert detoxrl([*words, "--data.max-prompt-tokens", "100", "--generation.max-new-tokens", "200"]) == 2
+    assert "generation.max_new_tokens = 200: exceeds the 128 positions of" in capfd.readouterr().err
+
+
+# Interrupted, full, broken
+
+
+def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "4")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    monkeypatch.setenv("INTERRUPT_AT", "3")  # probe, normaliser, step 0, step 1
+    assert detoxrl([*words, "--run-dir", "broken"]) == 130
+    told = capfd.readouterr().err
+    assert "broken keeps " in told
+    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
+        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
+    for name in ("adapter/adapter_model.safetensors", "adapter/value_head.safetensors", "checkpoint.json"):
+        assert (place / "broken" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    assert not (place / "broken" / "state").exists()
+
+
+def test_resuming_does_only_what_is_left_and_refuses_other_settings(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert detoxrl(own()) == 0
+    adapter = (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    assert detoxrl(own("--resume")) == 0
+    assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
+    capfd.readouterr()
+    assert detoxrl(own("--resume", "--rl.gamma", "0.5")) == 2
+    assert "rl.gamma = 0.5: differs from the run's 1.0; leave it out to go on" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_exit_1_with_what_was_kept(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    assert detoxrl(own()) == 1
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith("detoxrl: the disk is full; runs/own keeps adapter, checkpoint.json, config.json, data")
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "state/optimizer.safetensors"])
+def test_a_torn_checkpoint_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    assert detoxrl(own()) == 0
+    copytree(place / "runs/own/adapter", place / "runs/own/state", dirs_exist_ok=True)
+    (place / "runs/own/state/optimizer.safetensors").write_bytes(b"torn")
+    weights = place / "runs/own" / name
+    weights.write_bytes(weights.read_bytes()[:-100])
+    command = ["evaluate", "runs/own"] if name.startswith("adapter") else ["run", "--resume", "--run-dir", "runs/own"]
+    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
+    assert detoxrl(command) == 1
+    assert "is broken: " in capfd.readouterr().err.splitlines()[-1]
+
+
+# Reward functions
+
+
+@pytest.mark.parametrize("returned", [[1, 2.5], (1.0, 2.5), torch.tensor([1.0, 2.5], dtype=torch.float64)])
+def test_a_reward_function_may_return_any_numbers(returned: object) -> None:
+    scores = checked(lambda prompts, responses: returned, "f")(["a", "b"], ["c", "d"])  # type: ignore[arg-type, return-value]
+    assert torch.equal(scores, torch.tensor([1.0, 2.5]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], r"returned shape \(1,\) for 2 responses"),
+        ([[1.0], [2.0]], r"returned shape \(2, 1\) for 2 responses"),
+        (["civil", "rude"], r"returned list, not numbers"),
+        (None, r"returned nan for response|returned shape \(\)"),
+        ([1.0, float("inf")], r"returned inf for response 2 of 2"),
+    ],
+)
+def test_a_reward_function_that_returns_something_else_is_refused(returned: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        checked(lambda prompts, responses: returned, "f")(["a", "b"], ["c", "d"])  # type: ignore[arg-type, return-value]
+
+
+def test_a_function_is_found_in_a_module_too() -> None:
+    assert load_function("math:sqrt") is __import__("math").sqrt
+    with pytest.raises(InputError, match=r"there is no module nowhere"):
+        load_function("nowhere:f")
