@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+
+from detoxrl.recipes import recipe
+from detoxrl.settings import flatten
 
 SMALL = [
     "--data.limit", "96", "--rl.validation-prompts", "8", "--evaluation.prompts", "12",
@@ -178,3 +182,24 @@ def test_help_is_quick_because_it_imports_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "detoxrl run RECIPE" in result.stdout
+
+
+def test_a_recipe_lists_every_setting_with_its_default_without_torch() -> None:
+    code = (
+        "import sys, detoxrl.cli\n"
+        "try: detoxrl.cli.main(['run', 'own', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in flatten(asdict(recipe("own"))):
+        assert name == "recipe" or f"--{name.replace('_', '-')}" in result.stdout, name
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    words = [sys.executable, "-m", "detoxrl", "run", "own", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""

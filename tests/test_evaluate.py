@@ -11,10 +11,10 @@ import torch
 
 from conftest import prompted_rows
 from detoxrl.config import EvaluationConfig
-from detoxrl.evaluate.judges import Floats, load_judge, once_each
-from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words
-from detoxrl.evaluate.metrics import response_metrics, rouge_l, validation_quality
-from detoxrl.evaluate.stats import Difference, compare_toxicity, paired_difference, toxicity_summary, verdict
+from detoxrl.evaluation.judges import Floats, load_judge, once_each
+from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words
+from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
+from detoxrl.evaluation.stats import Difference, compare_toxicity, paired_difference, toxicity_summary, verdict
 
 ROWS = prompted_rows(0, {"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
@@ -127,7 +127,7 @@ def test_measuring_references_against_civil_references_removes_all_there_is() ->
 
 
 def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() -> None:
-    found = splits(ROWS, measured_references(), CONFIG, seed=0)
+    found = splits(ROWS, measured_references(), "alt-profanity-check", CONFIG, seed=0)
     assert found["toxic before"]["n"] + found["civil before"]["n"] == len(ROWS)
     parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the dialogue")
     assert sum(found[part]["n"] for part in parts) == len(ROWS)
@@ -140,7 +140,13 @@ def test_one_toxic_sample_of_several_makes_a_prompt_toxic_before_by_any_judge() 
     responses = {side: [["fine", "toxic"], ["fine", "fine"]] for side in ("before", "after")}
     deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
     sharp = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
-    found = splits(two, measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, lengths), CONFIG, seed=0)
+    found = splits(
+        two,
+        measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, lengths),
+        "alt-profanity-check",
+        CONFIG,
+        seed=0,
+    )
     assert (found["toxic before"]["n"], found["civil before"]["n"]) == (1, 1)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import detoxrl
 
@@ -13,7 +15,7 @@ FLOORS = [
     ("randomness", "records", "rl"),
     ("data", "policy", "rewards"),
     ("cache", "tracking", "rollout"),
-    ("evaluate", "checkpoint"),
+    ("evaluation", "checkpoint"),
     ("sft", "train", "reward_training"),
     ("report",),
     ("parts", "prepare", "estimate", "stages"),
@@ -62,6 +64,12 @@ def test_every_file_says_first_what_it_answers_and_stays_small() -> None:
     assert sum(len(path.read_text().splitlines()) for path in MODULES) < 6500
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_are_these_and_no_module_hides_one() -> None:
+    assert detoxrl.__all__ == [
+        "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
+        "evaluate", "recipe", "recipe_names", "run",
+    ]  # fmt: skip
+    for path in MODULES:
+        importlib.import_module(".".join(("detoxrl", *path.relative_to(PACKAGE).with_suffix("").parts)))
     for name in detoxrl.__all__:
-        assert not isinstance(getattr(detoxrl, name), type(ast)), f"{name} is hidden by a module"
+        assert not isinstance(getattr(detoxrl, name), ModuleType), f"{name} is hidden by a module"

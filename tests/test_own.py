@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shutil import copytree
@@ -19,6 +22,7 @@ from detoxrl.errors import InputError
 from detoxrl.rewards.function import checked, load_function
 from detoxrl.settings import config_from_json
 from detoxrl.tracking import RunFolder
+from hub import hub
 from test_cli import without_timings
 from test_data import ODD, dialogue
 
@@ -104,7 +108,7 @@ def test_an_own_reward_function_and_judge(place: Path, capsys: pytest.CaptureFix
     assert detoxrl([*own("--reward.function", "rewards.py:brevity"), *judge]) == 0
     run = place / "runs" / "own"
     found = json.loads((run / "eval.json").read_text())
-    assert list(found["toxicity"]) == [str(place / "classifier")]
+    assert list(found["toxicity"]) == [found["primary_judge"]] == ["classifier"]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().split("\n") if line]
     before = [len(text) / -10 for sample in samples for text in sample["responses"]["before"]]
     assert found["quality"]["score"]["before"] == pytest.approx(sum(before) / len(before), rel=1e-5)
@@ -325,3 +329,24 @@ def test_a_function_is_found_in_a_module_too() -> None:
     assert load_function("math:sqrt") is __import__("math").sqrt
     with pytest.raises(InputError, match=r"there is no module nowhere"):
         load_function("nowhere:f")
+
+
+def test_model_classifier_and_data_come_from_a_hub(place: Path) -> None:
+    (place / "set").mkdir()
+    for name, numbers in {"train": range(40), "validation": range(50, 55), "test": range(60, 68)}.items():
+        rows = [{"dialogue": dialogue(i), "summary": f"They talk about {i}."} for i in numbers]
+        (place / "set" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"google/flan-t5-small": "model", "facebook/roberta-hate-speech-dynabench-r4-target": "classifier"}
+    folders = {name: place / folder for name, folder in (names | {"datasets/knkarthick/samsum": "set"}).items()}
+    with hub(folders) as address:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "0"}
+        words = [sys.executable, "-m", "detoxrl", "run", "own", "--data.source", "knkarthick/samsum", *SMALL]
+        result = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((place / "runs/own/rows.json").read_text())["splits"]["test"] == {"used for test": 8}
+        for flag, name in {"--policy.base": "google/gone", "--data.source": "knkarthick/gone"}.items():
+            words = [*words[:5], flag, name, "--run-dir", "none"]
+            gone = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+            assert gone.returncode == 2
+            assert re.match(rf"detoxrl: {flag[2:]} = '{name}': cannot be (loaded|read): ", gone.stderr), gone.stderr
+            assert len(gone.stderr.splitlines()) == 1

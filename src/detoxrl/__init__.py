@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+# OpenMP threads spin while they wait; where cores are shared with another job, two spinning teams slow each other
+# down a hundredfold (docs/log.md). It must be said before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 if TYPE_CHECKING:
     from detoxrl.config import Config
-    from detoxrl.errors import DetoxrlError, InputError, TrainingError
+    from detoxrl.errors import DetoxrlError, InputError, StorageError, TrainingError
     from detoxrl.recipes import recipe, recipe_names
-    from detoxrl.stages import run
+    from detoxrl.rewards.function import RewardFunction
+    from detoxrl.stages import evaluate, run
 
 __version__ = "0.1.0"
 
@@ -18,7 +25,10 @@ _HOMES = {
     "Config": "detoxrl.config",
     "DetoxrlError": "detoxrl.errors",
     "InputError": "detoxrl.errors",
+    "RewardFunction": "detoxrl.rewards.function",
+    "StorageError": "detoxrl.errors",
     "TrainingError": "detoxrl.errors",
+    "evaluate": "detoxrl.stages",
     "recipe": "detoxrl.recipes",
     "recipe_names": "detoxrl.recipes",
     "run": "detoxrl.stages",
@@ -28,8 +38,11 @@ __all__ = [
     "Config",
     "DetoxrlError",
     "InputError",
+    "RewardFunction",
+    "StorageError",
     "TrainingError",
     "__version__",
+    "evaluate",
     "recipe",
     "recipe_names",
     "run",

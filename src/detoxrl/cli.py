@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import tyro
 from safetensors import SafetensorError
 
 from detoxrl import __version__
@@ -108,7 +108,6 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
     overwrite, resume = "overwrite" in options, "resume" in options
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
-    _prepare_libraries()
     from detoxrl import stages
 
     if "dry_run" in options:
@@ -143,7 +142,6 @@ def _show_help(command: str, name: str) -> None:
     if not name:
         print(USAGE)
         return
-    import tyro
 
     def flags(
         config: Annotated[Config, tyro.conf.arg(name="")],
@@ -183,7 +181,6 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     if len(words) != 1 or words[0].startswith("-"):
         raise InputError("run folder", " ".join(words), "must be one folder", f"say `detoxrl {command} runs/NAME`")
     root = Path(words[0])
-    _prepare_libraries()
     from detoxrl import stages
 
     with _kept(root):
@@ -229,21 +226,6 @@ def _print_result(root: Path) -> None:
     print_result(root)
 
 
-def _prepare_libraries() -> None:
-    # OpenMP threads spin while they wait; where cores are shared with another job, two spinning teams slow each other
-    # down a hundredfold (docs/log.md). It must be said before torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Progress bars and notices of others would tear ours apart; their errors still come through.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import huggingface_hub
-    import transformers
-
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def _dispatch(words: Sequence[str]) -> None:
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "help"):
@@ -271,6 +253,9 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted; nothing was written", 130))
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _complain(message: str, code: int) -> int:

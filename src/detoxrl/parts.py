@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from detoxrl.config import Config
-from detoxrl.evaluate.judges import Judge, classifier_judge, load_judge
+from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, load_function
 from detoxrl.rewards.shaping import Reward
@@ -59,6 +59,12 @@ def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) 
 def judge_of(config: Config) -> Judge:
     """Return the primary judge."""
     return load_judge(config.evaluation, PartialState().device)
+
+
+def judge_name(config: Config) -> str:
+    """Return what the primary judge is called in results: a folder's name without the path to it, or the hub id."""
+    path = Path(config.evaluation.primary_judge)
+    return path.name if path.is_absolute() else config.evaluation.primary_judge
 
 
 def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -105,18 +107,18 @@ def _spread(lengths: Sequence[int]) -> dict[str, int]:
     return {"median": median, "p95": p95, "max": most}
 
 
-def account_table(account: dict[str, Any]) -> Table:
-    """Return what became of every row of the source, as a table for the screen."""
+def account_table(account: dict[str, Any]) -> Group:
+    """Return what became of every row of the source, as a table for the screen, and what its prompts are like."""
     splits = account["splits"]
     cut = ", ".join(f"{n} of {split}" for split, n in account["truncated"].items() if n) or "none"
     tokens = "prompt tokens: median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
-    table = Table("rows", caption=f"prompts cut to fit: {cut}; {tokens}")
+    table = Table("rows", box=SIMPLE_HEAD)
     for split in splits:
         table.add_column(split, justify="right")
     for outcome in dict.fromkeys(outcome for counts in splits.values() for outcome in counts):
         table.add_row(outcome, *(f"{counts.get(outcome, 0):,}" for counts in splits.values()))
     table.add_row("in all", *(f"{sum(counts.values()):,}" for counts in splits.values()), style="bold")
-    return table
+    return Group(table, f"prompts cut to fit: {cut}; {tokens}")
 
 
 def _train_reward_model(folder: RunFolder, config: Config) -> None:

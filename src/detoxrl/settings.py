@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,8 @@ def changed(config: Config, settings: Mapping[str, object]) -> Config:
         require(name in names, "setting", name, "is not a setting", nearest(name, names, "see detoxrl.Config"))
         section, _, field_name = name.rpartition(".")
         target = nested[section] if section else nested
-        target[field_name] = None if value == "None" else value
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        target[field_name] = None if plain == "None" else plain
     return _validated(nested, "see `detoxrl run RECIPE --help`")
 
 

@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -17,16 +18,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
 from accelerate import PartialState
 
 from detoxrl.cache import cached
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.errors import require
-from detoxrl.evaluate.judges import Judge
-from detoxrl.evaluate.measure import comparison, measure, splits, toxic_words, two_by_two
-from detoxrl.parts import absolute, base_and_start, judge_of, run_scorer, with_function
+from detoxrl.evaluation.judges import Judge
+from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words, two_by_two
+from detoxrl.parts import absolute, base_and_start, judge_name, judge_of, run_scorer, with_function
 from detoxrl.policy.adapters import load_policy, require_adapter
 from detoxrl.prepare import check, say_cached
 from detoxrl.prepare import write as write_prepared
@@ -44,6 +47,17 @@ _PRODUCTS = (
     "eval.json", "samples.jsonl", "masked_words.json", "report.html", "samples.csv", "blind_sheet.csv",
     "blind_key.csv",
 )  # fmt: skip
+
+
+def _quieten_libraries() -> None:
+    # Progress bars and notices of others would tear ours apart; their errors still come through.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+_quieten_libraries()
 
 
 def run(
@@ -186,7 +200,7 @@ def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -
     with folder.timed("evaluate"):
         rows = _rows(folder, "test")
         responses = _responses(folder, config, rows)
-        scorer, name = run_scorer(folder, config, given), config.evaluation.primary_judge
+        scorer, name = run_scorer(folder, config, given), judge_name(config)
         judges: dict[str, Judge] = {name: judge_of(config)}
         if scorer.judge is not None:
             judges[REWARD_JUDGE] = scorer.judge
@@ -257,14 +271,15 @@ def _evaluation(
     measured: dict[str, Any],
 ) -> dict[str, Any]:
     baselines = [name for name in responses if name not in ("before", "after")]
-    primary = measured["toxicity"][config.evaluation.primary_judge]
+    judge = judge_name(config)
+    primary = measured["toxicity"][judge]
     return {
         "n_prompts": len(rows),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
-        "primary_judge": config.evaluation.primary_judge,
+        "primary_judge": judge,
         **comparison(measured, "after", config.evaluation, config.seed),
         "two_by_two": two_by_two(primary["before"], primary["after"]),
-        "splits": splits(rows, measured, config.evaluation, config.seed),
+        "splits": splits(rows, measured, judge, config.evaluation, config.seed),
         "baselines": {name: comparison(measured, name, config.evaluation, config.seed) for name in baselines},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",

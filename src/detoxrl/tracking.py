@@ -51,7 +51,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = first_line(error)
-        raise StorageError(f"{path} is broken: {reason}; every other file was left as it is") from error
+        raise StorageError(f"{path} is broken: {reason}; remove it to begin its stage anew, the rest is kept") from error
 
 
 class RunFolder:
@@ -111,8 +111,11 @@ class RunFolder:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as indented JSON; NaN is refused."""

@@ -15,8 +15,8 @@ from detoxrl.checkpoint import BestCheckpoint, Validation, load_state, save_stat
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import TrainingError, require
-from detoxrl.evaluate.judges import Judge
-from detoxrl.evaluate.metrics import validation_quality
+from detoxrl.evaluation.judges import Judge
+from detoxrl.evaluation.metrics import validation_quality
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
 from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout

@@ -84,4 +84,4 @@ def require_adapter(folder: Path, field: str) -> None:
         with safe_open(weights, framework="pt") as file:
             list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise StorageError(f"{weights} is broken: {first_line(error)}; every other file was left as it is") from error
+        raise StorageError(f"{weights} is broken: {first_line(error)}; train again or put it back") from error

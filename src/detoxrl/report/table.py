@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,7 @@ _NAMES = {
     "score": "reward score",
     "facts": "facts kept, with roles",
     "quarrel_reported": "quarrel still reported",
-    "rouge_l": "ROUGE-L to the civil reference",
+    "rouge_l": "ROUGE-L to the reference",
     "length": "words per response",
     "empty_rate": "empty responses",
     "insult_rate": "with an insult the reward knew",
@@ -43,10 +44,11 @@ def print_result(root: Path) -> None:
 
 def _table(found: dict[str, Any]) -> Table:
     title = f"{found['n_prompts']} held-out prompts, {found['samples_per_prompt']} samples each"
-    table = Table(title=title, caption="difference: after minus before, 95 % paired bootstrap interval")
+    caption = "change: after minus before, with its 95 % paired bootstrap interval"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("")
-    for name in ("before", "after", "difference", "interval", *found["baselines"]):
-        table.add_column(name, justify="right")
+    for name in ("before", "after", "change", "interval", *found["baselines"]):
+        table.add_column(name, justify="right", no_wrap=True)
     baselines = list(found["baselines"].values())
     for judge, result in found["toxicity"].items():
         others = [baseline["toxicity"][judge]["after"]["mean"] for baseline in baselines]

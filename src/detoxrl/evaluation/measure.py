@@ -11,9 +11,9 @@ import numpy as np
 from detoxrl.config import EvaluationConfig
 from detoxrl.data.insults import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row
-from detoxrl.evaluate.judges import Floats, Judge
-from detoxrl.evaluate.metrics import response_metrics
-from detoxrl.evaluate.stats import compare, compare_toxicity
+from detoxrl.evaluation.judges import Floats, Judge
+from detoxrl.evaluation.metrics import response_metrics
+from detoxrl.evaluation.stats import compare, compare_toxicity
 from detoxrl.rewards.shaping import Reward
 
 Texts = Sequence[Sequence[str]]
@@ -75,14 +75,14 @@ def comparison(
 
 
 def splits(
-    rows: Sequence[Row], measured: Mapping[str, Any], config: EvaluationConfig, seed: int
+    rows: Sequence[Row], measured: Mapping[str, Any], primary: str, config: EvaluationConfig, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Return toxicity and facts apart for prompts toxic or civil before, and by what insult their dialogue holds.
+    """Return toxicity by judge `primary` and quality apart for prompts toxic or civil before, and by their insult.
 
     A prompt was toxic before when any judge put any of its samples at 0.5 or above: what one judge overlooks would
     otherwise count as civil.
     """
-    toxicity, metrics = measured["toxicity"][config.primary_judge], measured["metrics"]
+    toxicity, metrics = measured["toxicity"][primary], measured["metrics"]
     toxic = np.any([(by["before"] >= 0.5).any(1) for by in measured["toxicity"].values()], axis=0)
     seen = _holds(rows, SEEN_INSULTS)
     unseen = _holds(rows, UNSEEN_INSULTS)

@@ -1,0 +1,23 @@
+"""Train towards a reward of your own: a function of prompts and responses that gives each response a number."""
+
+from own_file import config
+
+import detoxrl
+
+RUDE = ("idiot", "pig", "clown", "moron", "stupid")
+
+
+def few_rude_words(prompts: list[str], responses: list[str]) -> list[float]:
+    """Higher is better: each rude word costs one. An empty response is scored by rule, so it needs no care here."""
+    return [-float(sum(word in response.lower() for word in RUDE)) for response in responses]
+
+
+if __name__ == "__main__":
+    # On the command line the same is `--reward.function own_reward.py:few_rude_words`.
+    result = detoxrl.run("runs/own_reward", config, overwrite=True, reward=few_rude_words)
+    score = result["quality"]["score"]
+    change = score["difference"]
+    print(
+        f"reward {score['before']:.3f} -> {score['after']:.3f}, interval {change['low']:+.3f} to {change['high']:+.3f}"
+    )
+    print("open runs/own_reward/report.html")
