@@ -51,7 +51,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = first_line(error)
-        raise StorageError(f"{path} is broken: {reason}; remove it to begin its stage anew, the rest is kept") from error
+        remedy = "remove it to begin its stage anew, the rest is kept"
+        raise StorageError(f"{path} is broken: {reason}; {remedy}") from error
 
 
 class RunFolder:
