@@ -58,7 +58,9 @@ def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypat
     """A folder to work in, with the user's model, classifier, dialogues and reward functions."""
     copytree(bases["t5"], tmp_path / "model")
     copytree(reward_folder, tmp_path / "classifier")
-    rows = [{"dialogue": ODD + dialogue(i), "summary": f"They talk about {i}, “all” 😀."} for i in range(40)]
+    rows = [
+        {"dialogue": ODD + dialogue(i, " Oh crap!"), "summary": f"They talk about {i}, “all” 😀."} for i in range(40)
+    ]
     rows += [{"dialogue": "", "summary": "x"}, rows[0], {"dialogue": "word " * 1000, "summary": "Long."}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rewards.py").write_text(REWARD)
@@ -113,6 +115,8 @@ def test_an_own_reward_function_and_judge(place: Path, capsys: pytest.CaptureFix
     before = [len(text) / -10 for sample in samples for text in sample["responses"]["before"]]
     assert found["quality"]["score"]["before"] == pytest.approx(sum(before) / len(before), rel=1e-5)
     # The stored config means the same from any folder, so it repeats the run.
+    # The classifier has never seen the word; the linear model of single words masks it all the same.
+    assert "crap" in json.loads((run / "masked_words.json").read_text())
     again = place / "elsewhere"
     again.mkdir()
     assert detoxrl(["run", "--from", str(run), "--run-dir", str(again / "r")]) == 0
@@ -323,6 +327,19 @@ def test_a_reward_function_may_return_any_numbers(returned: object) -> None:
 def test_a_reward_function_that_returns_something_else_is_refused(returned: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         checked(lambda prompts, responses: returned, "f")(["a", "b"], ["c", "d"])  # type: ignore[arg-type, return-value]
+
+
+def test_a_reward_file_may_import_its_neighbour_and_a_constant_reward_is_told(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "rewards").mkdir()
+    (place / "rewards" / "neighbour_of_mine.py").write_text("SCORE = 2.5")
+    source = (
+        "from neighbour_of_mine import SCORE\ndef same(prompts, responses):\n    return [SCORE for _ in responses]\n"
+    )
+    (place / "rewards" / "flat.py").write_text(source)
+    assert detoxrl(own("--reward.function", "rewards/flat.py:same")) == 0
+    assert "all 16 responses of the start score 2.5" in capfd.readouterr().err.replace("\n", " ")
 
 
 def test_a_function_is_found_in_a_module_too() -> None:

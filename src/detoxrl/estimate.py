@@ -107,5 +107,5 @@ def print_estimate(prepared: Prepared, found: dict[str, float]) -> None:
     seconds = {stage: value for stage, value in found.items() if stage != "peak_gib"}
     stages = ", ".join(f"{stage} {value / 60:.1f} min" for stage, value in seconds.items())
     console.print(f"time: about {sum(seconds.values()) / 60:.1f} min ({stages}), measured by one step of each stage")
-    console.print(f"memory: about {found['peak_gib']:.1f} GiB, the peak of that step")
+    console.print(f"memory: about {found['peak_gib']:.1f} GiB at its peak; a long run may take half as much again")
     console.print("nothing was written; leave --dry-run out to run")

@@ -27,7 +27,7 @@ from detoxrl.cache import cached
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.errors import require
-from detoxrl.evaluation.judges import Judge
+from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words, two_by_two
 from detoxrl.parts import absolute, base_and_start, judge_name, judge_of, run_scorer, with_function
 from detoxrl.policy.adapters import load_policy, require_adapter
@@ -206,7 +206,8 @@ def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -
             judges[REWARD_JUDGE] = scorer.judge
         measured = measure(rows, responses, judges, scorer.reward)
         texts = [row.dialogue for row in rows] + [t for by in responses.values() for row in by for t in row]
-        folder.write_json("masked_words.json", toxic_words(texts, judges[name]))
+        # Word by word a linear model is quick and sees what a classifier of sentences may not know.
+        folder.write_json("masked_words.json", toxic_words(texts, profanity_judge() or judges[name]))
         _write_samples(folder, rows, responses, measured)
         evaluation = _evaluation(config, rows, responses, measured)
     folder.write_json("eval.json", evaluation | {"seconds": folder.finished()})

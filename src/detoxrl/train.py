@@ -113,7 +113,12 @@ def reference_normaliser(
     texts = sample_texts(
         policy, some, config.generation, seed=config.seed, stream="normaliser", adapter=policy.reference
     )
-    return fit_normaliser(reward([prompt.text for prompt in some], [text for (text,) in texts]))
+    scores = reward([prompt.text for prompt in some], [text for (text,) in texts])
+    if bool((scores == scores[0]).all()):
+        log.print(
+            f"train: all {len(scores)} responses of the start score {scores[0]:.3g}; nothing is to be learnt here"
+        )
+    return fit_normaliser(scores)
 
 
 def _validate(

@@ -39,11 +39,19 @@ def load_judge(config: EvaluationConfig, device: torch.device) -> Judge:
     if name != "alt-profanity-check":
         labels = {"evaluation.judge_label": config.judge_label}
         return classifier_judge(load_classifier(name, "evaluation.primary_judge", labels, device))
+    judge = profanity_judge()
+    if judge is None:
+        remedy = "pip install 'detoxrl[offline]'"
+        raise InputError("evaluation.primary_judge", name, "is not installed", remedy)
+    return judge
+
+
+def profanity_judge() -> Judge | None:
+    """Return alt-profanity-check where it is installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from profanity_check import predict_prob
-    except ImportError as error:
-        remedy = "pip install 'detoxrl[offline]'"
-        raise InputError("evaluation.primary_judge", name, "is not installed", remedy) from error
+    except ImportError:
+        return None
     return once_each(lambda texts: np.asarray(predict_prob(list(texts)), dtype=np.float64))

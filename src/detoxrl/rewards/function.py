@@ -52,7 +52,7 @@ def _module(name: str, where: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(module.__name__, module)
+        sys.path.insert(0, str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
         spec.loader.exec_module(module)
         return module
     try:
