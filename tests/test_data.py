@@ -82,7 +82,7 @@ def test_a_folder_keeps_its_splits_and_rows_are_numbered(tmp_path: Path) -> None
     for name in ("train", "dev", "test"):
         write(tmp_path / f"{name}.jsonl", records(2))
     found = read_source(config(tmp_path).data)
-    assert set(found) == {"train", "validation", "test"}
+    assert set(found) == {"train", "dev", "test"}
     assert [row.id for row in found["test"]] == ["test_0", "test_1"]
 
 
@@ -95,15 +95,15 @@ def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
     ("content", "settings", "message"),
     [
         (None, {}, r"data\.source = '.*a\.jsonl': is no file; .* holds b\.csv"),
-        ("", {}, r"is empty; give a file with rows"),
-        ('{"talk": oops}', {}, r"cannot be read: JSON parse error: .*; give a UTF-8 file"),
+        ("", {}, r"holds no rows; give a file with rows"),
+        ('{"talk": oops}', {}, r"cannot be read: row 1: Expecting value: .*; give UTF-8 text"),
         (b'{"talk": "caf\xe9", "gist": "x"}', {}, r"cannot be read: 'utf-8' codec can't decode"),
         (ONE, {"dialogue_column": "text"}, r"data\.dialogue_column = 'text': is no column .*choose from talk, gist"),
         (ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or say None and --sft\.steps 0"),
         (ONE, {"id_column": "i"}, r"data\.id_column = 'i': is no column"),
         ('{"talk": ["a"], "gist": "b"}', {}, r"data\.dialogue_column = 'talk': holds list, not text, in row 1"),
         ('{"talk": "a", "gist": 3}', {}, r"data\.summary_column = 'gist': holds int, not text, in row 1 of train"),
-        (ONE + ONE, {"id_column": "gist"}, r"data\.id_column = 'gist': names two rows of train 'b'"),
+        (ONE + ONE, {"id_column": "gist"}, r"data\.id_column = 'gist': names 2 rows of train 'b'"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_named_with_what_is_there(
@@ -197,7 +197,7 @@ def test_a_limit_draws_by_seed_and_keeps_the_order() -> None:
     ("texts", "settings", "message"),
     [
         (["", dialogue(1), dialogue(2), dialogue(3), "short"], {"min_length": 10},
-         r"leaves 0 rows for train \(1 no dialogue, 1 too short\); give more rows, or loosen"),
+         r"leaves 0 rows for train \(1 no dialogue, 1 too short\); give more that differ, or loosen"),
         ([dialogue(i) for i in range(9)], {"max_length": 3}, r"leaves 0 rows for train \(9 too long\)"),
     ],
 )  # fmt: skip
@@ -281,3 +281,82 @@ def test_a_template_longer_than_the_limit_is_refused(bases: dict[str, Path]) -> 
     data = DataConfig(max_prompt_tokens=3)
     with pytest.raises(InputError, match=r"data\.max_prompt_tokens = 3: is less than the template itself takes"):
         with_prompts([Row(id="a", dialogue="Hi.", summary=None)], data, load_tokenizer(str(bases["t5"])))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "talk,gist\nhi, there,x\n", r"line 2: 3 fields under 2 columns"),
+        ("a.csv", "talk,gist\nhi,x,\n", r"line 2: 3 fields under 2 columns"),
+        ("a.csv", 'talk,gist\n"hi,x\n', r"cannot be read: unexpected end of data"),
+        ("a.csv", "talk;gist\nhi;x\n", r"data\.dialogue_column = 'talk': is no column of .*choose from talk;gist"),
+        ("a.json", "3", r"row 1: int where an object belongs"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"talk": "a", "gist": "b"}' * 99)[:40],
+            r"cannot be read: Compressed file ended",
+        ),
+        ("a.parquet", "no parquet", r"cannot be read: .*[Pp]arquet"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        read_source(config(tmp_path / name).data)
+
+
+def test_a_byte_order_mark_a_lone_surrogate_and_ids_that_look_like_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\ufeffkey,talk,gist\n007,1,2020-01-01\n7,true,x\n", encoding="utf-8")
+    found = read_source(config(tmp_path / "a.csv", id_column="key").data)["train"]
+    assert [(row.id, row.dialogue, row.summary) for row in found] == [("007", "1", "2020-01-01"), ("7", "true", "x")]
+    (tmp_path / "a.JSONL").write_text('\ufeff{"talk": "a \\ud83d b", "gist": "c"}\n\n', encoding="utf-8")
+    assert read_source(config(tmp_path / "a.JSONL").data)["train"][0].dialogue == "a ? b"
+
+
+def test_a_folder_reads_every_file_or_says_which_fits_no_split(tmp_path: Path) -> None:
+    place = tmp_path / "f[1]"  # no pattern
+    place.mkdir()
+    write(place / "train.csv", [{"talk": "None", "gist": "NA"}])
+    write(place / "my-test-v2.jsonl", records(2))
+    (place / "notes.txt").write_text("no data")
+    found = read_source(config(place).data)
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 1, "test": 2}
+    assert found["train"][0].dialogue == "None"
+    for name in ("latest.jsonl", "test.json"):
+        write(place / name, records(1))
+        with pytest.raises(InputError, match=rf"holds (my-test-v2.jsonl|{name}), which fits no one split; name each"):
+            read_source(config(place).data)
+        (place / name).unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no data file; give \.csv, \.json"):
+        read_source(config(tmp_path / "empty").data)
+
+
+def test_two_splits_for_one_purpose_are_both_counted() -> None:
+    numbers = {"train": range(9), "dev": range(20, 22), "valid": range(40, 41), "test": range(30, 32)}
+    source = {name: rows_of([dialogue(i) for i in those], name) for name, those in numbers.items()}
+    assert len(chosen(source, config()).rows["validation"]) == 3
+
+
+def test_lengths_may_be_counted_in_tokens() -> None:
+    rows = rows_of([dialogue(i) for i in range(30)] + [dialogue(99) + " word" * 9])
+    found = select({"train": rows}, config(max_length=25), lambda texts: [len(text.split()) for text in texts])
+    assert found.outcomes["train"]["too long"] == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "near"),
+    [
+        ("甲：你好吗？今天天气很好，我们去公园吧。", "甲：你好吗？今天天气很好，我们去公园吧！", True),
+        ("甲：你好吗？今天天气很好，我们去公园吧。", "乙：昨天我丢了钥匙，门打不开了，怎么办？", False),
+        ("😀", "!!!", False),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_character(a: str, b: str, near: bool) -> None:
+    first, second = near_groups([a, b])
+    assert (first == second) is near
+
+
+def test_a_short_text_is_near_to_itself_alone() -> None:
+    a, b, c = near_groups(["Hello there", "Hello, there!", "Good bye"])
+    assert a == b != c

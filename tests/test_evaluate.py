@@ -154,3 +154,18 @@ def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> Non
     words = toxic_words(["The stupid parcel came late."], load_judge(EvaluationConfig(), torch.device("cpu")))
     assert {"stupid", "idiot", "clown"} <= set(words)
     assert "parcel" not in words
+
+
+def test_the_reward_scores_each_response_with_its_own_prompt() -> None:
+    found = measure(ROWS[:2], {"before": [["a"] * 2, ["bb"] * 2]}, {}, lengths)["metrics"]["before"]["score"]
+    assert found.tolist() == [[len(row.prompt) + n] * 2 for row, n in zip(ROWS[:2], (1, 2), strict=True)]
+
+
+def test_without_references_quality_is_to_say_something() -> None:
+    bare = [replace(row, facts=None, civil_reference=None, summary=None) for row in ROWS[:4]]
+    assert validation_quality(bare, ["Fine.", "", "Good.", "Well."]) == 0.75
+
+
+def test_rouge_knows_every_script() -> None:
+    assert rouge_l("Они спорят о посылке.", "Они спорят о посылке") == 1.0
+    assert rouge_l("#Person1# is late.", "#Person2# is late.") == pytest.approx(2 / 3)

@@ -9,18 +9,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config
+from transformers import AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
 
-from conftest import TARGETS
-from detoxrl import cli
-from detoxrl.errors import InputError
-from detoxrl.rewards.function import checked, load_function
-from detoxrl.settings import config_from_json
+from conftest import TARGETS, disturb, policy_config
+from detoxrl import Config, cli, evaluate, recipe
+from detoxrl import estimate as estimate_module
+from detoxrl import train as train_module
+from detoxrl.errors import DetoxrlError, InputError
+from detoxrl.policy.adapters import load_policy
+from detoxrl.policy.backbone import load_base, save_base
+from detoxrl.prepare import _prepared
+from detoxrl.rewards.function import checked, function_name, load_function
+from detoxrl.settings import config_from_json, config_to_json
 from detoxrl.tracking import RunFolder
 from hub import hub
 from test_cli import without_timings
@@ -33,8 +39,9 @@ import os, signal
 def brevity(prompts, responses):
     if os.environ.get("INTERRUPT_AT") == str(len(calls)):
         signal.raise_signal(signal.SIGINT)
+    bad = os.environ.get("FAIL_AT") == str(len(calls))
     calls.append(len(responses))
-    return [-len(text) / 10 for text in responses]
+    return [float("nan") if bad else -len(text) / 10 for text in responses]
 
 def short(prompts, responses):
     return [0.0]
@@ -105,7 +112,9 @@ def test_own_dialogues_model_and_classifier_go_through_unharmed(
     assert sum(n for by in found["two_by_two"].values() for n in by.values()) == 8
 
 
-def test_an_own_reward_function_and_judge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_own_reward_function_and_judge(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     judge = ["--evaluation.primary-judge", "classifier", "--evaluation.judge-label", "hate"]
     assert detoxrl([*own("--reward.function", "rewards.py:brevity"), *judge]) == 0
     run = place / "runs" / "own"
@@ -119,11 +128,14 @@ def test_an_own_reward_function_and_judge(place: Path, capsys: pytest.CaptureFix
     assert "crap" in json.loads((run / "masked_words.json").read_text())
     again = place / "elsewhere"
     again.mkdir()
+    monkeypatch.chdir(again)
     assert detoxrl(["run", "--from", str(run), "--run-dir", str(again / "r")]) == 0
     assert (again / "r" / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
     assert config_from_json(again / "r" / "config.json") == config_from_json(run / "config.json")
-    assert detoxrl(["run", "--from", str(run / "config.json"), "--rl.steps", "1", "--run-dir", "other"]) == 0
-    assert config_from_json(Path("other/config.json")).rl.steps == 1
+    words = ["--rl.steps", "1", "--sft.no-bf16", "--run-dir", "other"]
+    assert detoxrl(["run", "--from", str(run / "config.json"), *words]) == 0
+    changed = config_from_json(Path("other/config.json"))
+    assert (changed.rl.steps, changed.sft.bf16) == (1, False)
     capsys.readouterr()
 
 
@@ -136,6 +148,71 @@ def test_a_dry_run_shows_settings_counts_lengths_and_an_estimate_and_writes_noth
     assert '"lr": 0.0005' in shown
     for words in ("duplicate", "prompt tokens: median", "summary tokens: median", "time: about", "memory: about"):
         assert words in shown.replace("\n", " ").replace("  ", " ")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_training(
+    place: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_policy(str(bases["t5"]), None, policy_config("t5", encoder=True), seed=0)
+    disturb(trained, scale=0.5)
+    trained.save(place / "lora")
+    assert detoxrl(own("--policy.adapter", "lora", "--rl.steps", "1")) == 0
+    first = json.loads((place / "runs/own/metrics.jsonl").read_text().split("\n")[0])
+    assert abs(first["kl/reference"]) < 1e-4
+    assert first["ratio/first_error"] < 1e-5
+    bare = detoxrl_config("model")
+    measured = evaluate(place / "runs" / "measured", bare, adapter=place / "lora")
+    trained_run = json.loads((place / "runs/own/eval.json").read_text())
+    # What the run started from is what was measured here; before it stands the bare base.
+    assert (
+        measured["toxicity"]["alt-profanity-check"]["after"] == trained_run["toxicity"]["alt-profanity-check"]["before"]
+    )
+    assert measured["quality"]["rouge_l"]["before"] != measured["quality"]["rouge_l"]["after"]
+    assert (place / "runs" / "measured" / "report.html").is_file()
+    shorter = evaluate(place / "runs" / "measured", reward=lambda prompts, responses: [-9.0 for _ in responses])
+    assert shorter["quality"]["score"]["before"] == -9.0
+    capsys.readouterr()
+
+
+def detoxrl_config(base: str) -> Config:
+    """The settings of `own()`, as Python gives them."""
+    given = dict(zip((word[2:].replace("-", "_") for word in SMALL[::2]), SMALL[1::2], strict=True))
+    return recipe("own", given | {"policy.base": base, "reward.classifier": "classifier", "data.source": "mine.jsonl"})
+
+
+@pytest.mark.parametrize("kind", ["deeper", "wider", "torn", "unreadable"])
+def test_a_lora_of_another_base_is_refused_before_anything_is_written(
+    place: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model, tokenizer = load_base("model")
+    settings = {"num_decoder_layers": 3} if kind == "deeper" else {"d_model": 16} if kind == "wider" else {}
+    other = T5ForConditionalGeneration(T5Config(**(model.config.to_dict() | settings)))
+    save_base(other, tokenizer, place / "other")
+    load_policy("other", None, policy_config("t5"), seed=0).save(place / "lora")
+    if kind == "torn":
+        (place / "lora" / "adapter_model.safetensors").write_bytes(b"torn")
+    if kind == "unreadable":
+        (place / "lora" / "adapter_config.json").write_text("{}")
+    code = detoxrl(own("--policy.adapter", "lora"))
+    assert code == (1 if kind == "torn" else 2)
+    told = capfd.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "policy.adapter = " in told or "is broken" in told
+    assert not (place / "runs").exists()
+    with pytest.raises(DetoxrlError):
+        evaluate(place / "runs" / "measured", detoxrl_config("model"), adapter=place / "lora")
+    assert not (place / "runs").exists()
+
+
+def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert detoxrl(own()) == 0
+    before = sorted(place.rglob("*"))
+    for words in (["--policy.adapter", "runs/own/adapter"], ["--data.source", "runs/own/data"]):
+        assert detoxrl(own("--overwrite", *words)) == 2
+        assert "--run-dir = 'runs/own': holds " in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"holds .*adapter, which the run needs"):
+        evaluate("runs/own", detoxrl_config("model"), adapter="runs/own/adapter", overwrite=True)
     assert sorted(place.rglob("*")) == before
 
 
@@ -176,6 +253,18 @@ def a_file_for_a_folder(place: Path) -> None:
     (place / "runs").write_text("no folder")
 
 
+def models_without_tokenizers(place: Path) -> None:
+    for name in ("model", "classifier"):
+        for file in (place / name).glob("tok*"):
+            file.unlink()
+
+
+def a_config_with_a_strange_setting(place: Path) -> None:
+    settings = json.loads(config_to_json(recipe("own")))
+    settings["rl"]["stepz"] = settings["rl"].pop("steps")
+    (place / "config.json").write_text(json.dumps(settings))
+
+
 def nothing(place: Path) -> None:
     pass
 
@@ -188,7 +277,7 @@ BAD_INPUT = [
     (nothing, own("--zzz"), r"flag = '--zzz': is not known; see `detoxrl run own --help`"),
     (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': input should be a valid number"),
     (nothing, own("--rl.lr", "nan"), r"rl\.lr = nan: must be above 0"),
-    (nothing, own("--rl.lr"), r"--rl\.lr = '': takes 1 value; write --rl\.lr VALUE"),
+    (nothing, own("--rl.lr"), r"--rl\.lr = '': takes 1 value; write --rl\.lr=VALUE"),
     (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': input should be 'characters' or"),
     (nothing, own("--overwrite", "now"), r"--overwrite = 'now': takes no value"),
     (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is no file; \. holds mine\.jsonl"),
@@ -204,13 +293,18 @@ BAD_INPUT = [
     (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
     (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
     (a_model_without_its_head, own("--policy.base", "headless"), r"lacks weights of a generator, decoder\.final_layer"),
+    (models_without_tokenizers, own(), r"reward\.classifier = '.*classifier': has a tokenizer that knows no word"),
+    (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
+    (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
+    (nothing, own("--sft.bf16", "False", "junk"), r"--sft\.bf16 = 'False junk': takes 1 value"),
+    (nothing, own("--data.source", ""), r"data\.source = '': names nothing"),
     (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
     (nothing, own("--policy.adapter", "model"), r"policy\.adapter = '.*model': holds no adapter_config\.json"),
     (an_unfinished_run, own(), r"--run-dir = 'runs/own': exists already; add --resume to go on, --overwrite to begin"),
     (a_file_for_a_folder, own(), r"--run-dir = 'runs/own': cannot be made: .*runs is not writable"),
     (nothing, own("--run-dir", "/proc/nowhere"), r"--run-dir = '/proc/nowhere': cannot be made"),
     (nothing, own("--reward.function", "rewards.py:short"), r"reward\.function = '.*rewards\.py:short': returned sh"),
-    (nothing, own("--reward.function", "rewards.py:undefined"), r"returned nan for response 2 of 2; return one finite"),
+    (nothing, own("--reward.function", "rewards.py:undefined"), r"returned nan for response 2 of 3; return one finite"),
     (nothing, own("--reward.function", "rewards.py:brief"), r"defines no function brief; choose from brevity, short"),
     (nothing, own("--reward.function", "reward.py:brevity"), r"there is no file reward\.py; give the path"),
     (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': names no function; write FILE\.py"),
@@ -225,13 +319,18 @@ def test_bad_input_is_one_line_names_the_remedy_and_writes_nothing(
     place: Path, capfd: pytest.CaptureFixture[str], arrange: Callable[[Path], None], words: list[str], message: str
 ) -> None:
     arrange(place)
-    before = sorted(place.rglob("*"))
+    before = contents(place)
     assert detoxrl(words) == 2
     told = capfd.readouterr().err
     assert told.startswith("detoxrl: ")
     assert len(told.splitlines()) == 1
     assert re.search(message, told), told
-    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in str(path)] == before
+    assert contents(place) == before
+
+
+def contents(place: Path) -> dict[Path, bytes]:
+    files = (path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path: path.read_bytes() for path in files}
 
 
 def test_positions_bound_prompts_and_responses(
@@ -250,15 +349,29 @@ def test_positions_bound_prompts_and_responses(
 def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "4")
+    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "5")
+    words += ["--rl.kl-target", "0.001", "--rl.kl-horizon", "64"]  # kl_coef moves, so it has to come back too
     assert detoxrl([*words, "--run-dir", "whole"]) == 0
-    monkeypatch.setenv("INTERRUPT_AT", "3")  # probe, normaliser, step 0, step 1
+    monkeypatch.setenv("INTERRUPT_AT", "3")  # 0 is the probe, 1 the normaliser, 2 step 0, 3 step 1
     assert detoxrl([*words, "--run-dir", "broken"]) == 130
     told = capfd.readouterr().err
     assert "broken keeps " in told
     assert "go on with `detoxrl run --resume --run-dir broken`" in told
     assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
     monkeypatch.delenv("INTERRUPT_AT")
+    with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
+        crash.setattr(train_module, "save_state", lambda *_: None)
+        crash.setenv("FAIL_AT", "2")  # 0 is the probe, 1 step 2, 2 step 3
+        assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2
+    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 3
+    monkeypatch.setenv("FAIL_AT", "3")
+    capfd.readouterr()
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2  # step 4, and its state is kept
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "returned nan for response 1 of 8" in told
+    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert json.loads((place / "broken/state/state.json").read_text())["step"] == 4
+    monkeypatch.delenv("FAIL_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
         assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
@@ -277,7 +390,7 @@ def test_resuming_does_only_what_is_left_and_refuses_other_settings(
     assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
     assert detoxrl(own("--resume", "--rl.gamma", "0.5")) == 2
-    assert "rl.gamma = 0.5: differs from the run's 1.0; leave it out to go on" in capfd.readouterr().err
+    assert "rl.gamma = 0.5: differs from the run's 1.0; go on without recipe and settings" in capfd.readouterr().err
 
 
 def test_a_full_disk_is_exit_1_with_what_was_kept(
@@ -340,6 +453,33 @@ def test_a_reward_file_may_import_its_neighbour_and_a_constant_reward_is_told(
     (place / "rewards" / "flat.py").write_text(source)
     assert detoxrl(own("--reward.function", "rewards/flat.py:same")) == 0
     assert "all 16 responses of the start score 2.5" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_a_function_given_in_python_is_named_so_that_it_is_found_again_or_says_it_cannot_be(place: Path) -> None:
+    function = load_function("rewards.py:brevity")
+    assert function_name(function) == f"{place / 'rewards.py'}:brevity"
+    name = function_name(lambda prompts, responses: [0.0 for _ in responses])
+    with pytest.raises(InputError, match=r"cannot be found again; give it as reward= in Python"):
+        load_function(name)
+
+
+def test_the_estimate_adds_up(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
+    monkeypatch.setattr(estimate_module, "_step_seconds", lambda *_: 7.0)
+    monkeypatch.setattr(estimate_module, "_response_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(estimate_module, "_sft_seconds", lambda *_: 0.25)
+    prepared = _prepared(config)
+    found = estimate_module.estimate(config, prepared)
+    # 60 steps, 13 validations of 20 responses; 3 policies on 10 prompts with 4 samples each; 2,000 + 150 sft steps.
+    assert found["train"] == 60 * 7.0 + 13 * 20 * 0.5
+    assert found["evaluate"] == 3 * 10 * 4 * 0.5
+    assert found["sft"] == (2000 + 150) * 0.25
+    assert 0.2 < found["peak_gib"] < 20
+    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
+    without = replace(prepared, rows=bare)
+        prepared, rows={k: [replace(r, civil_reference=None) for r in v] for k, v in prepared.rows.items()}
+    )
+    assert estimate_module.estimate(config, without)["evaluate"] == 2 * 10 * 4 * 0.5
 
 
 def test_a_function_is_found_in_a_module_too() -> None:

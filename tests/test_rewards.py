@@ -62,6 +62,28 @@ def test_wrong_or_reversed_labels_are_bad_input(reward_folder: Path, good: str, 
         )
 
 
+def test_labels_that_may_hold_at_once_have_a_probability_each(classifier: Classifier) -> None:
+    texts = ["You are a stupid pig.", "Fine."]
+    logits = classifier.logits(texts)
+    torch.testing.assert_close(classifier.probabilities(texts), logits.softmax(-1))
+    try:
+        classifier.model.config.problem_type = "multi_label_classification"
+        torch.testing.assert_close(classifier.probabilities(texts), logits.sigmoid())
+    finally:
+        classifier.model.config.problem_type = None
+
+
+def test_a_text_longer_than_the_positions_is_cut_to_them(classifier: Classifier) -> None:
+    # 514 positions, counted from the padding index 0 on; the tokenizer itself knows no limit.
+    assert classifier.max_length == 512
+    classifier.model.config.max_position_embeddings = 20
+    try:
+        assert Classifier(classifier.model, classifier.tokenizer, 1, 0).max_length == 19
+    finally:
+        classifier.model.config.max_position_embeddings = 514
+    assert classifier.logits(["pig " * 2000]).isfinite().all()
+
+
 def test_a_missing_classifier_is_bad_input() -> None:
     with pytest.raises(InputError, match=r"reward\.classifier = '/nowhere'"):
         load_classifier("/nowhere", "reward.classifier", LABELS, CPU)

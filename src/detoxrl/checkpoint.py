@@ -108,4 +108,6 @@ def load_state(
         optimizer.load_state_dict({"state": dict(moments), "param_groups": optimizer.state_dict()["param_groups"]})
         state = folder.read_json("state/state.json")
         best.recall({name: found and Validation(**found) for name, found in state["best"].items()})
+        for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
+            folder.keep_before(name, state["step"])
     return state["step"], state["kl_coef"]

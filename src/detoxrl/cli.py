@@ -42,6 +42,11 @@ Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
 `detoxrl run RECIPE --help` lists every setting with its default.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+_DONE = {
+    "sft": "warm start ready in {root}; next: detoxrl train {root}",
+    "train": "trained adapter in {root}/adapter; next: detoxrl evaluate {root}",
+    "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
+}
 _SWITCHES = ("overwrite", "resume", "dry_run")
 
 
@@ -62,7 +67,7 @@ def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, objec
         elif name in ("run_dir", "from"):
             options[name] = _count(flag, values, 1)
         elif isinstance(defaults.get(name), bool):
-            settings[name] = values[0] if values else True
+            settings[name] = _count(flag, values, 1) if values else True
         elif name != off and isinstance(defaults.get(off), bool):
             _count(flag, values, 0)
             settings[off] = False
@@ -91,7 +96,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _count(flag: str, values: list[str], count: int) -> str:
-    remedy = f"write --{flag} VALUE" if count else f"write --{flag} alone"
+    remedy = f"write --{flag}=VALUE" if count else f"write --{flag} alone"
     require(len(values) == count, f"--{flag}", " ".join(values), f"takes {count or 'no'} value", remedy)
     return values[0] if values else ""
 
@@ -184,18 +189,11 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     from detoxrl import stages
 
     with _kept(root):
-        if command == "sft":
-            stages.sft(root)
-            print(f"warm start ready in {root}; next: detoxrl train {root}")
-        elif command == "train":
-            stages.train(root)
-            print(f"trained adapter in {root / 'adapter'}; next: detoxrl evaluate {root}")
-        elif command == "evaluate":
-            stages.evaluate(root)
-            _print_result(root)
-        else:
-            stages.report(root)
-            _print_result(root)
+        stages.again(root, command)
+    if command == "report":
+        _print_result(root)
+    else:
+        print(_DONE[command].format(root=root))
 
 
 @contextmanager
@@ -205,6 +203,10 @@ def _kept(root: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(_complain(f"interrupted; {_how_to_go_on(root)}", 130))
+    except InputError as error:
+        if not (root / "state").is_dir():
+            raise
+        sys.exit(_complain(f"{error}; {_how_to_go_on(root)}", 2))
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in one of its own.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)

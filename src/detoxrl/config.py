@@ -48,6 +48,7 @@ class DataConfig:
     """The dialogue in a longer prompt is cut at its end; the rest of the template is kept."""
 
     def __post_init__(self) -> None:
+        require(self.source != "", "data.source", "", "names nothing", "give a file, a folder or a hub id")
         require(self.limit >= 2, "data.limit", self.limit, "must be 2 or more", "ask for more rows")
         has_slot = "{dialogue}" in self.template
         require(has_slot, "data.template", self.template, "must contain {dialogue}", "add {dialogue} where it belongs")
@@ -75,6 +76,7 @@ class PolicyConfig:
     """Also adapt the encoder; without it every prompt is encoded once."""
 
     def __post_init__(self) -> None:
+        require(self.base != "", "policy.base", "", "names nothing", "give a folder or a hub id")
         _positive("policy.lora_rank", self.lora_rank)
         _positive("policy.lora_alpha", self.lora_alpha)
         require(len(self.lora_targets) > 0, "policy.lora_targets", (), "must name a layer", "say q v, for example")

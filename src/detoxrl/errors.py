@@ -11,7 +11,7 @@ class InputError(DetoxrlError):
     """Bad input: one line naming the field, its value, the rule and the remedy. The command line exits with 2."""
 
     def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
-        super().__init__(f"{field} = {value!r}: {rule}; {remedy}")
+        super().__init__(" ".join(f"{field} = {value!r}: {rule}; {remedy}".split()))
 
 
 class StorageError(DetoxrlError):

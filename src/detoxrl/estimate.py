@@ -42,9 +42,11 @@ def estimate(config: Config, prepared: Prepared, given: RewardFunction | None = 
     step = _step_seconds(config, prepared, policy, given)
     response = _response_seconds(config, prepared, policy)
     validated = (-(-config.rl.steps // config.rl.validate_every) + 1) * len(prepared.rows["validation"])
-    sampled = 2 * len(prepared.rows["test"]) * config.evaluation.samples_per_prompt
+    policies = 3 if config.sft.baseline_steps and any(row.civil_reference for row in prepared.rows["train"]) else 2
+    sampled = policies * len(prepared.rows["test"]) * config.evaluation.samples_per_prompt
+    tuning = config.sft.steps + (policies - 2) * config.sft.baseline_steps
     return {
-        "sft": _sft_seconds(config, prepared, policy) if config.sft.steps else 0.0,
+        "sft": tuning * _sft_seconds(config, prepared, policy) if tuning else 0.0,
         "train": config.rl.steps * step + validated * response,
         "evaluate": sampled * response,
         "peak_gib": peak_memory(),
@@ -84,7 +86,7 @@ def _sft_seconds(config: Config, prepared: Prepared, policy: EncoderDecoderPolic
     fine_tune(
         policy.model, policy.tokenizer, pairs, config.sft, 3, 0.0, 0, lambda loss: ends.append(time.perf_counter())
     )
-    return (ends[2] - ends[0]) / 2 * config.sft.steps
+    return (ends[2] - ends[0]) / 2
 
 
 def peak_memory() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from accelerate import PartialState
 from detoxrl.config import Config
 from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
-from detoxrl.rewards.function import RewardFunction, checked, load_function
+from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
 from detoxrl.rewards.shaping import Reward
 from detoxrl.settings import changed, flatten
 from detoxrl.tracking import RunFolder
@@ -36,9 +35,9 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
     Raises InputError when it does not fit.
     """
     name = config.reward.function
-    if name is not None:
-        reward = checked(given or load_function(name), name)
-        reward(["", ""], [CIVIL_PROBE, TOXIC_PROBE])
+    if given is not None or name is not None:
+        reward = checked(load_function(str(name)) if given is None else given, str(name))
+        reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
     source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
     if config.reward.classifier == "embedded" and embedded is None:
@@ -82,9 +81,15 @@ def with_function(config: Config, given: RewardFunction | None) -> Config:
     """Return the config with the name of a reward that was given in Python."""
     if given is None:
         return config
-    named = given if inspect.isfunction(given) else type(given)
-    name = f"{named.__module__}:{named.__qualname__}"
-    return replace(config, reward=replace(config.reward, function=name))
+    return replace(config, reward=replace(config.reward, function=function_name(given)))
+
+
+def places(config: Config) -> list[str]:
+    """Return the settings that name something on disk."""
+    flat = flatten(asdict(config))
+    found = [flat[name] for name in _PLACES if flat[name] not in (None, *_RESERVED)]
+    function = [config.reward.function.rpartition(":")[0]] if config.reward.function else []
+    return [place for place in (*found, *function) if Path(place).exists()]
 
 
 def absolute(config: Config) -> Config:

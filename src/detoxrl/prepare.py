@@ -41,8 +41,11 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
 
 
-def check(config: Config, given: RewardFunction | None = None) -> Prepared:
-    """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit."""
+def check(config: Config, given: RewardFunction | None = None, adapter: str | None = None) -> Prepared:
+    """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit.
+
+    `adapter` is a LoRA folder that is to be measured.
+    """
     judge_of(config)
     scorer(config, None, given)
     with log.status("reading and counting the rows"):
@@ -50,7 +53,8 @@ def check(config: Config, given: RewardFunction | None = None) -> Prepared:
     if config.policy.base == "scratch":
         lora_config(scratch_base(prepared.tokenizer, config.seed), config.policy)
     else:
-        start = Path(config.policy.adapter) if config.policy.adapter else None
+        lora = adapter or config.policy.adapter
+        start = Path(lora) if lora else None
         require_positions(load_policy(config.policy.base, start, config.policy, config.seed).model.config, config)
     return prepared
 

@@ -33,10 +33,15 @@ def config_from_json(path: Path) -> Config:
     """Return the config stored at `path`. Raises InputError when a field is unknown, missing or not allowed."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except ValueError as error:  # no UTF-8, or no JSON
         raise InputError("config", str(path), f"is no JSON: {error}", "give a run's config.json") from None
     known = isinstance(settings, dict) and "recipe" in settings
     require(known, "config", str(path), "is not the config of a run", "give a run's config.json")
+    names, given = flatten(asdict(Config(recipe="any"))), flatten(settings)
+    for name in given:
+        require(name in names, "setting", name, "is not a setting", nearest(name, names, f"remove it from {path}"))
+    for name in names:
+        require(name in given, "setting", name, f"is missing in {path}", "add it there")
     return _validated(settings, f"correct it in {path}")
 
 
@@ -47,7 +52,7 @@ def changed(config: Config, settings: Mapping[str, object]) -> Config:
     none, with the nearest one, and for a value that is not allowed.
     """
     nested = asdict(config)
-    names = flatten(nested)
+    names = [name for name in flatten(nested) if name != "recipe"]
     for name, value in settings.items():
         require(name in names, "setting", name, "is not a setting", nearest(name, names, "see detoxrl.Config"))
         section, _, field_name = name.rpartition(".")

@@ -29,10 +29,11 @@ from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words, two_by_two
-from detoxrl.parts import absolute, base_and_start, judge_name, judge_of, run_scorer, with_function
+from detoxrl.parts import absolute, base_and_start, judge_name, judge_of, places, run_scorer, with_function
 from detoxrl.policy.adapters import load_policy, require_adapter
 from detoxrl.prepare import check, say_cached
 from detoxrl.prepare import write as write_prepared
+from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import sample_texts
@@ -86,16 +87,12 @@ def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
     _begun(root, config, overwrite, False, None)
 
 
-def sft(root: Path) -> None:
-    """Warm-start the policy, and fine-tune the baseline on civil references."""
-    _sft(*RunFolder.open(root), None)
-
-
-def train(root: Path) -> None:
-    """Train the policy with PPO; the best checkpoint stands in adapter/."""
+def again(root: Path, name: str) -> None:
+    """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report."""
     folder, config = RunFolder.open(root)
-    folder.discard("state")
-    _train(folder, config, None)
+    if name == "train":
+        folder.discard("state")
+    _REMAINING[name](folder, config, None)
 
 
 def evaluate(
@@ -115,9 +112,8 @@ def evaluate(
         folder, config = RunFolder.open(Path(root))
     else:
         require(adapter is not None, "adapter", None, "is missing", "give the LoRA folder to measure")
-        require_adapter(Path(str(adapter)), "adapter")
         config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
-        folder, config = _begun(Path(root), config, overwrite, False, reward)
+        folder, config = _begun(Path(root), config, overwrite, False, reward, str(adapter))
         shutil.copytree(str(adapter), folder / "adapter")
     _evaluate(folder, config, reward)
     _report(folder, config, reward)
@@ -125,17 +121,17 @@ def evaluate(
     return evaluation
 
 
-def report(root: Path) -> Path:
-    """Write report.html and return its path."""
-    _report(*RunFolder.open(root), None)
-    return root / "report.html"
-
-
 def _begun(
-    root: Path, config: Config, overwrite: bool, resume: bool, reward: RewardFunction | None
+    root: Path,
+    config: Config,
+    overwrite: bool,
+    resume: bool,
+    reward: RewardFunction | None,
+    adapter: str | None = None,
 ) -> tuple[RunFolder, Config]:
     """Return a prepared folder and its config: a new one, or the one to go on with."""
     started = time.perf_counter()
+    recipe(config.recipe)  # the report repeats a run from its recipe, so it must be one
     config = absolute(with_function(config, reward))
     prepared = None
     if resume and (root / "config.json").is_file():
@@ -143,7 +139,8 @@ def _begun(
         _refuse_changes(flatten(asdict(stored)), flatten(asdict(config)))
     else:
         RunFolder.refuse_unfit(root, overwrite)
-        prepared = check(config, reward)
+        _refuse_own_parts(root, [*places(config), *filter(None, [adapter])])
+        prepared = check(config, reward, adapter)
         folder = RunFolder.create(root, config, overwrite)
     if "prepare" not in folder.finished():
         with folder.timed("prepare", started):
@@ -151,10 +148,18 @@ def _begun(
     return folder, config
 
 
+def _refuse_own_parts(root: Path, parts: list[str]) -> None:
+    """Raise InputError when a new run would delete what it is built from."""
+    for part in parts:
+        inside = root.resolve() in (Path(part).resolve(), *Path(part).resolve().parents)
+        require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
+
+
 def _refuse_changes(stored: dict[str, Any], asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         rule = f"differs from the run's {stored[name]!r}"
-        require(value == stored[name], name, value, rule, "leave it out to go on, or begin anew with --overwrite")
+        remedy = "go on without recipe and settings (--resume --run-dir DIR), or begin anew with --overwrite"
+        require(value == stored[name], name, value, rule, remedy)
 
 
 def _rows(folder: RunFolder, split: str) -> list[Row]:
@@ -217,8 +222,9 @@ def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, 
     """Sample the start, the trained policy and the baseline on the same prompts with the same uniforms."""
     trained = folder.need("adapter", "train")
     base, start = base_and_start(folder, config)
-    policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    adapters = {"before": policy.reference}
+    # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
+    policy = load_policy(base, start or trained, config.policy, config.seed).to(PartialState().device)
+    adapters = {"before": policy.reference if start else None}
     found = {"after": trained, "sft_civil": folder / "baseline"}
     for name, place in found.items():
         if place.is_dir():

@@ -39,9 +39,9 @@ def filling(target: Path) -> Iterator[Path]:
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -131,6 +131,11 @@ class RunFolder:
         rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in record.items()}
         with (self.root / name).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def keep_before(self, name: str, step: int) -> None:
+        """Cut a JSON-lines file to its records of the steps before `step`."""
+        lines = (self.root / name).read_text(encoding="utf-8").split("\n")
+        self.write(name, "".join(f"{line}\n" for line in lines if line and json.loads(line)["step"] < step))
 
     def discard(self, *names: str) -> None:
         """Delete products of an earlier run that what comes now would belie."""

@@ -71,7 +71,11 @@ def train(
             rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
             watch.lap("sample")
             responses, mask = rollout.responses, rollout.responses.response_mask
-            raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
+            try:
+                raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
+            except Exception:  # a user's function may fail late; what was learnt before is kept, the error goes on
+                save_state(folder, policy, optimizer, best, step, kl_coef)
+                raise
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")
             rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)

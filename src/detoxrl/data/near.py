@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 # Two texts are near when the sets of their word trigrams overlap by this much (Jaccard).
 THRESHOLD = 0.7
+# A run of letters and digits; in scripts without spaces, each character.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 Shingles = frozenset[tuple[str, ...]]
 
 
 def shingles(text: str) -> Shingles:
     """Return the word trigrams of a text, case aside; a shorter text is one shingle."""
-    words = re.findall(r"\w+", text.casefold())
+    words = _WORD.findall(text.casefold()) or [text]
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset({tuple(words)})
 
 

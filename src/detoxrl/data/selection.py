@@ -33,10 +33,11 @@ def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callabl
     rows: dict[str, list[Row]] = {}
     origin: dict[int, str] = {}
     for split, role in _roles(source, config).items():
-        rows[role] = []
+        rows.setdefault(role, [])
         for row, reason in _sifted(source[split], config.data, lengths):
-            outcomes[split][reason] += bool(reason)
-            if not reason:
+            if reason:
+                outcomes[split][reason] += 1
+            else:
                 rows[role].append(row)
                 origin[id(row)] = split
     for split in source.keys() - _roles(source, config).keys():
@@ -145,7 +146,9 @@ def _refuse_too_few(rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mappin
     for role in SPLITS:
         if len(rows[role]) < 2:
             rule = f"leaves {len(rows[role])} rows for {role} ({why})"
-            raise InputError("data.source", config.data.source, rule, "give more rows, or loosen what takes them")
+            raise InputError(
+                "data.source", config.data.source, rule, "give more that differ, or loosen what takes them"
+            )
     if len(rows["train"]) < config.rl.batch_size:
         rule = f"exceeds the {len(rows['train'])} rows left for training ({why})"
         raise InputError("rl.batch_size", config.rl.batch_size, rule, "give a smaller one, or more rows")

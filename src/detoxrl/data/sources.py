@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,8 @@ from detoxrl.config import DataConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
 
-# File endings, longest first, and the loader that reads them.
-_LOADERS = {".jsonl.gz": "json", ".json.gz": "json", ".jsonl": "json", ".json": "json", ".parquet": "parquet",
-            ".csv": "csv"}  # fmt: skip
+Record = dict[str, Any]
+_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 def read_source(config: DataConfig) -> dict[str, list[Row]]:
@@ -20,8 +23,108 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
 
     Raises InputError when the source cannot be read, lacks a column, or holds something else than text in one.
     """
-    loaded = _load(config.source)
-    columns = next(iter(loaded.values())).column_names
+    path = Path(config.source)
+    files = {"train": path} if path.is_file() or _reader(path) else _split_files(path)
+    records = {split: _read(file) for split, file in files.items()} if files else _from_hub(config.source)
+    _require_columns(config, [record for those in records.values() for record in those])
+    return {split: _rows(split, those, config) for split, those in records.items()}
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """Return the data files of a folder by the split that each is named after; nothing where there is no folder."""
+    if not folder.is_dir():
+        return {}
+    there = sorted(file for file in folder.iterdir() if _reader(file))
+    found: dict[str, Path] = {}
+    for file in there:
+        stem = file.name.partition(".")[0].lower()
+        split = next((split for split in _SPLITS if split in stem.replace("-", "_").split("_")), None)
+        unclear = split is None or split in found
+        if unclear and len(there) > 1:
+            remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
+            raise InputError(
+                "data.source", str(folder), f"holds {file.name}, which fits no one split", remedy
+            )
+        found[split or "train"] = file
+    require(bool(found), "data.source", str(folder), "holds no data file", f"give {', '.join(_READERS)} files")
+    return found
+
+
+def _read(path: Path) -> list[Record]:
+    reader = _reader(path)
+    if reader is None:
+        raise InputError("data.source", str(path), "is of no known format", f"give one of {', '.join(_READERS)}")
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in path.parent.glob("*") if _reader(file))[:10])
+        raise InputError("data.source", str(path), "is no file", f"{path.parent} holds {there or 'no data file'}")
+    try:
+        records = list(reader(path))
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        remedy = "give UTF-8 text with one header, or one object a row"
+        raise InputError("data.source", str(path), f"cannot be read: {first_line(error)}", remedy) from error
+    require(bool(records), "data.source", str(path), "holds no rows", "give a file with rows")
+    return records
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
+    return next((reader for ending, reader in _READERS.items() if path.name.lower().endswith(ending)), None)
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """Yield the objects of a list, or of one object a line."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        text = file.read()
+    # Only \n ends a line: JSON may hold other line ends inside its text.
+    whole = text.lstrip().startswith("[")
+    rows = json.loads(text) if whole else filter(str.strip, text.split("\n"))
+    for number, row in enumerate(rows, start=1):
+        try:
+            found = row if whole else json.loads(row)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"row {number}: {type(found).__name__} where an object belongs")
+        yield found
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
+            yield dict(zip(header, row, strict=True))
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    yield from pyarrow.parquet.read_table(path).to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".csv": _csv, ".json": _json, ".jsonl": _json, ".jsonl.gz": _json, ".parquet": _parquet,
+}  # fmt: skip
+
+
+def _from_hub(name: str) -> dict[str, list[Record]]:
+    # Imported here: it takes a second, and files do not need it.
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        return {str(split): table.to_list() for split, table in datasets.load_dataset(name).items()}
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        remedy = "give a file, a folder or a hub id"
+        reason = first_line(error.__cause__ or error)
+        raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
+
+
+def _require_columns(config: DataConfig, records: list[Record]) -> None:
+    columns = dict.fromkeys(column for record in records for column in record)
     for name in ("dialogue_column", "summary_column", "id_column"):
         column = getattr(config, name)
         if column is not None and column not in columns:
@@ -29,79 +132,28 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
             if name == "summary_column":
                 remedy += ", or say None and --sft.steps 0"
             raise InputError(f"data.{name}", column, f"is no column of {config.source}", remedy)
-    return {str(split): _rows(str(split), table, config) for split, table in loaded.items()}
 
 
-def _load(source: str) -> dict[str, Any]:
-    # Imported here: it takes a second, and the embedded corpus does not need it.
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    arguments = _arguments(source)
-    try:
-        return dict(datasets.load_dataset(**arguments))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, StopIteration) as error:
-        raise _unreadable(source, error.__cause__ or error) from error
-
-
-def _arguments(source: str) -> dict[str, Any]:
-    """Return what to call load_dataset with."""
-    path = Path(source)
-    ending = next((ending for ending in _LOADERS if source.lower().endswith(ending)), None)
-    if path.is_dir() or (ending is None and not path.is_file()):
-        return {"path": source}
-    require(ending is not None, "data.source", source, "is of no known format", f"give one of {', '.join(_LOADERS)}")
-    if not path.is_file():
-        raise InputError("data.source", source, "is no file", _beside(path))
-    require(path.stat().st_size > 0, "data.source", source, "is empty", "give a file with rows")
-    settings = {"path": _LOADERS[str(ending)], "data_files": source}
-    # Without it pandas would read a dialogue "None" or "NA" as a missing one.
-    return settings | {"keep_default_na": False} if ending == ".csv" else settings
+def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
+    ids = [f"{split}_{i}" for i in range(len(records))]
+    if config.id_column is not None:
+        ids = [str(record.get(config.id_column)) for record in records]
+        repeated, times = Counter(ids).most_common(1)[0]
+        rule = f"names {times} rows of {split} {repeated!r}"
+        require(times == 1, "data.id_column", config.id_column, rule, "leave it out to number the rows")
+    rows = []
+    for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
+        where = f"row {number} of {split}"
+        dialogue = _text(record, config.dialogue_column, "data.dialogue_column", where)
+        column = config.summary_column
+        summary = None if column is None else _text(record, column, "data.summary_column", where)
+        rows.append(Row(id=row_id, dialogue=dialogue, summary=summary))
+    return rows
 
 
-def _beside(path: Path) -> str:
-    there = sorted(p.name for p in path.parent.glob("*") if p.name.lower().endswith(tuple(_LOADERS)))
-    return f"{path.parent} holds {', '.join(there[:10]) or 'no data file'}"
-
-
-def _rows(split: str, table: Any, config: DataConfig) -> list[Row]:
-    dialogues = _texts(split, table, config.dialogue_column, "data.dialogue_column", config.source)
-    summaries: Sequence[str | None] = [None] * len(dialogues)
-    if config.summary_column is not None:
-        summaries = _texts(split, table, config.summary_column, "data.summary_column", config.source)
-    ids = _ids(split, table, config)
-    return [Row(id=i, dialogue=d, summary=s) for i, d, s in zip(ids, dialogues, summaries, strict=True)]
-
-
-def _column(table: Any, name: str, source: str) -> list[Any]:
-    try:
-        values: list[Any] = table[name][:]
-    except UnicodeDecodeError as error:  # JSON is decoded as late as this
-        raise _unreadable(source, error) from error
-    return values
-
-
-def _unreadable(source: str, error: BaseException) -> InputError:
-    remedy = "give a UTF-8 file with one header or one object a row, a folder of such, or a hub id"
-    return InputError("data.source", source, f"cannot be read: {first_line(error)}", remedy)
-
-
-def _texts(split: str, table: Any, column: str, field: str, source: str) -> list[str]:
-    values = _column(table, column, source)
-    for i, value in enumerate(values):
-        if not isinstance(value, str | None):
-            rule = f"holds {type(value).__name__}, not text, in row {i + 1} of {split}"
-            raise InputError(field, column, rule, "name a column of text")
-    return [value or "" for value in values]
-
-
-def _ids(split: str, table: Any, config: DataConfig) -> list[str]:
-    if config.id_column is None:
-        return [f"{split}_{i}" for i in range(len(table))]
-    ids = [str(value) for value in _column(table, config.id_column, config.source)]
-    if len(set(ids)) < len(ids):
-        repeated = next(name for i, name in enumerate(ids) if name in ids[:i])
-        rule = f"names two rows of {split} {repeated!r}"
-        raise InputError("data.id_column", config.id_column, rule, "leave it out to number the rows")
-    return ids
+def _text(record: Record, column: str, field: str, where: str) -> str:
+    """Return the text of a cell; Unicode that no file can hold becomes a replacement mark."""
+    value = record.get(column)
+    if not isinstance(value, str | None):
+        raise InputError(field, column, f"holds {type(value).__name__}, not text, in {where}", "name a column of text")
+    return (value or "").encode("utf-8", "replace").decode("utf-8")

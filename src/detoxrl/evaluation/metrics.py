@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rouge_score.rouge_scorer import RougeScorer
@@ -10,7 +11,16 @@ from detoxrl.data.facts import facts_kept, quarrel_roles
 from detoxrl.data.insults import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row
 
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
+
+class _Words:
+    """Words of any script: the scorer's own tokenizer knows Latin letters alone."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words)
 _SEEN, _UNSEEN = insult_pattern(SEEN_INSULTS), insult_pattern(UNSEEN_INSULTS)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from detoxrl.config import PolicyConfig
@@ -67,9 +68,13 @@ def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
     require_adapter(folder, "policy.adapter")
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
-    except (RuntimeError, ValueError) as error:  # sizes or targets of another base
-        reason = first_line(error)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:  # sizes or targets of another base
+        reason = f"does not load on the base: {' '.join(str(error).split())[:200]}"
         raise InputError("policy.adapter", str(folder), reason, "give an adapter of this base") from error
+    ours = set(get_peft_model_state_dict(peft_model, adapter_name=POLICY))
+    other = sorted(ours ^ set(load_file(folder / "adapter_model.safetensors")))
+    rule = f"belongs to a base with other layers, {other[0]} for one" if other else ""
+    require(not other, "policy.adapter", str(folder), rule, "give an adapter of this base")
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model
 

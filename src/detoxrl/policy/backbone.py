@@ -63,12 +63,13 @@ def _from_source(load: Callable[[str], Any], base: str) -> Any:
         return load(base)
     except SafetensorError as error:
         raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = f"cannot be loaded: {first_line(error)}"
         raise InputError("policy.base", base, reason, "give an encoder-decoder folder or hub id") from error
 
 
 def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    require_words("policy.base", base, tokenizer)
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
     rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
@@ -77,6 +78,14 @@ def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         ours, theirs = getattr(tokenizer, name), getattr(model.config, name)
         rule = f"has a tokenizer with {name} {ours}, but the model says {theirs}"
         require(ours is not None and ours == theirs, "policy.base", base, rule, remedy)
+
+
+def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError when a tokenizer knows no word: transformers makes an empty one where its files are missing."""
+    ids = tokenizer("Thank you, that is very kind of you.").input_ids
+    known = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    remedy = "give a folder with its tokenizer files"
+    require(known != "", field, source, "has a tokenizer that knows no word of a sentence", remedy)
 
 
 def require_positions(settings: PreTrainedConfig, config: Config) -> None:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.policy.backbone import require_words
 
 # Texts that every classifier worth using tells apart; the check runs before training.
 CIVIL_PROBE = "Thank you, that is very kind of you."
@@ -30,9 +31,10 @@ class Classifier:
         self.tokenizer = tokenizer
         self.toxic = toxic
         self.good = good
-        positions = model.config.to_dict().get("max_position_embeddings", 513)
-        # RoBERTa counts positions from its padding index on.
-        self.max_length = min(tokenizer.model_max_length, positions - (model.config.pad_token_id or 0) - 1, 512)
+        positions = model.config.to_dict().get("max_position_embeddings", 512)
+        if "roberta" in model.config.model_type:  # counts positions from its padding index on
+            positions -= model.config.pad_token_id + 1
+        self.max_length = min(tokenizer.model_max_length, positions, 512)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """Return the raw logit of the good label for each response alone, shape (B,). Prompts are not read."""
@@ -45,7 +47,7 @@ class Classifier:
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the probability (B, labels) of each label: of each alone where a text may have several labels."""
         logits = self.logits(texts)
-        several = self.model.config.problem_type == "multi_label_classification"
+        several = self.model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
         return logits.sigmoid() if several else logits.softmax(-1)
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ def load_classifier(source: str, field: str, labels: dict[str, str], device: tor
         tokenizer = AutoTokenizer.from_pretrained(source)
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are broken: {first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = f"cannot be loaded: {first_line(error)}"
         raise InputError(field, source, reason, "give a sequence classifier's folder or hub id") from error
     missing = sorted(info["missing_keys"])
@@ -86,6 +88,7 @@ def load_classifier(source: str, field: str, labels: dict[str, str], device: tor
     rows = model.get_input_embeddings().num_embeddings
     rule = f"has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}"
     require(len(tokenizer) <= rows, field, source, rule, "give the tokenizer the model was trained with")
+    require_words(field, source, tokenizer)
     indices = [_label_index(model, setting, label) for setting, label in labels.items()]
     classifier = Classifier(model.to(device), tokenizer, *indices)
     probe(classifier, labels)

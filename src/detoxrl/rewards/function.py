@@ -18,6 +18,7 @@ from detoxrl.errors import InputError, require
 from detoxrl.rewards.shaping import Reward
 
 FIELD = "reward.function"
+_IN_PYTHON = "given in Python"
 
 
 class RewardFunction(Protocol):
@@ -35,6 +36,7 @@ class RewardFunction(Protocol):
 def load_function(name: str) -> RewardFunction:
     """Return the function `FILE.py:NAME` or `package.module:NAME`. Raises InputError when there is none."""
     where, _, attribute = name.rpartition(":")
+    require(where != _IN_PYTHON, FIELD, name, "cannot be found again", "give it as reward= in Python")
     require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
     module = _module(name, where)
     function = vars(module).get(attribute)
@@ -45,19 +47,27 @@ def load_function(name: str) -> RewardFunction:
     return loaded
 
 
+def function_name(function: RewardFunction) -> str:
+    """Return `FILE.py:NAME` for a function that `load_function` can find again, else a name that says it cannot."""
+    if inspect.isfunction(function) and function.__qualname__.isidentifier():
+        return f"{Path(inspect.getfile(function)).resolve()}:{function.__name__}"
+    return f"{_IN_PYTHON}:{type(function).__name__}"
+
+
 def _module(name: str, where: str) -> ModuleType:
     if where.endswith(".py"):
         require(Path(where).is_file(), FIELD, name, f"there is no file {where}", "give the path of a Python file")
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        spec = importlib.util.spec_from_file_location(f"reward_{Path(where).stem}", where)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
+        sys.modules[spec.name] = module
+        sys.path.append(str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
         spec.loader.exec_module(module)
         return module
     try:
         return importlib.import_module(where)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, TypeError):
         raise InputError(FIELD, name, f"there is no module {where}", "write FILE.py:NAME") from None
 
 
@@ -70,8 +80,9 @@ def checked(function: RewardFunction, name: str) -> Reward:
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         returned = function(list(prompts), list(responses))
         remedy = "return one finite number for each response, an empty one too"
+        plain = returned.detach().float().cpu() if isinstance(returned, torch.Tensor) else returned
         try:
-            numbers = np.asarray(returned, dtype=np.float32)
+            numbers = np.asarray(plain, dtype=np.float32)
         except (TypeError, ValueError):
             raise InputError(FIELD, name, f"returned {type(returned).__name__}, not numbers", remedy) from None
         rule = f"returned shape {numbers.shape} for {len(responses)} responses"
