@@ -477,8 +477,6 @@ def test_the_estimate_adds_up(bases: dict[str, Path], monkeypatch: pytest.Monkey
     assert 0.2 < found["peak_gib"] < 20
     bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
     without = replace(prepared, rows=bare)
-        prepared, rows={k: [replace(r, civil_reference=None) for r in v] for k, v in prepared.rows.items()}
-    )
     assert estimate_module.estimate(config, without)["evaluate"] == 2 * 10 * 4 * 0.5
 
 
