@@ -8,8 +8,8 @@ demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
 
 test: .venv/test-installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+	.venv/bin/ruff check src tests examples benchmarks
+	.venv/bin/ruff format --check src tests examples benchmarks
 	.venv/bin/mypy
 	.venv/bin/pytest
 

@@ -74,7 +74,7 @@ def test_every_format_gives_the_same_rows_unharmed(tmp_path: Path, name: str) ->
     rows = [{"key": 7, "talk": ODD, "gist": "None"}, {"key": 8, "talk": "x" * 5000, "gist": "NA"}]
     found = read_source(config(write(tmp_path / name, rows), id_column="key").data)
     assert found == {
-        "train": [Row(id="7", dialogue=ODD, summary="None"), Row(id="8", dialogue="x" * 5000, summary="NA")]
+        "file": [Row(id="7", dialogue=ODD, summary="None"), Row(id="8", dialogue="x" * 5000, summary="NA")]
     }
 
 
@@ -88,7 +88,7 @@ def test_a_folder_keeps_its_splits_and_rows_are_numbered(tmp_path: Path) -> None
 
 def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
     found = read_source(config(write(tmp_path / "a.jsonl", records(2)), summary_column=None).data)
-    assert [row.summary for row in found["train"]] == [None, None]
+    assert [row.summary for row in found["file"]] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
         (ONE, {"dialogue_column": "text"}, r"data\.dialogue_column = 'text': is no column .*choose from talk, gist"),
         (ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or say None and --sft\.steps 0"),
         (ONE, {"id_column": "i"}, r"data\.id_column = 'i': is no column"),
-        ('{"talk": ["a"], "gist": "b"}', {}, r"data\.dialogue_column = 'talk': holds list, not text, in row 1"),
-        ('{"talk": "a", "gist": 3}', {}, r"data\.summary_column = 'gist': holds int, not text, in row 1 of train"),
-        (ONE + ONE, {"id_column": "gist"}, r"data\.id_column = 'gist': names 2 rows of train 'b'"),
+        ('{"talk": ["a"], "gist": "b"}', {}, r"data\.dialogue_column = 'talk': holds list, not text, in row 1 of file"),
+        ('{"talk": "a", "gist": 3}', {}, r"data\.summary_column = 'gist': holds int, not text, in row 1 of file"),
+        (ONE + ONE, {"id_column": "gist"}, r"data\.id_column = 'gist': names 2 rows of file 'b'"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_named_with_what_is_there(
@@ -307,10 +307,10 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content
 
 def test_a_byte_order_mark_a_lone_surrogate_and_ids_that_look_like_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ufeffkey,talk,gist\n007,1,2020-01-01\n7,true,x\n", encoding="utf-8")
-    found = read_source(config(tmp_path / "a.csv", id_column="key").data)["train"]
+    found = read_source(config(tmp_path / "a.csv", id_column="key").data)["file"]
     assert [(row.id, row.dialogue, row.summary) for row in found] == [("007", "1", "2020-01-01"), ("7", "true", "x")]
     (tmp_path / "a.JSONL").write_text('\ufeff{"talk": "a \\ud83d b", "gist": "c"}\n\n', encoding="utf-8")
-    assert read_source(config(tmp_path / "a.JSONL").data)["train"][0].dialogue == "a ? b"
+    assert read_source(config(tmp_path / "a.JSONL").data)["file"][0].dialogue == "a ? b"
 
 
 def test_a_folder_reads_every_file_or_says_which_fits_no_split(tmp_path: Path) -> None:

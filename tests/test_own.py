@@ -46,6 +46,9 @@ def brevity(prompts, responses):
 def short(prompts, responses):
     return [0.0]
 
+def words(prompts, responses):
+    return ["1.0" for _ in responses]
+
 def undefined(prompts, responses):
     return [float("nan") if i == 1 else 0.0 for i, _ in enumerate(responses)]
 
@@ -71,6 +74,7 @@ def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypat
     rows += [{"dialogue": "", "summary": "x"}, rows[0], {"dialogue": "word " * 1000, "summary": "Long."}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rewards.py").write_text(REWARD)
+    (tmp_path / "broken.py").write_text("def f(prompts, responses):\n    return [0.0 for\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -98,7 +102,7 @@ def test_own_dialogues_model_and_classifier_go_through_unharmed(
     assert "runs/own/report.html" in shown.out.replace("\n", "")
     run = place / "runs" / "own"
     account = json.loads((run / "rows.json").read_text())
-    assert account["splits"]["train"] == {
+    assert account["splits"]["file"] == {
         "no dialogue": 1, "duplicate": 1, "used for train": 29, "used for validation": 4, "used for test": 8,
     }  # fmt: skip
     assert sum(account["truncated"].values()) == 41
@@ -289,7 +293,7 @@ BAD_INPUT = [
     (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks the weights of a cl"),
     (nothing, own("--policy.base", "classifier"), r"policy\.base = '.*classifier': is a roberta model, no enc"),
     (a_causal_model, own("--policy.base", "causal"), r"policy\.base = '.*causal': is a gpt2 model, no encoder-decoder"),
-    (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': cannot be loaded: "),
+    (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': is no folder here and cannot be loaded: "),
     (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
     (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
     (a_model_without_its_head, own("--policy.base", "headless"), r"lacks weights of a generator, decoder\.final_layer"),
@@ -310,7 +314,13 @@ BAD_INPUT = [
     (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': names no function; write FILE\.py"),
     (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
     (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
-    (nothing, ["run", "--resume", "--run-dir", "gone"], r"--from = 'gone': is no file; give a run's config\.json"),
+    (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
+    (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
+    (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
+    (nothing, own("--reward.function", "broken.py:f"), r"line 2 is no Python: "),
+    (nothing, own("--reward.function", "rewards.py:words"), r"returned list, not numbers; return one finite num"),
+    (nothing, own("--reward.classifier", "embedded", "--reward.good-label", "nice"),
+     r"reward\.good_label = 'nice': is not what the embedded classifier calls it; say nothate"),
 ]  # fmt: skip
 
 
@@ -433,7 +443,7 @@ def test_a_reward_function_may_return_any_numbers(returned: object) -> None:
         ([1.0], r"returned shape \(1,\) for 2 responses"),
         ([[1.0], [2.0]], r"returned shape \(2, 1\) for 2 responses"),
         (["civil", "rude"], r"returned list, not numbers"),
-        (None, r"returned nan for response|returned shape \(\)"),
+        (None, r"returned NoneType, not numbers"),
         ([1.0, float("inf")], r"returned inf for response 2 of 2"),
     ],
 )
@@ -503,5 +513,7 @@ def test_model_classifier_and_data_come_from_a_hub(place: Path) -> None:
             words = [*words[:5], flag, name, "--run-dir", "none"]
             gone = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
             assert gone.returncode == 2
-            assert re.match(rf"detoxrl: {flag[2:]} = '{name}': cannot be (loaded|read): ", gone.stderr), gone.stderr
+            assert re.match(
+                rf"detoxrl: {flag[2:]} = '{name}': (is no folder here and )?cannot be (loaded|read): ", gone.stderr
+            ), gone.stderr
             assert len(gone.stderr.splitlines()) == 1

@@ -457,7 +457,7 @@ def test_screen_table_names_measures_and_products(
     write(run_dir / "run", "eval.json", EVALUATION | {"quality": quality, "baselines": {}})
     print_result(run_dir / "run")
     text = capsys.readouterr().out
-    assert re.search(r"reward score .* -1\.000 .* 2\.000", text)
+    assert re.search(r"Reward score .* −1\.000 .* 2\.000 .* \+3\.000", text)
     assert ("adapter:" in text) == trained
     assert "samples.csv" in text
     assert "blind_sheet.csv" in text

@@ -50,7 +50,10 @@ class BestCheckpoint:
         self.kept = found
         with filling(self.folder / "adapter") as temporary:
             policy.save(temporary)
-        reason = f"least toxic on validation within one standard error, quality at most {self.margin} below the start"
+        reason = (
+            "the best quality among policies whose validation toxicity is within one standard error of the least seen, "
+            f"and whose quality is at most {self.margin} below the start's"
+        )
         record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(self.start)}
         self.folder.write_json("checkpoint.json", record)
         return True

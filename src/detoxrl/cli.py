@@ -130,8 +130,12 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
 def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
     """Return the settings that flags change: a recipe's, those of --from, or those of the run to resume."""
     source = options.get("from")
-    if not name and not source and "resume" in options and "run_dir" in options:
-        source = options["run_dir"]
+    if not name and not source and "resume" in options:
+        remedy = "say `detoxrl run --resume --run-dir DIR`"
+        require("run_dir" in options, "--run-dir", "", "is missing", remedy)
+        from detoxrl.tracking import RunFolder
+
+        return RunFolder.open(Path(options["run_dir"]))[1]
     require(not (name and source), "--from", source, "does not go with a recipe", "leave one of them out")
     if source:
         path = Path(source)

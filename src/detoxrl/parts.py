@@ -8,7 +8,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from detoxrl.config import Config
+from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
+from detoxrl.reward_training import LABELS
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
 from detoxrl.rewards.shaping import Reward
@@ -40,9 +42,12 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
         reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
     source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
-    if config.reward.classifier == "embedded" and embedded is None:
-        return None
     labels = {"reward.toxic_label": config.reward.toxic_label, "reward.good_label": config.reward.good_label}
+    if config.reward.classifier == "embedded" and embedded is None:
+        for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=True):
+            rule = "is not what the embedded classifier calls it"
+            require(label.lower() == right, setting, label, rule, f"say {right}")
+        return None
     classifier = load_classifier(source, "reward.classifier", labels, PartialState().device)
     return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
 

@@ -198,7 +198,7 @@ def _train(folder: RunFolder, config: Config, given: RewardFunction | None) -> N
         policy = load_policy(base, start, config.policy, config.seed)
         reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
         train_policy(folder, config, policy, reward, judge, _rows(folder, "train"), _rows(folder, "validation"))
-        folder.discard("state")
+        shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:

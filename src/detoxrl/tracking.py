@@ -24,6 +24,10 @@ from detoxrl.settings import config_from_json, config_to_json
 
 # What eval.json calls the reward's own model where it judges: no independent judge.
 REWARD_JUDGE = "reward classifier"
+NOTHING_BETTER = (
+    "no policy was better than the start, so the start was kept: see validation.jsonl for what came of the others. "
+    "More rows, more steps, another rl.lr or a larger rl.quality_margin may help."
+)
 STAGES = ("prepare", "sft", "train", "evaluate", "report")
 log = Console(stderr=True, highlight=False)
 
@@ -97,7 +101,9 @@ class RunFolder:
     def open(cls, root: Path) -> tuple[RunFolder, Config]:
         """Return an existing run folder and its config. Raises InputError when it holds none."""
         if not (root / "config.json").is_file():
-            raise InputError("run folder", str(root), "holds no config.json", "run `detoxrl prepare RECIPE` first")
+            near = Path("runs") / root
+            remedy = f"did you mean {near}?" if near.is_dir() else "run `detoxrl prepare RECIPE` first"
+            raise InputError("run folder", str(root), "holds no config.json", remedy)
         return cls(root), config_from_json(root / "config.json")
 
     def need(self, name: str, stage: str) -> Path:
@@ -139,9 +145,12 @@ class RunFolder:
 
     def discard(self, *names: str) -> None:
         """Delete products of an earlier run that what comes now would belie."""
-        for name in names:
+        there = [name for name in names if (self.root / name).exists()]
+        if there:
+            log.print(f"{self.root}: removing {', '.join(there)}, which what comes now would belie")
+        for name in there:
             path = self.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""

@@ -26,7 +26,7 @@ from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import masked_mean, whiten
 from detoxrl.rollout import collect, sample_texts
-from detoxrl.tracking import RunFolder, interruptible, log, progress
+from detoxrl.tracking import NOTHING_BETTER, RunFolder, interruptible, log, progress
 
 
 def train(
@@ -104,7 +104,10 @@ def train(
                 save_state(folder, policy, optimizer, best, step + 1, kl_coef)
                 raise KeyboardInterrupt
     shown = _validate(folder, policy, config, judge, validation_rows, rl.steps, best)
-    log.print(f"train: kept the policy of step {folder.read_json('checkpoint.json')['kept_step']}; at the end {shown}")
+    kept = folder.read_json("checkpoint.json")["kept_step"]
+    log.print(f"train: kept the policy of step {kept}; at the end {shown}")
+    if kept == 0:
+        log.print(f"train: {NOTHING_BETTER}")
 
 
 def reference_normaliser(

@@ -24,7 +24,7 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
     Raises InputError when the source cannot be read, lacks a column, or holds something else than text in one.
     """
     path = Path(config.source)
-    files = {"train": path} if path.is_file() or _reader(path) else _split_files(path)
+    files = {"file": path} if path.is_file() or _reader(path) else _split_files(path)
     records = {split: _read(file) for split, file in files.items()} if files else _from_hub(config.source)
     _require_columns(config, [record for those in records.values() for record in those])
     return {split: _rows(split, those, config) for split, those in records.items()}
@@ -42,10 +42,8 @@ def _split_files(folder: Path) -> dict[str, Path]:
         unclear = split is None or split in found
         if unclear and len(there) > 1:
             remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-            raise InputError(
-                "data.source", str(folder), f"holds {file.name}, which fits no one split", remedy
-            )
-        found[split or "train"] = file
+            raise InputError("data.source", str(folder), f"holds {file.name}, which fits no one split", remedy)
+        found[split or "file"] = file
     require(bool(found), "data.source", str(folder), "holds no data file", f"give {', '.join(_READERS)} files")
     return found
 

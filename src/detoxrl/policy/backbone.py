@@ -64,7 +64,8 @@ def _from_source(load: Callable[[str], Any], base: str) -> Any:
     except SafetensorError as error:
         raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"cannot be loaded: {first_line(error)}"
+        where = "" if Path(base).exists() else "is no folder here and "
+        reason = f"{where}cannot be loaded: {first_line(error)}"
         raise InputError("policy.base", base, reason, "give an encoder-decoder folder or hub id") from error
 
 

@@ -17,7 +17,7 @@ from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, toxicity_
 from detoxrl.report.sheets import blind_sheets, differing, samples_sheet
 from detoxrl.report.words import changes, duration, headline, number, percent, signed, systems
 from detoxrl.settings import flatten
-from detoxrl.tracking import REWARD_JUDGE, RunFolder
+from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
 
 # The stage that a missing file calls for.
 _INPUTS = {
@@ -112,7 +112,8 @@ def _training(folder: RunFolder, evaluation: dict[str, Any]) -> dict[str, Any]:
         return {"checkpoint": None, "systems": systems(evaluation, "The given adapter")}
     checkpoint, metrics = folder.read_json("checkpoint.json"), _curve_points(folder)
     return {
-        "checkpoint": checkpoint, "systems": systems(evaluation, "Reinforcement learning"),
+        "checkpoint": checkpoint, "nothing_better": NOTHING_BETTER,
+        "systems": systems(evaluation, "Reinforcement learning"),
         "curves": learning_curves(metrics, CURVES, checkpoint["kept_step"]),
         "diagnostics": learning_curves(metrics, DIAGNOSTICS, checkpoint["kept_step"]),
     }  # fmt: skip

@@ -10,16 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-_NAMES = {
-    "score": "reward score",
-    "facts": "facts kept, with roles",
-    "quarrel_reported": "quarrel still reported",
-    "rouge_l": "ROUGE-L to the reference",
-    "length": "words per response",
-    "empty_rate": "empty responses",
-    "insult_rate": "with an insult the reward knew",
-    "insult_rate_unseen": "with an insult kept from it",
-}
+from detoxrl.report.words import measured, number, signed
 
 
 def print_result(root: Path) -> None:
@@ -49,19 +40,10 @@ def _table(found: dict[str, Any]) -> Table:
     table.add_column("")
     for name in ("before", "after", "change", "interval", *found["baselines"]):
         table.add_column(name, justify="right", no_wrap=True)
-    baselines = list(found["baselines"].values())
-    for judge, result in found["toxicity"].items():
-        others = [baseline["toxicity"][judge]["after"]["mean"] for baseline in baselines]
-        flat = result | {"before": result["before"]["mean"], "after": result["after"]["mean"]}
-        table.add_row(f"toxicity: {judge}", *_cells(flat, others))
-    for name, result in found["quality"].items():
-        others = [baseline["quality"][name]["after"] for baseline in baselines]
-        table.add_row(_NAMES[name], *_cells(result, others))
+    others = [measured(baseline) for baseline in found["baselines"].values()]
+    for label, one in measured(found).items():
+        mean, low, high = (signed(one.difference[key], one.decimals) for key in ("mean", "low", "high"))
+        values = [one.before, one.after, *(other[label].after for other in others)]
+        before, after, *rest = (number(value, one.decimals) for value in values)
+        table.add_row(label, before, after, mean, f"{low} to {high}", *rest)
     return table
-
-
-def _cells(result: dict[str, Any], others: list[float]) -> list[str]:
-    change = result["difference"]
-    interval = f"{change['low']:+.3f} to {change['high']:+.3f}"
-    cells = [f"{result['before']:.3f}", f"{result['after']:.3f}", f"{change['mean']:+.3f}", interval]
-    return cells + [f"{value:.3f}" for value in others]

@@ -63,7 +63,10 @@ def _module(name: str, where: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         sys.path.append(str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise InputError(FIELD, name, f"line {error.lineno} is no Python: {error.msg}", "mend it") from None
         return module
     try:
         return importlib.import_module(where)
@@ -82,9 +85,12 @@ def checked(function: RewardFunction, name: str) -> Reward:
         remedy = "return one finite number for each response, an empty one too"
         plain = returned.detach().float().cpu() if isinstance(returned, torch.Tensor) else returned
         try:
-            numbers = np.asarray(plain, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise InputError(FIELD, name, f"returned {type(returned).__name__}, not numbers", remedy) from None
+            numbers = np.asarray(plain)
+        except ValueError:  # lists of unequal length
+            numbers = np.asarray(None)
+        rule = f"returned {type(returned).__name__}, not numbers"
+        require(numbers.dtype.kind in "fiub", FIELD, name, rule, remedy)
+        numbers = numbers.astype(np.float32)
         rule = f"returned shape {numbers.shape} for {len(responses)} responses"
         require(numbers.shape == (len(responses),), FIELD, name, rule, remedy)
         bad = np.flatnonzero(~np.isfinite(numbers))
