@@ -16,7 +16,7 @@ FLOORS = [
     ("data", "policy", "rewards"),
     ("cache", "tracking", "rollout"),
     ("evaluation", "checkpoint"),
-    ("sft", "train", "reward_training"),
+    ("sft", "train", "reward_training", "step_metrics"),
     ("report",),
     ("parts", "prepare", "estimate", "stages"),
     ("cli", "__init__", "__main__"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from accelerate import Accelerator
 from detoxrl.checkpoint import BestCheckpoint, Validation, load_state, save_state
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.errors import TrainingError, require
+from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import validation_quality
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
@@ -22,10 +20,11 @@ from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout
 from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import gae, token_rewards
-from detoxrl.rl.kl import adapt_kl_coef, k1, k3
+from detoxrl.rl.kl import adapt_kl_coef, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
-from detoxrl.rl.ops import masked_mean, whiten
+from detoxrl.rl.ops import whiten
 from detoxrl.rollout import collect, sample_texts
+from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics
 from detoxrl.tracking import NOTHING_BETTER, RunFolder, interruptible, log, progress
 
 
@@ -60,7 +59,7 @@ def train(
     shown = ""
     with progress("train", rl.steps, first) as advance, interruptible() as interrupted:
         for step in range(first, rl.steps):
-            watch = _Watch()
+            watch = Watch()
             decay = 1 - step / rl.steps
             for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
                 group["lr"] = peak * decay
@@ -91,14 +90,14 @@ def train(
                 "kl_coef": kl_coef,
                 "lr": rl.lr * decay,
             }
-            _refuse_nan(statistics, step)
+            refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
                 kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
             if statistics["ratio/max"] > 10:
                 log.print(f"step {step}: a ratio of {statistics['ratio/max']:.0f}; a lower rl.lr may help")
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
-            _keep_samples(folder, rollout, raw, step)
+            keep_samples(folder, rollout, raw, step)
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
             if interrupted():
                 save_state(folder, policy, optimizer, best, step + 1, kl_coef)
@@ -177,7 +176,7 @@ def update(
     """
     rl, rows = config.rl, len(rollout.texts)
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    totals = _Totals()
+    totals = Totals()
     for epoch in range(rl.epochs):
         order = torch.tensor(permutation(config.seed, f"minibatches {epoch}", step, rows), device=policy.device)
         for minibatch in order.split(rl.minibatch_size):
@@ -222,95 +221,3 @@ def _losses(
             "ratio_max": ratio.max(),
             "ratio_min": ratio.min(),
         }
-
-
-class _Totals:
-    """Sums over the microbatches of one step."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.norms: list[float] = []
-        self.ratio_max = 0.0
-        self.first_error = 0.0
-        self._pass_start = (0.0, 0.0)
-
-    def add(self, part: dict[str, torch.Tensor], value_coef: float) -> torch.Tensor:
-        """Count a microbatch in and return its loss, a sum over tokens."""
-        for name, value in part.items():
-            self.sums[name] += float(value.detach())
-        highest, lowest = float(part["ratio_max"]), float(part["ratio_min"])
-        self.ratio_max = max(self.ratio_max, highest)
-        if not self.norms:  # still in the first minibatch
-            self.first_error = max(self.first_error, highest - 1, 1 - lowest)
-        return part["policy"] + value_coef * part["value"]
-
-    def pass_kl(self) -> float:
-        """Return the mean k3 per token, in nats, since the last call."""
-        kl, tokens = self._pass_start
-        self._pass_start = (self.sums["kl"], self.sums["tokens"])
-        return (self.sums["kl"] - kl) / (self.sums["tokens"] - tokens)
-
-    def metrics(self, epochs: int) -> dict[str, float]:
-        """Return the means per token under their logged names."""
-        tokens = self.sums["tokens"]
-        return {
-            "policy/loss": self.sums["policy"] / tokens,
-            "value/loss": self.sums["value"] / tokens,
-            "clip_fraction": self.sums["clipped"] / tokens,
-            "entropy": self.sums["entropy"] / tokens,
-            "kl/update": self.sums["kl"] / tokens,
-            "ratio/mean": self.sums["ratio"] / tokens,
-            "ratio/max": self.ratio_max,
-            "ratio/first_error": self.first_error,
-            "grad_norm": sum(self.norms) / len(self.norms),
-            "epochs": float(epochs),
-        }
-
-
-def rollout_statistics(
-    rollout: Rollout, raw: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor
-) -> dict[str, float]:
-    """Return what a rollout says of the policy: scores, KL in nats per response, lengths in tokens, EOS rate."""
-    responses = rollout.responses
-    mask = responses.response_mask
-    lengths = mask.sum(1).float()
-    return {
-        "score/mean": float(raw.mean()),
-        "score/std": float(raw.std()),
-        "score/shaped": float(scores.mean()),
-        "reward/mean": float(rewards.sum(1).mean()),
-        "kl/reference": float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean()),
-        "kl/k3": float(masked_mean(k3(responses.logprobs, rollout.ref_logprobs), mask)),
-        "eos_rate": float(responses.ended.float().mean()),
-        "empty_rate": sum(not text for text in rollout.texts) / len(rollout.texts),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/max": float(lengths.max()),
-    }
-
-
-def _refuse_nan(statistics: dict[str, float], step: int) -> None:
-    for name, value in statistics.items():
-        if value != value or abs(value) == float("inf"):
-            raise TrainingError(f"train stopped at step {step}: {name} is {value}; a lower rl.lr may help")
-
-
-def _keep_samples(folder: RunFolder, rollout: Rollout, raw: torch.Tensor, step: int, count: int = 4) -> None:
-    for prompt, text, score in list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))[:count]:
-        folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})
-
-
-class _Watch:
-    """Seconds of a step by stage."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"seconds/{stage}"] = now - self.last
-        self.last = now
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        total = time.perf_counter() - self.started
-        return self.laps | {"seconds/step": total, "tokens_per_second": tokens / total}

@@ -1,0 +1,108 @@
+"""What is measured of a step of training?"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import torch
+
+from detoxrl.errors import TrainingError
+from detoxrl.records import Rollout
+from detoxrl.rl.kl import k1, k3
+from detoxrl.rl.ops import masked_mean
+from detoxrl.tracking import RunFolder
+
+
+class Totals:
+    """Sums over the microbatches of one step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.norms: list[float] = []
+        self.ratio_max = 0.0
+        self.first_error = 0.0
+        self._pass_start = (0.0, 0.0)
+
+    def add(self, part: dict[str, torch.Tensor], value_coef: float) -> torch.Tensor:
+        """Count a microbatch in and return its loss, a sum over tokens."""
+        for name, value in part.items():
+            self.sums[name] += float(value.detach())
+        highest, lowest = float(part["ratio_max"]), float(part["ratio_min"])
+        self.ratio_max = max(self.ratio_max, highest)
+        if not self.norms:  # still in the first minibatch
+            self.first_error = max(self.first_error, highest - 1, 1 - lowest)
+        return part["policy"] + value_coef * part["value"]
+
+    def pass_kl(self) -> float:
+        """Return the mean k3 per token, in nats, since the last call."""
+        kl, tokens = self._pass_start
+        self._pass_start = (self.sums["kl"], self.sums["tokens"])
+        return (self.sums["kl"] - kl) / (self.sums["tokens"] - tokens)
+
+    def metrics(self, epochs: int) -> dict[str, float]:
+        """Return the means per token under their logged names."""
+        tokens = self.sums["tokens"]
+        return {
+            "policy/loss": self.sums["policy"] / tokens,
+            "value/loss": self.sums["value"] / tokens,
+            "clip_fraction": self.sums["clipped"] / tokens,
+            "entropy": self.sums["entropy"] / tokens,
+            "kl/update": self.sums["kl"] / tokens,
+            "ratio/mean": self.sums["ratio"] / tokens,
+            "ratio/max": self.ratio_max,
+            "ratio/first_error": self.first_error,
+            "grad_norm": sum(self.norms) / len(self.norms),
+            "epochs": float(epochs),
+        }
+
+
+def rollout_statistics(
+    rollout: Rollout, raw: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor
+) -> dict[str, float]:
+    """Return what a rollout says of the policy: scores, KL in nats per response, lengths in tokens, EOS rate."""
+    responses = rollout.responses
+    mask = responses.response_mask
+    lengths = mask.sum(1).float()
+    return {
+        "score/mean": float(raw.mean()),
+        "score/std": float(raw.std()),
+        "score/shaped": float(scores.mean()),
+        "reward/mean": float(rewards.sum(1).mean()),
+        "kl/reference": float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean()),
+        "kl/k3": float(masked_mean(k3(responses.logprobs, rollout.ref_logprobs), mask)),
+        "eos_rate": float(responses.ended.float().mean()),
+        "empty_rate": sum(not text for text in rollout.texts) / len(rollout.texts),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+    }
+
+
+def refuse_nan(statistics: dict[str, float], step: int) -> None:
+    """Raise TrainingError when a statistic is not finite."""
+    for name, value in statistics.items():
+        if value != value or abs(value) == float("inf"):
+            raise TrainingError(f"train stopped at step {step}: {name} is {value}; a lower rl.lr may help")
+
+
+def keep_samples(folder: RunFolder, rollout: Rollout, raw: torch.Tensor, step: int, count: int = 4) -> None:
+    """Append the first few responses of a step to rollouts.jsonl."""
+    for prompt, text, score in list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))[:count]:
+        folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})
+
+
+class Watch:
+    """Seconds of a step by stage."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"seconds/{stage}"] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        return self.laps | {"seconds/step": total, "tokens_per_second": tokens / total}
