@@ -107,3 +107,14 @@ def test_an_edited_config_is_bad_input_named_by_its_field(tmp_path: Path) -> Non
 def test_metrics_refuse_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         RunFolder(tmp_path).append("metrics.jsonl", {"step": 0, "kl": float("nan")})
+
+
+def test_a_stage_that_begins_again_undoes_those_after_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for stage in ("prepare", "sft", "train", "evaluate"):
+        with folder.timed(stage):
+            pass
+    assert list(folder.finished()) == ["prepare", "sft", "train", "evaluate"]
+    with pytest.raises(KeyboardInterrupt), folder.timed("train"):
+        raise KeyboardInterrupt
+    assert list(folder.finished()) == ["prepare", "sft"]

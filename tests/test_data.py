@@ -271,7 +271,7 @@ def test_a_long_dialogue_is_cut_at_its_end_between_words_and_the_instruction_is_
 def test_a_cut_prompt_is_the_longest_that_fits_even_without_spaces(bases: dict[str, Path], limit: int) -> None:
     tokenizer = load_tokenizer(str(bases["t5"]))
     data = DataConfig(template="{dialogue}", max_prompt_tokens=limit)
-    text = "abcdefgh" * 30
+    text = "\n" + "abcdefgh" * 30  # the one space stands where cutting would leave nothing
     (row,), _ = with_prompts([Row(id="a", dialogue=text, summary=None)], data, tokenizer)
     assert token_lengths(tokenizer, [row.prompt])[0] <= limit
     assert token_lengths(tokenizer, [text[: len(row.prompt) + 1]])[0] > limit

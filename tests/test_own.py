@@ -21,6 +21,7 @@ from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, cli, evaluate, recipe
 from detoxrl import estimate as estimate_module
 from detoxrl import train as train_module
+from detoxrl.data.rows import token_lengths
 from detoxrl.errors import DetoxrlError, InputError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, save_base
@@ -269,6 +270,12 @@ def a_config_with_a_strange_setting(place: Path) -> None:
     (place / "config.json").write_text(json.dumps(settings))
 
 
+def a_config_without_a_setting(place: Path) -> None:
+    settings = json.loads(config_to_json(recipe("own")))
+    del settings["rl"]["gamma"]
+    (place / "config.json").write_text(json.dumps(settings))
+
+
 def nothing(place: Path) -> None:
     pass
 
@@ -300,6 +307,7 @@ BAD_INPUT = [
     (models_without_tokenizers, own(), r"reward\.classifier = '.*classifier': has a tokenizer that knows no word"),
     (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
     (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
+    (a_config_without_a_setting, ["run", "--from", "config.json"], r"setting = 'rl\.gamma': is missing in config"),
     (nothing, own("--sft.bf16", "False", "junk"), r"--sft\.bf16 = 'False junk': takes 1 value"),
     (nothing, own("--data.source", ""), r"data\.source = '': names nothing"),
     (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
@@ -471,6 +479,30 @@ def test_a_function_given_in_python_is_named_so_that_it_is_found_again_or_says_i
     name = function_name(lambda prompts, responses: [0.0 for _ in responses])
     with pytest.raises(InputError, match=r"cannot be found again; give it as reward= in Python"):
         load_function(name)
+
+
+def test_a_start_that_was_not_beaten_is_told_on_screen_and_in_the_report(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(own("--rl.lr", "1e-12")) == 0
+    assert "no policy was better than the start" in capfd.readouterr().err.replace("\n", " ")
+    assert "Before and after are the same: no policy was better" in (place / "runs/own/report.html").read_text()
+
+
+def test_cut_prompts_are_counted_and_none_is_above_the_limit(place: Path) -> None:
+    settings = {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8, "rl.minibatch_size": 4}
+    whole = _prepared(recipe("own", settings | {"data.max_prompt_tokens": 9999}))
+    lengths = sorted(
+        length
+        for rows in whole.rows.values()
+        for length in token_lengths(whole.tokenizer, [row.prompt for row in rows])
+    )
+    assert sum(whole.account["truncated"].values()) == 0
+    assert whole.account["prompt_tokens"]["max"] == lengths[-1]
+    limit = lengths[len(lengths) // 2]  # some prompts have exactly so many
+    cut = _prepared(recipe("own", settings | {"data.max_prompt_tokens": limit})).account
+    assert sum(cut["truncated"].values()) == sum(length > limit for length in lengths) < len(lengths)
+    assert cut["prompt_tokens"]["max"] == limit
 
 
 def test_the_estimate_adds_up(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
