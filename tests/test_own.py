@@ -175,6 +175,8 @@ def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_train
     )
     assert measured["quality"]["rouge_l"]["before"] != measured["quality"]["rouge_l"]["after"]
     assert (place / "runs" / "measured" / "report.html").is_file()
+    assert detoxrl(["run", "--resume", "--run-dir", "runs/measured"]) == 0
+    assert not (place / "runs" / "measured" / "metrics.jsonl").exists()
     shorter = evaluate(place / "runs" / "measured", reward=lambda prompts, responses: [-9.0 for _ in responses])
     assert shorter["quality"]["score"]["before"] == -9.0
     capsys.readouterr()
@@ -423,7 +425,9 @@ def test_a_full_disk_is_exit_1_with_what_was_kept(
     assert told.startswith("detoxrl: the disk is full; runs/own keeps adapter, checkpoint.json, config.json, data")
 
 
-@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "state/optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter/adapter_model.safetensors", "state/optimizer.safetensors", "data/test.jsonl", "seconds.json"]
+)
 def test_a_torn_checkpoint_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     assert detoxrl(own()) == 0
     copytree(place / "runs/own/adapter", place / "runs/own/state", dirs_exist_ok=True)
@@ -432,6 +436,10 @@ def test_a_torn_checkpoint_is_exit_1_and_named(place: Path, capfd: pytest.Captur
     weights.write_bytes(weights.read_bytes()[:-100])
     command = ["evaluate", "runs/own"] if name.startswith("adapter") else ["run", "--resume", "--run-dir", "runs/own"]
     RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
+    if name == "seconds.json":
+        weights.write_text("{")
+    if name == "data/test.jsonl":
+        command = ["evaluate", "runs/own"]
     assert detoxrl(command) == 1
     assert "is broken: " in capfd.readouterr().err.splitlines()[-1]
 

@@ -39,7 +39,7 @@ from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import sample_texts
 from detoxrl.settings import changed, flatten
 from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.tracking import REWARD_JUDGE, STAGES, RunFolder, filling, progress
+from detoxrl.tracking import REWARD_JUDGE, STAGES, RunFolder, filling, progress, reading
 from detoxrl.train import train as train_policy
 
 # What train and the stages after it make: gone as soon as something before them is made anew.
@@ -114,7 +114,10 @@ def evaluate(
         require(adapter is not None, "adapter", None, "is missing", "give the LoRA folder to measure")
         config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
         folder, config = _begun(Path(root), config, overwrite, False, reward, str(adapter))
-        shutil.copytree(str(adapter), folder / "adapter")
+        with folder.timed("sft"):
+            shutil.copytree(str(adapter), folder / "adapter")
+        with folder.timed("train"):
+            pass  # done, so that --resume does not begin to train
     _evaluate(folder, config, reward)
     _report(folder, config, reward)
     evaluation: dict[str, Any] = folder.read_json("eval.json")
@@ -163,7 +166,9 @@ def _refuse_changes(stored: dict[str, Any], asked: dict[str, Any]) -> None:
 
 
 def _rows(folder: RunFolder, split: str) -> list[Row]:
-    return read_rows(folder.need(f"data/{split}.jsonl", "prepare"))
+    path = folder.need(f"data/{split}.jsonl", "prepare")
+    with reading(path):
+        return read_rows(path)
 
 
 def _sft(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:

@@ -154,7 +154,10 @@ class RunFolder:
 
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
-        done: dict[str, float] = self.read_json("seconds.json") if (self / "seconds.json").is_file() else {}
+        if not (self / "seconds.json").is_file():
+            return {}
+        with reading(self / "seconds.json"):
+            done: dict[str, float] = self.read_json("seconds.json")
         return done
 
     @contextmanager
