@@ -218,6 +218,8 @@ def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytes
     for words in (["--policy.adapter", "runs/own/adapter"], ["--data.source", "runs/own/data"]):
         assert detoxrl(own("--overwrite", *words)) == 2
         assert "--run-dir = 'runs/own': holds " in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"adapter = 'x': needs the config of its base"):
+        evaluate("runs/own", adapter="x")
     with pytest.raises(InputError, match=r"holds .*adapter, which the run needs"):
         evaluate("runs/own", detoxrl_config("model"), adapter="runs/own/adapter", overwrite=True)
     assert sorted(place.rglob("*")) == before
@@ -325,6 +327,7 @@ BAD_INPUT = [
     (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
     (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
     (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
+    (nothing, ["prepare", "own", "--resume"], r"--resume = True: goes on with a whole run; say `detoxrl run`"),
     (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
     (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
     (nothing, own("--reward.function", "broken.py:f"), r"line 2 is no Python: "),
@@ -398,6 +401,23 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     for name in ("adapter/adapter_model.safetensors", "adapter/value_head.safetensors", "checkpoint.json"):
         assert (place / "broken" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     assert not (place / "broken" / "state").exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_reward_that_fails_leaves_the_state_before_its_step(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    monkeypatch.setenv("FAIL_AT", str(2 + step))  # 0 is the probe, 1 the normaliser
+    assert detoxrl([*words, "--run-dir", "broken"]) == 2
+    monkeypatch.delenv("FAIL_AT")
+    # What this step's validation found is offered again when it is done again: it must not be known yet.
+    assert json.loads((place / "broken/state/state.json").read_text())["step"] == step
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
+        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
+    capfd.readouterr()
 
 
 def test_resuming_does_only_what_is_left_and_refuses_other_settings(

@@ -78,19 +78,24 @@ class BestCheckpoint:
 
 
 def save_state(
-    folder: RunFolder, policy: EncoderDecoderPolicy, optimizer: Any, best: BestCheckpoint, step: int, kl_coef: float
+    folder: RunFolder,
+    policy: EncoderDecoderPolicy,
+    optimizer: Any,
+    seen: dict[str, Validation | None],
+    step: int,
+    kl_coef: float,
 ) -> None:
-    """Write to state/ all that the step after this one depends on."""
+    """Write to state/ all that step `step` depends on; `seen` is what `BestCheckpoint.seen` says before it."""
     moments = {
         f"{number}/{name}": tensor.contiguous()
         for number, of_one in optimizer.state_dict()["state"].items()
         for name, tensor in of_one.items()
     }
-    seen = {name: found and asdict(found) for name, found in best.seen().items()}
+    best = {name: found and asdict(found) for name, found in seen.items()}
     with filling(folder / "state") as temporary:
         policy.save(temporary)
         save_file(moments, temporary / "optimizer.safetensors")
-        RunFolder(temporary).write_json("state.json", {"step": step, "kl_coef": kl_coef, "best": seen})
+        RunFolder(temporary).write_json("state.json", {"step": step, "kl_coef": kl_coef, "best": best})
 
 
 def load_state(

@@ -36,7 +36,7 @@ RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run
   --run-dir DIR   run folder to make; default runs/RECIPE
   --overwrite     replace an existing run folder
   --resume        go on with an existing one; with --run-dir alone no recipe is needed
-  --dry-run       check everything, show settings, rows, lengths, memory and time; write nothing
+  --dry-run       check every part, show settings, rows, lengths, memory and time; write nothing
 
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
@@ -113,6 +113,7 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
     overwrite, resume = "overwrite" in options, "resume" in options
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
+    require(not (resume and command == "prepare"), "--resume", True, "goes on with a whole run", "say `detoxrl run`")
     from detoxrl import stages
 
     if "dry_run" in options:
@@ -168,7 +169,7 @@ def _show_help(command: str, name: str) -> None:
             source: Instead of a recipe: the config.json of a run, to repeat it.
             overwrite: Replace an existing run folder.
             resume: Go on with an existing run folder.
-            dry_run: Check everything, show settings, rows, lengths, memory and time; write nothing.
+            dry_run: Check every part, show settings, rows, lengths, memory and time; write nothing.
         """
 
     flags.__defaults__ = (recipe(name), *(flags.__defaults__ or ()))

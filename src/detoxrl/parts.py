@@ -31,7 +31,7 @@ class Scorer:
 
 
 def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) -> Scorer | None:
-    """Return the reward, tried on two texts: a function that was given or named, else a classifier.
+    """Return the reward, tried on a few texts: a function that was given or named, else a classifier.
 
     `embedded` is where the embedded classifier lies; before it is trained there is none, and None comes back.
     Raises InputError when it does not fit.
@@ -89,24 +89,16 @@ def with_function(config: Config, given: RewardFunction | None) -> Config:
     return replace(config, reward=replace(config.reward, function=function_name(given)))
 
 
-def places(config: Config) -> list[str]:
-    """Return the settings that name something on disk."""
-    flat = flatten(asdict(config))
-    found = [flat[name] for name in _PLACES if flat[name] not in (None, *_RESERVED)]
-    function = [config.reward.function.rpartition(":")[0]] if config.reward.function else []
-    return [place for place in (*found, *function) if Path(place).exists()]
+def places(config: Config) -> dict[str, Path]:
+    """Return the settings that name something on disk, with its path."""
+    flat = flatten(asdict(config)) | {"reward.function": (config.reward.function or "").rpartition(":")[0] or None}
+    named = {name: Path(flat[name]) for name in (*_PLACES, "reward.function") if flat[name] not in (None, *_RESERVED)}
+    return {name: path for name, path in named.items() if path.exists()}
 
 
 def absolute(config: Config) -> Config:
     """Return the config with every path absolute, so that it means the same from any folder."""
-    flat = flatten(asdict(config))
-    found = {
-        name: str(Path(flat[name]).resolve())
-        for name in _PLACES
-        if flat[name] not in (None, *_RESERVED) and Path(flat[name]).exists()
-    }
-    function = config.reward.function
-    if function is not None and Path(function.rpartition(":")[0]).is_file():
-        file, _, attribute = function.rpartition(":")
-        found["reward.function"] = f"{Path(file).resolve()}:{attribute}"
+    found = {name: str(path.resolve()) for name, path in places(config).items()}
+    if "reward.function" in found:
+        found["reward.function"] += f":{str(config.reward.function).rpartition(':')[2]}"
     return changed(config, found)

@@ -109,6 +109,7 @@ def evaluate(
     not have made, `root` becomes a new folder: before is the config's base, after the base with that adapter.
     """
     if config is None:
+        require(adapter is None, "adapter", str(adapter), "needs the config of its base", "give config too")
         folder, config = RunFolder.open(Path(root))
     else:
         require(adapter is not None, "adapter", None, "is missing", "give the LoRA folder to measure")
@@ -142,7 +143,7 @@ def _begun(
         _refuse_changes(flatten(asdict(stored)), flatten(asdict(config)))
     else:
         RunFolder.refuse_unfit(root, overwrite)
-        _refuse_own_parts(root, [*places(config), *filter(None, [adapter])])
+        _refuse_own_parts(root, [*map(str, places(config).values()), *filter(None, [adapter])])
         prepared = check(config, reward, adapter)
         folder = RunFolder.create(root, config, overwrite)
     if "prepare" not in folder.finished():

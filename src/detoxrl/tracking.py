@@ -140,7 +140,8 @@ class RunFolder:
 
     def keep_before(self, name: str, step: int) -> None:
         """Cut a JSON-lines file to its records of the steps before `step`."""
-        lines = (self.root / name).read_text(encoding="utf-8").split("\n")
+        there = (self.root / name).is_file()  # a run that stopped in its first step has written none
+        lines = (self.root / name).read_text(encoding="utf-8").split("\n") if there else []
         self.write(name, "".join(f"{line}\n" for line in lines if line and json.loads(line)["step"] < step))
 
     def discard(self, *names: str) -> None:

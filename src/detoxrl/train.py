@@ -40,7 +40,8 @@ def train(
     """Train the policy's adapter with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
 
     Goes on from `state/` where an interrupted training left one. Ctrl-C ends the step, writes that state and raises
-    KeyboardInterrupt. Raises TrainingError when a logged number is not finite; the best checkpoint so far stays.
+    KeyboardInterrupt; a reward that raises leaves the state before its step. Raises TrainingError when a logged number
+    is not finite; the best checkpoint so far stays.
     """
     rl, accelerator = config.rl, Accelerator()
     one = accelerator.num_processes == 1
@@ -59,7 +60,7 @@ def train(
     shown = ""
     with progress("train", rl.steps, first) as advance, interruptible() as interrupted:
         for step in range(first, rl.steps):
-            watch = Watch()
+            watch, seen = Watch(), best.seen()
             decay = 1 - step / rl.steps
             for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
                 group["lr"] = peak * decay
@@ -73,7 +74,7 @@ def train(
             try:
                 raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
             except Exception:  # a user's function may fail late; what was learnt before is kept, the error goes on
-                save_state(folder, policy, optimizer, best, step, kl_coef)
+                save_state(folder, policy, optimizer, seen, step, kl_coef)
                 raise
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")
@@ -85,11 +86,7 @@ def train(
             watch.lap("update")
             statistics = rollout_statistics(rollout, raw, scores, rewards)
             statistics |= updates
-            statistics |= {
-                "value/explained_variance": float(critic),
-                "kl_coef": kl_coef,
-                "lr": rl.lr * decay,
-            }
+            statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": rl.lr * decay}
             refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
@@ -100,7 +97,7 @@ def train(
             keep_samples(folder, rollout, raw, step)
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
             if interrupted():
-                save_state(folder, policy, optimizer, best, step + 1, kl_coef)
+                save_state(folder, policy, optimizer, best.seen(), step + 1, kl_coef)
                 raise KeyboardInterrupt
     shown = _validate(folder, policy, config, judge, validation_rows, rl.steps, best)
     kept = folder.read_json("checkpoint.json")["kept_step"]

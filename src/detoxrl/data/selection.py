@@ -32,7 +32,8 @@ def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callabl
     outcomes = {split: Counter[str]() for split in source}
     rows: dict[str, list[Row]] = {}
     origin: dict[int, str] = {}
-    for split, role in _roles(source, config).items():
+    roles = _roles(source, config)
+    for split, role in roles.items():
         rows.setdefault(role, [])
         for row, reason in _sifted(source[split], config.data, lengths):
             if reason:
@@ -40,7 +41,7 @@ def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callabl
             else:
                 rows[role].append(row)
                 origin[id(row)] = split
-    for split in source.keys() - _roles(source, config).keys():
+    for split in source.keys() - roles.keys():
         outcomes[split]["in a split that no stage uses"] += len(source[split])
     place = {key: n for n, key in enumerate(origin)}
     rows, lost = _apart(rows, config)
