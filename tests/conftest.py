@@ -8,13 +8,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from tokenizers import processors
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from detoxrl.config import Config, DataConfig, PolicyConfig
 from detoxrl.data.corpus import generate_rows
@@ -22,14 +34,20 @@ from detoxrl.data.rows import Row
 from detoxrl.data.utterances import generate_utterances
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base, scratch_tokenizer
-from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
+from detoxrl.policy.weights import LoraWeights
 from detoxrl.recipes import recipe
 from detoxrl.reward_training import train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(2)
 
-TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj")}
+TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
+ENCODER_DECODERS = ("t5", "bart")
+KINDS = [
+    *((name, kind) for name in ENCODER_DECODERS for kind in ("fresh", "loaded", "loaded with encoder", "full")),
+    *((name, kind) for name in ("gpt2", "llama") for kind in ("fresh", "loaded", "full")),
+]
 
 
 def _t5(vocab: int) -> T5ForConditionalGeneration:
@@ -43,20 +61,41 @@ def _t5(vocab: int) -> T5ForConditionalGeneration:
 def _bart(vocab: int) -> BartForConditionalGeneration:
     config = BartConfig(
         vocab_size=vocab, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, dropout=0.1,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=256, dropout=0.1,
         pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
         init_std=0.2,
     )  # fmt: skip
     return BartForConditionalGeneration(config)
 
 
+def _gpt2(vocab: int) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def _llama(vocab: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, attention_dropout=0.1, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=[2, 1],
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random T5 and BART with one tokenizer that fits the embedded corpus."""
+    """Folders of tiny random models of four architectures; their tokenizer fits the embedded corpus."""
     rows = generate_rows(0, {"train": 300})["train"]
     tokenizer = scratch_tokenizer([row.dialogue for row in rows] + [row.summary for row in rows], vocab_size=300)
     folders = {}
-    for name, make in {"t5": _t5, "bart": _bart}.items():
+    for name, make in {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}.items():
+        if name == "gpt2":  # no EOS behind the prompts of a causal model
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        if name == "llama":
+            tokenizer.pad_token = None
         torch.manual_seed(7)
         folders[name] = tmp_path_factory.mktemp("bases") / name
         save_base(make(len(tokenizer)), tokenizer, folders[name])
@@ -75,52 +114,73 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def policy_config(name: str, encoder: bool = False) -> PolicyConfig:
-    """A small adapter for one of the tiny bases."""
-    return PolicyConfig(base="given", lora_rank=4, lora_alpha=8, lora_targets=TARGETS[name], lora_encoder=encoder)
+def policy_config(name: str, encoder: bool = False, full: bool = False) -> PolicyConfig:
+    """A small adapter for one of the tiny bases, or its full weights."""
+    return PolicyConfig(
+        base="given", lora_rank=4, lora_alpha=8, lora_targets=TARGETS[name], train_encoder=encoder, full_weights=full
+    )
 
 
-def disturb(policy: EncoderDecoderPolicy, scale: float = 0.3) -> None:
-    """Move every trainable adapter weight and the value head, as training would."""
+def disturb(policy: Policy) -> None:
+    """Move every trainable weight and the value head, as training would."""
+    scale = 0.2 if isinstance(policy.weights, LoraWeights) else 0.03
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in [*policy.adapter_parameters(), *policy.value_head.parameters()]:
+        for parameter in [*policy.parameters(), *policy.value_head.parameters()]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-@pytest.fixture(params=["t5", "bart"])
+@pytest.fixture(scope="session")
+def starts(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Saved LoRAs far from the bare base, as somebody trained them with dropout: in the decoder, or everywhere."""
+    folders = {}
+    for name, kind in KINDS:
+        if kind in ("fresh", "full"):
+            continue
+        folder = folders[name, kind] = tmp_path_factory.mktemp("starts") / name
+        trained = load_policy(str(bases[name]), None, policy_config(name, encoder="encoder" in kind), seed=0)
+        disturb(trained)
+        trained.save(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.1}))
+    return folders
+
+
+Make = Callable[..., Policy]
+
+
+@pytest.fixture(scope="session")
+def make_policy(bases: dict[str, Path], starts: dict[tuple[str, str], Path]) -> Make:
+    """Return a function that loads a policy of one architecture and kind."""
+
+    def make(name: str, kind: str, encoder: bool = False) -> Policy:
+        config = policy_config(name, encoder, full=kind == "full")
+        return load_policy(str(bases[name]), starts.get((name, kind)), config, seed=0)
+
+    return make
+
+
+@pytest.fixture(params=TARGETS)
 def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def fresh(bases: dict[str, Path], architecture: str) -> EncoderDecoderPolicy:
+def fresh(make_policy: Make, architecture: str) -> Policy:
     """A policy under a fresh LoRA."""
-    return load_policy(str(bases[architecture]), None, policy_config(architecture), seed=0)
+    return make_policy(architecture, "fresh")
 
 
 @pytest.fixture
-def start(bases: dict[str, Path], architecture: str, tmp_path: Path) -> Path:
-    """A saved LoRA with parts in the encoder too, far from the bare base."""
-    trained = load_policy(str(bases[architecture]), None, policy_config(architecture, encoder=True), seed=0)
-    disturb(trained)
-    trained.save(tmp_path / "start")
-    return tmp_path / "start"
+def loaded(make_policy: Make, architecture: str) -> Policy:
+    """A policy that starts from a LoRA, with parts in the encoder where there is one."""
+    return make_policy(architecture, "loaded with encoder" if architecture in ENCODER_DECODERS else "loaded")
 
 
-@pytest.fixture
-def loaded(bases: dict[str, Path], architecture: str, start: Path) -> EncoderDecoderPolicy:
-    """A policy that starts from that LoRA."""
-    return load_policy(str(bases[architecture]), start, policy_config(architecture), seed=0)
-
-
-@pytest.fixture(params=["fresh", "loaded"])
-def policy(
-    request: pytest.FixtureRequest, bases: dict[str, Path], architecture: str, start: Path
-) -> EncoderDecoderPolicy:
-    """Both kinds of policy."""
-    adapter = start if request.param == "loaded" else None
-    return load_policy(str(bases[architecture]), adapter, policy_config(architecture), seed=0)
+@pytest.fixture(params=KINDS, ids=" ".join)
+def policy(request: pytest.FixtureRequest, make_policy: Make) -> Policy:
+    """Every kind of policy on every architecture."""
+    return make_policy(*request.param)
 
 
 def prompted_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:

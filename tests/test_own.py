@@ -15,7 +15,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, cli, evaluate, recipe
@@ -160,7 +160,7 @@ def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_train
     place: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = load_policy(str(bases["t5"]), None, policy_config("t5", encoder=True), seed=0)
-    disturb(trained, scale=0.5)
+    disturb(trained)
     trained.save(place / "lora")
     assert detoxrl(own("--policy.adapter", "lora", "--rl.steps", "1")) == 0
     first = json.loads((place / "runs/own/metrics.jsonl").read_text().split("\n")[0])
@@ -180,6 +180,47 @@ def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_train
     shorter = evaluate(place / "runs" / "measured", reward=lambda prompts, responses: [-9.0 for _ in responses])
     assert shorter["quality"]["score"]["before"] == -9.0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", ["--sft.steps", "2", "--sft.no-full-weights"]),
+        ("llama", ["--sft.steps", "2", "--sft.full-weights", "--policy.full-weights"]),
+        ("bart", ["--policy.full-weights", "--policy.train-encoder"]),
+    ],
+)
+def test_causal_models_and_full_weights_go_all_the_way_and_can_be_measured_alone(
+    place: Path, bases: dict[str, Path], name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--policy.base", str(bases[name]), "--policy.lora-targets", *TARGETS[name]]
+    common = own(*base, *words, "--reward.function", "rewards.py:brevity", "--data.max-prompt-tokens", "100")
+    assert detoxrl([*common, "--dry-run"]) == 0
+    assert detoxrl(common) == 0
+    run = place / "runs/own"
+    first = json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
+    assert abs(first["kl/reference"]) < 1e-4
+    assert first["ratio/first_error"] < 1e-5
+    config = config_from_json(run / "config.json")
+    begun_from = str(run / "base") if (run / "base").is_dir() else config.policy.base
+    start = run / "start" if (run / "start").is_dir() else None
+    moved = load_policy(begun_from, start, config.policy, seed=0)
+    disturb(moved)
+    moved.save(place / "moved")
+    bare = replace(config, policy=replace(config.policy, base=begun_from))
+    measured = evaluate(place / "runs/measured", bare, adapter=place / "moved")["quality"]["score"]
+    assert measured["after"] != measured["before"]
+    if start is None:  # else the run began from that LoRA, and here the bare base is before
+        assert measured["before"] == json.loads((run / "eval.json").read_text())["quality"]["score"]["before"]
+    capsys.readouterr()
+
+
+def test_a_causal_model_reads_prompt_and_response_in_a_row_so_both_must_fit(
+    place: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = own("--policy.base", str(bases["gpt2"]), "--policy.lora-targets", "c_attn")
+    assert detoxrl([*words, "--data.max-prompt-tokens", "250"]) == 2
+    assert "data.max_prompt_tokens + generation.max_new_tokens = 262: exceeds the 256" in capfd.readouterr().err
 
 
 def detoxrl_config(base: str) -> Config:
@@ -228,8 +269,9 @@ def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytes
 # What does not fit
 
 
-def a_causal_model(place: Path) -> None:
-    GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(place / "causal")
+def a_model_of_both_sides(place: Path) -> None:
+    tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=300)
+    save_base(BertForMaskedLM(tiny), AutoTokenizer.from_pretrained(place / "model"), place / "bert")
 
 
 def a_tokenizer_too_large(place: Path) -> None:
@@ -302,11 +344,13 @@ BAD_INPUT = [
     (nothing, own("--reward.good-label", "hate", "--reward.toxic-label", "nothate"),
      r"reward\.good_label = 'hate': is reversed: probability 0\.\d\d for a civil sentence, .*name the"),
     (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks the weights of a cl"),
-    (nothing, own("--policy.base", "classifier"), r"policy\.base = '.*classifier': is a roberta model, no enc"),
-    (a_causal_model, own("--policy.base", "causal"), r"policy\.base = '.*causal': is a gpt2 model, no encoder-decoder"),
+    (nothing, own("--policy.base", "classifier"), r"is a RobertaForSequenceC.*, which does not"),
+    (a_model_of_both_sides, own("--policy.base", "bert"), r"policy\.base = '.*bert': is a BertForMaskedLM, which does"),
+    (nothing, own("--policy.full-weights", "--policy.adapter", "model"), r"policy\.adapter = '.*': does not go with"),
+    (nothing, own("--policy.full-weights", "--sft.no-full-weights", "--sft.steps", "2"), r"sft\.full_weights = False"),
     (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': is no folder here and cannot be loaded: "),
     (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
-    (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
+    (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer whose eos_token_id is 2, but the mod"),
     (a_model_without_its_head, own("--policy.base", "headless"), r"lacks weights of a generator, decoder\.final_layer"),
     (models_without_tokenizers, own(), r"reward\.classifier = '.*classifier': has a tokenizer that knows no word"),
     (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
@@ -361,9 +405,9 @@ def test_positions_bound_prompts_and_responses(
 ) -> None:
     words = own("--policy.base", str(bases["bart"]), "--policy.lora-targets", *TARGETS["bart"])
     assert detoxrl(words) == 2
-    assert "data.max_prompt_tokens = 512: exceeds the 128 positions of" in capfd.readouterr().err
-    assert detoxrl([*words, "--data.max-prompt-tokens", "100", "--generation.max-new-tokens", "200"]) == 2
-    assert "generation.max_new_tokens = 200: exceeds the 128 positions of" in capfd.readouterr().err
+    assert "data.max_prompt_tokens = 512: exceeds the 256 positions of" in capfd.readouterr().err
+    assert detoxrl([*words, "--data.max-prompt-tokens", "100", "--generation.max-new-tokens", "300"]) == 2
+    assert "generation.max_new_tokens = 300: exceeds the 256 positions of" in capfd.readouterr().err
 
 
 # Interrupted, full, broken

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import policy_config, prompted_rows, small_config
+from conftest import ENCODER_DECODERS, policy_config, prompted_rows, small_config
 from detoxrl import cache as cache_module
 from detoxrl import sft as sft_module
 from detoxrl import train as train_module
@@ -20,6 +20,7 @@ from detoxrl.config import Config, RewardConfig
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, scratch_base, scratch_tokenizer
+from detoxrl.policy.policy import Policy
 from detoxrl.sft import fine_tune
 from detoxrl.tracking import RunFolder
 from detoxrl.train import reference_normaliser, train
@@ -135,10 +136,24 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        sft_module, "_train_adapter", lambda config, base, start, pairs, what, folder: seen.extend(pairs)
+        sft_module, "_train_policy", lambda config, base, start, pairs, what, folder: seen.extend(pairs)
     )
     sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
+
+
+def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fresh: Policy, architecture: str) -> None:
+    pairs = [(row.prompt, row.summary or "") for row in ROWS["train"][:3]]
+    inputs, labels = sft_module.examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
+    batch = sft_module._batch(fresh.tokenizer, fresh.device, inputs, labels, [0, 1, 2])
+    targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
+    assert all(target[0, -1] == fresh.eos for target in targets)
+    found = [
+        fresh.logprobs(fresh.encode([prompt]), target, 1.0)[0].flatten()
+        for (prompt, _), target in zip(pairs, targets, strict=True)
+    ]
+    torch.testing.assert_close(fresh.model(**batch).loss, -torch.cat(found).mean(), rtol=1e-5, atol=1e-6)
+    assert fresh.tokenizer.decode(targets[0][0], skip_special_tokens=True).strip() == pairs[0][1]
 
 
 def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
 from detoxrl.tracking import RunFolder, filling, reading
 
 
@@ -42,7 +42,7 @@ class BestCheckpoint:
         self.least_toxic: Validation | None = None
         self.kept: Validation | None = None
 
-    def offer(self, policy: EncoderDecoderPolicy, found: Validation) -> bool:
+    def offer(self, policy: Policy, found: Validation) -> bool:
         """Save the policy to adapter/ if it is the best so far; return whether it was. The start comes first."""
         self.start = self.start or found
         if not self._better(found, self.start.quality - self.margin):
@@ -79,7 +79,7 @@ class BestCheckpoint:
 
 def save_state(
     folder: RunFolder,
-    policy: EncoderDecoderPolicy,
+    policy: Policy,
     optimizer: Any,
     seen: dict[str, Validation | None],
     step: int,
@@ -98,9 +98,7 @@ def save_state(
         RunFolder(temporary).write_json("state.json", {"step": step, "kl_coef": kl_coef, "best": best})
 
 
-def load_state(
-    folder: RunFolder, policy: EncoderDecoderPolicy, optimizer: Any, best: BestCheckpoint
-) -> tuple[int, float] | None:
+def load_state(folder: RunFolder, policy: Policy, optimizer: Any, best: BestCheckpoint) -> tuple[int, float] | None:
     """Put back what `save_state` wrote and return the step to go on with and its kl_coef; None where there is none.
 
     Raises StorageError when a file of it is torn.

@@ -63,7 +63,7 @@ class PolicyConfig:
     """The text generator and its adapter."""
 
     base: str = "scratch"
-    """Folder or hub id of an encoder-decoder model; `scratch`: a small T5 that the sft stage trains."""
+    """Folder or hub id of an encoder-decoder or causal model; `scratch`: a small T5 that the sft stage trains."""
     adapter: str | None = None
     """LoRA folder to start from; it is also the reference."""
     lora_rank: int = 32
@@ -72,14 +72,19 @@ class PolicyConfig:
     """Scale of a fresh adapter is alpha / rank."""
     lora_targets: tuple[str, ...] = ("q", "v")
     """Names of the linear layers that a fresh adapter changes."""
-    lora_encoder: bool = False
-    """Also adapt the encoder; without it every prompt is encoded once."""
+    train_encoder: bool = False
+    """Also train the encoder; without it every prompt is encoded once."""
+    full_weights: bool = False
+    """Train the weights themselves instead of a LoRA; the reference is a second copy of those that train."""
 
     def __post_init__(self) -> None:
         require(self.base != "", "policy.base", "", "names nothing", "give a folder or a hub id")
         _positive("policy.lora_rank", self.lora_rank)
         _positive("policy.lora_alpha", self.lora_alpha)
         require(len(self.lora_targets) > 0, "policy.lora_targets", (), "must name a layer", "say q v, for example")
+        both = self.full_weights and self.adapter is not None
+        remedy = "merge it into the base, or leave policy.full_weights out"
+        require(not both, "policy.adapter", self.adapter, "does not go with policy.full_weights", remedy)
         scratch_adapter = self.base == "scratch" and self.adapter is not None
         require(
             not scratch_adapter, "policy.adapter", self.adapter, "needs the base it was trained on", "set policy.base"
@@ -263,6 +268,9 @@ class Config:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2^63)", "give a smaller whole number")
         untrained = self.policy.base == "scratch" and (self.sft.steps == 0 or not self.sft.full_weights)
         require(not untrained, "sft", "off", "policy.base = 'scratch' needs full_weights and steps", "set sft.steps")
+        unmerged = self.policy.full_weights and self.sft.steps > 0 and not self.sft.full_weights
+        rule, remedy = "makes a LoRA, which does not go with policy.full_weights", "say --sft.full-weights"
+        require(not unmerged, "sft.full_weights", False, rule, remedy)
         replaced = self.policy.adapter is not None and self.sft.full_weights and self.sft.steps > 0
         remedy = "say --sft.no-full-weights, or --sft.steps 0"
         rule = "does not fit a base whose full weights sft changes"

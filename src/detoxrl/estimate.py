@@ -17,7 +17,7 @@ from detoxrl.data.rows import to_prompts
 from detoxrl.parts import scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base, scratch_base
-from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared, account_table
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import collect, sample_texts
@@ -53,13 +53,11 @@ def estimate(config: Config, prepared: Prepared, given: RewardFunction | None = 
     }
 
 
-def _step_seconds(
-    config: Config, prepared: Prepared, policy: EncoderDecoderPolicy, given: RewardFunction | None
-) -> float:
+def _step_seconds(config: Config, prepared: Prepared, policy: Policy, given: RewardFunction | None) -> float:
     """Return the seconds of one rollout, its scores (an embedded reward costs next to nothing) and its update."""
     accelerator = Accelerator()
     policy.to(accelerator.device)
-    optimizer = accelerator.prepare(torch.optim.AdamW(policy.adapter_parameters(), lr=0.0))
+    optimizer = accelerator.prepare(torch.optim.AdamW(policy.parameters(), lr=0.0))
     reward = scorer(config, None, given)
     prompts = to_prompts(prepared.rows["train"][: config.rl.batch_size])
     started = time.perf_counter()
@@ -71,14 +69,14 @@ def _step_seconds(
     return time.perf_counter() - started
 
 
-def _response_seconds(config: Config, prepared: Prepared, policy: EncoderDecoderPolicy) -> float:
+def _response_seconds(config: Config, prepared: Prepared, policy: Policy) -> float:
     prompts = to_prompts(prepared.rows["test"][: config.generation.batch_size])
     started = time.perf_counter()
     sample_texts(policy, prompts, config.generation, seed=config.seed, stream="estimate")
     return (time.perf_counter() - started) / len(prompts)
 
 
-def _sft_seconds(config: Config, prepared: Prepared, policy: EncoderDecoderPolicy) -> float:
+def _sft_seconds(config: Config, prepared: Prepared, policy: Policy) -> float:
     if config.sft.full_weights:
         policy.model.requires_grad_(True)
     pairs = [(row.prompt, row.summary or "") for row in prepared.rows["train"][: 3 * config.sft.batch_size]]

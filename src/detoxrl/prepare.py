@@ -53,9 +53,11 @@ def check(config: Config, given: RewardFunction | None = None, adapter: str | No
     if config.policy.base == "scratch":
         lora_config(scratch_base(prepared.tokenizer, config.seed), config.policy)
     else:
-        lora = adapter or config.policy.adapter
-        start = Path(lora) if lora else None
-        require_positions(load_policy(config.policy.base, start, config.policy, config.seed).model.config, config)
+        base, start = config.policy.base, adapter or config.policy.adapter
+        if config.policy.full_weights and adapter:  # then a whole model is to be measured
+            base, start = adapter, None
+        policy = load_policy(base, Path(start) if start else None, config.policy, config.seed)
+        require_positions(policy.model.config, config)
     return prepared
 
 

@@ -17,18 +17,18 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Encoder output of B prompts of up to P tokens: what sampling, reference, values and every epoch share."""
+    """What B prompts of up to P tokens are to the decoder: sampling, reference, values and every epoch share it."""
 
     states: torch.Tensor
-    """(B, P, D) hidden states."""
+    """(B, P, D) hidden states of the encoder; where there is none, (B, P) long token ids."""
     mask: torch.Tensor
     """(B, P) long, 1 = a token of the prompt."""
 
     def select(self, rows: torch.Tensor) -> Encoded:
         """Return the rows named by an index or bool tensor, without the padding that none of them needs."""
         mask = self.mask[rows]
-        longest = int(mask.sum(1).max())
-        return Encoded(states=self.states[rows, :longest], mask=mask[:, :longest])
+        needed = mask.any(0)
+        return Encoded(states=self.states[rows][:, needed], mask=mask[:, needed])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from detoxrl.config import GenerationConfig
-from detoxrl.policy.encoder_decoder import POLICY, EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
+from detoxrl.policy.weights import POLICY
 from detoxrl.randomness import uniforms
 from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
 
@@ -19,7 +20,7 @@ def length_sorted_batches(texts: Sequence[str], batch_size: int) -> list[list[in
 
 
 def draws(
-    policy: EncoderDecoderPolicy, seed: int, stream: str, step: int, prompts: Sequence[Prompt], sample: int, length: int
+    policy: Policy, seed: int, stream: str, step: int, prompts: Sequence[Prompt], sample: int, length: int
 ) -> torch.Tensor:
     """Return the uniforms (B, length) of one sample per prompt, on the policy's device."""
     ids = [prompt.id for prompt in prompts]
@@ -28,7 +29,7 @@ def draws(
 
 
 def sample_texts(
-    policy: EncoderDecoderPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     *,
@@ -58,16 +59,14 @@ def sample_texts(
 
 @torch.no_grad()
 def _ref_logprobs(
-    policy: EncoderDecoderPolicy, encoded: Encoded, prompts: Sequence[Prompt], ids: torch.Tensor, temperature: float
+    policy: Policy, encoded: Encoded, prompts: Sequence[Prompt], ids: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     if policy.train_encoder:  # the policy's encoder has moved away from the reference's
         encoded = policy.encode([prompt.text for prompt in prompts], policy.reference)
     return policy.logprobs(encoded, ids, temperature, policy.reference)[0]
 
 
-def collect(
-    policy: EncoderDecoderPolicy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int
-) -> Rollout:
+def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
     Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states.

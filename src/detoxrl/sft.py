@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.config import Config, SftConfig
 from detoxrl.data.rows import Row
@@ -23,7 +24,7 @@ _IGNORED = -100
 
 
 def fine_tune(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     config: SftConfig,
@@ -37,9 +38,8 @@ def fine_tune(
     Linear warm-up to `lr`, then linear decay to 0. `on_step(loss)` gets nats per token after each step.
     Raises TrainingError when the loss is not finite.
     """
-    device = next(model.parameters()).device
-    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
-    targets = tokenizer([target for _, target in pairs]).input_ids
+    device = model.device
+    inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     precision = autocast(device, config.bf16)
@@ -50,7 +50,7 @@ def fine_tune(
             group["lr"] = lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / steps)
         rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
         with precision:
-            loss = model(**_batch(tokenizer, device, prompts, targets, rows)).loss
+            loss = model(**_batch(tokenizer, device, inputs, labels, rows)).loss
         if not loss.isfinite():
             raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
         loss.backward()
@@ -59,6 +59,22 @@ def fine_tune(
         optimizer.zero_grad()
         on_step(loss.item())
     model.eval()
+
+
+def examples(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], encoder_decoder: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return input ids and labels of (prompt, target) pairs: apart for an encoder-decoder, in a row for a causal model.
+
+    In a row the target is set off by a space, ends with EOS, and the prompt's labels do not count.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    if encoder_decoder:
+        return prompts, tokenizer([target for _, target in pairs]).input_ids
+    spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
+    targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(spaced, add_special_tokens=False).input_ids]
+    both = list(zip(prompts, targets, strict=True))
+    return [p + t for p, t in both], [[_IGNORED] * len(p) + t for p, t in both]
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
@@ -73,17 +89,17 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]
 def _batch(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    prompts: Sequence[list[int]],
-    targets: Sequence[list[int]],
+    inputs: Sequence[list[int]],
+    labels: Sequence[list[int]],
     rows: Sequence[int],
 ) -> dict[str, torch.Tensor]:
-    ids = [torch.tensor(prompts[row]) for row in rows]
+    ids = [torch.tensor(inputs[row]) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
-    labels = [torch.tensor(targets[row]) for row in rows]
+    wanted = [torch.tensor(labels[row]) for row in rows]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
         "attention_mask": pad_sequence(mask, batch_first=True).to(device),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED).to(device),
+        "labels": pad_sequence(wanted, batch_first=True, padding_value=_IGNORED).to(device),
     }
 
 
@@ -92,7 +108,7 @@ def warm_start(config: Config, rows: Sequence[Row], folder: Path, scratch_tokeni
     pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
     base = config.policy.base
     if not config.sft.full_weights:
-        _train_adapter(config, base, _starting_adapter(config), pairs, "warm start", folder)
+        _train_policy(config, base, _starting_adapter(config), pairs, "warm start", folder)
         return
     if base == "scratch":
         tokenizer = load_tokenizer(str(scratch_tokenizer))
@@ -104,25 +120,25 @@ def warm_start(config: Config, rows: Sequence[Row], folder: Path, scratch_tokeni
 
 
 def civil_baseline(config: Config, base: str, start: Path | None, rows: Sequence[Row], folder: Path) -> None:
-    """Fine-tune a LoRA adapter from the same start on the civil references alone and save it to `folder`."""
+    """Fine-tune the policy's weights from the same start on the civil references alone and save them to `folder`."""
     pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    _train_adapter(config, base, start, pairs, "civil baseline", folder)
+    _train_policy(config, base, start, pairs, "civil baseline", folder)
 
 
 def _starting_adapter(config: Config) -> Path | None:
     return Path(config.policy.adapter) if config.policy.adapter else None
 
 
-def _train_adapter(
+def _train_policy(
     config: Config, base: str, start: Path | None, pairs: Sequence[tuple[str, str]], what: str, folder: Path
 ) -> None:
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
     _fine_tune_showing(policy.model, policy.tokenizer, pairs, config, what)
-    policy.save_adapter(folder)
+    policy.weights.save(folder)
 
 
 def _fine_tune_showing(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     config: Config,

@@ -30,7 +30,7 @@ from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words, two_by_two
 from detoxrl.parts import absolute, base_and_start, judge_name, judge_of, places, run_scorer, with_function
-from detoxrl.policy.adapters import load_policy, require_adapter
+from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check, say_cached
 from detoxrl.prepare import write as write_prepared
 from detoxrl.recipes import recipe
@@ -229,13 +229,13 @@ def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, 
     trained = folder.need("adapter", "train")
     base, start = base_and_start(folder, config)
     # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
-    policy = load_policy(base, start or trained, config.policy, config.seed).to(PartialState().device)
+    begin = None if config.policy.full_weights else start or trained
+    policy = load_policy(base, begin, config.policy, config.seed).to(PartialState().device)
     adapters = {"before": policy.reference if start else None}
     found = {"after": trained, "sft_civil": folder / "baseline"}
     for name, place in found.items():
         if place.is_dir():
-            require_adapter(place, "adapter")
-            policy.add_adapter(name, place)
+            policy.weights.add(name, place)
             adapters[name] = name
     prompts = to_prompts(rows)
     samples = config.evaluation.samples_per_prompt

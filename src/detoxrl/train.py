@@ -15,7 +15,7 @@ from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import validation_quality
-from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
 from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout
 from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
@@ -31,7 +31,7 @@ from detoxrl.tracking import NOTHING_BETTER, RunFolder, interruptible, log, prog
 def train(
     folder: RunFolder,
     config: Config,
-    policy: EncoderDecoderPolicy,
+    policy: Policy,
     reward: Reward,
     judge: Judge,
     rows: Sequence[Row],
@@ -48,7 +48,7 @@ def train(
     require(one, "processes", accelerator.num_processes, "more than one is not supported yet", "start a single one")
     policy.to(accelerator.device)
     groups = [
-        {"params": policy.adapter_parameters(), "lr": rl.lr},
+        {"params": policy.parameters(), "lr": rl.lr},
         {"params": list(policy.value_head.parameters()), "lr": rl.value_lr},
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
@@ -106,9 +106,7 @@ def train(
         log.print(f"train: {NOTHING_BETTER}")
 
 
-def reference_normaliser(
-    policy: EncoderDecoderPolicy, reward: Reward, prompts: Sequence[Prompt], config: Config
-) -> Normaliser:
+def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Prompt], config: Config) -> Normaliser:
     """Return mean and std of the raw scores of reference responses to the first prompts (none: 0 and 1)."""
     if config.reward.normalise_on == 0:
         return Normaliser()
@@ -126,7 +124,7 @@ def reference_normaliser(
 
 def _validate(
     folder: RunFolder,
-    policy: EncoderDecoderPolicy,
+    policy: Policy,
     config: Config,
     judge: Judge,
     rows: Sequence[Row],
@@ -159,7 +157,7 @@ class Targets:
 
 
 def update(
-    policy: EncoderDecoderPolicy,
+    policy: Policy,
     accelerator: Accelerator,
     optimizer: Any,
     rollout: Rollout,
@@ -190,7 +188,7 @@ def update(
 
 
 def _losses(
-    policy: EncoderDecoderPolicy, rollout: Rollout, targets: Targets, rows: torch.Tensor, config: Config
+    policy: Policy, rollout: Rollout, targets: Targets, rows: torch.Tensor, config: Config
 ) -> dict[str, torch.Tensor]:
     """Return loss sums and statistics over the tokens of some rows; padding past their longest response is cut."""
     rl, responses = config.rl, rollout.responses

@@ -8,38 +8,47 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config import PolicyConfig
-from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.errors import InputError, require
 from detoxrl.policy.backbone import load_base
-from detoxrl.policy.encoder_decoder import POLICY, EncoderDecoderPolicy
+from detoxrl.policy.causal import CausalPolicy
+from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
+from detoxrl.policy.policy import Policy
+from detoxrl.policy.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, require_adapter
 from detoxrl.randomness import torch_seed
 
-REFERENCE = "reference"
 
-
-def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) -> EncoderDecoderPolicy:
+def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) -> Policy:
     """Return the policy that starts from `base`, and from the LoRA in `start` when there is one.
 
-    The reference is the frozen start: a second adapter, or the bare base under a fresh adapter. Either way there is
-    one base model in memory. Raises InputError for a base, folder or target that does not fit.
+    The reference is the frozen start: a second adapter, the bare base under a fresh adapter, or, where full weights
+    train, a copy of those that do. Raises InputError for a base, folder or target that does not fit.
     """
     model, tokenizer = load_base(base)
-    if start is not None:
-        return EncoderDecoderPolicy(_loaded(model, start), tokenizer, REFERENCE, config.lora_encoder)
-    return EncoderDecoderPolicy(_fresh(model, config, seed), tokenizer, None, config.lora_encoder)
+    weights: Weights
+    if config.full_weights:
+        weights = FullWeights(model, tokenizer, config.train_encoder)
+    elif start is not None:
+        weights = LoraWeights(_loaded(model, start), REFERENCE, config.train_encoder)
+    else:
+        weights = LoraWeights(_fresh(model, config, seed), None, config.train_encoder)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderPolicy(weights, tokenizer, config.train_encoder)
+    return CausalPolicy(weights, tokenizer, train_encoder=False)
 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
     """Return a fresh adapter's settings. Raises InputError when a target names no layer."""
-    reachable = re.compile(_target_pattern([r"\w+"], config.lora_encoder))
+    everywhere = config.train_encoder or not model.config.is_encoder_decoder
+    reachable = re.compile(_target_pattern([r"\w+"], everywhere))
     linear = {
-        name.split(".")[-1]
+        name.split(".")[-1]: type(module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and reachable.fullmatch(name)
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and reachable.fullmatch(name)
     }
     for target in config.lora_targets:
         if target not in linear:
@@ -48,14 +57,15 @@ def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=_target_pattern(config.lora_targets, config.lora_encoder),
+        target_modules=_target_pattern(config.lora_targets, everywhere),
         lora_dropout=0.0,
-        task_type="SEQ_2_SEQ_LM",
+        fan_in_fan_out=linear[config.lora_targets[0]] is Conv1D,  # GPT-2 keeps its weights transposed
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
 
 
-def _target_pattern(targets: Sequence[str], encoder: bool) -> str:
-    return rf"{'.*' if encoder else r'.*decoder'}\..*\b({'|'.join(targets)})"
+def _target_pattern(targets: Sequence[str], everywhere: bool) -> str:
+    return rf"{'.*' if everywhere else r'.*decoder'}\..*\b({'|'.join(targets)})"
 
 
 def _fresh(model: PreTrainedModel, config: PolicyConfig, seed: int) -> PeftModel:
@@ -77,16 +87,3 @@ def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
     require(not other, "policy.adapter", str(folder), rule, "give an adapter of this base")
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model
-
-
-def require_adapter(folder: Path, field: str) -> None:
-    """Raise InputError unless `folder` holds a LoRA, and StorageError when its weights are torn."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        there = (folder / name).is_file()
-        require(there, field, str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
-    weights = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(weights, framework="pt") as file:
-            list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"{weights} is broken: {first_line(error)}; train again or put it back") from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -37,19 +38,22 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return an encoder-decoder model in eval mode and its tokenizer, from a folder or the hub; safetensors only.
+    """Return an encoder-decoder or causal model in eval mode and its tokenizer, from a folder or the hub.
 
-    Raises InputError when there is no such model, when it is no encoder-decoder, or when the tokenizer does not fit.
+    Safetensors only. Raises InputError when there is no such model, when it generates no text, or when the tokenizer
+    does not fit.
     """
     config = _from_source(AutoConfig.from_pretrained, base)
-    rule = f"is a {config.model_type} model, no encoder-decoder"
-    require(config.is_encoder_decoder, "policy.base", base, rule, "give a T5 or BART, for example")
     tokenizer = load_tokenizer(base)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model, info = _from_source(
-        partial(AutoModelForSeq2SeqLM.from_pretrained, use_safetensors=True, dtype=torch.float32,
-                output_loading_info=True),
-        base,
-    )  # fmt: skip
+        partial(kind.from_pretrained, use_safetensors=True, dtype=torch.float32, output_loading_info=True), base
+    )
+    saved_as = config.architectures or [type(model).__name__]
+    # transformers also makes a BERT generate, though it was trained to look at both sides.
+    generates = config.is_encoder_decoder or type(model).__name__ in saved_as
+    rule = f"is a {saved_as[0]}, which does not generate text"
+    require(generates, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
     missing = sorted(info["missing_keys"])
     rule = f"lacks weights of a generator, {missing[0]} for one" if missing else ""
     require(not missing, "policy.base", base, rule, "give a model saved with its language-model head")
@@ -66,7 +70,7 @@ def _from_source(load: Callable[[str], Any], base: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         where = "" if Path(base).exists() else "is no folder here and "
         reason = f"{where}cannot be loaded: {first_line(error)}"
-        raise InputError("policy.base", base, reason, "give an encoder-decoder folder or hub id") from error
+        raise InputError("policy.base", base, reason, "give the folder or hub id of a text generator") from error
 
 
 def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,10 +79,12 @@ def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
     rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
     require(tokens <= rows, "policy.base", base, rule, remedy)
-    for name in ("pad_token_id", "eos_token_id"):
-        ours, theirs = getattr(tokenizer, name), getattr(model.config, name)
-        rule = f"has a tokenizer with {name} {ours}, but the model says {theirs}"
-        require(ours is not None and ours == theirs, "policy.base", base, rule, remedy)
+    if tokenizer.pad_token_id is None:  # as most causal models have it; masks go by length, never by id
+        tokenizer.pad_token = tokenizer.eos_token
+    ends, theirs = tokenizer.eos_token_id, model.config.eos_token_id
+    rule = f"has a tokenizer whose eos_token_id is {ends}, but the model says {theirs}"
+    known = ends is not None and ends in (theirs if isinstance(theirs, list) else [theirs])
+    require(known, "policy.base", base, rule, remedy)
 
 
 def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,12 +96,15 @@ def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def require_positions(settings: PreTrainedConfig, config: Config) -> None:
-    """Raise InputError when prompts or responses may be longer than the positions the model has (T5 has no bound)."""
-    positions = settings.to_dict().get("max_position_embeddings")
-    lengths = {
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "generation.max_new_tokens": config.generation.max_new_tokens,
-    }
+    """Raise InputError when prompts or responses may be longer than the positions the model has (T5 has no bound).
+
+    A causal model reads both in a row, so there the sum counts.
+    """
+    positions = getattr(settings, "max_position_embeddings", None)  # GPT-2's n_positions answers to it, T5 has none
+    prompt, response = config.data.max_prompt_tokens, config.generation.max_new_tokens
+    lengths = {"data.max_prompt_tokens": prompt, "generation.max_new_tokens": response}
+    if not settings.is_encoder_decoder:
+        lengths = {"data.max_prompt_tokens + generation.max_new_tokens": prompt + response}
     for name, length in lengths.items():
         fits = positions is None or length <= positions
         require(fits, name, length, f"exceeds the {positions} positions of {config.policy.base}", "give a smaller one")
@@ -156,7 +165,9 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     tokenizer.save_pretrained(folder)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Return `input_ids` and `attention_mask` (B, P), right-padded."""
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right").to(device)
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str, device: torch.device
+) -> dict[str, Any]:
+    """Return `input_ids` and `attention_mask` (B, P), padded on the `left` or the `right`."""
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side=side).to(device)
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -1,0 +1,141 @@
+"""Which weights does a pass use, and which of them may training change?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from detoxrl.errors import StorageError, first_line, require
+from detoxrl.policy.backbone import load_base
+
+# peft's name for the adapter that `save_pretrained` writes to the top of a folder.
+POLICY = "default"
+REFERENCE = "reference"
+
+
+class LoraWeights:
+    """One base model and its adapters by name; None is the bare base."""
+
+    def __init__(self, model: PeftModel, reference: str | None, train_encoder: bool) -> None:
+        self.model = model
+        self.reference = reference
+        self._tuner: Any = model.base_model
+        self._train_encoder = train_encoder
+        self._activate(POLICY)
+
+    @property
+    def active(self) -> Any:
+        """The model to call; `using` says with which adapter."""
+        return self.model.get_base_model()
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Let passes inside the block use the adapter `name`."""
+        if name == POLICY:
+            yield
+            return
+        try:
+            if name is None:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self._activate(name)
+                yield
+        finally:
+            self._activate(POLICY)
+
+    def _activate(self, name: str) -> None:
+        # peft thaws whatever adapter it makes active; only the policy's may train, and its encoder part only if asked.
+        self._tuner.set_adapter(name, inference_mode=name != POLICY)
+        if name == POLICY and not self._train_encoder:
+            for path, parameter in self.model.named_parameters():
+                if ".encoder." in path:
+                    parameter.requires_grad_(False)
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load the LoRA in `folder` beside the others, frozen. Raises InputError and StorageError as `load_policy`."""
+        require_adapter(folder, "adapter")
+        self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        self._activate(POLICY)
+
+    def to(self, device: torch.device) -> None:
+        """Move every weight to `device`."""
+        self.model.to(device)
+
+    def save(self, folder: Path) -> None:
+        """Write the policy's adapter as a folder that peft loads on the base."""
+        self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
+
+    def load(self, folder: Path) -> None:
+        """Put the adapter that `save` wrote in place of the policy's."""
+        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name=POLICY)
+
+
+class FullWeights:
+    """A whole model that trains, and frozen ones by name; None is the start. What never trains is there once."""
+
+    reference = None
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_encoder: bool) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        model.requires_grad_(True)
+        if model.config.is_encoder_decoder and not train_encoder:
+            model.get_encoder().requires_grad_(False)  # and with it the embeddings that the decoder shares
+        shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+        start = copy.deepcopy(model, shared)
+        self._models: dict[str | None, PreTrainedModel] = {POLICY: model, None: start.requires_grad_(False)}
+        self.active: Any = model
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Let passes inside the block use the model `name`."""
+        self.active = self._models[name]
+        try:
+            yield
+        finally:
+            self.active = self.model
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load the model in `folder` beside the others, frozen. Raises InputError and StorageError as `load_base`."""
+        model, _ = load_base(str(folder))
+        self._models[name] = model.requires_grad_(False).to(self.model.device)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> None:
+        """Move every weight to `device`."""
+        for model in self._models.values():
+            model.to(device)  # type: ignore[arg-type]
+
+    def save(self, folder: Path) -> None:
+        """Write the policy's model and its tokenizer, so that transformers loads it."""
+        self.model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Put the weights that `save` wrote in place of the policy's."""
+        self.model.load_state_dict(load_base(str(folder))[0].state_dict())
+
+
+Weights = LoraWeights | FullWeights
+
+
+def require_adapter(folder: Path, field: str) -> None:
+    """Raise InputError unless `folder` holds a LoRA, and StorageError when its weights are torn."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        there = (folder / name).is_file()
+        require(there, field, str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{weights} is broken: {first_line(error)}; train again or put it back") from error
