@@ -24,6 +24,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -85,13 +86,16 @@ def _llama(vocab: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+TINY: dict[str, Callable[[int], PreTrainedModel]] = {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}
+
+
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random models of four architectures; their tokenizer fits the embedded corpus."""
     rows = generate_rows(0, {"train": 300})["train"]
     tokenizer = scratch_tokenizer([row.dialogue for row in rows] + [row.summary for row in rows], vocab_size=300)
     folders = {}
-    for name, make in {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}.items():
+    for name, make in TINY.items():
         if name == "gpt2":  # no EOS behind the prompts of a causal model
             tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
         if name == "llama":

@@ -119,10 +119,23 @@ def test_rewards_whitening_and_losses_equal_their_twins(seed: int) -> None:
         value_loss(new, values, returns, mask, 0.2),
         twin.value_loss(new.tolist(), values.tolist(), returns.tolist(), lengths, 0.2),
     )
+    estimators = [(k1, twin.k1), (k3, twin.k3)]
+    for ours, theirs in estimators:
+        pairs = zip(new.tolist(), old.tolist(), strict=True)
+        close(ours(new, old), [[theirs(p, q) for p, q in zip(*rows, strict=True)] for rows in pairs])
     close(
-        k3(new, old),
-        [[twin.k3(p, q) for p, q in zip(*rows, strict=True)] for rows in zip(new.tolist(), old.tolist(), strict=True)],
+        explained_variance(values, returns, mask), twin.explained_variance(values.tolist(), returns.tolist(), lengths)
     )
+    means = [masked_mean(values, mask), masked_var(values, mask)]
+    close(torch.stack(means), twin.mean_and_variance(values.tolist(), lengths))
+
+
+@given(kl=st.floats(0, 100), target=st.floats(0.1, 50), size=st.integers(1, 512), horizon=st.integers(512, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_the_kl_controller_equals_its_twin(kl: float, target: float, size: int, horizon: int) -> None:
+    ours = adapt_kl_coef(0.1, kl, target, horizon, size)
+    assert ours == pytest.approx(twin.adapt_kl_coef(0.1, kl, target, horizon, size), rel=1e-10)
+    assert (ours > 0.1) == (kl > target) or ours == pytest.approx(0.1)
 
 
 # Properties
@@ -152,11 +165,25 @@ def test_what_stands_in_the_padding_never_matters(seed: int, junk: float) -> Non
 @settings(max_examples=30, deadline=None)
 def test_permuting_the_batch_permutes_the_result(seed: int) -> None:
     generator, _, mask = batch(seed)
-    rewards, values = normal(generator, mask) * mask, normal(generator, mask)
+    tensors = [normal(generator, mask) for _ in range(4)]
+    scores = torch.randn(len(mask), generator=generator, dtype=torch.float64)
     order = torch.randperm(len(mask), generator=generator)
-    advantages, _ = gae(rewards, values, mask, 1.0, 0.95)
-    shuffled, _ = gae(rewards[order], values[order], mask[order], 1.0, 0.95)
-    torch.testing.assert_close(whiten(advantages, mask)[order], whiten(shuffled, mask[order]), rtol=1e-10, atol=1e-10)
+
+    def everything(
+        mask: torch.Tensor, scores: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        rewards = token_rewards(scores, a, b, mask, 0.1)
+        advantages, returns = gae(rewards, c, mask, 1.0, 0.95)
+        loss, clipped = policy_loss(a, b, whiten(advantages, mask), mask, 0.2)
+        by_row = [rewards, advantages, returns, whiten(advantages, mask), clipped.double(), k3(a, b)]
+        return by_row, [loss, value_loss(c, d, returns, mask, 0.2), explained_variance(c, returns, mask)]
+
+    rows, totals = everything(mask, scores, *tensors)
+    shuffled, same = everything(mask[order], scores[order], *(tensor[order] for tensor in tensors))
+    for one, other in zip(rows, shuffled, strict=True):
+        torch.testing.assert_close(one[order], other, rtol=1e-10, atol=1e-10)
+    for one, other in zip(totals, same, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @given(seed=seeds)
@@ -174,13 +201,26 @@ def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error(seed: int
 
 @given(seed=seeds)
 @settings(max_examples=30, deadline=None)
-def test_gradient_at_ratio_one_is_reinforce_and_masked_tokens_have_none(seed: int) -> None:
+def test_gradient_at_ratio_one_is_reinforce(seed: int) -> None:
     generator, _, mask = batch(seed)
     old, advantages = normal(generator, mask), normal(generator, mask)
     new = old.clone().requires_grad_()
     loss, _ = policy_loss(new, old, advantages, mask, 0.2)
     (gradient,) = torch.autograd.grad(loss, new)
     torch.testing.assert_close(gradient, torch.where(mask, -advantages, 0.0))
+
+
+@given(seed=seeds)
+@settings(max_examples=30, deadline=None)
+def test_a_masked_token_has_no_gradient_in_either_loss(seed: int) -> None:
+    generator, _, mask = batch(seed)
+    new, values = (normal(generator, mask).requires_grad_() for _ in range(2))
+    others = [normal(generator, mask) for _ in range(4)]
+    loss, _ = policy_loss(new, others[0], others[1], mask, 10.0)
+    loss = loss + value_loss(values, others[2], others[3], mask, 10.0)
+    for gradient in torch.autograd.grad(loss, [new, values]):
+        assert (gradient[~mask] == 0).all()
+        assert (gradient[mask] != 0).any()
 
 
 @given(p=st.floats(-20, 0), q=st.floats(-20, 0))

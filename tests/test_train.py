@@ -47,17 +47,19 @@ def learn(folder: Path, base: Path, config: Config, reward: object = share_of_e)
 def learning_config() -> Config:
     small = small_config()
     rl = replace(
-        small.rl, steps=40, batch_size=32, minibatch_size=16, microbatch_size=16, kl_coef=0.0, lr=2e-2,
+        small.rl, steps=30, batch_size=32, minibatch_size=16, microbatch_size=16, kl_coef=0.0, lr=2e-2,
         validate_every=100, update_kl_limit=None,
     )  # fmt: skip
     return replace(small, rl=rl)
 
 
-def test_the_policy_learns_a_toy_reward(bases: dict[str, Path], tmp_path: Path) -> None:
-    records = learn(tmp_path, bases["t5"], learning_config())
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_policy_learns_a_toy_reward(bases: dict[str, Path], tmp_path: Path, seed: int) -> None:
+    # Without learning (lr 1e-9) a batch never got above 0.12 in 40 steps; learning levels off at 0.43.
+    records = learn(tmp_path, bases["t5"], replace(learning_config(), seed=seed))
     scores = [record["score/mean"] for record in records]
-    noise = records[0]["score/std"] / 32**0.5
-    assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 6 * noise
+    assert np.mean(scores[:2]) < 0.12
+    assert np.mean(scores[-3:]) > 0.27
     assert records[-1]["kl/reference"] > 0.1
 
 

@@ -58,6 +58,33 @@ def value_loss(new: Matrix, old: Matrix, returns: Matrix, lengths: list[int], cl
     return math.fsum(total)
 
 
+def k1(p: float, q: float) -> float:
+    """Schulman 2020: log(p/q), whose mean over p is KL(p, q)."""
+    return math.log(math.exp(p) / math.exp(q))
+
+
 def k3(p: float, q: float) -> float:
+    """Schulman 2020: (r - 1) - log r with r = q/p."""
     ratio = math.exp(q - p)
     return ratio - 1 - math.log(ratio)
+
+
+def mean_and_variance(values: Matrix, lengths: list[int]) -> list[float]:
+    kept = [v for row, n in zip(values, lengths, strict=True) for v in row[:n]]
+    mean = math.fsum(kept) / len(kept)
+    return [mean, math.fsum((v - mean) ** 2 for v in kept) / len(kept)]
+
+
+def explained_variance(values: Matrix, returns: Matrix, lengths: list[int]) -> float:
+    errors = [[g - v for g, v in zip(*rows, strict=True)] for rows in zip(returns, values, strict=True)]
+    return 1 - mean_and_variance(errors, lengths)[1] / mean_and_variance(returns, lengths)[1]
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, batch_size: int) -> float:
+    """Ziegler et al. 2019, section 2.2: e = clip((KL - target) / target, -0.2, 0.2), beta <- beta (1 + K e)."""
+    error = (kl - target) / target
+    if error > 0.2:
+        error = 0.2
+    if error < -0.2:
+        error = -0.2
+    return kl_coef + kl_coef * error * batch_size / horizon
