@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+import trl_oracle
 from conftest import ENCODER_DECODERS, disturb, policy_config, small_config
 from detoxrl import train as train_module
 from detoxrl.errors import InputError
@@ -74,6 +76,17 @@ def test_what_is_saved_loads_without_detoxrl_and_generates_the_same(
     greedy = policy.sample(policy.encode([TEXTS[0]]), torch.full((1, 6), 0.5), 1e-4).ids[0]
     skipped = 1 if name in ENCODER_DECODERS else batch.input_ids.shape[1]
     assert expected[skipped:].tolist() == greedy.tolist()[: len(expected) - skipped]
+
+
+def test_an_untied_model_is_saved_as_one(tmp_path: Path) -> None:
+    base = trl_oracle.build("t5", tmp_path).base
+    full = load_policy(str(base), None, policy_config("t5", full=True), seed=0)
+    full.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
+    again = load_policy(str(tmp_path / "saved"), None, policy_config("t5"), seed=0)
+    ids = torch.full((1, 4), 7)
+    ours, theirs = (policy.logprobs(policy.encode(["kind w5"]), ids, 1.0)[0] for policy in (full, again))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # tied, it would be nats off
 
 
 def test_a_saved_policy_comes_back_with_its_value_head(policy: Policy, tmp_path: Path) -> None:

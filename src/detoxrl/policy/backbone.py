@@ -161,6 +161,9 @@ def scratch_base(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedMod
 
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer so that `load_base(str(folder))` reads them."""
+    # transformers 5 keeps an untied FLAN-T5 apart but writes that it is tied, and transformers 4 believes that.
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.config.tie_word_embeddings = tied
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

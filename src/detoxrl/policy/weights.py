@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.errors import StorageError, first_line, require
-from detoxrl.policy.backbone import load_base
+from detoxrl.policy.backbone import load_base, save_base
 
 # peft's name for the adapter that `save_pretrained` writes to the top of a folder.
 POLICY = "default"
@@ -117,8 +117,7 @@ class FullWeights:
 
     def save(self, folder: Path) -> None:
         """Write the policy's model and its tokenizer, so that transformers loads it."""
-        self.model.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+        save_base(self.model, self._tokenizer, folder)
 
     def load(self, folder: Path) -> None:
         """Put the weights that `save` wrote in place of the policy's."""

@@ -1,0 +1,129 @@
+"""What failures look like in the metrics: each is made on purpose, and shows itself as docs/metrics.md says.
+
+`pytest tests/test_failures.py -s` prints the figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Make
+from detoxrl import rollout as rollout_module
+from detoxrl import train as train_module
+from detoxrl.config import Config
+from detoxrl.policy.policy import Policy
+from test_invariants import learn, loop_config
+
+Records = list[dict[str, float]]
+
+
+def shown(what: str, records: Records, *keys: str) -> None:
+    for key in keys:
+        print(f"{what}: {key}", *(f"{record[key]:.3g}" for record in records[:: max(1, len(records) // 6)]))
+
+
+def learning(**rl: object) -> Config:
+    """Enough steps, fast enough, for a tiny policy to show where it goes."""
+    given = {"steps": 20, "lr": 4e-2, "kl_coef": 0.0, "batch_size": 32, "minibatch_size": 32, "microbatch_size": 32}
+    return loop_config(**{**given, "update_kl_limit": None, **rl})
+
+
+@pytest.fixture
+def policy(make_policy: Make) -> Policy:
+    return make_policy("t5", "fresh")
+
+
+def test_the_wrong_reference_shows_as_kl_at_the_first_step(
+    make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("t5", "loaded")
+    logprobs = policy.logprobs
+
+    def of_the_bare_base(encoded: object, ids: object, temperature: float, adapter: str | None = "default") -> object:
+        return logprobs(encoded, ids, temperature, None if adapter == policy.reference else adapter)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(policy, "logprobs", of_the_bare_base)
+    records = learn(policy, tmp_path, loop_config())
+    shown("wrong reference", records, "kl/reference")
+    assert records[0]["kl/reference"] > 1
+
+
+def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = rollout_module.collect
+
+    def other_tokens(policy: Policy, prompts: object, config: object, *, seed: int, step: int) -> object:
+        """Score other ids than were sampled, as decoding and encoding anew or a lost start token would."""
+        sampled = collect(policy, prompts, config, seed=seed, step=step)  # type: ignore[arg-type]
+        ids, mask = (sampled.responses.ids + 1) % 299, sampled.responses.response_mask
+        with torch.no_grad():
+            logprobs, ref = (policy.logprobs(sampled.encoded, ids, 1.0, name)[0] for name in ("default", None))
+        scored = replace(sampled.responses, ids=ids, logprobs=torch.where(mask, logprobs, 0.0))
+        return replace(sampled, responses=scored, ref_logprobs=torch.where(mask, ref, 0.0))
+
+    monkeypatch.setattr(train_module, "collect", other_tokens)
+    records = learn(policy, tmp_path, learning())
+    shown("tokens never sampled", records, "kl/reference", "kl/k3", "ratio/first_error")
+    assert min(record["kl/reference"] for record in records) < -0.5
+    assert records[-1]["kl/k3"] > 0.5
+    assert all(record["ratio/first_error"] < 1e-5 for record in records)  # it hides here: both sides are wrong alike
+
+
+def test_dropout_in_the_update_shows_as_ratios_off_one(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = train_module._losses
+
+    def in_train_mode(policy: Policy, *others: object) -> object:
+        policy.model.train()
+        found = losses(policy, *others)  # type: ignore[arg-type]
+        policy.model.eval()
+        return found
+
+    monkeypatch.setattr(train_module, "_losses", in_train_mode)
+    records = learn(policy, tmp_path, loop_config())
+    shown("dropout in the update", records, "ratio/first_error", "ratio/max")
+    assert all(record["ratio/first_error"] > 0.05 for record in records)
+
+
+def test_too_large_a_learning_rate_shows_as_ratio_spikes_and_clipping(policy: Policy, tmp_path: Path) -> None:
+    records = learn(policy, tmp_path, learning(max_grad_norm=1e9, lr=0.3, steps=6))
+    shown("lr too large", records, "ratio/max", "clip_fraction", "kl/update", "entropy")
+    assert records[0]["ratio/max"] > 10
+    assert records[0]["clip_fraction"] > 0.2
+
+
+def test_a_reward_for_brevity_shows_as_length_collapse(make_policy: Make, tmp_path: Path) -> None:
+    def brevity(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([-float(len(response)) for response in responses])
+
+    config = learning(steps=30, lam=1.0, batch_size=64, minibatch_size=64)
+    reward = replace(config.reward, empty_score=10.0, missing_eos_penalty=0.0)  # the rule that forbids it, reversed
+    records = learn(make_policy("gpt2", "fresh"), tmp_path, replace(config, reward=reward), brevity)
+    shown("brevity", records, "score/mean", "response_length/mean", "empty_rate", "eos_rate")
+    assert records[-1]["score/mean"] > records[0]["score/mean"]
+    assert records[-1]["response_length/mean"] < 0.8 * records[0]["response_length/mean"]
+    assert records[-1]["eos_rate"] > 0.4 > records[0]["eos_rate"]
+
+
+def test_a_gamed_reward_shows_as_a_score_that_rises_while_the_judge_is_flat(policy: Policy, tmp_path: Path) -> None:
+    records = learn(policy, tmp_path, learning(validate_every=4))
+    with (tmp_path / "validation.jsonl").open() as lines:
+        judged = [json.loads(line)["toxicity"] for line in lines]
+    shown("gamed", records, "score/mean", "entropy", "kl/reference", "value/explained_variance")
+    assert records[-1]["score/mean"] > 2 * records[0]["score/mean"]
+    assert len(set(judged)) == 1  # this judge never saw what the reward likes
+    assert records[-1]["entropy"] < 0.7 * records[0]["entropy"]
+
+
+def test_a_critic_that_learns_too_fast_shows_as_explained_variance_below_zero(policy: Policy, tmp_path: Path) -> None:
+    records = learn(policy, tmp_path, learning(value_lr=3.0, value_clip=1e9, value_coef=10.0, steps=6))
+    shown("hasty critic", records, "value/explained_variance", "value/loss")
+    assert min(record["value/explained_variance"] for record in records) < -1
