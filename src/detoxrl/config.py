@@ -177,7 +177,7 @@ class RlConfig:
     epochs: int = 2
     """Passes over a rollout."""
     lr: float = 5e-4
-    """Learning rate of the adapter, decaying linearly to 0."""
+    """Learning rate of the policy's weights, decaying linearly to 0."""
     value_lr: float = 5e-3
     """Learning rate of the value head."""
     kl_coef: float = 0.05

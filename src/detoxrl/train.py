@@ -37,7 +37,7 @@ def train(
     rows: Sequence[Row],
     validation_rows: Sequence[Row],
 ) -> None:
-    """Train the policy's adapter with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
+    """Train the policy with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
 
     Goes on from `state/` where an interrupted training left one. Ctrl-C ends the step, writes that state and raises
     KeyboardInterrupt; a reward that raises leaves the state before its step. Raises TrainingError when a logged number
