@@ -88,6 +88,8 @@ def every_weight(policy: Policy) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_kl_is_zero_at_the_first_step_and_grows_once_the_policy_moves(policy: Policy, temperature: float) -> None:
     rollout = rollout_of(policy, temperature=temperature)
+    tensors = (rollout.encoded.states, rollout.responses.logprobs, rollout.responses.values, rollout.ref_logprobs)
+    assert not any(tensor.requires_grad for tensor in tensors)
     assert k1(rollout.responses.logprobs, rollout.ref_logprobs).abs().max().item() < 1e-5
     disturb(policy)
     moved = rollout_of(policy)
@@ -133,14 +135,19 @@ def test_logprobs_and_values_while_sampling_are_the_teacher_forced_ones(policy: 
 
 def test_logprobs_are_those_of_the_model_called_by_hand(policy: Policy) -> None:
     ids = torch.tensor([[40, 50, 7]])
-    ours, entropy, _ = policy.logprobs(policy.encode([TEXTS[1]]), ids, 0.7)
+    disturb(policy)
+    ours, entropy, values = policy.logprobs(policy.encode([TEXTS[1]]), ids, 0.7)
     prompt = policy.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     if policy.model.config.is_encoder_decoder:
         start = torch.tensor([[policy.model.config.decoder_start_token_id]])
-        logits = policy.model(input_ids=prompt, decoder_input_ids=torch.cat([start, ids], 1)).logits[:, :3]
+        out = policy.model(prompt, decoder_input_ids=torch.cat([start, ids], 1), output_hidden_states=True)
+        logits, states = out.logits[:, :3], out.decoder_hidden_states[-1][:, :3]
     else:
-        logits = policy.model(torch.cat([prompt, ids], 1)).logits[:, -4:-1]
+        out = policy.model(torch.cat([prompt, ids], 1), output_hidden_states=True)
+        logits, states = out.logits[:, -4:-1], out.hidden_states[-1][:, -4:-1]
     expected = (logits.double() / 0.7).log_softmax(-1)
+    scaled = states / states.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(values, policy.value_head(scaled)[..., 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.double(), expected.gather(-1, ids[..., None])[..., 0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-5, atol=1e-6)
 

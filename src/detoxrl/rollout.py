@@ -28,6 +28,7 @@ def draws(
     return torch.from_numpy(rows).float().to(policy.device)
 
 
+@torch.no_grad()
 def sample_texts(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -46,8 +47,7 @@ def sample_texts(
     texts: list[list[str]] = [[] for _ in prompts]
     for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size):
         batch = [prompts[row] for row in rows]
-        with torch.no_grad():
-            encoded = policy.encode([prompt.text for prompt in batch], adapter)
+        encoded = policy.encode([prompt.text for prompt in batch], adapter)
         for sample in range(samples):
             chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
             responses = policy.sample(encoded, chances, config.temperature, adapter)
@@ -57,7 +57,6 @@ def sample_texts(
     return texts
 
 
-@torch.no_grad()
 def _ref_logprobs(
     policy: Policy, encoded: Encoded, prompts: Sequence[Prompt], ids: torch.Tensor, temperature: float
 ) -> torch.Tensor:
@@ -66,6 +65,7 @@ def _ref_logprobs(
     return policy.logprobs(encoded, ids, temperature, policy.reference)[0]
 
 
+@torch.no_grad()
 def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
@@ -74,7 +74,6 @@ def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, 
     batches = length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)
     ordered = [prompts[row] for rows in batches for row in rows]
     encoded = policy.encode([prompt.text for prompt in ordered])
-    encoded = Encoded(states=encoded.states.detach(), mask=encoded.mask)
     parts: list[Responses] = []
     ref_parts: list[torch.Tensor] = []
     for start in range(0, len(ordered), config.batch_size):

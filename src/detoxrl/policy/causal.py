@@ -27,8 +27,8 @@ class CausalPolicy(Policy):
         new, ids = tokens.shape[1], tokens
         if seen == 0:
             new, ids = new + 1, torch.cat([encoded.states, tokens], 1)
-        width = seen + ids.shape[1] - encoded.mask.shape[1]
-        mask = torch.cat([encoded.mask, encoded.mask.new_ones(len(tokens), width)], 1)
+        answered = seen + ids.shape[1] - encoded.states.shape[1]
+        mask = torch.cat([encoded.mask, tokens.new_ones(len(tokens), answered)], 1)
         # Positions count real tokens: counted by column, padding would shift what learned positions say.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         out = self.weights.active(

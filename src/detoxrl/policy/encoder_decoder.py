@@ -19,9 +19,9 @@ class EncoderDecoderPolicy(Policy):
     """T5, BART and their like. A frozen encoder reads each prompt once for sampling, reference and every epoch."""
 
     def encode(self, prompts: Sequence[str], adapter: str | None = POLICY) -> Encoded:
-        """Return the encoder states of B prompts; with a frozen encoder they carry no gradient."""
+        """Return the encoder states of B prompts; those of a frozen encoder carry no gradient."""
         batch = tokenize(self.tokenizer, prompts, "right", self.device)
-        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()), self.weights.using(adapter):
+        with self.weights.using(adapter):
             states = self.weights.active.get_encoder()(**batch).last_hidden_state
         return Encoded(states=states, mask=batch["attention_mask"])
 

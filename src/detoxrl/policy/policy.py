@@ -94,13 +94,12 @@ class Policy(ABC):
         entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
         return chosen, entropy, self._values(hidden.detach())
 
-    @torch.no_grad()
     def sample(
         self, encoded: Encoded, uniforms: torch.Tensor, temperature: float, adapter: str | None = POLICY
     ) -> Responses:
         """Return responses of up to T tokens, drawn by inverse CDF from `uniforms` (B, T) in [0, 1).
 
-        Row i depends on uniforms[i] and its prompt alone. Rows that sampled EOS leave the batch.
+        Row i depends on uniforms[i] and its prompt alone. Rows that sampled EOS leave the batch. Call it under no_grad.
         """
         rows, length = uniforms.shape
         out = self._blank(rows, length)
