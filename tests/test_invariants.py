@@ -320,12 +320,14 @@ def test_a_trained_encoder_learns_and_the_reference_reads_its_own(make_policy: M
     for name in ENCODER_DECODERS:
         for kind in ("fresh", "loaded with encoder", "full"):
             policy = make_policy(name, kind, encoder=True)
-            before = every_weight(policy)
+            before, states = every_weight(policy), policy.encode(TEXTS).states.detach()
             assert run_update(policy, loop_config(lr=1e-2), rollout_of(policy))["ratio/first_error"] < 1e-5
             after = every_weight(policy)
             changed = {name for name in before if not torch.equal(before[name], after[name])}
             assert any("encoder." in name for name in changed)
             assert not any(name.startswith("start ") or ".reference." in name for name in changed)
+            torch.testing.assert_close(policy.encode(TEXTS, policy.reference).states, states, rtol=1e-4, atol=1e-5)
+            assert (policy.encode(TEXTS).states - states).abs().max() > 1e-2
             rollout = rollout_of(policy)
             start = policy.encode([prompt.text for prompt in rollout.prompts], policy.reference)
             expected, _, _ = policy.logprobs(start, rollout.responses.ids, 1.0, policy.reference)

@@ -18,6 +18,7 @@ from detoxrl.errors import InputError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.policy import Policy, draw
+from detoxrl.policy.weights import POLICY
 from test_invariants import TEXTS, rollout_of, run_update
 
 
@@ -87,6 +88,14 @@ def test_an_untied_model_is_saved_as_one(tmp_path: Path) -> None:
     ids = torch.full((1, 4), 7)
     ours, theirs = (policy.logprobs(policy.encode(["kind w5"]), ids, 1.0)[0] for policy in (full, again))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # tied, it would be nats off
+
+
+def test_a_policy_moves_whole_from_device_to_device(policy: Policy) -> None:
+    meta = torch.device("meta")
+    assert policy.to(meta).device == meta
+    for adapter in (POLICY, policy.reference, None):
+        with policy.weights.using(adapter):
+            assert {weight.device for weight in policy.weights.active.parameters()} == {meta}
 
 
 def test_a_saved_policy_comes_back_with_its_value_head(policy: Policy, tmp_path: Path) -> None:
