@@ -137,6 +137,8 @@ def test_logprobs_are_those_of_the_model_called_by_hand(policy: Policy) -> None:
     ids = torch.tensor([[40, 50, 7]])
     disturb(policy)
     ours, entropy, values = policy.logprobs(policy.encode([TEXTS[1]]), ids, 0.7)
+    assert ours.requires_grad
+    assert not entropy.requires_grad
     prompt = policy.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     if policy.model.config.is_encoder_decoder:
         start = torch.tensor([[policy.model.config.decoder_start_token_id]])
