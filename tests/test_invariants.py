@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from conftest import ENCODER_DECODERS, KINDS, Make, disturb, prompted_rows, small_config
 from detoxrl import train as train_module
 from detoxrl.config import Config
+from detoxrl.policy import policy as policy_module
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, LoraWeights
 from detoxrl.records import Encoded, Prompt, Rollout
 from detoxrl.rl.kl import k1
-from detoxrl.rollout import collect, draws
+from detoxrl.rollout import collect, draws, sample_texts
 from detoxrl.tracking import RunFolder
 from detoxrl.train import Targets, train, update
 
@@ -173,6 +174,35 @@ def test_every_sampled_token_counts_the_first_and_eos_too_and_nothing_after(fres
     # The rows that stay are not disturbed by the one that left.
     others = torch.tensor([0, 1, 3])
     assert responses.ids[others].tolist() == never.ids[others].tolist()
+
+
+def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, chances = fresh.encode(TEXTS), torch.full((4, LENGTH), 0.9)
+    alone = fresh.sample(encoded, chances, 1.0).ids[1].tolist()
+    draw = policy_module.draw
+
+    def end_others_at_once(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        tokens = draw(logprobs, uniforms)
+        return torch.where(uniforms == 0.5, fresh.eos, tokens)
+
+    monkeypatch.setattr(policy_module, "draw", end_others_at_once)
+    chances[[0, 2, 3], 2] = 0.5
+    responses = fresh.sample(encoded, chances, 1.0)
+    assert responses.ids[1].tolist() == alone
+    assert responses.response_mask.sum(1).tolist() == [3, LENGTH, 3, 3]
+    assert responses.ended.tolist() == [True, False, True, True]
+
+
+def test_the_reference_can_be_sampled_too(loaded: Policy) -> None:
+    config = replace(small_config().generation, max_new_tokens=LENGTH)
+    before = sample_texts(loaded, PROMPTS, config, seed=0, stream="x")
+    disturb(loaded)
+    assert sample_texts(loaded, PROMPTS, config, seed=0, stream="x") != before
+    assert sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference) == before
+    assert not any("</s>" in text or "<pad>" in text for (text,) in before)
+    two = sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2)
+    assert [texts[:1] for texts in two] == before
+    assert all(first != second for first, second in two)
 
 
 # Padding never changes a result

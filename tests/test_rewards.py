@@ -101,3 +101,4 @@ def test_the_normaliser_takes_mean_and_sample_std_and_survives_a_constant() -> N
     found = fit_normaliser(torch.tensor([1.0, 3.0]))
     assert (found.mean, found.std) == (2.0, pytest.approx(2**0.5))
     assert fit_normaliser(torch.full((4,), 3.0)).std == 1.0
+    assert fit_normaliser(torch.tensor([1.0, 1.0 + 1e-4])).std == pytest.approx(1e-4 / 2**0.5, rel=1e-2)

@@ -70,12 +70,37 @@ def test_policy_loss_clips_only_the_side_that_would_gain() -> None:
     assert clipped.tolist() == [[True, False, False, True]]
 
 
+def test_a_token_that_did_not_move_is_not_clipped_and_padding_never_is() -> None:
+    mask = torch.tensor([[True, True, False]])
+    new = torch.tensor([[0.0, 1.0, 500.0]], requires_grad=True)  # exp overflows in the padding
+    loss, clipped = policy_loss(new, torch.zeros(1, 3), torch.ones(1, 3), mask, clip=0.2)
+    assert clipped.tolist() == [[False, True, False]]
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert gradient.tolist() == [[-1.0, 0.0, 0.0]]
+
+
 def test_value_loss_takes_the_worse_of_clipped_and_plain() -> None:
     # plain error 0 at value 1; clipped value is 0.2, error 0.8
     loss = value_loss(
         torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1).bool(), clip=0.2
     )
     assert loss.item() == pytest.approx(0.5 * 0.8**2)
+
+
+def test_gae_of_one_token_and_of_rewards_in_the_padding() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    advantages, returns = gae(torch.tensor([[3.0, 8.0], [1.0, 2.0]]), torch.full((2, 2), 0.5), mask, 1.0, 1.0)
+    torch.testing.assert_close(advantages, torch.tensor([[2.5, 0.0], [2.5, 1.5]]))
+    torch.testing.assert_close(returns, torch.tensor([[3.0, 0.0], [3.0, 2.0]]))
+    advantages, _ = gae(torch.tensor([[3.0]]), torch.tensor([[0.5]]), torch.tensor([[True]]), 1.0, 1.0)
+    assert advantages.tolist() == [[2.5]]
+
+
+def test_explained_variance_of_equal_returns_is_a_number() -> None:
+    values, mask = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2).bool()
+    assert explained_variance(torch.full((1, 2), 3.0), torch.full((1, 2), 3.0), mask).item() == 1.0
+    # 0.25 of variance in the values, none in the returns: bounded by the floor of 1e-12
+    assert explained_variance(values, torch.full((1, 2), 3.0), mask).item() == pytest.approx(-0.25e12)
 
 
 def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:

@@ -109,12 +109,12 @@ class Policy(ABC):
         with self.weights.using(adapter):
             for t in range(length):
                 logits, hidden = self._decode(encoded, tokens, cache)
-                logprobs = (logits[:, -1].float() / temperature).log_softmax(-1)
+                logprobs = (logits.squeeze(1).float() / temperature).log_softmax(-1)
                 tokens = draw(logprobs, uniforms[alive, t, None])
                 out.ids[alive, t] = tokens.squeeze(1)
                 out.response_mask[alive, t] = True
                 out.logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
-                out.values[alive, t] = self._values(hidden[:, -1])
+                out.values[alive, t] = self._values(hidden.squeeze(1))
                 going = tokens.squeeze(1) != self.eos
                 out.ended[alive] = ~going
                 if not going.all():
@@ -128,8 +128,7 @@ class Policy(ABC):
 
     def decode(self, responses: Responses) -> list[str]:
         """Return the texts of the responses, special tokens left out."""
-        kept = [ids[mask].tolist() for ids, mask in zip(responses.ids, responses.response_mask, strict=True)]
-        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
 
     def _values(self, hidden: torch.Tensor) -> torch.Tensor:
         # Scaled to unit root mean square, so that one value_lr suits every backbone (T5's states are large).

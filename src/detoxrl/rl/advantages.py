@@ -40,4 +40,4 @@ def gae(
         later = torch.where(response_mask[:, t], delta + gamma * lam * later, 0.0)
         next_value = values[:, t]
         advantages[:, t] = later
-    return advantages, torch.where(response_mask, advantages + values, 0.0)
+    return advantages, advantages + values

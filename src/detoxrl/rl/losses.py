@@ -19,7 +19,7 @@ def policy_loss(
     ratio = torch.where(mask, new_logprobs - logprobs, 0.0).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.where(mask, torch.maximum(plain, clipped), 0.0).sum(), mask & (clipped > plain)
+    return torch.where(mask, torch.maximum(plain, clipped), 0.0).sum(), clipped > plain
 
 
 def value_loss(
