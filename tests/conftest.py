@@ -159,7 +159,9 @@ def make_policy(bases: dict[str, Path], starts: dict[tuple[str, str], Path]) -> 
 
     def make(name: str, kind: str, encoder: bool = False) -> Policy:
         config = policy_config(name, encoder, full=kind == "full")
-        return load_policy(str(bases[name]), starts.get((name, kind)), config, seed=0)
+        policy = load_policy(str(bases[name]), starts.get((name, kind)), config, seed=0)
+        policy.ends += range(40, 60)  # so that some responses of a random model end and some do not
+        return policy
 
     return make
 

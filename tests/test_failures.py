@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,7 @@ def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
         return replace(sampled, responses=scored, ref_logprobs=torch.where(mask, ref, 0.0))
 
     monkeypatch.setattr(train_module, "collect", other_tokens)
+    policy.ends = [1]
     records = learn(policy, tmp_path, learning())
     shown("tokens never sampled", records, "kl/reference", "kl/k3", "ratio/first_error")
     assert min(record["kl/reference"] for record in records) < -0.5
@@ -77,7 +79,7 @@ def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
 
 
 def test_dropout_in_the_update_shows_as_ratios_off_one(
-    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = train_module._losses
 
@@ -89,13 +91,17 @@ def test_dropout_in_the_update_shows_as_ratios_off_one(
 
     monkeypatch.setattr(train_module, "_losses", in_train_mode)
     records = learn(policy, tmp_path, loop_config())
+    assert "sampling and update disagree" in " ".join(capsys.readouterr().err.split())
     shown("dropout in the update", records, "ratio/first_error", "ratio/max")
     assert all(record["ratio/first_error"] > 0.05 for record in records)
 
 
-def test_too_large_a_learning_rate_shows_as_ratio_spikes_and_clipping(policy: Policy, tmp_path: Path) -> None:
+def test_too_large_a_learning_rate_shows_as_ratio_spikes_and_clipping(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     records = learn(policy, tmp_path, learning(max_grad_norm=1e9, lr=0.3, steps=6))
     shown("lr too large", records, "ratio/max", "clip_fraction", "kl/update", "entropy")
+    assert "a lower rl.lr may help" in " ".join(capsys.readouterr().err.split())
     assert records[0]["ratio/max"] > 10
     assert records[0]["clip_fraction"] > 0.2
 
@@ -109,17 +115,21 @@ def test_a_reward_for_brevity_shows_as_length_collapse(make_policy: Make, tmp_pa
     records = learn(make_policy("gpt2", "fresh"), tmp_path, replace(config, reward=reward), brevity)
     shown("brevity", records, "score/mean", "response_length/mean", "empty_rate", "eos_rate")
     assert records[-1]["score/mean"] > records[0]["score/mean"]
-    assert records[-1]["response_length/mean"] < 0.8 * records[0]["response_length/mean"]
-    assert records[-1]["eos_rate"] > 0.4 > records[0]["eos_rate"]
+    assert records[-1]["response_length/mean"] < 0.5 * records[0]["response_length/mean"]
+    assert records[-1]["eos_rate"] > 0.9 > 0.6 > records[0]["eos_rate"]
 
 
 def test_a_gamed_reward_shows_as_a_score_that_rises_while_the_judge_is_flat(policy: Policy, tmp_path: Path) -> None:
-    records = learn(policy, tmp_path, learning(validate_every=4))
+    def share_of_spaces(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return np.array([text.count(" ") / max(len(text), 1) for text in texts])
+
+    records = learn(policy, tmp_path, learning(validate_every=4), judge=share_of_spaces)
     with (tmp_path / "validation.jsonl").open() as lines:
-        judged = [json.loads(line)["toxicity"] for line in lines]
-    shown("gamed", records, "score/mean", "entropy", "kl/reference", "value/explained_variance")
-    assert records[-1]["score/mean"] > 2 * records[0]["score/mean"]
-    assert len(set(judged)) == 1  # this judge never saw what the reward likes
+        judged = [json.loads(line) for line in lines]
+    shown("gamed", records, "score/mean", "entropy", "kl/reference")
+    shown("gamed", judged, "toxicity", "toxicity_error")
+    assert records[-1]["score/mean"] > 4 * records[0]["score/mean"]
+    assert abs(judged[-1]["toxicity"] - judged[0]["toxicity"]) < 3 * judged[0]["toxicity_error"]
     assert records[-1]["entropy"] < 0.7 * records[0]["entropy"]
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForSeq2SeqLM
 
 from conftest import ENCODER_DECODERS, KINDS, Make, disturb, prompted_rows, small_config
 from detoxrl import train as train_module
 from detoxrl.config import Config
+from detoxrl.evaluation.judges import Judge
 from detoxrl.policy import policy as policy_module
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, LoraWeights
@@ -31,7 +33,7 @@ PROMPTS = [
     Prompt(id="d", text="#Person1#: I waited two weeks too long for the lamp. #Person2#: The van broke down. " * 2),
 ]
 TEXTS = [prompt.text for prompt in PROMPTS]
-LENGTH = 16
+LENGTH, EOS = 16, 1
 ROWS = prompted_rows(0, {"train": 32, "validation": 4})
 
 
@@ -59,10 +61,14 @@ def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor
     return torch.tensor([response.count("e") / max(len(response), 1) for response in responses])
 
 
-def learn(policy: Policy, folder: Path, config: Config, reward: object = share_of_e) -> list[dict[str, float]]:
-    def judge(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return np.linspace(0.4, 0.6, len(texts))
+def share_of_a(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """A judge that has no part in the reward: how much of the response is the letter a."""
+    return np.array([text.count("a") / max(len(text), 1) for text in texts])
 
+
+def learn(
+    policy: Policy, folder: Path, config: Config, reward: object = share_of_e, judge: Judge = share_of_a
+) -> list[dict[str, float]]:
     train(RunFolder(folder), config, policy, reward, judge, ROWS["train"], ROWS["validation"])  # type: ignore[arg-type]
     with (folder / "metrics.jsonl").open() as lines:
         return [json.loads(line) for line in lines]
@@ -127,6 +133,7 @@ def test_logprobs_and_values_while_sampling_are_the_teacher_forced_ones(policy: 
     disturb(policy)
     encoded = policy.encode(TEXTS)
     responses = policy.sample(encoded, draws(policy, 0, "test", 0, PROMPTS, 0, LENGTH), temperature)
+    assert responses.response_mask.sum(1).unique().numel() > 1  # some end, some do not
     forced, entropy, values = policy.logprobs(encoded, responses.ids, temperature)
     mask = responses.response_mask
     torch.testing.assert_close(responses.logprobs[mask], forced[mask], rtol=1e-5, atol=2e-6)
@@ -162,11 +169,11 @@ def test_every_sampled_token_counts_the_first_and_eos_too_and_nothing_after(fres
     never = fresh.sample(encoded, chances, 1.0)
     assert never.response_mask.all()
     assert not never.ended.any()
-    shares = torch.stack([fresh.logprobs(encoded, torch.full((4, 1), token), 1.0)[0] for token in (0, fresh.eos)])
+    shares = torch.stack([fresh.logprobs(encoded, torch.full((4, 1), token), 1.0)[0] for token in (0, EOS)])
     below, own = shares[:, 2, 0].exp()
     chances[2, 0] = below + own / 2
     responses = fresh.sample(encoded, chances, 1.0)
-    assert responses.ids[2].tolist() == [fresh.eos] + [fresh.pad] * (LENGTH - 1)
+    assert responses.ids[2].tolist() == [EOS] + [fresh.pad] * (LENGTH - 1)
     assert responses.response_mask[2].tolist() == [True] + [False] * (LENGTH - 1)
     assert responses.logprobs[2, 0].item() == pytest.approx(own.log().item(), abs=1e-5)
     assert responses.logprobs[2, 1:].abs().sum() == 0
@@ -183,7 +190,7 @@ def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypa
 
     def end_others_at_once(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         tokens = draw(logprobs, uniforms)
-        return torch.where(uniforms == 0.5, fresh.eos, tokens)
+        return torch.where(uniforms == 0.5, EOS, tokens)
 
     monkeypatch.setattr(policy_module, "draw", end_others_at_once)
     chances[[0, 2, 3], 2] = 0.5
@@ -209,8 +216,10 @@ def test_the_reference_can_be_sampled_too(loaded: Policy) -> None:
 
 
 def test_a_response_depends_neither_on_its_batch_nor_on_padding(policy: Policy) -> None:
+    disturb(policy)
     together = rollout_of(policy)
-    assert together.encoded.mask.sum(1).unique().numel() == 4  # so there is padding to go wrong
+    for mask in (together.encoded.mask, together.responses.response_mask):
+        assert mask.sum(1).unique().numel() > 1  # so there is padding to go wrong, on both sides
     for row, prompt in enumerate(together.prompts):
         alone = collect(policy, [prompt], replace(small_config().generation, max_new_tokens=LENGTH), seed=0, step=0)
         mask, ours = together.responses.response_mask[row], alone.responses.response_mask[0]
@@ -218,9 +227,10 @@ def test_a_response_depends_neither_on_its_batch_nor_on_padding(policy: Policy) 
         pairs = (
             (alone.responses.logprobs[0], together.responses.logprobs[row]),
             (alone.ref_logprobs[0], together.ref_logprobs[row]),
+            (alone.responses.values[0], together.responses.values[row]),
         )
         for one, other in pairs:
-            torch.testing.assert_close(one[ours], other[mask], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one[ours], other[mask], rtol=1e-4, atol=1e-4)
 
 
 def test_what_stands_in_the_padding_of_prompts_and_behind_responses_never_matters(policy: Policy) -> None:
@@ -267,7 +277,7 @@ def test_selecting_rows_cuts_the_padding_none_of_them_needs_on_either_side() -> 
 # Dropout is off
 
 
-def test_dropout_is_off_in_rollout_reference_and_update(policy: Policy, starts: dict[object, Path]) -> None:
+def test_dropout_is_off_in_rollout_reference_and_update(policy: Policy) -> None:
     encoded, ids = policy.encode(TEXTS), torch.full((4, 6), 40)
     for adapter in (POLICY, policy.reference, None):
         once, again = (policy.logprobs(encoded, ids, 1.0, adapter)[0] for _ in range(2))
@@ -297,7 +307,9 @@ def test_the_reference_of_a_loaded_lora_is_that_lora_and_not_the_bare_base(loade
     assert difference.abs().max().item() > 1e-2
 
 
-def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(make_policy: Make) -> None:
+def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(
+    make_policy: Make, bases: dict[str, Path]
+) -> None:
     for name in ENCODER_DECODERS:
         full = make_policy(name, "full")
         own = {weight.data_ptr() for weight in full.model.parameters()}
@@ -305,9 +317,14 @@ def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(make_polic
         with full.weights.using(None):
             start = {weight.data_ptr() for weight in full.weights.active.parameters()}
         assert own & start == own - trained
-        lora = make_policy(name, "loaded")
+        bare, lora = AutoModelForSeq2SeqLM.from_pretrained(bases[name]), make_policy(name, "loaded")
+        adapters = [weight for path, weight in lora.model.named_parameters() if "lora_" in path]
+        expected = sum(weight.numel() for weight in [*bare.parameters(), *adapters])
+        assert sum(weight.numel() for weight in lora.model.parameters()) == expected
         with lora.weights.using(lora.reference):
-            assert lora.weights.active is lora.model.get_base_model()
+            assert {weight.data_ptr() for weight in lora.weights.active.parameters()} <= {
+                weight.data_ptr() for weight in lora.model.parameters()
+            }
 
 
 # Gradients
@@ -330,12 +347,12 @@ def test_only_what_trains_has_gradients_and_they_are_not_all_zero(policy: Policy
     assert all(torch.equal(kept[name], dict(policy.model.named_parameters())[name].grad) for name in kept)
 
 
-def test_microbatch_size_does_not_change_the_update(request: pytest.FixtureRequest, make_policy: Make) -> None:
+def test_microbatch_size_does_not_change_the_update(make_policy: Make) -> None:
     for name, kind in (("t5", "loaded"), ("bart", "full"), ("gpt2", "fresh"), ("llama", "full")):
         after = []
         for microbatch in (1, 3, 4):
             policy = make_policy(name, kind)
-            # A plain sum of sizes would hide a wrong divisor behind Adam, which does not see a gradient's scale.
+            # Adam and clipping do not see a gradient's scale, so a wrong divisor shows in the norm before clipping.
             config = loop_config(microbatch_size=microbatch, max_grad_norm=1e-3, epochs=1)
             weights = [*policy.parameters(), *policy.value_head.parameters()]
             rollout = rollout_of(policy)

@@ -27,7 +27,7 @@ from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, save_base
 from detoxrl.prepare import _prepared
 from detoxrl.rewards.function import checked, function_name, load_function
-from detoxrl.settings import config_from_json, config_to_json
+from detoxrl.settings import changed, config_from_json, config_to_json
 from detoxrl.tracking import RunFolder
 from hub import hub
 from test_cli import without_timings
@@ -221,6 +221,21 @@ def test_a_causal_model_reads_prompt_and_response_in_a_row_so_both_must_fit(
     words = own("--policy.base", str(bases["gpt2"]), "--policy.lora-targets", "c_attn")
     assert detoxrl([*words, "--data.max-prompt-tokens", "250"]) == 2
     assert "data.max_prompt_tokens + generation.max_new_tokens = 262: exceeds the 256" in capfd.readouterr().err
+    words += ["--data.max-prompt-tokens", "100", "--policy.full-weights", "--sft.full-weights", "--sft.steps", "2"]
+    with (place / "mine.jsonl").open("a") as lines:
+        rows = ({"dialogue": dialogue(i), "summary": f"A talk {i}. " * 80} for i in range(90, 99))
+        lines.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert detoxrl(words) == 2
+    told = capfd.readouterr().err
+    assert re.search(r"data\.max_prompt_tokens \+ tokens of the longest summary = \d+: exceeds the 256 pos", told), told
+
+
+def test_a_model_of_another_kind_is_not_measured_and_nothing_is_written(place: Path, bases: dict[str, Path]) -> None:
+    config = changed(detoxrl_config("model"), {"policy.full_weights": True})
+    for other, message in ((bases["gpt2"], "GPT2LMHeadModel with another"), (place / "rewards.py", "adapter = ")):
+        with pytest.raises(InputError, match=message):
+            evaluate(place / "runs" / "measured", config, adapter=other)
+    assert not (place / "runs").exists()
 
 
 def detoxrl_config(base: str) -> Config:

@@ -5,20 +5,32 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import trl_oracle
-from conftest import ENCODER_DECODERS, disturb, policy_config, small_config
+from conftest import ENCODER_DECODERS, Make, disturb, policy_config, small_config
 from detoxrl import train as train_module
-from detoxrl.errors import InputError
+from detoxrl.errors import InputError, StorageError
 from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import load_base
+from detoxrl.policy.backbone import end_tokens, load_base
 from detoxrl.policy.policy import Policy, draw
 from detoxrl.policy.weights import POLICY
+from detoxrl.rollout import require_agreement
 from test_invariants import TEXTS, rollout_of, run_update
 
 
@@ -63,6 +75,7 @@ def test_what_is_saved_loads_without_detoxrl_and_generates_the_same(
     policy: Policy, request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     name, kind = request.node.callspec.params["policy"]
+    policy.ends = end_tokens(policy.model.config)
     disturb(policy)
     policy.save(tmp_path / "adapter")
     auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
@@ -130,7 +143,7 @@ def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "classifier"])
-def test_a_base_that_is_no_encoder_decoder_is_bad_input(base: str, tmp_path: Path) -> None:
+def test_a_base_that_generates_no_text_is_bad_input(base: str, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     if base == "classifier":
@@ -163,3 +176,85 @@ def test_a_pickled_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="safetensors"):
         load_policy(str(bases["t5"]), tmp_path, policy_config("t5"), seed=0)
+
+
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bases["gpt2"])
+    torch.manual_seed(0)
+    # GPT-1 takes no cache; a BERT that was saved with a generator's head looks ahead.
+    gpt1 = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, initializer_range=0.2)
+    bert = BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, eos_token_id=1
+    )
+    for name, model in {"gpt1": OpenAIGPTLMHeadModel(gpt1), "bert": BertLMHeadModel(bert)}.items():
+        base = saved(model, tokenizer, tmp_path / name)
+        policy = load_policy(base, None, policy_config("gpt2", full=True), seed=0)
+        with pytest.raises(InputError, match=r"policy\.base = '.*': samples with log-probs up to .* nats off"):
+            require_agreement(policy, base)
+
+
+def test_all_policies_agree_with_themselves(policy: Policy) -> None:
+    disturb(policy)
+    require_agreement(policy, "base")
+
+
+def test_a_causal_decoder_with_layers_called_encoder_trains_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    bert = BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        eos_token_id=1, is_decoder=True,
+    )  # fmt: skip
+    base = saved(BertLMHeadModel(bert), AutoTokenizer.from_pretrained(bases["gpt2"]), tmp_path)
+    config = replace(policy_config("gpt2"), lora_targets=("query",))
+    assert load_policy(base, None, config, seed=0).parameters()
+
+
+def test_settings_for_sampling_that_do_not_hold_together_can_be_saved(bases: dict[str, Path], tmp_path: Path) -> None:
+    copytree(bases["llama"], tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text('{"max_length": 4096, "temperature": 0.9, "top_p": 0.6}')
+    load_policy(str(tmp_path / "base"), None, policy_config("llama", full=True), seed=0).save(tmp_path / "saved")
+    assert (tmp_path / "saved/model.safetensors").is_file()
+
+
+def test_any_of_several_end_tokens_ends_a_response(bases: dict[str, Path]) -> None:
+    policy = load_policy(str(bases["llama"]), None, policy_config("llama"), seed=0)
+    assert policy.ends == [2, 1]
+    encoded = policy.encode(TEXTS[:1])
+    shares = [policy.logprobs(encoded, torch.tensor([[token]]), 1.0)[0].exp().item() for token in (0, 1, 2)]
+    for token in (1, 2):
+        chances = torch.tensor([[sum(shares[:token]) + shares[token] / 2, 0.9]])
+        responses = policy.sample(encoded, chances, 1.0)
+        assert responses.ids[0].tolist() == [token, policy.pad]
+        assert responses.ended.tolist() == [True]
+
+
+def test_a_tokenizer_that_ends_prompts_is_refused_for_a_causal_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    copytree(bases["gpt2"], tmp_path / "base")
+    AutoTokenizer.from_pretrained(bases["t5"]).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"has a tokenizer that ends every prompt with EOS"):
+        load_base(str(tmp_path / "base"))
+
+
+def test_an_encoder_to_train_needs_an_encoder(bases: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"policy\.train_encoder = True: needs an encoder"):
+        load_policy(str(bases["gpt2"]), None, policy_config("gpt2", encoder=True), seed=0)
+
+
+def test_what_joins_must_come_from_the_same_base(make_policy: Make, bases: dict[str, Path], tmp_path: Path) -> None:
+    for kind in ("fresh", "full"):
+        make_policy("gpt2", kind).save(tmp_path / kind)
+        with pytest.raises(InputError, match=r"adapter = '.*'"):
+            make_policy("llama", kind).weights.add("other", tmp_path / kind)
+
+
+def test_a_torn_full_state_is_a_storage_error(make_policy: Make, tmp_path: Path) -> None:
+    policy = make_policy("gpt2", "full")
+    policy.save(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(StorageError, match="cannot be read"):
+        policy.load(tmp_path)

@@ -149,7 +149,7 @@ def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fres
     inputs, labels = sft_module.examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
     batch = sft_module._batch(fresh.tokenizer, fresh.device, inputs, labels, [0, 1, 2])
     targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
-    assert all(target[0, -1] == fresh.eos for target in targets)
+    assert all(target[0, -1] == fresh.tokenizer.eos_token_id for target in targets)
     found = [
         fresh.logprobs(fresh.encode([prompt]), target, 1.0)[0].flatten()
         for (prompt, _), target in zip(pairs, targets, strict=True)

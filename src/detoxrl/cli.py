@@ -44,7 +44,7 @@ Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
 _DONE = {
     "sft": "warm start ready in {root}; next: detoxrl train {root}",
-    "train": "trained adapter in {root}/adapter; next: detoxrl evaluate {root}",
+    "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
     "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
 }
 _SWITCHES = ("overwrite", "resume", "dry_run")

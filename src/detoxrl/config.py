@@ -60,7 +60,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """The text generator and its adapter."""
+    """The text generator, and which of its weights train."""
 
     base: str = "scratch"
     """Folder or hub id of an encoder-decoder or causal model; `scratch`: a small T5 that the sft stage trains."""
@@ -75,7 +75,7 @@ class PolicyConfig:
     train_encoder: bool = False
     """Also train the encoder; without it every prompt is encoded once."""
     full_weights: bool = False
-    """Train the weights themselves instead of a LoRA; the reference is a second copy of those that train."""
+    """Train the weights themselves, not a LoRA; the reference is a copy of those that train. Wants a lower lr."""
 
     def __post_init__(self) -> None:
         require(self.base != "", "policy.base", "", "names nothing", "give a folder or a hub id")
@@ -108,7 +108,7 @@ class SftConfig:
     bf16: bool = True
     """Compute in bfloat16 where the processor has it; weights, optimizer and losses stay in fp32."""
     baseline_steps: int = 150
-    """Steps of the baseline: LoRA on the civil references; 0 skips it."""
+    """Steps of the baseline: the same start fine-tuned on the civil references; 0 skips it."""
     baseline_lr: float = 1e-3
     """Peak learning rate of the baseline."""
 

@@ -26,6 +26,7 @@ from detoxrl.policy.adapters import load_policy, lora_config
 from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
+from detoxrl.rollout import require_agreement
 from detoxrl.tracking import RunFolder, log, progress
 
 UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
@@ -44,21 +45,27 @@ class Prepared:
 def check(config: Config, given: RewardFunction | None = None, adapter: str | None = None) -> Prepared:
     """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit.
 
-    `adapter` is a LoRA folder that is to be measured.
+    `adapter` is a LoRA, or with full weights a model, that is to be measured.
     """
     judge_of(config)
     scorer(config, None, given)
     with log.status("reading and counting the rows"):
         prepared = _prepared(config)
-    if config.policy.base == "scratch":
+    if config.policy.base != "scratch":
+        _check_policy(config, prepared, adapter)
+    elif not config.policy.full_weights:
         lora_config(scratch_base(prepared.tokenizer, config.seed), config.policy)
-    else:
-        base, start = config.policy.base, adapter or config.policy.adapter
-        if config.policy.full_weights and adapter:  # then a whole model is to be measured
-            base, start = adapter, None
-        policy = load_policy(base, Path(start) if start else None, config.policy, config.seed)
-        require_positions(policy.model.config, config)
     return prepared
+
+
+def _check_policy(config: Config, prepared: Prepared, adapter: str | None) -> None:
+    start = None if config.policy.full_weights else config.policy.adapter or adapter
+    policy = load_policy(config.policy.base, Path(start) if start else None, config.policy, config.seed)
+    if adapter:
+        policy.weights.add("measured", Path(adapter))
+    tunes = config.sft.steps + config.sft.baseline_steps > 0 and prepared.account["summary_tokens"]
+    require_positions(policy.model.config, config, prepared.account["summary_tokens"]["max"] if tunes else 0)
+    require_agreement(policy, config.policy.base)
 
 
 def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from detoxrl.config import GenerationConfig
+from detoxrl.errors import require
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY
 from detoxrl.randomness import uniforms
@@ -55,6 +56,23 @@ def sample_texts(
                 texts[row].append(text)
         on_prompts(len(rows))
     return texts
+
+
+@torch.no_grad()
+def require_agreement(policy: Policy, base: str) -> None:
+    """Raise InputError unless sampling in a padded batch and scoring each text alone give the same log-probs.
+
+    A model without a cache, or with its own way to count positions or look ahead, would learn from another's numbers.
+    """
+    texts = ["Thank you.", "Thank you, that is very kind of you. I wish you a good day."]
+    prompts = [Prompt(id=text, text=text) for text in texts]
+    sampled = policy.sample(policy.encode(texts), draws(policy, 0, "agreement", 0, prompts, 0, length=8), 1.0)
+    gap = 0.0
+    for row, text in enumerate(texts):
+        alone, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
+        gap = max(gap, float((alone[0] - sampled.logprobs[row])[sampled.response_mask[row]].abs().max()))
+    rule = f"samples with log-probs up to {gap:.1g} nats off what it scores, so it cannot be trained here"
+    require(gap < 1e-2, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
 
 
 def _ref_logprobs(

@@ -72,8 +72,11 @@ def examples(
     if encoder_decoder:
         return prompts, tokenizer([target for _, target in pairs]).input_ids
     spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
-    targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(spaced, add_special_tokens=False).input_ids]
-    both = list(zip(prompts, targets, strict=True))
+    apart = tokenizer(spaced, add_special_tokens=False).input_ids
+    joint = tokenizer([prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]).input_ids
+    # Tokenized alone some begin with a space of their own; what follows the very tokens of the prompt has none.
+    targets = [j[len(p) :] if j[: len(p)] == p else a for p, j, a in zip(prompts, joint, apart, strict=True)]
+    both = [(p, [*t, tokenizer.eos_token_id]) for p, t in zip(prompts, targets, strict=True)]
     return [p + t for p, t in both], [[_IGNORED] * len(p) + t for p, t in both]
 
 

@@ -105,14 +105,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a policy before and after on held-out prompts, write the report, and return what eval.json holds.
 
-    With `root` alone a trained run is measured again. With a config and a LoRA folder `adapter`, which detoxrl need
+    With `root` alone a trained run is measured again. With a config and the folder `adapter` of a LoRA or, with full weights, of a model, which detoxrl need
     not have made, `root` becomes a new folder: before is the config's base, after the base with that adapter.
     """
     if config is None:
         require(adapter is None, "adapter", str(adapter), "needs the config of its base", "give config too")
         folder, config = RunFolder.open(Path(root))
     else:
-        require(adapter is not None, "adapter", None, "is missing", "give the LoRA folder to measure")
+        require(adapter is not None, "adapter", None, "is missing", "give the folder to measure")
         config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
         folder, config = _begun(Path(root), config, overwrite, False, reward, str(adapter))
         with folder.timed("sft"):

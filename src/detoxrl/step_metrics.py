@@ -11,7 +11,7 @@ from detoxrl.errors import TrainingError
 from detoxrl.records import Rollout
 from detoxrl.rl.kl import k1, k3
 from detoxrl.rl.ops import masked_mean
-from detoxrl.tracking import RunFolder
+from detoxrl.tracking import RunFolder, log
 
 
 class Totals:
@@ -83,6 +83,15 @@ def refuse_nan(statistics: dict[str, float], step: int) -> None:
     for name, value in statistics.items():
         if value != value or abs(value) == float("inf"):
             raise TrainingError(f"train stopped at step {step}: {name} is {value}; a lower rl.lr may help")
+
+
+def warn(statistics: dict[str, float], step: int) -> None:
+    """Tell the user of ratios that no healthy step has."""
+    error, highest = statistics["ratio/first_error"], statistics["ratio/max"]
+    if error > 1e-2:
+        log.print(f"step {step}: ratios begin {error:.2g} off 1: sampling and update disagree, see docs/metrics.md")
+    elif highest > 10:
+        log.print(f"step {step}: a ratio of {highest:.0f}; a lower rl.lr may help")
 
 
 def keep_samples(folder: RunFolder, rollout: Rollout, raw: torch.Tensor, step: int, count: int = 4) -> None:

@@ -24,7 +24,7 @@ from detoxrl.rl.kl import adapt_kl_coef, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
 from detoxrl.rollout import collect, sample_texts
-from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics
+from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.tracking import NOTHING_BETTER, RunFolder, interruptible, log, progress
 
 
@@ -91,8 +91,7 @@ def train(
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
                 kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
-            if statistics["ratio/max"] > 10:
-                log.print(f"step {step}: a ratio of {statistics['ratio/max']:.0f}; a lower rl.lr may help")
+            warn(statistics, step)
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
             keep_samples(folder, rollout, raw, step)
             advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config import PolicyConfig
-from detoxrl.errors import InputError, require
+from detoxrl.errors import InputError, first_line, require
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.causal import CausalPolicy
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
 from detoxrl.policy.policy import Policy
-from detoxrl.policy.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, require_adapter
+from detoxrl.policy.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, fitting, require_layers
 from detoxrl.randomness import torch_seed
 
 
@@ -29,6 +28,8 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
     train, a copy of those that do. Raises InputError for a base, folder or target that does not fit.
     """
     model, tokenizer = load_base(base)
+    reads = model.config.is_encoder_decoder or not config.train_encoder
+    require(reads, "policy.train_encoder", True, f"needs an encoder, and {base} has none", "leave it out")
     weights: Weights
     if config.full_weights:
         weights = FullWeights(model, tokenizer, config.train_encoder)
@@ -36,9 +37,11 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
         weights = LoraWeights(_loaded(model, start), REFERENCE, config.train_encoder)
     else:
         weights = LoraWeights(_fresh(model, config, seed), None, config.train_encoder)
-    if model.config.is_encoder_decoder:
-        return EncoderDecoderPolicy(weights, tokenizer, config.train_encoder)
-    return CausalPolicy(weights, tokenizer, train_encoder=False)
+    kind = EncoderDecoderPolicy if model.config.is_encoder_decoder else CausalPolicy
+    policy = kind(weights, tokenizer, config.train_encoder)
+    rule = "has parts in the encoder alone, which does not train"
+    require(len(policy.parameters()) > 0, "policy.adapter", str(start), rule, "say --policy.train-encoder")
+    return policy
 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
@@ -69,21 +72,19 @@ def _target_pattern(targets: Sequence[str], everywhere: bool) -> str:
 
 
 def _fresh(model: PreTrainedModel, config: PolicyConfig, seed: int) -> PeftModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(seed, "lora"))
-        return get_peft_model(model, lora_config(model, config), adapter_name=POLICY)
+    lora = lora_config(model, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(seed, "lora"))
+            return get_peft_model(model, lora, adapter_name=POLICY)
+    except ValueError as error:  # peft knows no LoRA for some layers of some models
+        targets = " ".join(config.lora_targets)
+        raise InputError("policy.lora_targets", targets, first_line(error), "choose other layers") from error
 
 
 def _loaded(model: PreTrainedModel, folder: Path) -> PeftModel:
-    require_adapter(folder, "policy.adapter")
-    try:
+    with fitting("policy.adapter", folder):
         peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:  # sizes or targets of another base
-        reason = f"does not load on the base: {' '.join(str(error).split())[:200]}"
-        raise InputError("policy.adapter", str(folder), reason, "give an adapter of this base") from error
-    ours = set(get_peft_model_state_dict(peft_model, adapter_name=POLICY))
-    other = sorted(ours ^ set(load_file(folder / "adapter_model.safetensors")))
-    rule = f"belongs to a base with other layers, {other[0]} for one" if other else ""
-    require(not other, "policy.adapter", str(folder), rule, "give an adapter of this base")
+    require_layers(peft_model, POLICY, "policy.adapter", folder)
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,38 +32,39 @@ from detoxrl.randomness import torch_seed
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
-def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub id. Raises InputError when there is none."""
-    tokenizer: PreTrainedTokenizerBase = _from_source(AutoTokenizer.from_pretrained, base)
+def load_tokenizer(base: str, field: str = "policy.base") -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub id. Raises InputError, naming `field`, when there is none."""
+    tokenizer: PreTrainedTokenizerBase = _from_source(AutoTokenizer.from_pretrained, base, field)
     return tokenizer
 
 
-def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(base: str, field: str = "policy.base") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return an encoder-decoder or causal model in eval mode and its tokenizer, from a folder or the hub.
 
-    Safetensors only. Raises InputError when there is no such model, when it generates no text, or when the tokenizer
-    does not fit.
+    Safetensors only. Raises InputError, naming `field`, when there is no such model, when it generates no text, or when
+    the tokenizer does not fit.
     """
-    config = _from_source(AutoConfig.from_pretrained, base)
-    tokenizer = load_tokenizer(base)
+    config = _from_source(AutoConfig.from_pretrained, base, field)
+    tokenizer = load_tokenizer(base, field)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model, info = _from_source(
-        partial(kind.from_pretrained, use_safetensors=True, dtype=torch.float32, output_loading_info=True), base
+        partial(kind.from_pretrained, use_safetensors=True, dtype=torch.float32, output_loading_info=True), base, field
     )
     saved_as = config.architectures or [type(model).__name__]
     # transformers also makes a BERT generate, though it was trained to look at both sides.
     generates = config.is_encoder_decoder or type(model).__name__ in saved_as
     rule = f"is a {saved_as[0]}, which does not generate text"
-    require(generates, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
+    require(generates, field, base, rule, "give a T5, BART, GPT-2 or Llama, for example")
     missing = sorted(info["missing_keys"])
     rule = f"lacks weights of a generator, {missing[0]} for one" if missing else ""
-    require(not missing, "policy.base", base, rule, "give a model saved with its language-model head")
-    _require_fit(base, model, tokenizer)
-    model.generation_config.max_length = None
+    require(not missing, field, base, rule, "give a model saved with its language-model head")
+    _require_fit(base, field, model, tokenizer)
+    # Its settings for sampling are not used here, and what does not hold together could not be saved.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return use_fast_activation(model).eval(), tokenizer
 
 
-def _from_source(load: Callable[[str], Any], base: str) -> Any:
+def _from_source(load: Callable[[str], Any], base: str, field: str) -> Any:
     try:
         return load(base)
     except SafetensorError as error:
@@ -70,21 +72,29 @@ def _from_source(load: Callable[[str], Any], base: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         where = "" if Path(base).exists() else "is no folder here and "
         reason = f"{where}cannot be loaded: {first_line(error)}"
-        raise InputError("policy.base", base, reason, "give the folder or hub id of a text generator") from error
+        raise InputError(field, base, reason, "give the folder or hub id of a text generator") from error
 
 
-def _require_fit(base: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    require_words("policy.base", base, tokenizer)
+def _require_fit(base: str, field: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    require_words(field, base, tokenizer)
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
     rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
-    require(tokens <= rows, "policy.base", base, rule, remedy)
+    require(tokens <= rows, field, base, rule, remedy)
     if tokenizer.pad_token_id is None:  # as most causal models have it; masks go by length, never by id
         tokenizer.pad_token = tokenizer.eos_token
-    ends, theirs = tokenizer.eos_token_id, model.config.eos_token_id
-    rule = f"has a tokenizer whose eos_token_id is {ends}, but the model says {theirs}"
-    known = ends is not None and ends in (theirs if isinstance(theirs, list) else [theirs])
-    require(known, "policy.base", base, rule, remedy)
+    ours, theirs = tokenizer.eos_token_id, end_tokens(model.config)
+    rule = f"has a tokenizer whose eos_token_id is {ours}, but the model says {theirs}"
+    require(ours is not None and ours in theirs, field, base, rule, remedy)
+    open_ended = model.config.is_encoder_decoder or tokenizer("Thank you").input_ids[-1] != ours
+    rule = "has a tokenizer that ends every prompt with EOS, behind which a causal model says nothing of use"
+    require(open_ended, field, base, rule, "save its tokenizer with add_eos_token=False")
+
+
+def end_tokens(config: PreTrainedConfig) -> list[int]:
+    """Return the ids that end a response, which may be several."""
+    ids = config.get_text_config().eos_token_id
+    return list(ids) if isinstance(ids, list) else [ids]
 
 
 def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -95,16 +105,19 @@ def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -
     require(known != "", field, source, "has a tokenizer that knows no word of a sentence", remedy)
 
 
-def require_positions(settings: PreTrainedConfig, config: Config) -> None:
-    """Raise InputError when prompts or responses may be longer than the positions the model has (T5 has no bound).
+def require_positions(settings: PreTrainedConfig, config: Config, longest_target: int) -> None:
+    """Raise InputError when a text may be longer than the positions the model has (T5 has no bound).
 
-    A causal model reads both in a row, so there the sum counts.
+    `longest_target` is that of fine-tuning, in tokens. A causal model reads prompt and response in a row, so there the
+    sum counts.
     """
-    positions = getattr(settings, "max_position_embeddings", None)  # GPT-2's n_positions answers to it, T5 has none
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)  # T5 has none
     prompt, response = config.data.max_prompt_tokens, config.generation.max_new_tokens
-    lengths = {"data.max_prompt_tokens": prompt, "generation.max_new_tokens": response}
-    if not settings.is_encoder_decoder:
-        lengths = {"data.max_prompt_tokens + generation.max_new_tokens": prompt + response}
+    lengths = {"generation.max_new_tokens": response, "tokens of the longest summary": longest_target}
+    if settings.is_encoder_decoder:
+        lengths["data.max_prompt_tokens"] = prompt
+    else:
+        lengths = {f"data.max_prompt_tokens + {name}": prompt + length for name, length in lengths.items()}
     for name, length in lengths.items():
         fits = positions is None or length <= positions
         require(fits, name, length, f"exceeds the {positions} positions of {config.policy.base}", "give a smaller one")

@@ -40,7 +40,7 @@ class CausalPolicy(Policy):
             output_hidden_states=True,
             logits_to_keep=new,
         )
-        return out.logits, out.hidden_states[-1][:, -new:]
+        return out.logits[:, -new:], out.hidden_states[-1][:, -new:]
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache()

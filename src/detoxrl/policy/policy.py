@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from detoxrl.policy.backbone import end_tokens
 from detoxrl.policy.weights import POLICY, Weights
 from detoxrl.records import Encoded, Responses
 
@@ -27,11 +28,12 @@ class Policy(ABC):
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
-        self.value_head = torch.nn.Linear(self.model.config.hidden_size, 1).to(device=self.model.device)
+        width = self.model.get_output_embeddings().weight.shape[1]
+        self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
         self.pad: int = tokenizer.pad_token_id
-        self.eos: int = tokenizer.eos_token_id
+        self.ends = end_tokens(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +107,7 @@ class Policy(ABC):
         out = self._blank(rows, length)
         cache = self._new_cache()
         alive = torch.arange(rows, device=self.device)
-        tokens = out.ids[:, :0]
+        tokens, ends = out.ids[:, :0], torch.tensor(self.ends, device=self.device)
         with self.weights.using(adapter):
             for t in range(length):
                 logits, hidden = self._decode(encoded, tokens, cache)
@@ -115,7 +117,7 @@ class Policy(ABC):
                 out.response_mask[alive, t] = True
                 out.logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
                 out.values[alive, t] = self._values(hidden.squeeze(1))
-                going = tokens.squeeze(1) != self.eos
+                going = ~torch.isin(tokens.squeeze(1), ends)
                 out.ended[alive] = ~going
                 if not going.all():
                     alive, tokens = alive[going], tokens[going]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from detoxrl.errors import StorageError, first_line, require
+from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.policy.backbone import load_base, save_base
 
 # peft's name for the adapter that `save_pretrained` writes to the top of a folder.
@@ -29,7 +29,7 @@ class LoraWeights:
         self.model = model
         self.reference = reference
         self._tuner: Any = model.base_model
-        self._train_encoder = train_encoder
+        self._frozen = ".encoder." if model.config.is_encoder_decoder and not train_encoder else None
         self._activate(POLICY)
 
     @property
@@ -56,15 +56,16 @@ class LoraWeights:
     def _activate(self, name: str) -> None:
         # peft thaws whatever adapter it makes active; only the policy's may train, and its encoder part only if asked.
         self._tuner.set_adapter(name, inference_mode=name != POLICY)
-        if name == POLICY and not self._train_encoder:
+        if name == POLICY and self._frozen:
             for path, parameter in self.model.named_parameters():
-                if ".encoder." in path:
+                if self._frozen in path:
                     parameter.requires_grad_(False)
 
     def add(self, name: str, folder: Path) -> None:
-        """Load the LoRA in `folder` beside the others, frozen. Raises InputError and StorageError as `load_policy`."""
-        require_adapter(folder, "adapter")
-        self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        """Load the LoRA in `folder` beside the others, frozen. Raises InputError and StorageError as `fitting`."""
+        with fitting("adapter", folder):
+            self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        require_layers(self.model, name, "adapter", folder)
         self._activate(POLICY)
 
     def to(self, device: torch.device) -> None:
@@ -107,7 +108,10 @@ class FullWeights:
 
     def add(self, name: str, folder: Path) -> None:
         """Load the model in `folder` beside the others, frozen. Raises InputError and StorageError as `load_base`."""
-        model, _ = load_base(str(folder))
+        model, tokenizer = load_base(str(folder), "adapter")
+        alike = type(model) is type(self.model) and tokenizer.get_vocab() == self._tokenizer.get_vocab()
+        rule = f"is a {type(model).__name__} with another vocabulary or of another kind than the base"
+        require(alike, "adapter", str(folder), rule, "give a model that was trained from the base")
         self._models[name] = model.requires_grad_(False).to(self.model.device)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> None:
@@ -120,11 +124,33 @@ class FullWeights:
         save_base(self.model, self._tokenizer, folder)
 
     def load(self, folder: Path) -> None:
-        """Put the weights that `save` wrote in place of the policy's."""
-        self.model.load_state_dict(load_base(str(folder))[0].state_dict())
+        """Put the weights that `save` wrote in place of the policy's. Raises StorageError when something is gone."""
+        try:
+            self.model.load_state_dict(load_base(str(folder))[0].state_dict())
+        except InputError as error:
+            raise StorageError(f"{folder} cannot be read: {first_line(error)}; train again or put it back") from error
 
 
 Weights = LoraWeights | FullWeights
+
+
+@contextmanager
+def fitting(field: str, folder: Path) -> Iterator[None]:
+    """Let peft load the LoRA in `folder`. Raises InputError for one of another base, StorageError for a torn one."""
+    require_adapter(folder, field)
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:  # sizes or targets of another base
+        reason = f"does not load on the base: {' '.join(str(error).split())[:200]}"
+        raise InputError(field, str(folder), reason, "give an adapter of this base") from error
+
+
+def require_layers(model: PeftModel, name: str, field: str, folder: Path) -> None:
+    """Raise InputError when the LoRA `name` came from a folder with other layers: peft leaves those out in silence."""
+    ours = set(get_peft_model_state_dict(model, adapter_name=name))
+    other = sorted(ours ^ set(load_file(folder / "adapter_model.safetensors")))
+    rule = f"belongs to a base with other layers, {other[0]} for one" if other else ""
+    require(not other, field, str(folder), rule, "give an adapter of this base")
 
 
 def require_adapter(folder: Path, field: str) -> None:
