@@ -22,7 +22,7 @@ from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, LoraWeights
 from detoxrl.records import Encoded, Prompt, Rollout
 from detoxrl.rl.kl import k1
-from detoxrl.rollout import collect, draws, sample_texts
+from detoxrl.rollout import collect, draws, length_sorted_batches, sample_texts
 from detoxrl.tracking import RunFolder
 from detoxrl.train import Targets, train, update
 
@@ -209,6 +209,16 @@ def test_the_reference_can_be_sampled_too(loaded: Policy) -> None:
     assert not any("</s>" in text or "<pad>" in text for (text,) in before)
     two = sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2)
     assert [texts[:1] for texts in two] == before
+    counts: list[int] = []
+    asked, sample = [], loaded.sample
+
+    def note(*given: object) -> object:
+        asked.append(torch.is_grad_enabled())
+        return sample(*given)  # type: ignore[arg-type]
+
+    loaded.sample = note  # type: ignore[method-assign, assignment]
+    sample_texts(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", on_prompts=counts.append)
+    assert (counts, asked) == ([3, 1], [False, False])
     assert all(first != second for first, second in two)
 
 
@@ -262,6 +272,16 @@ def test_rollout_batch_size_changes_nothing(policy: Policy) -> None:
     assert split.texts == whole.texts
     torch.testing.assert_close(split.responses.logprobs, whole.responses.logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(split.ref_logprobs, whole.ref_logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rollout_is_as_long_as_its_longest_response(fresh: Policy) -> None:
+    fresh.ends = list(range(300))
+    assert rollout_of(fresh).responses.ids.shape == rollout_of(fresh).ref_logprobs.shape == (4, 1)
+
+
+def test_batches_are_of_like_length_and_none_is_empty() -> None:
+    assert length_sorted_batches(["aaa", "a", "aa", "a"], 2) == [[1, 3], [2, 0]]
+    assert length_sorted_batches(["aa", "a", "aaa"], 2) == [[1, 0], [2]]
 
 
 def test_selecting_rows_cuts_the_padding_none_of_them_needs_on_either_side() -> None:

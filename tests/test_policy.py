@@ -140,6 +140,8 @@ def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without
     logprobs = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0]]).log().expand(4, -1)
     tokens = draw(logprobs, torch.tensor([[0.0], [0.249], [0.25], [1.0]]))
     assert tokens.squeeze(1).tolist() == [1, 1, 2, 3]
+    rounded_down = torch.tensor([[0.5, 0.4999]]).log()
+    assert draw(rounded_down, torch.tensor([[1.0]])).item() == 1
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "classifier"])
@@ -190,8 +192,9 @@ def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, P
     # GPT-1 takes no cache; a BERT that was saved with a generator's head looks ahead.
     gpt1 = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, initializer_range=0.2)
     bert = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, eos_token_id=1
-    )
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, eos_token_id=1,
+        initializer_range=0.2,
+    )  # fmt: skip
     for name, model in {"gpt1": OpenAIGPTLMHeadModel(gpt1), "bert": BertLMHeadModel(bert)}.items():
         base = saved(model, tokenizer, tmp_path / name)
         policy = load_policy(base, None, policy_config("gpt2", full=True), seed=0)

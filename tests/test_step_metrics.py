@@ -23,17 +23,17 @@ def part(tokens: float, ratio_max: float, ratio_min: float, **sums: float) -> di
 
 def test_totals_are_means_over_tokens_and_the_loss_is_their_weighted_sum() -> None:
     totals = Totals()
-    first = part(3, 1.25, 0.5, policy=6.0, value=3.0, clipped=1.0, entropy=9.0, kl=0.3, ratio=3.3)
+    first = part(3, 0.8, 0.5, policy=6.0, value=3.0, clipped=1.0, entropy=9.0, kl=0.3, ratio=3.3)
     assert totals.add(first, value_coef=0.1).item() == pytest.approx(6.0 + 0.1 * 3.0)
     assert totals.pass_kl() == pytest.approx(0.1)
     totals.norms.append(2.0)
-    totals.add(part(1, 4.0, 0.9, policy=-2.0, value=1.0, clipped=1.0, entropy=1.0, kl=0.5, ratio=4.0), value_coef=0.1)
+    totals.add(part(1, 0.9, 0.9, policy=-2.0, value=1.0, clipped=1.0, entropy=1.0, kl=0.5, ratio=4.0), value_coef=0.1)
     assert totals.pass_kl() == pytest.approx(0.5)
     totals.norms.append(4.0)
     assert totals.metrics(epochs=2) == pytest.approx(
         {
             "policy/loss": 1.0, "value/loss": 1.0, "clip_fraction": 0.5, "entropy": 2.5, "kl/update": 0.2,
-            "ratio/mean": 1.825, "ratio/max": 4.0, "ratio/first_error": 0.5, "grad_norm": 3.0, "epochs": 2.0,
+            "ratio/mean": 1.825, "ratio/max": 0.9, "ratio/first_error": 0.5, "grad_norm": 3.0, "epochs": 2.0,
         }
     )  # fmt: skip
 

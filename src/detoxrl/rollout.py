@@ -72,7 +72,7 @@ def require_agreement(policy: Policy, base: str) -> None:
         alone, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
         gap = max(gap, float((alone[0] - sampled.logprobs[row])[sampled.response_mask[row]].abs().max()))
     rule = f"samples with log-probs up to {gap:.1g} nats off what it scores, so it cannot be trained here"
-    require(gap < 1e-2, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
+    require(gap < 1e-3, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
 
 
 def _ref_logprobs(

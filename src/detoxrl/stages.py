@@ -105,8 +105,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a policy before and after on held-out prompts, write the report, and return what eval.json holds.
 
-    With `root` alone a trained run is measured again. With a config and the folder `adapter` of a LoRA or, with full weights, of a model, which detoxrl need
-    not have made, `root` becomes a new folder: before is the config's base, after the base with that adapter.
+    With `root` alone a trained run is measured again. With a config and a folder `adapter`, which detoxrl need not have
+    made, `root` becomes a new folder: before is the config's base, after the base with that LoRA, or with full weights
+    the model that is there.
     """
     if config is None:
         require(adapter is None, "adapter", str(adapter), "needs the config of its base", "give config too")

@@ -111,12 +111,12 @@ class Policy(ABC):
         with self.weights.using(adapter):
             for t in range(length):
                 logits, hidden = self._decode(encoded, tokens, cache)
-                logprobs = (logits.squeeze(1).float() / temperature).log_softmax(-1)
+                logprobs = (logits[:, -1].float() / temperature).log_softmax(-1)
                 tokens = draw(logprobs, uniforms[alive, t, None])
                 out.ids[alive, t] = tokens.squeeze(1)
                 out.response_mask[alive, t] = True
                 out.logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
-                out.values[alive, t] = self._values(hidden.squeeze(1))
+                out.values[alive, t] = self._values(hidden[:, -1])
                 going = ~torch.isin(tokens.squeeze(1), ends)
                 out.ended[alive] = ~going
                 if not going.all():
