@@ -192,8 +192,8 @@ def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, P
     # GPT-1 takes no cache; a BERT that was saved with a generator's head looks ahead.
     gpt1 = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, initializer_range=0.2)
     bert = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, eos_token_id=1,
-        initializer_range=0.2,
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        eos_token_id=1, initializer_range=0.2,
     )  # fmt: skip
     for name, model in {"gpt1": OpenAIGPTLMHeadModel(gpt1), "bert": BertLMHeadModel(bert)}.items():
         base = saved(model, tokenizer, tmp_path / name)
