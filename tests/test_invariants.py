@@ -200,7 +200,12 @@ def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypa
     assert responses.ended.tolist() == [True, False, True, True]
 
 
-def test_the_reference_can_be_sampled_too(loaded: Policy) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("t5", "loaded with encoder"), ("bart", "loaded with encoder"), ("gpt2", "loaded"), ("llama", "loaded")],
+)
+def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Make) -> None:
+    loaded = make_policy(name, kind, encoder=name in ENCODER_DECODERS)
     config = replace(small_config().generation, max_new_tokens=LENGTH)
     before = sample_texts(loaded, PROMPTS, config, seed=0, stream="x")
     disturb(loaded)

@@ -202,6 +202,26 @@ def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, P
             require_agreement(policy, base)
 
 
+@pytest.mark.parametrize("calls", [(0,), (1,)])
+def test_either_text_is_enough_to_disagree(
+    make_policy: Make, calls: tuple[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, seen = make_policy("t5", "fresh"), []
+    logprobs = policy.logprobs
+
+    def off(*given: object) -> object:
+        seen.append(given)
+        chosen, *others = logprobs(*given)  # type: ignore[arg-type]
+        return (chosen + 0.002 * (len(seen) - 1 in calls), *others)  # higher: the gap is the other way round
+
+    monkeypatch.setattr(policy, "logprobs", off)
+    with pytest.raises(InputError, match="up to 0.002 nats off"):
+        require_agreement(policy, "base")
+    monkeypatch.setattr(policy, "logprobs", lambda *given: (logprobs(*given)[0] - 0.002, None, None))
+    with pytest.raises(InputError, match="up to 0.002 nats off"):
+        require_agreement(policy, "base")
+
+
 def test_all_policies_agree_with_themselves(policy: Policy) -> None:
     disturb(policy)
     require_agreement(policy, "base")
