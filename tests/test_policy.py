@@ -212,13 +212,13 @@ def test_either_text_is_enough_to_disagree(
     def off(*given: object) -> object:
         seen.append(given)
         chosen, *others = logprobs(*given)  # type: ignore[arg-type]
-        return (chosen + 0.002 * (len(seen) - 1 in calls), *others)  # higher: the gap is the other way round
+        return (chosen + 0.002 * (len(seen) - 1 == call), *others)  # higher: the gap is the other way round
 
     monkeypatch.setattr(policy, "logprobs", off)
-    with pytest.raises(InputError, match="up to 0.002 nats off"):
+    with pytest.raises(InputError, match=r"up to 0\.002 nats off"):
         require_agreement(policy, "base")
     monkeypatch.setattr(policy, "logprobs", lambda *given: (logprobs(*given)[0] - 0.002, None, None))
-    with pytest.raises(InputError, match="up to 0.002 nats off"):
+    with pytest.raises(InputError, match=r"up to 0\.002 nats off"):
         require_agreement(policy, "base")
 
 
