@@ -202,10 +202,8 @@ def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, P
             require_agreement(policy, base)
 
 
-@pytest.mark.parametrize("calls", [(0,), (1,)])
-def test_either_text_is_enough_to_disagree(
-    make_policy: Make, calls: tuple[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("call", [0, 1])
+def test_either_text_is_enough_to_disagree(make_policy: Make, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, seen = make_policy("t5", "fresh"), []
     logprobs = policy.logprobs
 
