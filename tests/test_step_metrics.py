@@ -11,7 +11,7 @@ import torch
 
 from detoxrl.errors import TrainingError
 from detoxrl.records import Encoded, Prompt, Responses, Rollout
-from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics
+from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.tracking import RunFolder
 
 
@@ -83,6 +83,21 @@ def test_no_statistic_may_be_other_than_a_number(value: float) -> None:
     refuse_nan({"score/mean": 0.0, "kl/reference": -3e38}, 4)
     with pytest.raises(TrainingError, match=f"stopped at step 4: kl/reference is {value}; a lower"):
         refuse_nan({"score/mean": 0.0, "kl/reference": value}, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "highest", "told"),
+    [
+        (0.01, 10.0, ""),
+        (0.011, 99.0, "step 3: ratios begin 0.011 off 1: sampling and update disagree, see docs/metrics.md"),
+        (0.0, 10.1, "step 3: a ratio of 10; a lower rl.lr may help"),
+    ],
+)
+def test_ratios_that_no_healthy_step_has_are_told(
+    error: float, highest: float, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn({"ratio/first_error": error, "ratio/max": highest}, 3)
+    assert " ".join(capsys.readouterr().err.split()) == told
 
 
 def test_the_first_responses_of_a_step_are_kept(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from detoxrl import sft as sft_module
 from detoxrl import train as train_module
 from detoxrl.cache import cached
 from detoxrl.config import Config, RewardConfig
-from detoxrl.errors import TrainingError
+from detoxrl.errors import InputError, TrainingError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, scratch_base, scratch_tokenizer
 from detoxrl.policy.policy import Policy
@@ -123,6 +123,37 @@ def test_the_loop_passes_its_settings_where_they_belong(
     ((adapter, lr), (head, value_lr)) = asked["groups"][0]  # type: ignore[misc]
     assert (adapter > 2, lr, head, value_lr) == (True, 1e-3, 2, 3e-3)
     assert [record["lr"] for record in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_every_second_of_a_step_goes_to_a_stage(bases: dict[str, Path], tmp_path: Path) -> None:
+    first, second = learn(
+        tmp_path, bases["t5"], replace(small_config(), rl=replace(small_config().rl, validate_every=2))
+    )
+    stages = {"seconds/sample", "seconds/score", "seconds/update"}
+    assert {key for key in second if "second" in key} == stages | {"seconds/step", "tokens_per_second"}
+    assert {key for key in first if "second" in key} - {key for key in second} == {"seconds/validate"}
+    for record in (first, second):
+        named = sum(record.get(stage, 0.0) for stage in (*stages, "seconds/validate"))
+        assert 0.5 * record["seconds/step"] < named <= record["seconds/step"] * 1.001
+
+
+def test_the_policy_goes_where_accelerate_says_and_more_than_one_process_is_refused(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        """What accelerate says on another machine."""
+
+        num_processes, device = 2, torch.device("meta")
+
+    monkeypatch.setattr(train_module, "Accelerator", Elsewhere)
+    with pytest.raises(InputError, match="processes = 2: more than one is not supported"):
+        learn(tmp_path, bases["t5"], small_config())
+    Elsewhere.num_processes = 1
+    moved: list[torch.device] = []
+    monkeypatch.setattr(Policy, "to", lambda policy, device: moved.append(device))
+    with pytest.raises(AttributeError):  # no such machine prepares an optimizer
+        learn(tmp_path, bases["t5"], small_config())
+    assert moved == [torch.device("meta")]
 
 
 def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path], tmp_path: Path) -> None:
