@@ -135,6 +135,8 @@ def test_every_second_of_a_step_goes_to_a_stage(bases: dict[str, Path], tmp_path
     for record in (first, second):
         named = sum(record.get(stage, 0.0) for stage in (*stages, "seconds/validate"))
         assert 0.5 * record["seconds/step"] < named <= record["seconds/step"] * 1.001
+        tokens = record["response_length/mean"] * 8
+        assert record["tokens_per_second"] * record["seconds/step"] == pytest.approx(tokens, rel=1e-4)
 
 
 def test_the_policy_goes_where_accelerate_says_and_more_than_one_process_is_refused(
