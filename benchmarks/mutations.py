@@ -39,8 +39,8 @@ ACCEPTED = ROOT / "benchmarks" / "survivors.json"
 # The mathematics, and what samples, scores and trains with it. How models and adapters are loaded is not among it.
 FILES = ("rl/*.py", "policy/*.py", "rollout.py", "train.py", "step_metrics.py", "rewards/shaping.py")
 NOT = ("*/__init__.py", "policy/adapters.py", "policy/backbone.py")
-# Which tests look at a file: the first pattern that fits, the likeliest to fail first. These are the fast ones: the bandit
-# and the command line would find more, but what survives has to run through all of them.
+# Which tests look at a file: the first pattern that fits, the likeliest to fail first. These are the fast ones: bandit
+# and command line would find more, but what survives has to run through all of them.
 RUNS = ("tests/test_invariants.py", "tests/test_policy.py", "tests/test_golden.py")
 TOLD = tuple(
     f"tests/test_failures.py::test_{name}"
