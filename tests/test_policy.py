@@ -20,6 +20,7 @@ from transformers import (
     OpenAIGPTLMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5ForConditionalGeneration,
 )
 
 import trl_oracle
@@ -78,6 +79,7 @@ def test_what_is_saved_loads_without_detoxrl_and_generates_the_same(
     policy.ends = end_tokens(policy.model.config)
     disturb(policy)
     policy.save(tmp_path / "adapter")
+    assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # no other adapter goes along
     auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
     if kind == "full":
         model = auto.from_pretrained(tmp_path / "adapter").eval()
@@ -122,7 +124,10 @@ def test_a_saved_policy_comes_back_with_its_value_head(policy: Policy, tmp_path:
     assert all(torch.equal(weight, before) for weight, before in zip(weights, kept, strict=True))
 
 
-def test_a_saved_policy_joins_another_under_a_name(policy: Policy, tmp_path: Path) -> None:
+def test_a_saved_policy_joins_another_under_a_name(
+    policy: Policy, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    _, kind = request.node.callspec.params["policy"]
     disturb(policy)
     policy.save(tmp_path)
     ids = torch.full((4, 5), 40)
@@ -133,7 +138,14 @@ def test_a_saved_policy_joins_another_under_a_name(policy: Policy, tmp_path: Pat
     again = policy.logprobs(policy.encode(TEXTS, "kept"), ids, 1.0, "kept")[0]
     torch.testing.assert_close(again, seen, rtol=1e-5, atol=1e-6)
     assert not torch.isclose(policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0], seen).any()
-    assert not any(weight.requires_grad for name, weight in policy.model.named_parameters() if ".kept." in name)
+    trained = policy.parameters()
+    with policy.weights.using("kept"):
+        kept = [w for name, w in policy.weights.active.named_parameters() if ".kept." in name or kind == "full"]
+        assert kept
+        assert kind != "full" or not any(weight.requires_grad for weight in kept)
+    assert all(one is other for one, other in zip(policy.parameters(), trained, strict=True))
+    assert not any(weight.requires_grad for weight in kept)
+    assert policy.weights.active is (policy.model if kind == "full" else policy.model.get_base_model())
 
 
 def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without() -> None:
@@ -271,6 +283,22 @@ def test_what_joins_must_come_from_the_same_base(make_policy: Make, bases: dict[
         make_policy("gpt2", kind).save(tmp_path / kind)
         with pytest.raises(InputError, match=r"adapter = '.*'"):
             make_policy("llama", kind).weights.add("other", tmp_path / kind)
+
+
+def test_a_lora_of_another_depth_or_torn_does_not_join(
+    make_policy: Make, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    model, tokenizer = load_base(str(bases["t5"]))
+    model.config.num_decoder_layers = 3
+    deeper = saved(T5ForConditionalGeneration(model.config), tokenizer, tmp_path / "deeper")
+    load_policy(deeper, None, policy_config("t5"), seed=0).save(tmp_path / "lora")
+    with pytest.raises(InputError, match=r"adapter = '.*': belongs to a base with other layers"):
+        make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
+    (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(StorageError, match="is broken"):
+        make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
+    with pytest.raises(InputError, match=r"adapter = '.*': is no folder here"):
+        make_policy("t5", "full").weights.add("other", tmp_path / "nowhere")
 
 
 def test_a_torn_full_state_is_a_storage_error(make_policy: Make, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ class LoraWeights:
             self._activate(POLICY)
 
     def _activate(self, name: str) -> None:
-        # peft thaws whatever adapter it makes active; only the policy's may train, and its encoder part only if asked.
-        self._tuner.set_adapter(name, inference_mode=name != POLICY)
+        # peft thaws the adapter that it makes active, and freezes the others; an encoder's part trains only if asked.
+        self._tuner.set_adapter(name)
         if name == POLICY and self._frozen:
             for path, parameter in self.model.named_parameters():
                 if self._frozen in path:
@@ -64,9 +64,8 @@ class LoraWeights:
     def add(self, name: str, folder: Path) -> None:
         """Load the LoRA in `folder` beside the others, frozen. Raises InputError and StorageError as `fitting`."""
         with fitting("adapter", folder):
-            self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            self.model.load_adapter(str(folder), adapter_name=name)
         require_layers(self.model, name, "adapter", folder)
-        self._activate(POLICY)
 
     def to(self, device: torch.device) -> None:
         """Move every weight to `device`."""
@@ -89,7 +88,6 @@ class FullWeights:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_encoder: bool) -> None:
         self.model = model
         self._tokenizer = tokenizer
-        model.requires_grad_(True)
         if model.config.is_encoder_decoder and not train_encoder:
             model.get_encoder().requires_grad_(False)  # and with it the embeddings that the decoder shares
         shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
@@ -160,7 +158,7 @@ def require_adapter(folder: Path, field: str) -> None:
         require(there, field, str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
     weights = folder / "adapter_model.safetensors"
     try:
-        with safe_open(weights, framework="pt") as file:
-            list(file.keys())
+        with safe_open(weights, framework="pt"):
+            pass
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{weights} is broken: {first_line(error)}; train again or put it back") from error
