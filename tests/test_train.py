@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ENCODER_DECODERS, policy_config, prompted_rows, small_config
+from conftest import ENCODER_DECODERS, disturb, policy_config, prompted_rows, small_config
 from detoxrl import cache as cache_module
 from detoxrl import sft as sft_module
 from detoxrl import train as train_module
@@ -166,6 +166,9 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
         found = [json.loads(line) for line in lines]
     assert [one["step"] for one in found] == [0, 1, 2, 3]
     assert len({one["length"] for one in found}) == 1
+    toxicity = no_judge([""] * 8)
+    assert found[0]["toxicity"] == pytest.approx(toxicity.mean(), rel=1e-5)
+    assert found[0]["toxicity_error"] == pytest.approx(toxicity.std(ddof=1) / 8**0.5, rel=1e-5)
 
 
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,7 +213,7 @@ def test_a_nan_stops_the_run_with_its_step_and_name(bases: dict[str, Path], tmp_
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_scores_are_normalised_on_the_reference(bases: dict[str, Path]) -> None:
+def test_scores_are_normalised_on_the_reference(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     from detoxrl.records import Prompt
 
     config = small_config()
@@ -225,6 +228,12 @@ def test_scores_are_normalised_on_the_reference(bases: dict[str, Path]) -> None:
     found = reference_normaliser(policy, remember, prompts, config)
     assert len(seen) == 16
     assert found.mean == 7.5
+    assert "nothing is to be learnt" not in " ".join(capsys.readouterr().err.split())
+    disturb(policy)  # the policy moves, its reference does not
+    reference_normaliser(policy, lambda prompts, texts: remember(prompts, texts) * 0.0, prompts, config)
+    assert seen[16:] == seen[:16]
+    told = "all 16 responses of the start score 0; nothing is to be learnt here"
+    assert told in " ".join(capsys.readouterr().err.split())
     off = replace(config, reward=RewardConfig(normalise_on=0))
     assert reference_normaliser(policy, remember, prompts, off).std == 1.0
 
