@@ -55,7 +55,7 @@ TESTS = {
     "rewards/*": ("tests/test_rewards.py", "tests/test_golden.py"),
     "step_metrics.py": ("tests/test_step_metrics.py", "tests/test_golden.py"),
     "rollout.py": RUNS,
-    "*": ("tests/test_train.py", "tests/test_golden.py", "tests/test_invariants.py", *TOLD),
+    "*": ("tests/test_train.py", *RUNS, *TOLD),
 }
 console = Console(highlight=False, markup=False, soft_wrap=True)
 

@@ -166,6 +166,7 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
         found = [json.loads(line) for line in lines]
     assert [one["step"] for one in found] == [0, 1, 2, 3]
     assert len({one["length"] for one in found}) == 1
+    assert 1 < found[0]["length"] <= 12  # words of up to 12 tokens
     toxicity = no_judge([""] * 8)
     assert found[0]["toxicity"] == pytest.approx(toxicity.mean(), rel=1e-5)
     assert found[0]["toxicity_error"] == pytest.approx(toxicity.std(ddof=1) / 8**0.5, rel=1e-5)
