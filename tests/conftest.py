@@ -112,7 +112,14 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier") / "reward"
     losses: list[float] = []
     train_reward_model(
-        generate_utterances(0, 3000), folder, steps=150, batch_size=64, lr=1e-3, seed=0, on_step=losses.append
+        generate_utterances(0, 3000),
+        folder,
+        tmp_path_factory.mktemp("checkpoints"),
+        steps=150,
+        batch_size=64,
+        lr=1e-3,
+        seed=0,
+        on_step=lambda done, loss: losses.append(loss),
     )
     assert losses[0] > 0.5 > 0.2 > losses[-1]
     return folder

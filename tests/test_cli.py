@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from detoxrl import measuring
 from detoxrl.recipes import recipe
 from detoxrl.settings import flatten
+from detoxrl.tracking import RunFolder
 
 SMALL = [
     "--data.limit", "96", "--rl.validation-prompts", "8", "--evaluation.prompts", "12",
@@ -101,14 +103,12 @@ def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> 
 
 
 def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from detoxrl import stages
-
     def name_adapter(policy: object, prompts: list[object], *_: object, adapter: str | None, **__: object) -> object:
-        return [[str(adapter)] for _ in prompts]
+        yield {row: [str(adapter)] for row in range(len(prompts))}
 
-    monkeypatch.setattr(stages, "sample_texts", name_adapter)
-    folder, config = stages.RunFolder.open(run)
-    found = stages._responses(folder, config, stages._rows(folder, "test"))
+    monkeypatch.setattr(measuring, "sample_batches", name_adapter)
+    folder, config = RunFolder.open(run)
+    found = measuring._responses(folder, config, measuring.rows_of(folder, "test"))
     assert {name: texts[0][0] for name, texts in found.items()} == {
         "before": "None", "after": "after", "sft_civil": "sft_civil",
     }  # fmt: skip

@@ -14,11 +14,11 @@ FLOORS = [
     ("errors", "config", "settings", "recipes"),
     ("randomness", "records", "rl"),
     ("data", "policy", "rewards"),
-    ("cache", "tracking", "rollout"),
-    ("evaluation", "checkpoint"),
+    ("stopping", "storage", "cache", "tracking", "rollout"),
+    ("evaluation", "best", "checkpoint"),
     ("sft", "train", "reward_training", "step_metrics"),
     ("report",),
-    ("parts", "prepare", "estimate", "stages"),
+    ("parts", "changes", "prepare", "estimate", "measuring", "stages"),
     ("cli", "__init__", "__main__"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -22,7 +22,7 @@ from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, LoraWeights
 from detoxrl.records import Encoded, Prompt, Rollout
 from detoxrl.rl.kl import k1
-from detoxrl.rollout import collect, draws, length_sorted_batches, sample_texts
+from detoxrl.rollout import collect, draws, length_sorted_batches, sample_batches, sample_texts
 from detoxrl.tracking import RunFolder
 from detoxrl.train import Targets, train, update
 
@@ -224,7 +224,6 @@ def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Mak
     assert not any("</s>" in text or "<pad>" in text for (text,) in before)
     two = sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2)
     assert [texts[:1] for texts in two] == before
-    counts: list[int] = []
     asked, sample = [], loaded.sample
 
     def note(*given: object) -> object:
@@ -232,8 +231,10 @@ def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Mak
         return sample(*given)  # type: ignore[arg-type]
 
     loaded.sample = note  # type: ignore[method-assign, assignment]
-    sample_texts(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", on_prompts=counts.append)
-    assert (counts, asked) == ([3, 1], [False, False])
+    batches = list(sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x"))
+    assert ([len(batch) for batch in batches], asked) == ([3, 1], [False, False])
+    rest = sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", skip=1)
+    assert list(rest) == batches[1:]
     assert all(first != second for first, second in two)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T
 from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, cli, evaluate, recipe
 from detoxrl import estimate as estimate_module
-from detoxrl import train as train_module
+from detoxrl.checkpoint import Checkpoints
 from detoxrl.data.rows import token_lengths
 from detoxrl.errors import DetoxrlError, InputError
 from detoxrl.policy.adapters import load_policy
@@ -411,8 +411,12 @@ def test_bad_input_is_one_line_names_the_remedy_and_writes_nothing(
 
 
 def contents(place: Path) -> dict[Path, bytes]:
-    files = (path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {path: path.read_bytes() for path in files}
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return {path.relative_to(place): path.read_bytes() for path in files if "__pycache__" not in path.parts}
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints/train").iterdir())
 
 
 def test_positions_bound_prompts_and_responses(
@@ -442,7 +446,7 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
     monkeypatch.delenv("INTERRUPT_AT")
     with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
-        crash.setattr(train_module, "save_state", lambda *_: None)
+        crash.setattr(Checkpoints, "_write", lambda *_: None)
         crash.setenv("FAIL_AT", "2")  # 0 is the probe, 1 step 2, 2 step 3
         assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2
     assert len(without_timings(place / "broken" / "metrics.jsonl")) == 3
@@ -452,14 +456,18 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     told = capfd.readouterr().err.splitlines()[-1]
     assert "returned nan for response 1 of 8" in told
     assert "go on with `detoxrl run --resume --run-dir broken`" in told
-    assert json.loads((place / "broken/state/state.json").read_text())["step"] == 4
+    assert steps_kept(place / "broken") == [2, 4]
     monkeypatch.delenv("FAIL_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
         assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
-    for name in ("adapter/adapter_model.safetensors", "adapter/value_head.safetensors", "checkpoint.json"):
-        assert (place / "broken" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
-    assert not (place / "broken" / "state").exists()
+    assert steps_kept(place / "broken") == [5]  # with the value head, the moments and the coefficient
+    state = [
+        f"checkpoints/train/step-00000005/{name}"
+        for name in ("weights.safetensors", "moments.safetensors", "state.json")
+    ]
+    for name in ("adapter", "checkpoint.json", "normaliser.json", *state):
+        assert contents(place / "broken" / name) == contents(place / "whole" / name), name
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -471,8 +479,7 @@ def test_a_reward_that_fails_leaves_the_state_before_its_step(
     monkeypatch.setenv("FAIL_AT", str(2 + step))  # 0 is the probe, 1 the normaliser
     assert detoxrl([*words, "--run-dir", "broken"]) == 2
     monkeypatch.delenv("FAIL_AT")
-    # What this step's validation found is offered again when it is done again: it must not be known yet.
-    assert json.loads((place / "broken/state/state.json").read_text())["step"] == step
+    assert max(steps_kept(place / "broken")) == step
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
         assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
@@ -488,8 +495,9 @@ def test_resuming_does_only_what_is_left_and_refuses_other_settings(
     assert detoxrl(own("--resume")) == 0
     assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
-    assert detoxrl(own("--resume", "--rl.gamma", "0.5")) == 2
-    assert "rl.gamma = 0.5: differs from the run's 1.0; go on without recipe and settings" in capfd.readouterr().err
+    assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
+    told = "data.min_length = 2: differs from the run's 1, and prepare was done with that; begin anew with --overwrite"
+    assert told in capfd.readouterr().err
 
 
 def test_a_full_disk_is_exit_1_with_what_was_kept(
@@ -504,13 +512,9 @@ def test_a_full_disk_is_exit_1_with_what_was_kept(
     assert told.startswith("detoxrl: the disk is full; runs/own keeps adapter, checkpoint.json, config.json, data")
 
 
-@pytest.mark.parametrize(
-    "name", ["adapter/adapter_model.safetensors", "state/optimizer.safetensors", "data/test.jsonl", "seconds.json"]
-)
-def test_a_torn_checkpoint_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "data/test.jsonl", "seconds.json"])
+def test_a_torn_file_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     assert detoxrl(own()) == 0
-    copytree(place / "runs/own/adapter", place / "runs/own/state", dirs_exist_ok=True)
-    (place / "runs/own/state/optimizer.safetensors").write_bytes(b"torn")
     weights = place / "runs/own" / name
     weights.write_bytes(weights.read_bytes()[:-100])
     command = ["evaluate", "runs/own"] if name.startswith("adapter") else ["run", "--resume", "--run-dir", "runs/own"]

@@ -113,17 +113,6 @@ def test_a_policy_moves_whole_from_device_to_device(policy: Policy) -> None:
             assert {weight.device for weight in policy.weights.active.parameters()} == {meta}
 
 
-def test_a_saved_policy_comes_back_with_its_value_head(policy: Policy, tmp_path: Path) -> None:
-    disturb(policy)
-    policy.save(tmp_path)
-    weights = [*policy.parameters(), *policy.value_head.parameters()]
-    kept = [weight.detach().clone() for weight in weights]
-    for weight in weights:
-        torch.nn.init.zeros_(weight)
-    policy.load(tmp_path)
-    assert all(torch.equal(weight, before) for weight, before in zip(weights, kept, strict=True))
-
-
 def test_a_saved_policy_joins_another_under_a_name(
     policy: Policy, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -299,11 +288,3 @@ def test_a_lora_of_another_depth_or_torn_does_not_join(
         make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
     with pytest.raises(InputError, match=r"adapter = '.*': is no folder here"):
         make_policy("t5", "full").weights.add("other", tmp_path / "nowhere")
-
-
-def test_a_torn_full_state_is_a_storage_error(make_policy: Make, tmp_path: Path) -> None:
-    policy = make_policy("gpt2", "full")
-    policy.save(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(StorageError, match="cannot be read"):
-        policy.load(tmp_path)

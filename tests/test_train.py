@@ -129,7 +129,7 @@ def test_every_second_of_a_step_goes_to_a_stage(bases: dict[str, Path], tmp_path
     first, second = learn(
         tmp_path, bases["t5"], replace(small_config(), rl=replace(small_config().rl, validate_every=2))
     )
-    stages = {"seconds/sample", "seconds/score", "seconds/update"}
+    stages = {"seconds/sample", "seconds/score", "seconds/update", "seconds/checkpoint"}
     assert {key for key in second if "second" in key} == stages | {"seconds/step", "tokens_per_second"}
     assert {key for key in first if "second" in key} - {key for key in second} == {"seconds/validate"}
     for record in (first, second):
@@ -175,9 +175,9 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        sft_module, "_train_policy", lambda config, base, start, pairs, what, folder: seen.extend(pairs)
+        sft_module, "_train_policy", lambda config, base, start, pairs, what, folder, place: seen.extend(pairs)
     )
-    sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path)
+    sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path, tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
 
 
@@ -195,12 +195,15 @@ def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fres
     assert fresh.tokenizer.decode(targets[0][0], skip_special_tokens=True).strip() == pairs[0][1]
 
 
-def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path]) -> None:
+def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tmp_path: Path) -> None:
     pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
     losses: list[list[float]] = [[], [], []]
     for run, seed in enumerate((0, 0, 1)):
         model, tokenizer = load_base(str(bases["t5"]))
-        fine_tune(model, tokenizer, pairs, replace(small_config().sft, batch_size=8), 2, 1e-3, seed, losses[run].append)
+        config, place = replace(small_config().sft, batch_size=8), tmp_path / str(run)
+        fine_tune(
+            model, tokenizer, pairs, config, 2, 1e-3, seed, place, lambda _, loss, run=run: losses[run].append(loss)
+        )
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -239,18 +242,18 @@ def test_scores_are_normalised_on_the_reference(bases: dict[str, Path], capsys: 
     assert reference_normaliser(policy, remember, prompts, off).std == 1.0
 
 
-def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it() -> None:
+def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
     pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
     tokenizer = scratch_tokenizer([text for pair in pairs for text in pair], vocab_size=1500)
     model = scratch_base(tokenizer, seed=0)
     config = replace(small_config().sft, batch_size=8, warmup_steps=2)
     losses: list[float] = []
-    fine_tune(model, tokenizer, pairs, config, 30, 3e-3, 0, losses.append)
+    fine_tune(model, tokenizer, pairs, config, 30, 3e-3, 0, tmp_path / "one", lambda _, loss: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="sft stopped at step 0"):
-        fine_tune(model, tokenizer, pairs, config, 1, 3e-3, 0, losses.append)
+        fine_tune(model, tokenizer, pairs, config, 1, 3e-3, 0, tmp_path / "two", lambda _, loss: losses.append(loss))
 
 
 def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +262,7 @@ def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypat
 
     def build(folder: Path) -> None:
         built.append(folder.name)
+        folder.mkdir(exist_ok=True)
         (folder / "weights").write_text(str(len(built)))
 
     assert not cached("base", ["a"], tmp_path / "one", build)
@@ -279,16 +283,20 @@ def test_every_ingredient_and_the_training_code_are_part_of_the_key(monkeypatch:
 def test_two_builds_of_the_same_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETOXRL_CACHE", str(tmp_path / "cache"))
 
-    def slow(folder: Path) -> None:
-        cached("base", ["a"], tmp_path / "other", lambda inner: (inner / "weights").touch())
+    def build(folder: Path) -> None:
+        folder.mkdir()
         (folder / "weights").touch()
 
-    # A process that began later finishes first: give it a name of its own, as its pid would.
-    pids = iter(range(100, 200))
-    monkeypatch.setattr("os.getpid", lambda: next(pids))
+    def slow(folder: Path) -> None:  # another that began later finishes first
+        cached("base", ["a"], tmp_path / "other", build)
+        build(folder)
+
+    half = tmp_path / "cache" / ".base-0.new999"  # as one that was killed leaves it
+    half.mkdir(parents=True)
     cached("base", ["a"], tmp_path / "one", slow)
     assert (tmp_path / "one" / "weights").exists()
     assert (tmp_path / "other" / "weights").exists()
+    assert not half.exists()
 
 
 def test_a_build_that_fails_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,4 +307,4 @@ def test_a_build_that_fails_leaves_nothing_in_the_cache(tmp_path: Path, monkeypa
 
     with pytest.raises(OSError, match="disk full"):
         cached("base", ["a"], tmp_path / "one", fail)
-    assert not cached("base", ["a"], tmp_path / "one", lambda folder: (folder / "weights").touch())
+    assert not cached("base", ["a"], tmp_path / "one", Path.mkdir)

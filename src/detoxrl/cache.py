@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
-from detoxrl.tracking import filling
+from detoxrl.storage import filling, sweep
 
 # A change to any of these files changes what they train, so it changes the key.
 _SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data")
@@ -24,7 +25,7 @@ def cache_dir() -> Path:
 
 
 def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
-    """Fill `destination` from the cache, or by `build(folder)`, whose result is kept; return whether it was there.
+    """Fill `destination` from the cache, or by `build(destination)`, which is kept; return whether it was there.
 
     The key covers the ingredients, the versions of the libraries, threads and bf16 of the machine, and detoxrl's own
     training code.
@@ -32,12 +33,19 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
     stored = cache_dir() / f"{kind}-{_key(ingredients)}"
     known = stored.is_dir()
     if not known:
-        # Two processes may build the same; the later replaces the earlier by its equal.
-        with filling(stored) as temporary:
-            build(temporary)
-    with filling(destination) as temporary:
-        shutil.copytree(stored, temporary, dirs_exist_ok=True)
+        build(destination)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(stored.with_name(".lock")):  # others fill the cache too; what a killed one left half filled goes
+            sweep(stored.parent)
+            _copy(destination, stored)
+    else:
+        _copy(stored, destination)
     return known
+
+
+def _copy(source: Path, target: Path) -> None:
+    with filling(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def _key(ingredients: Iterable[str]) -> str:

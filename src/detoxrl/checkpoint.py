@@ -1,119 +1,177 @@
-"""Which policy does training keep, and from what can it go on?"""
+"""From what can a loop go on after it was stopped?"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from detoxrl.policy.policy import Policy
-from detoxrl.tracking import RunFolder, filling, reading
+from detoxrl.errors import first_line
+from detoxrl.stopping import stopping_between_steps
+from detoxrl.storage import filling, remove, sync, write_text
+from detoxrl.tracking import log
+
+SHARE = 0.02
+"""Most of a loop's time that checkpoints may take; so what a kill costs is at most 1 / SHARE times one checkpoint."""
+_KEPT = 2  # the newest, and the one before for the case that the newest is torn
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """How a policy did on the validation prompts before step `step`."""
-
-    step: int
-    toxicity: float
-    """Mean by the primary judge, [0, 1]."""
-    toxicity_error: float
-    """Standard error of that mean."""
-    quality: float
-    """Facts kept, or ROUGE-L without facts, [0, 1]."""
-    length: float
-    """Mean words per response."""
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the weights that training may change, by name; a shared one is there once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-class BestCheckpoint:
-    """Keeps the least toxic policy on validation, within its error, among those whose quality stayed in the margin.
+class Checkpoints:
+    """The last two states of a loop, each a folder `step-N` with checksums: all that step N depends on.
 
-    Policies within one standard error of the least toxic one seen are as good as it (the one-standard-error rule,
-    Breiman et al. 1984, section 3.4.3); of these the one with the higher quality is kept.
+    `weights` (by name) and the optimizer are put back in place. `products`, what the loop writes elsewhere and
+    replaces, come back as they were; `logs`, the JSON lines it appends, are cut to what they were.
     """
 
-    def __init__(self, folder: RunFolder, margin: float) -> None:
-        self.folder = folder
-        self.margin = margin
-        self.start: Validation | None = None
-        self.least_toxic: Validation | None = None
-        self.kept: Validation | None = None
+    def __init__(
+        self,
+        folder: Path,
+        weights: Mapping[str, torch.nn.Parameter],
+        optimizer: Any,
+        products: Sequence[Path] = (),
+        logs: Sequence[Path] = (),
+    ) -> None:
+        self.folder, self.weights, self.optimizer, self.products, self.logs = folder, weights, optimizer, products, logs
+        self._stop: Callable[[], type[KeyboardInterrupt] | None] = lambda: None
+        self._ended = self._wait = 0.0
 
-    def offer(self, policy: Policy, found: Validation) -> bool:
-        """Save the policy to adapter/ if it is the best so far; return whether it was. The start comes first."""
-        self.start = self.start or found
-        if not self._better(found, self.start.quality - self.margin):
-            return False
-        self.kept = found
-        with filling(self.folder / "adapter") as temporary:
-            policy.save(temporary)
-        reason = (
-            "the best quality among policies whose validation toxicity is within one standard error of the least seen, "
-            f"and whose quality is at most {self.margin} below the start's"
-        )
-        record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(self.start)}
-        self.folder.write_json("checkpoint.json", record)
-        return True
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM inside the block wait for the next `point`."""
+        with stopping_between_steps(log.print) as self._stop:
+            yield
 
-    def seen(self) -> dict[str, Validation | None]:
-        """Return what decides on the next offer."""
-        return {"start": self.start, "least_toxic": self.least_toxic, "kept": self.kept}
+    def restore(self) -> dict[str, Any] | None:
+        """Put the newest whole state back and return what `point` was given with it, and its "step".
 
-    def recall(self, seen: dict[str, Validation | None]) -> None:
-        """Take up what `seen` returned before an interruption."""
-        self.start, self.least_toxic, self.kept = seen["start"], seen["least_toxic"], seen["kept"]
-
-    def _better(self, found: Validation, quality_bound: float) -> bool:
-        if found.quality < quality_bound:
-            return False
-        if self.least_toxic is None or found.toxicity < self.least_toxic.toxicity:
-            self.least_toxic = found
-        bound = self.least_toxic.toxicity + self.least_toxic.toxicity_error
-        if self.kept is None or self.kept.toxicity > bound:
-            return found.toxicity <= bound
-        return found.toxicity <= bound and found.quality > self.kept.quality
-
-
-def save_state(
-    folder: RunFolder,
-    policy: Policy,
-    optimizer: Any,
-    seen: dict[str, Validation | None],
-    step: int,
-    kl_coef: float,
-) -> None:
-    """Write to state/ all that step `step` depends on; `seen` is what `BestCheckpoint.seen` says before it."""
-    moments = {
-        f"{number}/{name}": tensor.contiguous()
-        for number, of_one in optimizer.state_dict()["state"].items()
-        for name, tensor in of_one.items()
-    }
-    best = {name: found and asdict(found) for name, found in seen.items()}
-    with filling(folder / "state") as temporary:
-        policy.save(temporary)
-        save_file(moments, temporary / "optimizer.safetensors")
-        RunFolder(temporary).write_json("state.json", {"step": step, "kl_coef": kl_coef, "best": best})
-
-
-def load_state(folder: RunFolder, policy: Policy, optimizer: Any, best: BestCheckpoint) -> tuple[int, float] | None:
-    """Put back what `save_state` wrote and return the step to go on with and its kl_coef; None where there is none.
-
-    Raises StorageError when a file of it is torn.
-    """
-    if not (folder / "state").is_dir():
+        A torn or edited one is named and removed, and the one before is taken. None: there is none, and products and
+        logs of an earlier attempt are gone.
+        """
+        places = sorted(self.folder.glob("step-*"), reverse=True)
+        for place in places:
+            fault = self._fault(place)
+            if fault is None:
+                return self._put_back(place)
+            log.print(f"{place} is not as it was written ({fault}) and is left out")
+            remove(place)
+        if places:
+            log.print(f"{self.folder} holds no whole checkpoint: beginning this loop anew")
+        for path in (*self.products, *self.logs):
+            remove(path)
         return None
-    with reading(folder / "state"):
-        policy.load(folder / "state")
+
+    def point(self, step: int, state: Mapping[str, Any], now: bool = False) -> None:
+        """Write the state before step `step` when `now`, when one is due or when a stop was asked for; then stop."""
+        stop, started = self._stop(), time.monotonic()
+        if now or stop or started - self._ended >= self._wait:
+            self._write(step, state)
+            self._ended = time.monotonic()
+            self._wait = (self._ended - started) / SHARE
+        if stop:
+            raise stop
+
+    def forget(self, keep: int = 0) -> None:
+        """Delete all but the newest `keep`."""
+        places = sorted(self.folder.glob("step-*"))
+        for place in places[: len(places) - keep]:
+            remove(place)
+
+    def _write(self, step: int, state: Mapping[str, Any]) -> None:
+        moments = {
+            f"{number}/{name}": tensor.contiguous()
+            for number, of_one in self.optimizer.state_dict()["state"].items()
+            for name, tensor in of_one.items()
+        }
+        for path in self.logs:
+            path.touch()
+            sync(path)
+        with filling(self.folder / f"step-{step:08d}") as place:
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in self.weights.items()},
+                place / "weights.safetensors",
+            )
+            save_file(moments, place / "moments.safetensors")
+            (place / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+            for product in self.products:
+                _copy(product, place / "products" / product.name)
+            logs = {path.name: [path.stat().st_size, _digest(path)] for path in self.logs}
+            manifest = {"files": _digests(place), "logs": logs}
+            (place / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        self.forget(keep=_KEPT)
+
+    def _fault(self, place: Path) -> str | None:
+        try:
+            manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+            files, logs = (
+                dict(manifest["files"]),
+                {name: (size, digest) for name, (size, digest) in manifest["logs"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"manifest.json: {first_line(error)}"
+        found = _digests(place)
+        wrong = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
+        for path in self.logs:
+            size, digest = logs.get(path.name, (0, None))
+            if _digest(path, size) != digest:
+                wrong.append(path.name)
+        return f"{wrong[0]} differs" if wrong else None
+
+    def _put_back(self, place: Path) -> dict[str, Any]:
+        stored = load_file(place / "weights.safetensors")
         moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for key, tensor in load_file(folder / "state" / "optimizer.safetensors").items():
+        for key, tensor in load_file(place / "moments.safetensors").items():
             number, _, name = key.partition("/")
             moments[int(number)][name] = tensor
-        optimizer.load_state_dict({"state": dict(moments), "param_groups": optimizer.state_dict()["param_groups"]})
-        state = folder.read_json("state/state.json")
-        best.recall({name: found and Validation(**found) for name, found in state["best"].items()})
-        for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
-            folder.keep_before(name, state["step"])
-    return state["step"], state["kl_coef"]
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(stored[name])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+        for product in self.products:
+            remove(product)
+            _copy(place / "products" / product.name, product)
+        sizes = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["logs"]
+        for path in self.logs:
+            path.touch()
+            os.truncate(path, sizes[path.name][0])
+        state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        return state
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        with filling(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+    elif source.is_file():
+        write_text(target, source.read_text(encoding="utf-8"))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file's first `size` bytes, or of all; of a shorter file, that of what there is."""
+    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    if path.is_file():
+        with path.open("rb") as content:
+            while block := content.read(min(left, 1 << 20)):
+                found.update(block)
+                left -= len(block)
+    return found.hexdigest()

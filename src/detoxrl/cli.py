@@ -19,6 +19,7 @@ from detoxrl.config import Config
 from detoxrl.errors import DetoxrlError, InputError, require
 from detoxrl.recipes import recipe, recipe_names
 from detoxrl.settings import changed, config_from_json, config_to_json, flatten, nearest
+from detoxrl.stopping import Terminated, stopping_at_once
 
 COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "recipes", "help")
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
@@ -36,18 +37,19 @@ RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run
   --run-dir DIR   run folder to make; default runs/RECIPE
   --overwrite     replace an existing run folder
   --resume        go on with an existing one; with --run-dir alone no recipe is needed
+  --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
   --dry-run       check every part, show settings, rows, lengths, memory and time; write nothing
 
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
 `detoxrl run RECIPE --help` lists every setting with its default.
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
 _DONE = {
     "sft": "warm start ready in {root}; next: detoxrl train {root}",
     "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
     "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
 }
-_SWITCHES = ("overwrite", "resume", "dry_run")
+_SWITCHES = ("overwrite", "resume", "accept_changes", "dry_run")
 
 
 def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, object], dict[str, str]]:
@@ -114,17 +116,19 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     overwrite, resume = "overwrite" in options, "resume" in options
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
     require(not (resume and command == "prepare"), "--resume", True, "goes on with a whole run", "say `detoxrl run`")
+    accept = "accept_changes" in options
+    require(resume or not accept, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
     from detoxrl import stages
 
     if "dry_run" in options:
-        _dry_run(config)
+        _dry_run(config, root)
         return
     with _kept(root):
         if command == "prepare":
             stages.prepare(root, config, overwrite)
             print(f"prepared {root}; next: detoxrl sft {root}")
             return
-        stages.run(root, config, overwrite=overwrite, resume=resume)
+        stages.run(root, config, overwrite=overwrite, resume=resume, accept_changes=accept)
     _print_result(root)
 
 
@@ -159,6 +163,7 @@ def _show_help(command: str, name: str) -> None:
         source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+        accept_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     ) -> None:
         """Every setting of the recipe can be changed by a flag.
@@ -168,7 +173,8 @@ def _show_help(command: str, name: str) -> None:
             run_dir: Run folder to make.
             source: Instead of a recipe: the config.json of a run, to repeat it.
             overwrite: Replace an existing run folder.
-            resume: Go on with an existing run folder.
+            resume: Go on with an existing run folder, exactly.
+            accept_changes: Go on with other settings or another machine, though it then ends otherwise.
             dry_run: Check every part, show settings, rows, lengths, memory and time; write nothing.
         """
 
@@ -176,7 +182,7 @@ def _show_help(command: str, name: str) -> None:
     tyro.cli(flags, prog=f"detoxrl {command} {name}", args=["--help"])
 
 
-def _dry_run(config: Config) -> None:
+def _dry_run(config: Config, root: Path) -> None:
     from detoxrl.estimate import estimate, print_estimate
     from detoxrl.parts import absolute
     from detoxrl.prepare import check
@@ -184,7 +190,7 @@ def _dry_run(config: Config) -> None:
     config = absolute(config)
     prepared = check(config)
     print(config_to_json(config))
-    print_estimate(prepared, estimate(config, prepared))
+    print_estimate(prepared, estimate(config, prepared), root)
 
 
 def _stage_command(command: str, words: Sequence[str]) -> None:
@@ -206,12 +212,8 @@ def _kept(root: Path) -> Iterator[None]:
     """Say what is kept and how to go on when a run is interrupted or the disk is full."""
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(_complain(f"interrupted; {_how_to_go_on(root)}", 130))
-    except InputError as error:
-        if not (root / "state").is_dir():
-            raise
-        sys.exit(_complain(f"{error}; {_how_to_go_on(root)}", 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(_stopped(stop, _how_to_go_on(root)))
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in one of its own.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
@@ -251,18 +253,24 @@ def _dispatch(words: Sequence[str]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 bad input, 130 interrupted. Bugs keep their traceback."""
+    """Run one command and exit: 0 done, 1 failed, 2 bad input, 130 and 143 stopped. Bugs keep their traceback."""
     try:
-        _dispatch(sys.argv[1:] if words is None else words)
+        with stopping_at_once():
+            _dispatch(sys.argv[1:] if words is None else words)
     except InputError as error:
-        sys.exit(_complain(str(error), 2))
+        sys.exit(_complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 2))
     except DetoxrlError as error:
         sys.exit(_complain(str(error), 1))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; nothing was written", 130))
+    except KeyboardInterrupt as stop:
+        sys.exit(_stopped(stop, "nothing was written"))
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _stopped(stop: KeyboardInterrupt, kept: str) -> int:
+    terminated = isinstance(stop, Terminated)
+    return _complain(f"{'terminated' if terminated else 'interrupted'}; {kept}", 143 if terminated else 130)
 
 
 def _complain(message: str, code: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from detoxrl.config import Config
+from detoxrl.data.rows import Row, read_rows
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
 from detoxrl.reward_training import LABELS
@@ -15,6 +16,7 @@ from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
 from detoxrl.rewards.shaping import Reward
 from detoxrl.settings import changed, flatten
+from detoxrl.storage import reading
 from detoxrl.tracking import RunFolder
 
 # Settings that may name something on disk, and the words that never do.
@@ -69,6 +71,13 @@ def judge_name(config: Config) -> str:
     """Return what the primary judge is called in results: a folder's name without the path to it, or the hub id."""
     path = Path(config.evaluation.primary_judge)
     return path.name if path.is_absolute() else config.evaluation.primary_judge
+
+
+def rows_of(folder: RunFolder, split: str) -> list[Row]:
+    """Return the rows of a split of a prepared run."""
+    path = folder.need(f"data/{split}.jsonl", "prepare")
+    with reading(path):
+        return read_rows(path)
 
 
 def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:

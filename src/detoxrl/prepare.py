@@ -27,6 +27,7 @@ from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_b
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import require_agreement
+from detoxrl.storage import filling, remove
 from detoxrl.tracking import RunFolder, log, progress
 
 UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
@@ -75,9 +76,12 @@ def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
     folder.write_json("rows.json", prepared.account)
     log.print(account_table(prepared.account))
     if config.policy.base == "scratch":
-        prepared.tokenizer.save_pretrained(folder / "tokenizer")
-    if config.reward.function is None and config.reward.classifier == "embedded":
+        with filling(folder / "tokenizer") as tokenizer:
+            prepared.tokenizer.save_pretrained(tokenizer)
+    wanted = config.reward.function is None and config.reward.classifier == "embedded"
+    if wanted and not (folder / "reward").is_dir():  # it is there when the run was stopped just then
         _train_reward_model(folder, config)
+    remove(folder / "checkpoints/prepare")
 
 
 def _prepared(config: Config) -> Prepared:
@@ -138,15 +142,16 @@ def _train_reward_model(folder: RunFolder, config: Config) -> None:
     utterances = generate_utterances(config.seed, UTTERANCES)
 
     def build(target: Path) -> None:
-        with progress("reward model", REWARD_STEPS) as advance:
+        with filling(target) as temporary, progress("reward model", REWARD_STEPS) as reach:
             train_reward_model(
                 utterances,
-                target,
+                temporary,
+                folder / "checkpoints/prepare",
                 steps=REWARD_STEPS,
                 batch_size=REWARD_BATCH,
                 lr=REWARD_LR,
                 seed=config.seed,
-                on_step=lambda loss: advance(f"loss {loss:.3f}"),
+                on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"),
             )
 
     settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"

@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
+from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.policy.backbone import scratch_tokenizer
 from detoxrl.randomness import batch_indices, torch_seed
 
@@ -18,14 +19,15 @@ LABELS = ("nothate", "hate")
 def train_reward_model(
     utterances: Sequence[tuple[str, bool]],
     folder: Path,
+    place: Path,
     *,
     steps: int,
     batch_size: int,
     lr: float,
     seed: int,
-    on_step: Callable[[float], None],
+    on_step: Callable[[int, float], None],
 ) -> None:
-    """Train a small RoBERTa on (text, hateful) `utterances` and save it to `folder`.
+    """Train a small RoBERTa on (text, hateful) `utterances` and save it to `folder`; checkpoints go to `place`.
 
     Its labels are those of facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate.
     """
@@ -34,10 +36,12 @@ def train_reward_model(
     ids = tokenizer([text for text, _ in utterances]).input_ids
     labels = torch.tensor([int(hateful) for _, hateful in utterances])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    with torch.random.fork_rng(devices=[]):  # dropout
-        torch.manual_seed(torch_seed(seed, "reward dropout"))
-        model.train()
-        for step in range(steps):
+    checkpoints = Checkpoints(place, trainable(model), optimizer)
+    model.train()
+    with torch.random.fork_rng(devices=[]), checkpoints.stoppable():
+        for step in range((checkpoints.restore() or {"step": 0})["step"], steps):
+            checkpoints.point(step, {})
+            torch.manual_seed(torch_seed(seed, f"reward dropout {step}"))
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / steps)
             rows = batch_indices(seed, "reward", step, batch_size, len(utterances))
@@ -46,7 +50,7 @@ def train_reward_model(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            on_step(loss.item())
+            on_step(step + 1, loss.item())
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

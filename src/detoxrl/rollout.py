@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -30,6 +30,33 @@ def draws(
 
 
 @torch.no_grad()
+def sample_batches(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    *,
+    seed: int,
+    stream: str,
+    samples: int = 1,
+    adapter: str | None = POLICY,
+    skip: int = 0,
+) -> Iterator[dict[int, list[str]]]:
+    """Yield `samples` response texts for each prompt by its row, batch after batch; every prompt is encoded once.
+
+    The first `skip` batches are left out.
+    """
+    for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)[skip:]:
+        batch = [prompts[row] for row in rows]
+        encoded = policy.encode([prompt.text for prompt in batch], adapter)
+        texts: dict[int, list[str]] = {row: [] for row in rows}
+        for sample in range(samples):
+            chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
+            responses = policy.sample(encoded, chances, config.temperature, adapter)
+            for row, text in zip(rows, policy.decode(responses), strict=True):
+                texts[row].append(text)
+        yield texts
+
+
 def sample_texts(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -39,23 +66,12 @@ def sample_texts(
     stream: str,
     samples: int = 1,
     adapter: str | None = POLICY,
-    on_prompts: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
-    """Return `samples` response texts for each prompt; every prompt is encoded once.
-
-    `on_prompts(count)` is called whenever so many more prompts are done.
-    """
-    texts: list[list[str]] = [[] for _ in prompts]
-    for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size):
-        batch = [prompts[row] for row in rows]
-        encoded = policy.encode([prompt.text for prompt in batch], adapter)
-        for sample in range(samples):
-            chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
-            responses = policy.sample(encoded, chances, config.temperature, adapter)
-            for row, text in zip(rows, policy.decode(responses), strict=True):
-                texts[row].append(text)
-        on_prompts(len(rows))
-    return texts
+    """Return `samples` response texts for each prompt."""
+    texts: dict[int, list[str]] = {}
+    for batch in sample_batches(policy, prompts, config, seed=seed, stream=stream, samples=samples, adapter=adapter):
+        texts |= batch
+    return [texts[row] for row in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config, SftConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import TrainingError
@@ -31,33 +32,37 @@ def fine_tune(
     steps: int,
     lr: float,
     seed: int,
-    on_step: Callable[[float], None],
+    place: Path,
+    on_step: Callable[[int, float], None],
 ) -> None:
     """Minimise the cross-entropy of the targets in (prompt, target) `pairs` over whatever weights are trainable.
 
-    Linear warm-up to `lr`, then linear decay to 0. `on_step(loss)` gets nats per token after each step.
-    Raises TrainingError when the loss is not finite.
+    Linear warm-up to `lr`, then linear decay to 0. `on_step(done, loss)` gets the steps done and nats per token.
+    Checkpoints go to `place`, and it goes on from what is there. Raises TrainingError when the loss is not finite.
     """
     device = model.device
     inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     precision = autocast(device, config.bf16)
+    checkpoints = Checkpoints(place, weights, optimizer)
     model.train()
-    torch.manual_seed(torch_seed(seed, "sft dropout"))
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / steps)
-        rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
-        with precision:
-            loss = model(**_batch(tokenizer, device, inputs, labels, rows)).loss
-        if not loss.isfinite():
-            raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        on_step(loss.item())
+    with checkpoints.stoppable():
+        for step in range((checkpoints.restore() or {"step": 0})["step"], steps):
+            checkpoints.point(step, {})
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / steps)
+            rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
+            torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
+            with precision:
+                loss = model(**_batch(tokenizer, device, inputs, labels, rows)).loss
+            if not loss.isfinite():
+                raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            on_step(step + 1, loss.item())
     model.eval()
 
 
@@ -106,26 +111,34 @@ def _batch(
     }
 
 
-def warm_start(config: Config, rows: Sequence[Row], folder: Path, scratch_tokenizer: Path) -> None:
-    """Fine-tune on the reference summaries and save to `folder`: a whole model with tokenizer, or a LoRA adapter."""
+def warm_start(config: Config, rows: Sequence[Row], folder: Path, place: Path, scratch_tokenizer: Path) -> None:
+    """Fine-tune on the reference summaries and save to `folder`: a whole model with tokenizer, or a LoRA adapter.
+
+    Checkpoints go to `place`.
+    """
     pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
     base = config.policy.base
     if not config.sft.full_weights:
-        _train_policy(config, base, _starting_adapter(config), pairs, "warm start", folder)
+        _train_policy(config, base, _starting_adapter(config), pairs, "warm start", folder, place)
         return
     if base == "scratch":
         tokenizer = load_tokenizer(str(scratch_tokenizer))
         model = scratch_base(tokenizer, config.seed)
     else:
         model, tokenizer = load_base(base)
-    _fine_tune_showing(model.to(PartialState().device), tokenizer, pairs, config, "warm start")
+    _fine_tune_showing(model.to(PartialState().device), tokenizer, pairs, config, "warm start", place)
     save_base(model, tokenizer, folder)
 
 
-def civil_baseline(config: Config, base: str, start: Path | None, rows: Sequence[Row], folder: Path) -> None:
-    """Fine-tune the policy's weights from the same start on the civil references alone and save them to `folder`."""
+def civil_baseline(
+    config: Config, base: str, start: Path | None, rows: Sequence[Row], folder: Path, place: Path
+) -> None:
+    """Fine-tune the policy's weights from the same start on the civil references alone and save them to `folder`.
+
+    Checkpoints go to `place`.
+    """
     pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    _train_policy(config, base, start, pairs, "civil baseline", folder)
+    _train_policy(config, base, start, pairs, "civil baseline", folder, place)
 
 
 def _starting_adapter(config: Config) -> Path | None:
@@ -133,10 +146,16 @@ def _starting_adapter(config: Config) -> Path | None:
 
 
 def _train_policy(
-    config: Config, base: str, start: Path | None, pairs: Sequence[tuple[str, str]], what: str, folder: Path
+    config: Config,
+    base: str,
+    start: Path | None,
+    pairs: Sequence[tuple[str, str]],
+    what: str,
+    folder: Path,
+    place: Path,
 ) -> None:
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    _fine_tune_showing(policy.model, policy.tokenizer, pairs, config, what)
+    _fine_tune_showing(policy.model, policy.tokenizer, pairs, config, what, place)
     policy.weights.save(folder)
 
 
@@ -146,9 +165,14 @@ def _fine_tune_showing(
     pairs: Sequence[tuple[str, str]],
     config: Config,
     what: str,
+    place: Path,
 ) -> None:
     warm = what == "warm start"
     steps = config.sft.steps if warm else config.sft.baseline_steps
     lr = config.sft.lr if warm else config.sft.baseline_lr
-    with progress(what, steps) as advance:
-        fine_tune(model, tokenizer, pairs, config.sft, steps, lr, config.seed, lambda loss: advance(f"loss {loss:.3f}"))
+    with progress(what, steps) as reach:
+
+        def show(done: int, loss: float) -> None:
+            reach(done, f"loss {loss:.3f}")
+
+        fine_tune(model, tokenizer, pairs, config.sft, steps, lr, config.seed, place, show)

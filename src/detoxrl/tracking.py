@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from safetensors import SafetensorError
 
 from detoxrl.config import Config
-from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.errors import InputError, require
 from detoxrl.settings import config_from_json, config_to_json
+from detoxrl.storage import is_temporary, reading, remove, sweep, write_text
 
 # What eval.json calls the reward's own model where it judges: no independent judge.
 REWARD_JUDGE = "reward classifier"
@@ -29,34 +27,8 @@ NOTHING_BETTER = (
     "More rows, more steps, another rl.lr or a larger rl.quality_margin may help."
 )
 STAGES = ("prepare", "sft", "train", "evaluate", "report")
+_LOCK = ".lock"
 log = Console(stderr=True, highlight=False)
-
-
-@contextmanager
-def filling(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `target` once it is complete; on an error it is removed."""
-    temporary, old = (target.with_name(f".{target.name}.{kind}{os.getpid()}") for kind in ("new", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a torn or missing file into a StorageError."""
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        remedy = "remove it to begin its stage anew, the rest is kept"
-        raise StorageError(f"{path} is broken: {reason}; {remedy}") from error
 
 
 class RunFolder:
@@ -75,7 +47,8 @@ class RunFolder:
         parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
         writable = parent.is_dir() and os.access(parent, os.W_OK)
         require(writable, "--run-dir", str(root), f"cannot be made: {parent} is not writable", "name another folder")
-        if not root.exists() or not any(root.iterdir()):
+        # A process that was killed before it had anything to keep leaves no more than these.
+        if not root.exists() or all(path.name == _LOCK or is_temporary(path) for path in root.iterdir()):
             return
         remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
         require(overwrite, "--run-dir", str(root), "exists already", remedy)
@@ -83,19 +56,37 @@ class RunFolder:
         ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
         require(ours, "--run-dir", str(root), "is no run folder", "name another folder; nothing was deleted")
 
-    @classmethod
-    def create(cls, root: Path, config: Config, overwrite: bool) -> RunFolder:
-        """Make the folder and store the config. Raises InputError when it exists and may not be replaced."""
-        cls.refuse_unfit(root, overwrite)
-        if root.exists():
-            shutil.rmtree(root)
-        folder = cls(root)
+    @contextmanager
+    def held(self) -> Iterator[RunFolder]:
+        """Keep other processes out of the folder, which is made if need be; a killed one's half-written files go.
+
+        Raises InputError when another process holds it, or when it cannot be made.
+        """
         try:
-            folder.write("config.json", config_to_json(config))
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self / _LOCK)
+            lock.acquire(timeout=0)
+        except Timeout:
+            remedy = "wait for it, stop it, or name another folder"
+            raise InputError("run folder", str(self.root), "is in use by another process", remedy) from None
         except OSError as error:
-            remedy = "name another folder"
-            raise InputError("--run-dir", str(root), f"cannot be made: {error.strerror}", remedy) from error
-        return folder
+            rule = f"cannot be made: {error.strerror}"
+            raise InputError("--run-dir", str(self.root), rule, "name another folder") from error
+        try:
+            sweep(self.root)
+            yield self
+        finally:
+            lock.release()
+
+    def begin(self, config: Config, machine: dict[str, Any], overwrite: bool) -> None:
+        """Make the held folder that of a new run. Raises InputError when it holds one that may not be replaced."""
+        self.refuse_unfit(self.root, overwrite)
+        # The config goes last: until then this is the old run, which knows how to make anew what is gone.
+        for path in sorted(self.root.iterdir(), key=lambda path: path.name != "seconds.json"):
+            if path.name not in (_LOCK, "config.json"):
+                remove(path)
+        self.write_json("machine.json", machine)
+        self.write("config.json", config_to_json(config))
 
     @classmethod
     def open(cls, root: Path) -> tuple[RunFolder, Config]:
@@ -115,14 +106,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file so that it is there whole or not at all."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(self.root / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as indented JSON; NaN is refused."""
@@ -138,11 +122,18 @@ class RunFolder:
         with (self.root / name).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def keep_before(self, name: str, step: int) -> None:
-        """Cut a JSON-lines file to its records of the steps before `step`."""
-        there = (self.root / name).is_file()  # a run that stopped in its first step has written none
-        lines = (self.root / name).read_text(encoding="utf-8").split("\n") if there else []
-        self.write(name, "".join(f"{line}\n" for line in lines if line and json.loads(line)["step"] < step))
+    def whole_lines(self, name: str) -> list[Any]:
+        """Return the objects of a JSON-lines file, which is cut at the first line that is torn; no file holds none."""
+        path, found, size = self.root / name, list[Any](), 0
+        if path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    break
+                size += len(line)
+            os.truncate(path, size)
+        return found
 
     def discard(self, *names: str) -> None:
         """Delete products of an earlier run that what comes now would belie."""
@@ -150,8 +141,7 @@ class RunFolder:
         if there:
             log.print(f"{self.root}: removing {', '.join(there)}, which what comes now would belie")
         for name in there:
-            path = self.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(self.root / name)
 
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
@@ -161,14 +151,30 @@ class RunFolder:
             done: dict[str, float] = self.read_json("seconds.json")
         return done
 
-    @contextmanager
-    def timed(self, stage: str, started: float | None = None) -> Iterator[None]:
-        """Record the seconds of a stage in seconds.json once it is done; until then it and later ones are not."""
+    def begun(self, stage: str) -> bool:
+        """Return whether a stage is finished or has something to go on from."""
+        return stage in self.finished() or (self / f"checkpoints/{stage}").is_dir()
+
+    def reopen(self, stage: str) -> dict[str, float]:
+        """Count a stage and those after it as not done, and return the stages before it."""
         before = {name: s for name, s in self.finished().items() if STAGES.index(name) < STAGES.index(stage)}
         self.write_json("seconds.json", before)
+        return before
+
+    @contextmanager
+    def timed(self, stage: str, started: float | None = None) -> Iterator[Callable[[], dict[str, float]]]:
+        """Record the seconds of a stage in seconds.json once it is done; until then it and later ones are not.
+
+        Yields a function that returns what will be recorded.
+        """
+        before = self.reopen(stage)
         started = started or time.perf_counter()
-        yield
-        self.write_json("seconds.json", before | {stage: round(time.perf_counter() - started, 2)})
+
+        def seconds() -> dict[str, float]:
+            return before | {stage: round(time.perf_counter() - started, 2)}
+
+        yield seconds
+        self.write_json("seconds.json", seconds())
 
 
 class _Rate(ProgressColumn):
@@ -177,31 +183,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a bar on stderr with rate and time left, `done` units of it full; yields `advance(status, units=1)`."""
+def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar on stderr with rate and time left; yields `reach(done, status)`."""
     columns = [TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), _Rate()]
     columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[status]}", style="dim")]
     with Progress(*columns, console=log) as bar:
-        task = bar.add_task(what, total=total, completed=done, status="")
-        yield lambda status, units=1: bar.update(task, advance=units, status=status)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed; the second one interrupts at once."""
-    pressed: list[int] = []
-
-    def press(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-        log.print("interrupted: ending this step and writing its state (again: stop at once, without)")
-
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield lambda: False
-        return
-    earlier = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, earlier)
+        task = bar.add_task(what, total=total, status="")
+        yield lambda done, status: bar.update(task, completed=done, status=status)

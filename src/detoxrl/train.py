@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from detoxrl.checkpoint import BestCheckpoint, Validation, load_state, save_state
+from detoxrl.best import BestCheckpoint, Validation
+from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
@@ -25,7 +26,7 @@ from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
 from detoxrl.rollout import collect, sample_texts
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
-from detoxrl.tracking import NOTHING_BETTER, RunFolder, interruptible, log, progress
+from detoxrl.tracking import NOTHING_BETTER, RunFolder, log, progress
 
 
 def train(
@@ -39,9 +40,9 @@ def train(
 ) -> None:
     """Train the policy with PPO (Schulman et al. 2017) and keep its best checkpoint in `folder`.
 
-    Goes on from `state/` where an interrupted training left one. Ctrl-C ends the step, writes that state and raises
-    KeyboardInterrupt; a reward that raises leaves the state before its step. Raises TrainingError when a logged number
-    is not finite; the best checkpoint so far stays.
+    Goes on from checkpoints/train where there is one. Ctrl-C and SIGTERM end the step, write a checkpoint and raise
+    KeyboardInterrupt; a reward that raises leaves a checkpoint of its step. Raises TrainingError when a logged number
+    is not finite; the best policy so far stays. The last checkpoint stays too, for a run that is to be longer.
     """
     rl, accelerator = config.rl, Accelerator()
     one = accelerator.num_processes == 1
@@ -53,28 +54,39 @@ def train(
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
     prompts, best = to_prompts(rows), BestCheckpoint(folder, rl.quality_margin)
-    first, kl_coef = load_state(folder, policy, optimizer, best) or (0, rl.kl_coef)
-    if first == 0:
+    checkpoints = _checkpoints(folder, policy, optimizer)
+    resumed = checkpoints.restore()
+    first, kl_coef, shown = 0, rl.kl_coef, ""
+    if resumed:
+        first, kl_coef, shown = resumed["step"], resumed["kl_coef"], resumed["shown"]
+        best.recall(resumed["best"])
+    if not (folder / "normaliser.json").is_file():
         folder.write_json("normaliser.json", asdict(reference_normaliser(policy, reward, prompts, config)))
     normaliser = Normaliser(**folder.read_json("normaliser.json"))
-    shown = ""
-    with progress("train", rl.steps, first) as advance, interruptible() as interrupted:
-        for step in range(first, rl.steps):
-            watch, seen = Watch(), best.seen()
+    with progress("train", rl.steps) as reach, checkpoints.stoppable():
+        for step in range(first, rl.steps + 1):
+            watch, last = Watch(), step == rl.steps
+            # A checkpoint follows its step's validation, so what it goes on with is not validated again.
+            if (last or step % rl.validate_every == 0) and not (resumed and step == first):
+                shown = _validate(folder, policy, config, judge, validation_rows, step, best)
+                watch.lap("validate")
+            state = {"kl_coef": kl_coef, "best": best.seen(), "shown": shown}
+            checkpoints.point(step, state, now=last)
+            watch.lap("checkpoint")
+            if last:
+                break
             decay = 1 - step / rl.steps
             for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
                 group["lr"] = peak * decay
-            if step % rl.validate_every == 0:
-                shown = _validate(folder, policy, config, judge, validation_rows, step, best)
-                watch.lap("validate")
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
             rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
             watch.lap("sample")
             responses, mask = rollout.responses, rollout.responses.response_mask
             try:
                 raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
-            except Exception:  # a user's function may fail late; what was learnt before is kept, the error goes on
-                save_state(folder, policy, optimizer, seen, step, kl_coef)
+            except Exception as error:  # a user's function may fail late; what was learnt before is kept
+                checkpoints.point(step, state, now=True)
+                error.add_note(f"step {step} is kept: go on with `detoxrl run --resume --run-dir {folder.root}`")
                 raise
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")
@@ -94,15 +106,19 @@ def train(
             warn(statistics, step)
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
             keep_samples(folder, rollout, raw, step)
-            advance(f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
-            if interrupted():
-                save_state(folder, policy, optimizer, best.seen(), step + 1, kl_coef)
-                raise KeyboardInterrupt
-    shown = _validate(folder, policy, config, judge, validation_rows, rl.steps, best)
+            reach(step + 1, f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
+    checkpoints.forget(keep=1)
     kept = folder.read_json("checkpoint.json")["kept_step"]
     log.print(f"train: kept the policy of step {kept}; at the end {shown}")
     if kept == 0:
         log.print(f"train: {NOTHING_BETTER}")
+
+
+def _checkpoints(folder: RunFolder, policy: Policy, optimizer: Any) -> Checkpoints:
+    head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
+    products = [folder / name for name in ("adapter", "checkpoint.json", "normaliser.json")]
+    logs = [folder / name for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl")]
+    return Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products, logs)
 
 
 def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Prompt], config: Config) -> Normaliser:

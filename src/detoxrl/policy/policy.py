@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from detoxrl.policy.backbone import end_tokens
@@ -56,14 +55,8 @@ class Policy(ABC):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
-        """Write the policy's weights, and the value head beside them."""
+        """Write the policy's weights as a folder that peft, or with full weights transformers, loads."""
         self.weights.save(folder)
-        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
-
-    def load(self, folder: Path) -> None:
-        """Put the weights and the value head that `save` wrote in place of the present ones."""
-        self.weights.load(folder)
-        self.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], adapter: str | None = POLICY) -> Encoded:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,10 +75,6 @@ class LoraWeights:
         """Write the policy's adapter as a folder that peft loads on the base."""
         self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
 
-    def load(self, folder: Path) -> None:
-        """Put the adapter that `save` wrote in place of the policy's."""
-        set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name=POLICY)
-
 
 class FullWeights:
     """A whole model that trains, and frozen ones by name; None is the start. What never trains is there once."""
@@ -120,13 +116,6 @@ class FullWeights:
     def save(self, folder: Path) -> None:
         """Write the policy's model and its tokenizer, so that transformers loads it."""
         save_base(self.model, self._tokenizer, folder)
-
-    def load(self, folder: Path) -> None:
-        """Put the weights that `save` wrote in place of the policy's. Raises StorageError when something is gone."""
-        try:
-            self.model.load_state_dict(load_base(str(folder))[0].state_dict())
-        except InputError as error:
-            raise StorageError(f"{folder} cannot be read: {first_line(error)}; train again or put it back") from error
 
 
 Weights = LoraWeights | FullWeights

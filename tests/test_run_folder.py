@@ -1,4 +1,4 @@
-"""Which checkpoint is kept, and that a folder is never half written."""
+"""Which policy is kept, that a folder is never half written, and that one process at a time writes in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from detoxrl.checkpoint import BestCheckpoint, Validation
+from detoxrl.best import BestCheckpoint, Validation
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
 from detoxrl.settings import config_to_json
-from detoxrl.tracking import RunFolder, filling
+from detoxrl.storage import filling
+from detoxrl.tracking import RunFolder
 
 
 class FakePolicy:
@@ -21,6 +22,12 @@ class FakePolicy:
 
     def save(self, folder: Path) -> None:
         (folder / "weights").write_text(self.name)
+
+
+def begin(root: Path, overwrite: bool = False) -> RunFolder:
+    with RunFolder(root).held() as folder:
+        folder.begin(recipe("quickstart"), {"threads": 2}, overwrite)
+    return folder
 
 
 def kept(tmp_path: Path, found: list[tuple[float, float]], margin: float = 0.01, error: float = 0.005) -> int:
@@ -69,28 +76,28 @@ def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_replaced_only_on_request_and_only_if_it_is_one(tmp_path: Path) -> None:
-    config = recipe("quickstart")
-    RunFolder.create(tmp_path / "run", config, overwrite=False)
+    begin(tmp_path / "run")
     with pytest.raises(InputError, match="exists already; add --resume"):
-        RunFolder.create(tmp_path / "run", config, overwrite=False)
+        begin(tmp_path / "run")
     (tmp_path / "run" / "old").touch()
-    RunFolder.create(tmp_path / "run", config, overwrite=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    begin(tmp_path / "run", overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "machine.json"}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday").touch()
     (tmp_path / "photos" / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(InputError, match=r"is no run folder.*nothing was deleted"):
-        RunFolder.create(tmp_path / "photos", config, overwrite=True)
+        begin(tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos" / "holiday").exists()
     with pytest.raises(InputError, match="is a file; name a folder"):
-        RunFolder.create(tmp_path / "photos" / "holiday", config, overwrite=True)
+        RunFolder.refuse_unfit(tmp_path / "photos" / "holiday", overwrite=True)
+    with pytest.raises(InputError, match="cannot be made: File exists; name another folder"):
+        begin(tmp_path / "photos" / "holiday")
 
 
 def test_a_folder_opens_with_its_config_and_names_the_stage_that_is_missing(tmp_path: Path) -> None:
-    config = recipe("quickstart")
-    RunFolder.create(tmp_path / "run", config, overwrite=False)
+    begin(tmp_path / "run")
     folder, read = RunFolder.open(tmp_path / "run")
-    assert read == config
+    assert read == recipe("quickstart")
     with pytest.raises(InputError, match="has no adapter; run `detoxrl train"):
         folder.need("adapter", "train")
     with pytest.raises(InputError, match=r"holds no config\.json"):
@@ -98,7 +105,7 @@ def test_a_folder_opens_with_its_config_and_names_the_stage_that_is_missing(tmp_
 
 
 def test_an_edited_config_is_bad_input_named_by_its_field(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", recipe("quickstart"), overwrite=False)
+    folder = begin(tmp_path / "run")
     folder.write("config.json", config_to_json(recipe("quickstart")).replace('"clip": 0.2', '"clip": "wide"'))
     with pytest.raises(InputError, match=r"rl\.clip = 'wide'"):
         RunFolder.open(tmp_path / "run")

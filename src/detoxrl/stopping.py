@@ -1,0 +1,61 @@
+"""What happens when somebody stops the program?"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, as clusters send it before they take the machine away."""
+
+
+_RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Let SIGTERM raise Terminated inside the block, as Ctrl-C raises KeyboardInterrupt."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    with _handled({signal.SIGTERM: handle}):
+        yield
+
+
+@contextmanager
+def stopping_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Yield a function that returns what to raise once Ctrl-C or SIGTERM came; the second one is raised at once.
+
+    One that nobody asked about is raised at the end of the block.
+    """
+    came: list[type[KeyboardInterrupt]] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        kind = _RAISED[signal.Signals(number)]
+        if came:
+            raise kind
+        came.append(kind)
+        say("stopping: this step is ended and a checkpoint written (again: stop at once, without)")
+
+    with _handled(dict.fromkeys(_RAISED, handle)):
+        yield lambda: came[0] if came else None
+    if came:
+        raise came[0]
+
+
+@contextmanager
+def _handled(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

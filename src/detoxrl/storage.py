@@ -1,0 +1,101 @@
+"""How is something written so that a kill or a power cut leaves the old or the new, and never half of it?
+
+It is written under a temporary name beside its own, brought to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from detoxrl.errors import StorageError, first_line
+
+_TEMPORARY = re.compile(r"\..+\.(new|old)\d+")
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether the name is one under which this room writes."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "new")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` once it is complete; on an error it is removed.
+
+    A folder that was there is away for the moment between two renames; what must survive that is in a checkpoint.
+    """
+    temporary, old = _beside(target, "new"), _beside(target, "old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there, so that it is there whole or not at all."""
+    if path.is_dir():
+        old = _beside(path, "old")
+        os.replace(path, old)
+        shutil.rmtree(old)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed left half written; no other may be writing in `folder`."""
+    for path in [path for path in folder.rglob(".*") if is_temporary(path)]:
+        remove(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a torn or missing file into a StorageError."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        reason = first_line(error)
+        remedy = "remove it to begin its stage anew, the rest is kept"
+        raise StorageError(f"{path} is broken: {reason}; {remedy}") from error
