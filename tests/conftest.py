@@ -196,6 +196,15 @@ def policy(request: pytest.FixtureRequest, make_policy: Make) -> Policy:
     return make_policy(*request.param)
 
 
+@pytest.fixture
+def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with the user's model, classifier, dialogues and reward functions."""
+    from small_runs import make_place
+
+    monkeypatch.chdir(tmp_path)
+    return make_place(tmp_path, bases, reward_folder)
+
+
 def prompted_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
     """Generated rows with the prompts that the default template makes."""
     template = DataConfig().template

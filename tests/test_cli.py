@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from detoxrl import measuring
 from detoxrl.recipes import recipe
 from detoxrl.settings import flatten
 from detoxrl.tracking import RunFolder
+from small_runs import same_end, without_timings
 
 SMALL = [
     "--data.limit", "96", "--rl.validation-prompts", "8", "--evaluation.prompts", "12",
@@ -32,12 +34,6 @@ def detoxrl(*words: str, cwd: Path, cache: Path | None = None) -> subprocess.Com
         [sys.executable, "-W", "error::UserWarning:detoxrl", "-m", "detoxrl", *words],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-
-
-def without_timings(path: Path) -> list[dict[str, object]]:
-    with path.open() as lines:
-        records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if "second" not in k} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +199,38 @@ def test_a_closed_pipe_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+KILLED = """
+import importlib, os, signal, sys
+from detoxrl import checkpoint, cli
+checkpoint.SHARE = 1e9  # a checkpoint at every step
+place, name, calls = sys.argv[1].split(":")
+module = importlib.import_module(place)
+real, left = getattr(module, name), [int(calls)]
+
+def deadly(*given, **named):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given, **named)
+
+setattr(module, name, deadly)
+cli.main(sys.argv[2:])
+"""
+
+
+def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache"), "COLUMNS": "120"}
+    words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
+    for deadly in (
+        "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:2",
+        "detoxrl.measuring:sample_batches:2",
+    ):  # fmt: skip
+        command = [sys.executable, "-c", KILLED, deadly, *words]
+        killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = detoxrl("run", "--resume", "--run-dir", "broken", cwd=tmp_path, cache=tmp_path / "cache")
+    assert ended.returncode == 0, ended.stderr
+    assert "warm start" not in ended.stderr  # only what was left was done
+    same_end(run, tmp_path / "broken")

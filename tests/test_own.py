@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -18,9 +18,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from conftest import TARGETS, disturb, policy_config
-from detoxrl import Config, cli, evaluate, recipe
+from detoxrl import Config, evaluate, recipe
 from detoxrl import estimate as estimate_module
-from detoxrl.checkpoint import Checkpoints
 from detoxrl.data.rows import token_lengths
 from detoxrl.errors import DetoxrlError, InputError
 from detoxrl.policy.adapters import load_policy
@@ -30,68 +29,8 @@ from detoxrl.rewards.function import checked, function_name, load_function
 from detoxrl.settings import changed, config_from_json, config_to_json
 from detoxrl.tracking import RunFolder
 from hub import hub
-from test_cli import without_timings
+from small_runs import SMALL, contents, detoxrl, own
 from test_data import ODD, dialogue
-
-REWARD = '''
-"""Rewards of a user's own."""
-import os, signal
-
-def brevity(prompts, responses):
-    if os.environ.get("INTERRUPT_AT") == str(len(calls)):
-        signal.raise_signal(signal.SIGINT)
-    bad = os.environ.get("FAIL_AT") == str(len(calls))
-    calls.append(len(responses))
-    return [float("nan") if bad else -len(text) / 10 for text in responses]
-
-def short(prompts, responses):
-    return [0.0]
-
-def words(prompts, responses):
-    return ["1.0" for _ in responses]
-
-def undefined(prompts, responses):
-    return [float("nan") if i == 1 else 0.0 for i, _ in enumerate(responses)]
-
-calls = []
-'''
-# Small enough to run in seconds; spelt as a user would.
-SMALL = [
-    "--rl.steps", "3", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
-    "--rl.validate-every", "1", "--rl.lr", "1e-2", "--rl.validation-prompts", "5", "--evaluation.prompts", "8",
-    "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200", "--generation.max-new-tokens", "12",
-    "--reward.normalise-on", "16",
-]  # fmt: skip
-
-
-@pytest.fixture
-def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with the user's model, classifier, dialogues and reward functions."""
-    copytree(bases["t5"], tmp_path / "model")
-    copytree(reward_folder, tmp_path / "classifier")
-    rows = [
-        {"dialogue": ODD + dialogue(i, " Oh crap!"), "summary": f"They talk about {i}, “all” 😀."} for i in range(40)
-    ]
-    rows += [{"dialogue": "", "summary": "x"}, rows[0], {"dialogue": "word " * 1000, "summary": "Long."}]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rewards.py").write_text(REWARD)
-    (tmp_path / "broken.py").write_text("def f(prompts, responses):\n    return [0.0 for\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def own(*words: str) -> list[str]:
-    return ["run", "own", "--policy.base", "model", "--reward.classifier", "classifier", "--data.source", "mine.jsonl",
-            *SMALL, *words]  # fmt: skip
-
-
-def detoxrl(words: Sequence[str]) -> int:
-    """Run a command in this process and return its exit code."""
-    try:
-        cli.main(words)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_own_dialogues_model_and_classifier_go_through_unharmed(
@@ -410,15 +349,6 @@ def test_bad_input_is_one_line_names_the_remedy_and_writes_nothing(
     assert contents(place) == before
 
 
-def contents(place: Path) -> dict[Path, bytes]:
-    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
-    return {path.relative_to(place): path.read_bytes() for path in files if "__pycache__" not in path.parts}
-
-
-def steps_kept(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints/train").iterdir())
-
-
 def test_positions_bound_prompts_and_responses(
     place: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,75 +359,7 @@ def test_positions_bound_prompts_and_responses(
     assert "generation.max_new_tokens = 300: exceeds the 256 positions of" in capfd.readouterr().err
 
 
-# Interrupted, full, broken
-
-
-def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "5")
-    words += ["--rl.kl-target", "0.001", "--rl.kl-horizon", "64"]  # kl_coef moves, so it has to come back too
-    assert detoxrl([*words, "--run-dir", "whole"]) == 0
-    monkeypatch.setenv("INTERRUPT_AT", "3")  # 0 is the probe, 1 the normaliser, 2 step 0, 3 step 1
-    assert detoxrl([*words, "--run-dir", "broken"]) == 130
-    told = capfd.readouterr().err
-    assert "broken keeps " in told
-    assert "go on with `detoxrl run --resume --run-dir broken`" in told
-    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
-    monkeypatch.delenv("INTERRUPT_AT")
-    with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
-        crash.setattr(Checkpoints, "_write", lambda *_: None)
-        crash.setenv("FAIL_AT", "2")  # 0 is the probe, 1 step 2, 2 step 3
-        assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2
-    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 3
-    monkeypatch.setenv("FAIL_AT", "3")
-    capfd.readouterr()
-    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2  # step 4, and its state is kept
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert "returned nan for response 1 of 8" in told
-    assert "go on with `detoxrl run --resume --run-dir broken`" in told
-    assert steps_kept(place / "broken") == [2, 4]
-    monkeypatch.delenv("FAIL_AT")
-    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
-    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
-        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
-    assert steps_kept(place / "broken") == [5]  # with the value head, the moments and the coefficient
-    state = [
-        f"checkpoints/train/step-00000005/{name}"
-        for name in ("weights.safetensors", "moments.safetensors", "state.json")
-    ]
-    for name in ("adapter", "checkpoint.json", "normaliser.json", *state):
-        assert contents(place / "broken" / name) == contents(place / "whole" / name), name
-
-
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_reward_that_fails_leaves_the_state_before_its_step(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
-    assert detoxrl([*words, "--run-dir", "whole"]) == 0
-    monkeypatch.setenv("FAIL_AT", str(2 + step))  # 0 is the probe, 1 the normaliser
-    assert detoxrl([*words, "--run-dir", "broken"]) == 2
-    monkeypatch.delenv("FAIL_AT")
-    assert max(steps_kept(place / "broken")) == step
-    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
-    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
-        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
-    capfd.readouterr()
-
-
-def test_resuming_does_only_what_is_left_and_refuses_other_settings(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert detoxrl(own()) == 0
-    adapter = (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns
-    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
-    assert detoxrl(own("--resume")) == 0
-    assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
-    capfd.readouterr()
-    assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
-    told = "data.min_length = 2: differs from the run's 1, and prepare was done with that; begin anew with --overwrite"
-    assert told in capfd.readouterr().err
+# Full, broken
 
 
 def test_a_full_disk_is_exit_1_with_what_was_kept(

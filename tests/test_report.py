@@ -89,6 +89,7 @@ EVALUATION = {
     "toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic"),
                  "reward classifier": toxicity(0.4, 0.1, "less toxic", None)},
     "quality": {"facts": change(0.91, 0.9), "length": change(24.0, 23.5)},
+    "changed_on_its_way": [],
     "two_by_two": {"toxic before": {"toxic after": 1, "civil after": 3},
                    "civil before": {"toxic after": 2, "civil after": 14}},
     "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from detoxrl import storage, tracking
 from detoxrl.best import BestCheckpoint, Validation
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
@@ -109,6 +112,75 @@ def test_an_edited_config_is_bad_input_named_by_its_field(tmp_path: Path) -> Non
     folder.write("config.json", config_to_json(recipe("quickstart")).replace('"clip": 0.2', '"clip": "wide"'))
     with pytest.raises(InputError, match=r"rl\.clip = 'wide'"):
         RunFolder.open(tmp_path / "run")
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run, script = tmp_path / "run", "import sys, time; from pathlib import Path; from detoxrl.tracking import RunFolder"
+    script += "\nwith RunFolder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=r"run folder = '.*run': is in use by another process; wait for it, stop"):
+            begin(run)
+        other.kill()  # the lock of a killed process is gone with it
+        other.wait()
+    begin(run)
+    begin(run, overwrite=True)
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    begin(tmp_path)
+    for name in ("adapter/.weights.new12", "checkpoints/train/.step-00000003.new12", ".adapter.old12"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "part").touch()
+    (tmp_path / ".eval.json.new12").touch()
+    (tmp_path / "adapter/.mine").touch()
+    with RunFolder(tmp_path).held():
+        left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".lock", "config.json", "machine.json", "adapter/.mine"}
+
+
+def test_a_run_killed_before_it_had_a_config_is_no_run_yet(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/.config.json.new12").touch()
+    begin(tmp_path / "run")
+    assert (tmp_path / "run/config.json").exists()
+
+
+def test_a_run_that_is_being_replaced_stays_the_old_one_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin(tmp_path / "run")
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
+    for name in ("base", "adapter"):
+        (folder / name).mkdir()
+    gone: list[str] = []
+
+    def die_third(path: Path) -> None:
+        gone.append(path.name)
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        storage.remove(path)
+
+    monkeypatch.setattr(tracking, "remove", die_third)
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "run", overwrite=True)
+    # Nothing counts as done any more, and what is there is whole: the old run can make the rest anew.
+    assert gone[0] == "seconds.json"
+    assert RunFolder.open(tmp_path / "run")[1] == recipe("quickstart")
+    assert folder.finished() == {}
+
+
+def test_lines_are_read_up_to_the_first_torn_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.whole_lines("responses.jsonl") == []
+    for number in range(3):
+        folder.append("responses.jsonl", {"n": number})
+    whole = (tmp_path / "responses.jsonl").read_bytes()
+    (tmp_path / "responses.jsonl").write_bytes(whole[:-3] + b"\x00\n" + whole)
+    assert folder.whole_lines("responses.jsonl") == [{"n": 0}, {"n": 1}]
+    assert (tmp_path / "responses.jsonl").read_bytes() == whole[: len(whole) * 2 // 3]
 
 
 def test_metrics_refuse_nan(tmp_path: Path) -> None:

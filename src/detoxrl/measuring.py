@@ -43,9 +43,8 @@ def measure_run(
     folder.write_json("masked_words.json", toxic_words(texts, profanity_judge() or judges[name]))
     _write_samples(folder, rows, responses, measured)
     evaluation = _evaluation(config, rows, responses, measured)
-    if changes := folder.whole_lines("changes.jsonl"):
-        evaluation["changes"] = changes
-    folder.write_json("eval.json", evaluation | {"seconds": seconds()})
+    evaluation |= {"changed_on_its_way": folder.whole_lines("changes.jsonl"), "seconds": seconds()}
+    folder.write_json("eval.json", evaluation)
     remove(folder / "responses.jsonl")
 
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from detoxrl.recipes import recipe
 from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, toxicity_distributions
 from detoxrl.report.sheets import blind_sheets, differing, samples_sheet
-from detoxrl.report.words import changes, duration, headline, number, percent, signed, systems
+from detoxrl.report.words import changed_on_its_way, changes, duration, headline, number, percent, signed, systems
 from detoxrl.settings import flatten
 from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
 
@@ -92,6 +92,7 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
     return {
         "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
         "headline": headline(evaluation), "changed": changed, "unchanged": unchanged,
+        "on_its_way": changed_on_its_way(evaluation),
         "distributions": toxicity_distributions(scores["before"], scores["after"]),
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from detoxrl.report.words import measured, number, signed
+from detoxrl.report.words import changed_on_its_way, measured, number, signed
 
 
 def print_result(root: Path) -> None:
@@ -23,6 +23,8 @@ def print_result(root: Path) -> None:
         share = f", {removed:.0%} of what could be removed" if removed is not None else ""
         independent = "" if judge == found["primary_judge"] else " (the reward itself: no independent judge)"
         console.print(f"{judge}: [bold]{result['verdict']}[/bold]{share}{independent}")
+    for line in changed_on_its_way(found):
+        console.print(f"changed on its way, {line}")
     seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
     timings = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"\n{sum(seconds.values()):.0f} s in all: {timings}")

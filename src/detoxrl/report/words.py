@@ -114,6 +114,15 @@ def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measu
     return {first: measured(evaluation)} | baselines
 
 
+def changed_on_its_way(evaluation: dict[str, Any]) -> list[str]:
+    """Return what was changed when the run went on, a line for each time: `after 40 steps: rl.steps 40 → 80`."""
+    lines = []
+    for record in evaluation["changed_on_its_way"]:
+        pairs = [f"{name} {before} → {now}" for name, (before, now) in record["changes"].items()]
+        lines.append(f"after {record['step']} steps: {', '.join(pairs)}")
+    return lines
+
+
 def number(value: float | None, decimals: int = 3) -> str:
     """Return the rounded value with a true minus sign; a dash for no value."""
     # Adding 0.0 turns a rounded -0.0 into 0.0.

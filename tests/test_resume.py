@@ -1,0 +1,252 @@
+"""A run that was stopped, by hand, by its reward or by force, goes on through the real command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from detoxrl.checkpoint import Checkpoints
+from detoxrl.tracking import RunFolder
+from small_runs import contents, detoxrl, own, same_end, steps_kept, without_timings
+
+
+def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "5")
+    words += ["--rl.kl-target", "0.001", "--rl.kl-horizon", "64"]  # kl_coef moves, so it has to come back too
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    monkeypatch.setenv("INTERRUPT_AT", "3")  # 0 is the probe, 1 the normaliser, 2 step 0, 3 step 1
+    assert detoxrl([*words, "--run-dir", "broken"]) == 130
+    told = capfd.readouterr().err
+    assert "broken keeps " in told
+    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
+    monkeypatch.delenv("INTERRUPT_AT")
+    with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
+        crash.setattr(Checkpoints, "_write", lambda *_: None)
+        crash.setenv("FAIL_AT", "2")  # 0 is the probe, 1 step 2, 2 step 3
+        assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2
+    assert len(without_timings(place / "broken" / "metrics.jsonl")) == 3
+    monkeypatch.setenv("FAIL_AT", "3")
+    capfd.readouterr()
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2  # step 4, and its state is kept
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "returned nan for response 1 of 8" in told
+    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert steps_kept(place / "broken") == [2, 4]
+    monkeypatch.delenv("FAIL_AT")
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
+        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
+    assert steps_kept(place / "broken") == [5]  # with the value head, the moments and the coefficient
+    state = [
+        f"checkpoints/train/step-00000005/{name}"
+        for name in ("weights.safetensors", "moments.safetensors", "state.json")
+    ]
+    for name in ("adapter", "checkpoint.json", "normaliser.json", *state):
+        assert contents(place / "broken" / name) == contents(place / "whole" / name), name
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_reward_that_fails_leaves_the_state_before_its_step(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    monkeypatch.setenv("FAIL_AT", str(2 + step))  # 0 is the probe, 1 the normaliser
+    assert detoxrl([*words, "--run-dir", "broken"]) == 2
+    monkeypatch.delenv("FAIL_AT")
+    assert max(steps_kept(place / "broken")) == step
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
+        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
+    capfd.readouterr()
+
+
+def test_resuming_does_only_what_is_left_and_refuses_other_settings(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert detoxrl(own()) == 0
+    adapter = (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    assert detoxrl(own("--resume")) == 0
+    assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
+    capfd.readouterr()
+    assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
+    told = "data.min_length = 2: differs from the run's 1, and prepare was done with that; begin anew with --overwrite"
+    assert told in capfd.readouterr().err
+
+
+def test_sigterm_is_exit_143_with_a_checkpoint_and_the_line_that_goes_on(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    monkeypatch.setenv("STOP_BY", "SIGTERM")
+    monkeypatch.setenv("INTERRUPT_AT", "2")
+    earlier = signal.getsignal(signal.SIGTERM)
+    assert detoxrl([*words, "--run-dir", "broken"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is earlier
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith("detoxrl: terminated; broken keeps adapter, ")
+    assert told.endswith("go on with `detoxrl run --resume --run-dir broken`")
+    assert max(steps_kept(place / "broken")) == 1
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    same_end(place / "whole", place / "broken")
+
+
+def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--generation.batch-size", "3")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    append = RunFolder.append
+
+    def stopping(folder: RunFolder, name: str, record: dict[str, object]) -> None:
+        append(folder, name, record)
+        if name == "responses.jsonl" and len(folder.whole_lines(name)) == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(RunFolder, "append", stopping)
+        assert detoxrl([*words, "--run-dir", "broken"]) == 143
+    asked: list[int] = []
+
+    def counting(folder: RunFolder, name: str, record: dict[str, object]) -> None:
+        append(folder, name, record)
+        asked.append(len(record))
+
+    with (place / "broken/responses.jsonl").open("a") as lines:
+        lines.write('{"policy": "after", "respon')  # as a kill may leave it
+    monkeypatch.setattr(RunFolder, "append", counting)
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    assert len(asked) == 2  # of 3 batches for each of before and after
+    same_end(place / "whole", place / "broken")
+    capfd.readouterr()
+
+
+# Longer runs, other settings, other machines
+
+
+@pytest.fixture
+def finished(place: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """A run of three steps, in runs/own."""
+    assert detoxrl(own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")) == 0
+    capfd.readouterr()
+    return place / "runs/own"
+
+
+RESUME = ["run", "--resume", "--run-dir", "runs/own"]
+ACCEPT = [*RESUME, "--accept-changes"]
+
+
+def test_a_finished_run_is_made_longer_on_request_and_says_so(
+    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(finished)
+    assert detoxrl([*RESUME, "--rl.steps", "5", "--rl.lr", "2e-2"]) == 2
+    told = capfd.readouterr().err
+    assert "rl.steps = 5: differs from the run's 3, so it would not end as if it had never stopped" in told
+    assert "(so do rl.lr = 0.02 (was 0.01)); add --accept-changes to go on all the same" in told
+    assert contents(finished) == before
+    assert detoxrl([*ACCEPT, "--rl.steps", "5"]) == 0
+    assert steps_kept(finished) == [5]
+    lines = without_timings(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[3]["lr"] == pytest.approx(1e-2 * (1 - 3 / 5))
+    record = {"step": 3, "changes": {"rl.steps": [3, 5]}}
+    assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == [record]
+    assert "rl.steps" in (finished / "report.html").read_text().split("not that of a run that never stopped")[1][:300]
+    finished.rename(place / "longer")
+    # The same again, but killed on its way: it ends the same.
+    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
+    assert detoxrl(words) == 0
+    monkeypatch.setenv("INTERRUPT_AT", "2")
+    assert detoxrl([*ACCEPT, "--rl.steps", "5"]) == 130
+    assert not (finished / "eval.json").exists()
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl(RESUME) == 0
+    same_end(place / "longer", finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--rl.lr", "1e-3"],
+            r"rl\.lr = 0\.001: comes too late: the run has made 3 steps; ask for more, --rl\.steps 6",
+        ),
+        (["--rl.steps", "2"], r"rl\.steps = 2: comes too late: the run has made 3 steps; ask for more"),
+        (
+            ["--data.limit", "30"],
+            r"data\.limit = 30: differs from the run's 24000, and prepare was done with that; begin",
+        ),
+        (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was done with that"),
+        (
+            ["--seed", "1"],
+            r"seed = 1: differs from the run's 0, and prepare was done with that; begin anew with --over",
+        ),
+    ],
+)
+def test_what_cannot_change_any_more_is_refused_even_so(
+    finished: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    before = contents(finished)
+    assert detoxrl([*ACCEPT, *words]) == 2
+    told = capfd.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert re.search(message, told), told
+    assert contents(finished) == before
+
+
+def test_what_no_stage_has_used_yet_changes_freely(place: Path, finished: Path) -> None:
+    assert detoxrl([*RESUME, "--evaluation.samples-per-prompt", "3"]) == 0
+    assert not (finished / "changes.jsonl").exists()
+    prepared = own("--reward.function", "rewards.py:brevity", "--run-dir", "prepared")
+    assert detoxrl(["prepare", *prepared[1:]]) == 0
+    more = ["--rl.quality-margin", "1", "--evaluation.samples-per-prompt", "3"]
+    assert detoxrl(["run", "--resume", "--run-dir", "prepared", *more]) == 0
+    same_end(finished, place / "prepared")
+    assert json.loads((finished / "eval.json").read_text())["samples_per_prompt"] == 3
+
+
+def test_another_machine_or_reward_file_is_named_and_threads_are_taken_over(
+    place: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine = json.loads((finished / "machine.json").read_text())
+    assert machine["threads"] == torch.get_num_threads() == 2
+    folder = RunFolder(finished)
+    folder.write_json("machine.json", machine | {"torch": "2.0.0", "threads": 1})
+    assert detoxrl(RESUME) == 0  # nothing is left to do
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    assert detoxrl(RESUME) == 2
+    assert f"torch = '{torch.__version__.partition('+')[0]}" in capfd.readouterr().err
+    folder.write_json("machine.json", machine | {"threads": 1})
+    try:
+        assert detoxrl(RESUME) == 0
+        assert torch.get_num_threads() == 1
+        assert "1 threads" in json.loads((finished / "eval.json").read_text())["machine"]
+    finally:
+        torch.set_num_threads(2)
+    folder.write_json("machine.json", machine)
+    (place / "rewards.py").write_text((place / "rewards.py").read_text() + "\n# mended\n")
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    assert detoxrl(RESUME) == 2
+    assert "content of reward.function" in capfd.readouterr().err
+    assert detoxrl(ACCEPT) == 0
+    assert "content of reward.function" in (finished / "changes.jsonl").read_text()
+    assert detoxrl(RESUME) == 0
+
+
+def test_a_run_in_use_is_refused(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunFolder(finished).held():
+        for words in (RESUME, ["evaluate", "runs/own"], own("--overwrite")):
+            assert detoxrl(words) == 2
+            assert "run folder = 'runs/own': is in use by another process; wait for it" in capfd.readouterr().err
