@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from detoxrl import checkpoint
 from detoxrl.checkpoint import Checkpoints
+from detoxrl.estimate import estimate
+from detoxrl.prepare import check
+from detoxrl.settings import config_from_json
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, own, same_end, steps_kept, without_timings
 
@@ -79,7 +83,7 @@ def test_resuming_does_only_what_is_left_and_refuses_other_settings(
     assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
     assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
-    told = "data.min_length = 2: differs from the run's 1, and prepare was done with that; begin anew with --overwrite"
+    told = "data.min_length = 2: differs from the run's 1, and prepare was begun with that; begin anew with --overwrite"
     assert told in capfd.readouterr().err
 
 
@@ -186,12 +190,12 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
         (["--rl.steps", "2"], r"rl\.steps = 2: comes too late: the run has made 3 steps; ask for more"),
         (
             ["--data.limit", "30"],
-            r"data\.limit = 30: differs from the run's 24000, and prepare was done with that; begin",
+            r"data\.limit = 30: differs from the run's 24000, and prepare was begun with that; begin",
         ),
-        (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was done with that"),
+        (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was begun with that"),
         (
             ["--seed", "1"],
-            r"seed = 1: differs from the run's 0, and prepare was done with that; begin anew with --over",
+            r"seed = 1: differs from the run's 0, and prepare was begun with that; begin anew with --over",
         ),
     ],
 )
@@ -250,3 +254,27 @@ def test_a_run_in_use_is_refused(finished: Path, capfd: pytest.CaptureFixture[st
         for words in (RESUME, ["evaluate", "runs/own"], own("--overwrite")):
             assert detoxrl(words) == 2
             assert "run folder = 'runs/own': is in use by another process; wait for it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--policy.full-weights"], ["--sft.steps", "5"]])
+def test_the_disk_that_is_foretold_is_what_a_run_holds_at_most(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)
+    sizes: list[int] = []
+    forget = Checkpoints.forget
+
+    def note(checkpoints: Checkpoints, keep: int = 0) -> None:
+        sizes.append(sum(path.stat().st_size for path in (place / "runs/own").rglob("*") if path.is_file()))
+        forget(checkpoints, keep)
+
+    monkeypatch.setattr(Checkpoints, "forget", note)
+    assert detoxrl([*own(*words), "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    found = re.search(r"disk: about (\d+) MiB in runs/own at most; [\d,]+ MiB are free", shown)
+    assert found, shown
+    assert detoxrl(own(*words)) == 0
+    config = config_from_json(place / "runs/own/config.json")
+    foretold = estimate(config, check(config))["disk_mib"]
+    assert round(foretold) == int(found[1])
+    assert 0.6 < max(sizes) / 2**20 / foretold < 1.1

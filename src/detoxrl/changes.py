@@ -53,7 +53,7 @@ def take_up(folder: RunFolder, stored: Config, asked: Config, accept: bool) -> N
     changed = {name: (was[name], now[name]) for name in now if was[name] != now[name]}
     stages = {name: _DECIDES.get(name) or _DECIDES[name.partition(".")[0]] for name in changed}
     for name, stage in stages.items():
-        rule = f"differs from the run's {was[name]!r}, and {stage} was done with that"
+        rule = f"differs from the run's {was[name]!r}, and {stage} was begun with that"
         fixed = stage in ("prepare", "sft") and folder.begun(stage)
         require(not fixed, name, now[name], rule, "begin anew with --overwrite, or name another --run-dir")
     breaking = {name: pair for name, pair in changed.items() if stages[name] == "train" and folder.begun("train")}
@@ -75,7 +75,7 @@ def take_up(folder: RunFolder, stored: Config, asked: Config, accept: bool) -> N
 
 
 def _machine_differences(folder: RunFolder, config: Config, accept: bool) -> Differences:
-    was = folder.read_json("machine.json")
+    was = folder.machine()
     if not accept:
         torch.set_num_threads(was["threads"])
     now = machine(config)

@@ -97,7 +97,7 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report."""
     folder, config = RunFolder.open(root)
     with folder.held():
-        torch.set_num_threads(folder.read_json("machine.json")["threads"])
+        torch.set_num_threads(folder.machine()["threads"])
         folder.discard(*_OWN[name])
         _REMAINING[name](folder, config, reward)
 

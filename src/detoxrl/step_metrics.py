@@ -82,7 +82,8 @@ def refuse_nan(statistics: dict[str, float], step: int) -> None:
     """Raise TrainingError when a statistic is not finite."""
     for name, value in statistics.items():
         if value != value or abs(value) == float("inf"):
-            raise TrainingError(f"train stopped at step {step}: {name} is {value}; a lower rl.lr may help")
+            remedy = "a lower rl.lr may help: --resume --accept-changes --rl.lr VALUE goes on from the last checkpoint"
+            raise TrainingError(f"train stopped at step {step}: {name} is {value}; {remedy}")
 
 
 def warn(statistics: dict[str, float], step: int) -> None:

@@ -143,6 +143,13 @@ class RunFolder:
         for name in there:
             remove(self.root / name)
 
+    def machine(self) -> dict[str, Any]:
+        """Return what machine.json says of the machine the run began on."""
+        path = self.need("machine.json", "prepare")
+        with reading(path):
+            found: dict[str, Any] = self.read_json("machine.json")
+        return found
+
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
         if not (self / "seconds.json").is_file():
