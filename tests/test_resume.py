@@ -165,7 +165,7 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     lines = without_timings(finished / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[3]["lr"] == pytest.approx(1e-2 * (1 - 3 / 5))
-    record = {"step": 3, "changes": {"rl.steps": [3, 5]}}
+    record = {"stage": "train", "step": 3, "changes": {"rl.steps": [3, 5]}}
     assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == [record]
     assert "rl.steps" in (finished / "report.html").read_text().split("not that of a run that never stopped")[1][:300]
     finished.rename(place / "longer")
@@ -246,6 +246,9 @@ def test_another_machine_or_reward_file_is_named_and_threads_are_taken_over(
     assert "content of reward.function" in capfd.readouterr().err
     assert detoxrl(ACCEPT) == 0
     assert "content of reward.function" in (finished / "changes.jsonl").read_text()
+    assert "before evaluate went on: content of reward.function" in (finished / "report.html").read_text()
+    assert detoxrl(["evaluate", "runs/own"]) == 0  # made anew as a whole, so nothing changed on its way
+    assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == []
     assert detoxrl(RESUME) == 0
 
 

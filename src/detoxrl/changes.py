@@ -15,7 +15,7 @@ from detoxrl.config import Config
 from detoxrl.errors import InputError, require
 from detoxrl.parts import places
 from detoxrl.settings import config_to_json, flatten
-from detoxrl.tracking import RunFolder
+from detoxrl.tracking import STAGES, RunFolder
 
 # The first stage that a setting, or a section of settings, has a part in.
 _DECIDES = {
@@ -65,13 +65,13 @@ def take_up(folder: RunFolder, stored: Config, asked: Config, accept: bool) -> N
         breaking |= _machine_differences(folder, asked, accept)
     if breaking and not accept:
         _refuse(breaking)
-    _record(folder, asked, breaking)
-    if "train" in stages.values():
-        folder.reopen("train")
-    elif "evaluate" in stages.values():
-        folder.reopen("evaluate")
+    left = [stage for stage in STAGES if stage not in folder.finished() or stage in stages.values()]
+    if breaking:
+        _record(folder, asked, left[0], breaking)
+    if changed:
+        folder.reopen(left[0])
         folder.discard("responses.jsonl")
-    folder.write("config.json", config_to_json(asked))
+        folder.write("config.json", config_to_json(asked))
 
 
 def _machine_differences(folder: RunFolder, config: Config, accept: bool) -> Differences:
@@ -96,11 +96,10 @@ def _steps_made(folder: RunFolder) -> int:
     )
 
 
-def _record(folder: RunFolder, config: Config, breaking: Differences) -> None:
-    """Append what changed to changes.jsonl, where it belongs to the run's account, and to machine.json."""
-    if not breaking:
-        return
-    record = {"step": _steps_made(folder), "changes": {name: list(pair) for name, pair in breaking.items()}}
+def _record(folder: RunFolder, config: Config, stage: str, breaking: Differences) -> None:
+    """Append what changed before `stage` went on to changes.jsonl, which the report reads, and note the machine."""
+    changes = {name: list(pair) for name, pair in breaking.items()}
+    record = {"stage": stage, "step": _steps_made(folder), "changes": changes}
     if record not in folder.whole_lines("changes.jsonl"):  # a kill may have come between this line and the next
         folder.append("changes.jsonl", record)
     folder.write_json("machine.json", machine(config))

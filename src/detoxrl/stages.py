@@ -6,6 +6,7 @@ Every stage takes the run folder alone, so each can run in its own process.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 import warnings
@@ -44,7 +45,7 @@ _MEASURED = (
 )  # fmt: skip
 _TRAINED = (
     "adapter", "checkpoints/train", "checkpoint.json", "normaliser.json", "metrics.jsonl", "validation.jsonl",
-    "rollouts.jsonl", "changes.jsonl",
+    "rollouts.jsonl",
 )  # fmt: skip
 # What goes before a stage is run from its beginning.
 _OWN = {
@@ -99,6 +100,8 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
     with folder.held():
         torch.set_num_threads(folder.machine()["threads"])
         folder.discard(*_OWN[name])
+        kept = [one for one in folder.whole_lines("changes.jsonl") if STAGES.index(one["stage"]) < STAGES.index(name)]
+        folder.write("changes.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
         _REMAINING[name](folder, config, reward)
 
 

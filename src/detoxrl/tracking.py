@@ -27,6 +27,11 @@ NOTHING_BETTER = (
     "More rows, more steps, another rl.lr or a larger rl.quality_margin may help."
 )
 STAGES = ("prepare", "sft", "train", "evaluate", "report")
+# What shows that a stage was begun.
+_MADE = {
+    "prepare": ("checkpoints/prepare", "reward"), "sft": ("checkpoints/sft", "base", "start", "baseline"),
+    "train": ("checkpoints/train",),
+}  # fmt: skip
 _LOCK = ".lock"
 log = Console(stderr=True, highlight=False)
 
@@ -160,7 +165,7 @@ class RunFolder:
 
     def begun(self, stage: str) -> bool:
         """Return whether a stage is finished or has something to go on from."""
-        return stage in self.finished() or (self / f"checkpoints/{stage}").is_dir()
+        return stage in self.finished() or any((self / name).is_dir() for name in _MADE[stage])
 
     def reopen(self, stage: str) -> dict[str, float]:
         """Count a stage and those after it as not done, and return the stages before it."""

@@ -119,7 +119,8 @@ def changed_on_its_way(evaluation: dict[str, Any]) -> list[str]:
     lines = []
     for record in evaluation["changed_on_its_way"]:
         pairs = [f"{name} {before} → {now}" for name, (before, now) in record["changes"].items()]
-        lines.append(f"after {record['step']} steps: {', '.join(pairs)}")
+        when = f"after {record['step']} steps" if record["stage"] == "train" else f"before {record['stage']} went on"
+        lines.append(f"{when}: {', '.join(pairs)}")
     return lines
 
 
