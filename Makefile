@@ -1,8 +1,9 @@
 # make demo: the main job on the embedded default     make test: everything CI runs
+# make soak: a hundred kills, each run resumed and compared with one that was never stopped
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
@@ -12,6 +13,9 @@ test: .venv/test-installed
 	.venv/bin/ruff format --check src tests examples benchmarks
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+soak: .venv/test-installed
+	.venv/bin/python benchmarks/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -170,6 +170,25 @@ def test_states_take_at_most_their_share_of_the_time(tmp_path: Path, monkeypatch
     assert written[-1] == 100
 
 
+def test_a_state_is_never_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, written = Loop(tmp_path), list[Path]()
+    loop.run(3)
+
+    def note(target: Path) -> object:
+        written.append(target)
+        return filling(target)
+
+    monkeypatch.setattr(checkpoint, "filling", note)
+    loop.checkpoints.point(3, {}, now=True)
+    again = Loop(tmp_path)
+    assert again.checkpoints.restore() is not None
+    del written[:]  # the product that was put back
+    again.checkpoints.point(3, {}, now=True)
+    assert written == []
+    again.checkpoints.point(4, {}, now=True)
+    assert written[0].name == "step-00000004"
+
+
 def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, each_step: None) -> None:
     loop = Loop(tmp_path)
     loop.run(3)
@@ -232,6 +251,17 @@ def test_a_stop_waits_for_the_next_point_and_leaves_a_state(
     assert newest(tmp_path).name == "step-00000001"
     assert signal.getsignal(number) is earlier
     assert "stopping: this step is ended and a checkpoint written" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts its background jobs
+    try:
+        with stopping_between_steps(print) as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked() is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def test_a_second_stop_is_at_once_and_one_after_the_last_point_is_not_lost() -> None:
@@ -305,7 +335,7 @@ def test_a_fine_tuning_that_died_ends_equal(
     whole: bool, make_policy: Make, bases: dict[str, Path], tmp_path: Path, each_step: None
 ) -> None:
     pairs = [(row.dialogue, row.summary or "") for row in ROWS["train"]]
-    config = replace(loop_config().sft, batch_size=8, warmup_steps=2, bf16=False)
+    config = replace(loop_config().sft, steps=6, lr=1e-2, batch_size=8, warmup_steps=2, bf16=False)
 
     def tune(place: Path, die_at: int | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
         losses: list[float] = []
@@ -316,7 +346,7 @@ def test_a_fine_tuning_that_died_ends_equal(
             losses.append(loss)
 
         model = load_base(str(bases["t5"]))[0] if whole else make_policy("t5", "loaded").model
-        fine_tune(model, load_base(str(bases["t5"]))[1], pairs, config, 6, 1e-2, 0, place, note)
+        fine_tune(model, load_base(str(bases["t5"]))[1], pairs, config, 0, place, note)
         return losses, {name: weight.detach().clone() for name, weight in trainable(model).items()}
 
     losses, weights = tune(tmp_path / "whole")

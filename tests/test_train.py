@@ -15,7 +15,7 @@ from conftest import ENCODER_DECODERS, disturb, policy_config, prompted_rows, sm
 from detoxrl import cache as cache_module
 from detoxrl import sft as sft_module
 from detoxrl import train as train_module
-from detoxrl.cache import cached
+from detoxrl.cache import cached, tidy_cache
 from detoxrl.config import Config, RewardConfig
 from detoxrl.errors import InputError, TrainingError
 from detoxrl.policy.adapters import load_policy
@@ -175,7 +175,7 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        sft_module, "_train_policy", lambda config, base, start, pairs, what, folder, place: seen.extend(pairs)
+        sft_module, "_tune_policy", lambda what, config, sft, base, start, pairs, folder, place: seen.extend(pairs)
     )
     sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path, tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
@@ -200,10 +200,8 @@ def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tm
     losses: list[list[float]] = [[], [], []]
     for run, seed in enumerate((0, 0, 1)):
         model, tokenizer = load_base(str(bases["t5"]))
-        config, place = replace(small_config().sft, batch_size=8), tmp_path / str(run)
-        fine_tune(
-            model, tokenizer, pairs, config, 2, 1e-3, seed, place, lambda _, loss, run=run: losses[run].append(loss)
-        )
+        config, place = replace(small_config().sft, steps=2, lr=1e-3, batch_size=8), tmp_path / str(run)
+        fine_tune(model, tokenizer, pairs, config, seed, place, lambda _, loss, run=run: losses[run].append(loss))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -246,14 +244,14 @@ def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
     pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
     tokenizer = scratch_tokenizer([text for pair in pairs for text in pair], vocab_size=1500)
     model = scratch_base(tokenizer, seed=0)
-    config = replace(small_config().sft, batch_size=8, warmup_steps=2)
+    config = replace(small_config().sft, steps=30, lr=3e-3, batch_size=8, warmup_steps=2)
     losses: list[float] = []
-    fine_tune(model, tokenizer, pairs, config, 30, 3e-3, 0, tmp_path / "one", lambda _, loss: losses.append(loss))
+    fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "one", lambda _, loss: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="sft stopped at step 0"):
-        fine_tune(model, tokenizer, pairs, config, 1, 3e-3, 0, tmp_path / "two", lambda _, loss: losses.append(loss))
+        fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "two", lambda _, loss: losses.append(loss))
 
 
 def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +289,11 @@ def test_two_builds_of_the_same_do_not_collide(tmp_path: Path, monkeypatch: pyte
         cached("base", ["a"], tmp_path / "other", build)
         build(folder)
 
+    tidy_cache()  # there is none yet
     half = tmp_path / "cache" / ".base-0.new999"  # as one that was killed leaves it
     half.mkdir(parents=True)
     cached("base", ["a"], tmp_path / "one", slow)
+    tidy_cache()
     assert (tmp_path / "one" / "weights").exists()
     assert (tmp_path / "other" / "weights").exists()
     assert not half.exists()

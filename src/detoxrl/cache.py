@@ -24,6 +24,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DETOXRL_CACHE") or Path(home) / "detoxrl")
 
 
+def tidy_cache() -> None:
+    """Delete what killed processes left half filled, once nobody is filling the cache."""
+    if cache_dir().is_dir():
+        with FileLock(cache_dir() / ".lock"):
+            sweep(cache_dir())
+
+
 def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
     """Fill `destination` from the cache, or by `build(destination)`, which is kept; return whether it was there.
 
@@ -35,8 +42,7 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
     if not known:
         build(destination)
         stored.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(stored.with_name(".lock")):  # others fill the cache too; what a killed one left half filled goes
-            sweep(stored.parent)
+        with FileLock(stored.with_name(".lock")):  # others fill the cache too
             _copy(destination, stored)
     else:
         _copy(stored, destination)

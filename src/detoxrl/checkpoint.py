@@ -49,6 +49,7 @@ class Checkpoints:
         self.folder, self.weights, self.optimizer, self.products, self.logs = folder, weights, optimizer, products, logs
         self._stop: Callable[[], type[KeyboardInterrupt] | None] = lambda: None
         self._ended = self._wait = 0.0
+        self._newest = -1
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -76,10 +77,14 @@ class Checkpoints:
         return None
 
     def point(self, step: int, state: Mapping[str, Any], now: bool = False) -> None:
-        """Write the state before step `step` when `now`, when one is due or when a stop was asked for; then stop."""
+        """Write the state before step `step` when `now`, when one is due or when a stop was asked for; then stop.
+
+        A step has one state, which is never written a second time: the only one there is would be away for a moment.
+        """
         stop, started = self._stop(), time.monotonic()
-        if now or stop or started - self._ended >= self._wait:
+        if (now or stop or started - self._ended >= self._wait) and step != self._newest:
             self._write(step, state)
+            self._newest = step
             self._ended = time.monotonic()
             self._wait = (self._ended - started) / SHARE
         if stop:
@@ -150,6 +155,7 @@ class Checkpoints:
             path.touch()
             os.truncate(path, sizes[path.name][0])
         state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        self._newest = state["step"]
         return state
 
 

@@ -118,18 +118,18 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     require(not (resume and command == "prepare"), "--resume", True, "goes on with a whole run", "say `detoxrl run`")
     accept = "accept_changes" in options
     require(resume or not accept, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
-    from detoxrl import stages
-
     if "dry_run" in options:
         _dry_run(config, root)
         return
     with _kept(root):
+        from detoxrl import stages
+
         if command == "prepare":
             stages.prepare(root, config, overwrite)
             print(f"prepared {root}; next: detoxrl sft {root}")
             return
         stages.run(root, config, overwrite=overwrite, resume=resume, accept_changes=accept)
-    _print_result(root)
+        _print_result(root)
 
 
 def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
@@ -197,14 +197,14 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     if len(words) != 1 or words[0].startswith("-"):
         raise InputError("run folder", " ".join(words), "must be one folder", f"say `detoxrl {command} runs/NAME`")
     root = Path(words[0])
-    from detoxrl import stages
-
     with _kept(root):
+        from detoxrl import stages
+
         stages.again(root, command)
-    if command == "report":
-        _print_result(root)
-    else:
-        print(_DONE[command].format(root=root))
+        if command == "report":
+            _print_result(root)
+        else:
+            print(_DONE[command].format(root=root))
 
 
 @contextmanager

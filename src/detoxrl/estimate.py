@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -108,7 +109,7 @@ def _sft_seconds(config: Config, prepared: Prepared, policy: Policy, place: Path
     def note(done: int, loss: float) -> None:
         ends.append(time.perf_counter())
 
-    fine_tune(policy.model, policy.tokenizer, pairs, config.sft, 3, 0.0, 0, place / "checkpoints", note)
+    fine_tune(policy.model, policy.tokenizer, pairs, replace(config.sft, steps=3), 0, place / "checkpoints", note)
     return (ends[2] - ends[0]) / 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,29 +30,27 @@ def fine_tune(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     config: SftConfig,
-    steps: int,
-    lr: float,
     seed: int,
     place: Path,
     on_step: Callable[[int, float], None],
 ) -> None:
     """Minimise the cross-entropy of the targets in (prompt, target) `pairs` over whatever weights are trainable.
 
-    Linear warm-up to `lr`, then linear decay to 0. `on_step(done, loss)` gets the steps done and nats per token.
+    Linear warm-up to `config.lr`, then linear decay to 0. `on_step(done, loss)` gets the steps done and nats per token.
     Checkpoints go to `place`, and it goes on from what is there. Raises TrainingError when the loss is not finite.
     """
     device = model.device
     inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
     weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     precision = autocast(device, config.bf16)
     checkpoints = Checkpoints(place, weights, optimizer)
     model.train()
     with checkpoints.stoppable():
-        for step in range((checkpoints.restore() or {"step": 0})["step"], steps):
+        for step in range((checkpoints.restore() or {"step": 0})["step"], config.steps):
             checkpoints.point(step, {})
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / steps)
+                group["lr"] = config.lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / config.steps)
             rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
             torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
             with precision:
@@ -119,14 +118,15 @@ def warm_start(config: Config, rows: Sequence[Row], folder: Path, place: Path, s
     pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
     base = config.policy.base
     if not config.sft.full_weights:
-        _train_policy(config, base, _starting_adapter(config), pairs, "warm start", folder, place)
+        start = Path(config.policy.adapter) if config.policy.adapter else None
+        _tune_policy("warm start", config, config.sft, base, start, pairs, folder, place)
         return
     if base == "scratch":
         tokenizer = load_tokenizer(str(scratch_tokenizer))
         model = scratch_base(tokenizer, config.seed)
     else:
         model, tokenizer = load_base(base)
-    _fine_tune_showing(model.to(PartialState().device), tokenizer, pairs, config, "warm start", place)
+    _tune("warm start", model.to(PartialState().device), tokenizer, pairs, config.sft, config.seed, place)
     save_base(model, tokenizer, folder)
 
 
@@ -138,41 +138,33 @@ def civil_baseline(
     Checkpoints go to `place`.
     """
     pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    _train_policy(config, base, start, pairs, "civil baseline", folder, place)
+    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
+    _tune_policy("civil baseline", config, sft, base, start, pairs, folder, place)
 
 
-def _starting_adapter(config: Config) -> Path | None:
-    return Path(config.policy.adapter) if config.policy.adapter else None
-
-
-def _train_policy(
+def _tune_policy(
+    what: str,
     config: Config,
+    sft: SftConfig,
     base: str,
     start: Path | None,
     pairs: Sequence[tuple[str, str]],
-    what: str,
     folder: Path,
     place: Path,
 ) -> None:
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    _fine_tune_showing(policy.model, policy.tokenizer, pairs, config, what, place)
-    policy.weights.save(folder)
+    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
+    policy.save(folder)
 
 
-def _fine_tune_showing(
+def _tune(
+    what: str,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
-    config: Config,
-    what: str,
+    sft: SftConfig,
+    seed: int,
     place: Path,
 ) -> None:
-    warm = what == "warm start"
-    steps = config.sft.steps if warm else config.sft.baseline_steps
-    lr = config.sft.lr if warm else config.sft.baseline_lr
-    with progress(what, steps) as reach:
-
-        def show(done: int, loss: float) -> None:
-            reach(done, f"loss {loss:.3f}")
-
-        fine_tune(model, tokenizer, pairs, config.sft, steps, lr, config.seed, place, show)
+    with progress(what, sft.steps) as reach:
+        fine_tune(model, tokenizer, pairs, sft, seed, place, lambda done, loss: reach(done, f"loss {loss:.3f}"))

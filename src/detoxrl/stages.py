@@ -20,7 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from detoxrl.cache import cached
+from detoxrl.cache import cached, tidy_cache
 from detoxrl.changes import machine, take_up
 from detoxrl.config import Config
 from detoxrl.errors import require
@@ -158,6 +158,7 @@ def _begun(
         _refuse_own_parts(root, [*map(str, places(config).values()), *filter(None, [adapter])])
         prepared = check(config, reward, adapter)
     with folder.held():
+        tidy_cache()
         if going_on:
             take_up(folder, RunFolder.open(root)[1], config, accept_changes)
         else:

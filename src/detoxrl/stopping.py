@@ -53,7 +53,9 @@ def _handled(handlers: dict[signal.Signals, Callable[[int, FrameType | None], No
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield
         return
-    earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    # What is ignored stays so: a shell without job control starts its background jobs deaf to Ctrl-C.
+    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    earlier = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield
     finally:
