@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from conftest import KINDS, Make, prompted_rows
 from detoxrl import checkpoint, storage
 from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config
+from detoxrl.errors import StorageError
 from detoxrl.policy.backbone import load_base
 from detoxrl.sft import fine_tune
 from detoxrl.stopping import Terminated, stopping_between_steps
@@ -84,7 +86,7 @@ def test_a_loop_that_died_ends_equal(tmp_path: Path, each_step: None, die_at: in
 
 
 def newest(root: Path) -> Path:
-    return max((root / "checkpoints").iterdir())
+    return max(path for path in (root / "checkpoints").iterdir() if path.suffix == "")
 
 
 def cut(path: Path) -> None:
@@ -121,24 +123,33 @@ def test_a_broken_state_is_named_and_the_one_before_is_taken(
     assert [path.name for path in sorted((tmp_path / "broken/checkpoints").iterdir())] == [
         "step-00000002", "step-00000003",
     ]  # fmt: skip
+    (tmp_path / "broken/checkpoints/step-00000003.bak").mkdir()  # a user's own
     harm, told = DAMAGE[damage]
     harm(tmp_path / "broken")
     assert Loop(tmp_path / "broken").run(6) == 4
     said = " ".join(capsys.readouterr().err.split())
     assert "step-00000003 is not as it was written" in said
     assert told in said
+    (tmp_path / "broken/checkpoints/step-00000003.bak").rmdir()
     assert contents(tmp_path / "broken") == unbroken(tmp_path / "whole")
 
 
-def test_without_a_whole_state_the_loop_begins_anew_and_says_so(
-    tmp_path: Path, each_step: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_whole_state_nothing_is_lost_unasked(tmp_path: Path, each_step: None) -> None:
+    broken = tmp_path / "broken"
     with pytest.raises(Killed):
-        Loop(tmp_path / "broken").run(6, die_at=3)
-    os.truncate(tmp_path / "broken" / "log.jsonl", 10)
-    assert Loop(tmp_path / "broken").run(6) == 6
-    assert "holds no whole checkpoint: beginning this loop anew" in " ".join(capsys.readouterr().err.split())
-    assert contents(tmp_path / "broken") == unbroken(tmp_path / "whole")
+        Loop(broken).run(6, die_at=3)
+    log = (broken / "log.jsonl").read_bytes()
+    os.truncate(broken / "log.jsonl", 10)
+    before = contents(broken)
+    with pytest.raises(StorageError, match=r"3 is not as it was written \(log.jsonl differs\); put that back"):
+        Loop(broken).run(6)
+    assert contents(broken) == before
+    (broken / "log.jsonl").write_bytes(log)
+    assert Loop(broken).run(6) == 3
+    assert contents(broken) == unbroken(tmp_path / "whole")
+    shutil.rmtree(broken / "checkpoints")  # as the message says
+    assert Loop(broken).run(6) == 6
+    assert contents(broken) == contents(tmp_path / "whole")
 
 
 def test_two_states_are_kept_and_in_the_end_as_many_as_are_asked_for(tmp_path: Path, each_step: None) -> None:
@@ -198,7 +209,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, ea
         raise OSError("disk full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_digests", full)
+        patch.setattr(checkpoint, "_file_digests", full)
         with pytest.raises(OSError, match="disk full"):
             loop.checkpoints.point(4, {}, now=True)
     assert contents(tmp_path / "checkpoints") == before
@@ -250,7 +261,7 @@ def test_a_stop_waits_for_the_next_point_and_leaves_a_state(
     assert reached == ["the end of the step"]
     assert newest(tmp_path).name == "step-00000001"
     assert signal.getsignal(number) is earlier
-    assert "stopping: this step is ended and a checkpoint written" in " ".join(capsys.readouterr().err.split())
+    assert "stopping at the end of this step, which is kept" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_ignored_stays_ignored() -> None:

@@ -6,15 +6,20 @@ import json
 import re
 import signal
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 import torch
 
-from detoxrl import checkpoint
+from detoxrl import checkpoint, evaluate, sft, stages, tracking
 from detoxrl.checkpoint import Checkpoints
+from detoxrl.data.utterances import generate_utterances
 from detoxrl.estimate import estimate
 from detoxrl.prepare import check
+from detoxrl.randomness import batch_indices
+from detoxrl.reward_training import train_reward_model
 from detoxrl.settings import config_from_json
+from detoxrl.stopping import Terminated
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, own, same_end, steps_kept, without_timings
 
@@ -43,7 +48,7 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     told = capfd.readouterr().err.splitlines()[-1]
     assert "returned nan for response 1 of 8" in told
     assert "go on with `detoxrl run --resume --run-dir broken`" in told
-    assert steps_kept(place / "broken") == [2, 4]
+    assert steps_kept(place / "broken") == [3, 4]
     monkeypatch.delenv("FAIL_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl", "samples.jsonl"):
@@ -83,7 +88,7 @@ def test_resuming_does_only_what_is_left_and_refuses_other_settings(
     assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
     assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
-    told = "data.min_length = 2: differs from the run's 1, and prepare was begun with that; begin anew with --overwrite"
+    told = "data.min_length = 2: differs from the run's 1, and prepare was begun with that; leave it out"
     assert told in capfd.readouterr().err
 
 
@@ -158,7 +163,7 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     assert detoxrl([*RESUME, "--rl.steps", "5", "--rl.lr", "2e-2"]) == 2
     told = capfd.readouterr().err
     assert "rl.steps = 5: differs from the run's 3, so it would not end as if it had never stopped" in told
-    assert "(so do rl.lr = 0.02 (was 0.01)); add --accept-changes to go on all the same" in told
+    assert "different too: rl.lr = 0.02 (was 0.01); add --accept-changes to go on all the same" in told
     assert contents(finished) == before
     assert detoxrl([*ACCEPT, "--rl.steps", "5"]) == 0
     assert steps_kept(finished) == [5]
@@ -185,18 +190,16 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     [
         (
             ["--rl.lr", "1e-3"],
-            r"rl\.lr = 0\.001: comes too late: the run has made 3 steps; ask for more, --rl\.steps 6",
+            r"rl\.lr = 0\.001: comes too late: the run has made 3 steps; leave it out, or ask for more",
         ),
-        (["--rl.steps", "2"], r"rl\.steps = 2: comes too late: the run has made 3 steps; ask for more"),
+        (["--rl.steps", "2"], r"rl\.steps = 2: comes too late: .*; leave it out, or ask for more steps, --rl\.steps 6"),
         (
             ["--data.limit", "30"],
-            r"data\.limit = 30: differs from the run's 24000, and prepare was begun with that; begin",
+            r"data\.limit = 30: differs from the run's 24000, and prepare was begun with that",
         ),
         (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was begun with that"),
-        (
-            ["--seed", "1"],
-            r"seed = 1: differs from the run's 0, and prepare was begun with that; begin anew with --over",
-        ),
+        (["--reward.clip", "1"], r"reward\.clip = 1\.0: differs from the run's 10\.0, and train was begun with that"),
+        (["--seed", "1"], r"seed = 1: differs from the run's 0, .*; leave it out \(--resume --run-dir DIR goes on as"),
     ],
 )
 def test_what_cannot_change_any_more_is_refused_even_so(
@@ -212,7 +215,7 @@ def test_what_cannot_change_any_more_is_refused_even_so(
 
 def test_what_no_stage_has_used_yet_changes_freely(place: Path, finished: Path) -> None:
     assert detoxrl([*RESUME, "--evaluation.samples-per-prompt", "3"]) == 0
-    assert not (finished / "changes.jsonl").exists()
+    assert json.loads((finished / "run.json").read_text())["changes"] == []
     prepared = own("--reward.function", "rewards.py:brevity", "--run-dir", "prepared")
     assert detoxrl(["prepare", *prepared[1:]]) == 0
     more = ["--rl.quality-margin", "1", "--evaluation.samples-per-prompt", "3"]
@@ -224,29 +227,32 @@ def test_what_no_stage_has_used_yet_changes_freely(place: Path, finished: Path) 
 def test_another_machine_or_reward_file_is_named_and_threads_are_taken_over(
     place: Path, finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    machine = json.loads((finished / "machine.json").read_text())
-    assert machine["threads"] == torch.get_num_threads() == 2
     folder = RunFolder(finished)
-    folder.write_json("machine.json", machine | {"torch": "2.0.0", "threads": 1})
+    account = folder.read_json("run.json")
+    machine = account["machine"]
+    assert machine["threads"] == torch.get_num_threads() == 2
+    folder.write_json("run.json", account | {"machine": machine | {"torch": "2.0.0", "threads": 1}})
     assert detoxrl(RESUME) == 0  # nothing is left to do
     folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
     assert detoxrl(RESUME) == 2
     assert f"torch = '{torch.__version__.partition('+')[0]}" in capfd.readouterr().err
-    folder.write_json("machine.json", machine | {"threads": 1})
+    folder.write_json("run.json", account | {"machine": machine | {"threads": 1}})
     try:
-        assert detoxrl(RESUME) == 0
-        assert torch.get_num_threads() == 1
-        assert "1 threads" in json.loads((finished / "eval.json").read_text())["machine"]
+        for words in (RESUME, ["evaluate", "runs/own"]):
+            torch.set_num_threads(2)
+            assert detoxrl(words) == 0
+            assert torch.get_num_threads() == 1
+            assert "1 threads" in json.loads((finished / "eval.json").read_text())["machine"]
     finally:
         torch.set_num_threads(2)
-    folder.write_json("machine.json", machine)
+    folder.write_json("run.json", account)
     (place / "rewards.py").write_text((place / "rewards.py").read_text() + "\n# mended\n")
     folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
     assert detoxrl(RESUME) == 2
     assert "content of reward.function" in capfd.readouterr().err
     assert detoxrl(ACCEPT) == 0
-    assert "content of reward.function" in (finished / "changes.jsonl").read_text()
-    assert "before evaluate went on: content of reward.function" in (finished / "report.html").read_text()
+    assert "content of reward.function" in (finished / "run.json").read_text()
+    assert "Before evaluate went on: content of reward.function" in (finished / "report.html").read_text()
     assert detoxrl(["evaluate", "runs/own"]) == 0  # made anew as a whole, so nothing changed on its way
     assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == []
     assert detoxrl(RESUME) == 0
@@ -281,3 +287,132 @@ def test_the_disk_that_is_foretold_is_what_a_run_holds_at_most(
     foretold = estimate(config, check(config))["disk_mib"]
     assert round(foretold) == int(found[1])
     assert 0.6 < max(sizes) / 2**20 / foretold < 1.1
+
+
+def test_changes_are_checked_before_anything_is_written(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prepared = own("--reward.function", "rewards.py:brevity", "--run-dir", "runs/own")
+    assert detoxrl(["prepare", *prepared[1:]]) == 0
+    before = contents(place / "runs/own")
+    assert detoxrl([*RESUME, "--reward.function", "rewards.py:nosuch"]) == 2
+    assert "defines no function nosuch" in capfd.readouterr().err
+    assert detoxrl([*RESUME, "--evaluation.primary-judge", "nowhere"]) == 2
+    assert contents(place / "runs/own") == before
+
+
+def test_a_machine_that_changed_during_the_warm_start_stays_in_the_account(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--sft.steps", "6", "--sft.no-full-weights", "--run-dir", "runs/own")
+    with monkeypatch.context() as stop:
+        stop.setattr(sft, "batch_indices", lambda *given: signal.raise_signal(signal.SIGTERM) or batch_indices(*given))
+        assert detoxrl(words) == 143  # after the first step, with a checkpoint
+    assert (place / "runs/own/checkpoints/sft/start/step-00000001").is_dir()
+    folder = RunFolder(place / "runs/own")
+    account = folder.read_json("run.json")
+    folder.write_json("run.json", account | {"machine": account["machine"] | {"torch": "2.0.0"}})
+    assert detoxrl(RESUME) == 2
+    assert detoxrl(ACCEPT) == 0
+    (record,) = folder.read_json("eval.json")["changed_on_its_way"]
+    assert (record["stage"], list(record["changes"])) == ("sft", ["torch"])
+    assert detoxrl(RESUME) == 0
+    capfd.readouterr()
+
+
+def test_a_reward_model_in_training_waits_for_the_end_of_its_step(tmp_path: Path) -> None:
+    def stop(done: int, loss: float) -> None:
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        train_reward_model(
+            generate_utterances(0, 64), tmp_path / "model", tmp_path / "checkpoints", steps=9, batch_size=8, lr=1e-3,
+            seed=0, on_step=stop,
+        )  # fmt: skip
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == "step-00000003"
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls: int) -> None:
+    """Let the call of a function after `calls` others be the last thing that happens."""
+    real, left = getattr(place, name), [calls]
+
+    def deadly(*given: object, **named: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return real(*given, **named)
+
+    monkeypatch.setattr(place, name, deadly)
+
+
+@pytest.mark.parametrize("calls", range(4))
+@pytest.mark.parametrize("words", [["train", "runs/own"], ["run", "--overwrite"]], ids=["train", "overwrite"])
+def test_what_is_killed_while_it_makes_room_can_go_on(
+    finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch, calls: int, words: list[str]
+) -> None:
+    finished.rename(place / "whole")
+    copytree(place / "whole", finished)
+    same = ["--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1"]
+    with monkeypatch.context() as deadly:
+        killing(deadly, tracking, "remove", calls)
+        with pytest.raises(Killed):
+            detoxrl(own(*same, "--overwrite") if words[0] == "run" else words)
+    assert detoxrl(RESUME) == 0
+    same_end(place / "whole", finished)
+
+
+def test_training_again_is_refused_without_its_warm_start_and_goes_on_with_what_it_began(
+    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "rewards.py").write_text((place / "rewards.py").read_text() + "\n# mended\n")
+    monkeypatch.setenv("INTERRUPT_AT", "2")
+    assert detoxrl(["train", "runs/own"]) == 130
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl(RESUME) == 0  # all of the training was by the mended file
+    RunFolder(finished).write_json("seconds.json", {"prepare": 1.0})
+    before = contents(finished)
+    assert detoxrl(["train", "runs/own"]) == 2
+    assert "has not finished sft; run `detoxrl sft runs/own` first, or go on with --resume" in capfd.readouterr().err
+    (finished / "data/train.jsonl").write_text("{")
+    assert detoxrl(["sft", "runs/own"]) == 1
+    assert "remove seconds.json, and --resume makes the rows again" in capfd.readouterr().err
+    assert {**contents(finished), Path("data/train.jsonl"): b""} == {**before, Path("data/train.jsonl"): b""}
+    (finished / "seconds.json").unlink()
+    assert detoxrl(RESUME) == 0
+    assert contents(finished)[Path("data/train.jsonl")] == before[Path("data/train.jsonl")]
+
+
+def test_a_measurement_that_was_stopped_before_it_began_does_not_train(
+    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as deadly:
+        killing(deadly, stages, "write_prepared", 0)
+        with pytest.raises(Killed):
+            evaluate("measured", config_from_json(finished / "config.json"), adapter=finished / "adapter")
+    assert detoxrl(["run", "--resume", "--run-dir", "measured"]) == 2
+    assert "and was stopped before; measure it again, with overwrite" in capfd.readouterr().err
+
+
+def test_a_run_folder_without_an_account_is_one_of_an_unknown_machine(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "run.json").unlink()
+    found = json.loads((finished / "eval.json").read_text())
+    del found["changed_on_its_way"]
+    RunFolder(finished).write_json("eval.json", found)
+    assert detoxrl(RESUME) == 0
+    assert detoxrl(["evaluate", "runs/own"]) == 0
+    (finished / "run.json").unlink()
+    RunFolder(finished).write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
+    assert detoxrl(RESUME) == 2
+    assert "threads = 2: differs from the run's None" in capfd.readouterr().err
+    assert detoxrl(ACCEPT) == 0
+
+
+def test_a_longer_run_needs_a_checkpoint(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rmtree(finished / "checkpoints")
+    assert detoxrl([*ACCEPT, "--rl.steps", "9"]) == 2
+    assert "rl.steps = 9: needs a checkpoint to go on from, and there is none; begin anew" in capfd.readouterr().err

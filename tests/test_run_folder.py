@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ class FakePolicy:
 
 def begin(root: Path, overwrite: bool = False) -> RunFolder:
     with RunFolder(root).held() as folder:
-        folder.begin(recipe("quickstart"), {"threads": 2}, overwrite)
+        folder.begin(recipe("quickstart"), {"machine": {}}, overwrite)
     return folder
 
 
@@ -84,12 +85,13 @@ def test_a_run_folder_is_replaced_only_on_request_and_only_if_it_is_one(tmp_path
         begin(tmp_path / "run")
     (tmp_path / "run" / "old").touch()
     begin(tmp_path / "run", overwrite=True)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "machine.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "run.json"}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday").touch()
     (tmp_path / "photos" / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(InputError, match=r"is no run folder.*nothing was deleted"):
-        begin(tmp_path / "photos", overwrite=True)
+    for overwrite in (True, False):
+        with pytest.raises(InputError, match=r"is no run folder.*nothing was deleted"):
+            begin(tmp_path / "photos", overwrite)
     assert (tmp_path / "photos" / "holiday").exists()
     with pytest.raises(InputError, match="is a file; name a folder"):
         RunFolder.refuse_unfit(tmp_path / "photos" / "holiday", overwrite=True)
@@ -134,16 +136,20 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "part").touch()
     (tmp_path / ".eval.json.new12").touch()
+    (tmp_path / ".base.gone12").mkdir()
+    (tmp_path / ".start.old12").mkdir()  # set aside for what did not come
+    (tmp_path / ".start.old12/weights").touch()
     (tmp_path / "adapter/.mine").touch()
     with RunFolder(tmp_path).held():
         left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {".lock", "config.json", "machine.json", "adapter/.mine"}
+    assert left == {".lock", "config.json", "run.json", "adapter/.mine", "start/weights"}
 
 
 def test_a_run_killed_before_it_had_a_config_is_no_run_yet(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").touch()
     (tmp_path / "run/.config.json.new12").touch()
+    (tmp_path / "run/run.json").write_text("{}")
     begin(tmp_path / "run")
     assert (tmp_path / "run/config.json").exists()
 
@@ -167,9 +173,28 @@ def test_a_run_that_is_being_replaced_stays_the_old_one_to_the_end(
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path / "run", overwrite=True)
     # Nothing counts as done any more, and what is there is whole: the old run can make the rest anew.
+    assert (tmp_path / "run/run.json").exists()
     assert gone[0] == "seconds.json"
     assert RunFolder.open(tmp_path / "run")[1] == recipe("quickstart")
     assert folder.finished() == {}
+
+
+def test_a_link_to_another_disk_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    (tmp_path / "large/train").mkdir(parents=True)
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "large")
+    begin(tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert (tmp_path / "large/train").exists()
+
+
+def test_a_text_is_on_the_disk_before_its_name_is_and_the_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(storage, "sync", lambda path: synced.append(f"{path.name} {(tmp_path / 'text').exists()}"))
+    storage.write_text(tmp_path / "text", "whole")
+    assert synced == [f".text.new{os.getpid()} False", f"{tmp_path.name} True"]
 
 
 def test_lines_are_read_up_to_the_first_torn_one(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
     if not known:
         build(destination)
         stored.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(stored.with_name(".lock")):  # others fill the cache too
-            _copy(destination, stored)
+        with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
+            if not stored.is_dir():
+                _copy(destination, stored)
     else:
         _copy(stored, destination)
     return known

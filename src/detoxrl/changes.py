@@ -1,8 +1,11 @@
-"""What may be different when a run goes on, and what would then not be the run it was?"""
+"""What may be different when a run goes on, and how is that accounted for?
+
+run.json says with which settings and on which machine the run was made so far, and what was changed on its way.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,9 +16,11 @@ from accelerate import PartialState
 
 from detoxrl.config import Config
 from detoxrl.errors import InputError, require
-from detoxrl.parts import places
+from detoxrl.parts import judge_of, places, run_scorer
+from detoxrl.rewards.function import RewardFunction
 from detoxrl.settings import config_to_json, flatten
-from detoxrl.tracking import STAGES, RunFolder
+from detoxrl.storage import digests
+from detoxrl.tracking import STAGES, RunFolder, products_from
 
 # The first stage that a setting, or a section of settings, has a part in.
 _DECIDES = {
@@ -27,8 +32,13 @@ _DECIDES = {
 Differences = dict[str, tuple[Any, Any]]
 
 
+def new_account(config: Config, measures: str | None = None) -> dict[str, Any]:
+    """Return what run.json holds of a new run; `measures` is the adapter of a run that is not to train."""
+    return {"settings": _settings(config), "machine": machine(config), "changes": [], "measures": measures}
+
+
 def machine(config: Config) -> dict[str, Any]:
-    """Return what else than the config decides the last digits of a run: threads, processor, versions, reward file."""
+    """Return what decides the last digits of a run beside its settings: threads, processor, versions, local parts."""
     device = PartialState().device
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     found = {
@@ -37,69 +47,101 @@ def machine(config: Config) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     found |= {name: version(name) for name in ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")}
-    if file := places(config).get("reward.function"):
-        found["content of reward.function"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return found
+    parts = {name: path for name, path in places(config).items() if name != "data.source"}  # its rows are in the run
+    return found | {f"content of {name}": digests(path) for name, path in parts.items()}
 
 
-def take_up(folder: RunFolder, stored: Config, asked: Config, accept: bool) -> None:
-    """Make the held folder one that goes on with `asked`, which takes the place of the `stored` config.
+def take_up(folder: RunFolder, asked: Config, given: RewardFunction | None, accept: bool) -> None:
+    """Make the held folder one that goes on with `asked`.
 
-    What no stage has used yet may change freely, and a measurement is made again. What training has used may change
-    with `accept`, and is recorded; what the data and the warm start were made from may not. The run's threads are
-    taken over. Raises InputError for a change that is not allowed, naming each.
+    What no stage has used yet may change freely, and a measurement is made again. `rl` may change with `accept` when
+    training has begun, and the machine at any time, which is recorded; nothing else may. The run's threads are taken
+    over. Raises InputError for a change that is not allowed, naming each; nothing is written then.
     """
-    was, now = flatten(asdict(stored)), flatten(asdict(asked))
-    changed = {name: (was[name], now[name]) for name in now if was[name] != now[name]}
+    account = _account(folder, asked)
+    stopped_early = account["measures"] and "train" not in folder.finished()
+    rule = f"was to measure {account['measures']} and was stopped before"
+    require(not stopped_early, "run folder", str(folder.root), rule, "measure it again, with overwrite")
+    was, now = account["settings"], _settings(asked)
+    changed = {name: (was.get(name), now[name]) for name in now if was.get(name) != now[name]}
     stages = {name: _DECIDES.get(name) or _DECIDES[name.partition(".")[0]] for name in changed}
-    for name, stage in stages.items():
-        rule = f"differs from the run's {was[name]!r}, and {stage} was begun with that"
-        fixed = stage in ("prepare", "sft") and folder.begun(stage)
-        require(not fixed, name, now[name], rule, "begin anew with --overwrite, or name another --run-dir")
-    breaking = {name: pair for name, pair in changed.items() if stages[name] == "train" and folder.begun("train")}
-    made = _steps_made(folder)
-    if breaking and asked.rl.steps <= made:
-        name, rule = next(iter(breaking)), f"comes too late: the run has made {made} steps"
-        raise InputError(name, now[name], rule, f"ask for more, --rl.steps {2 * made} for one")
+    used = {name for name, stage in stages.items() if stage != "evaluate" and folder.begun(stage)}
+    breaking = {name: pair for name, pair in changed.items() if name in used}
+    _refuse_fixed(folder, asked, breaking, stages)
     if changed or "report" not in folder.finished():
-        breaking |= _machine_differences(folder, asked, accept)
+        breaking |= _machine_differences(account, asked)
     if breaking and not accept:
         _refuse(breaking)
+    if changed and "prepare" in folder.finished():
+        judge_of(asked)
+        run_scorer(folder, asked, given)
     left = [stage for stage in STAGES if stage not in folder.finished() or stage in stages.values()]
-    if breaking:
-        _record(folder, asked, left[0], breaking)
     if changed:
         folder.reopen(left[0])
-        folder.discard("responses.jsonl")
+        folder.discard(products_from("evaluate"))
         folder.write("config.json", config_to_json(asked))
+    if changed or breaking:
+        records = [_record(folder, left[0], breaking)] if breaking else []
+        account |= {"settings": now, "machine": machine(asked), "changes": account["changes"] + records}
+        folder.write_json("run.json", account)
 
 
-def _machine_differences(folder: RunFolder, config: Config, accept: bool) -> Differences:
-    was = folder.machine()
-    if not accept:
-        torch.set_num_threads(was["threads"])
+def begin_again(folder: RunFolder, config: Config, stage: str) -> None:
+    """Account for a stage that is made anew from its beginning: with this config, here, on the run's threads."""
+    account = _account(folder, config)
+    differences = _machine_differences(account, config)
+    changes = [one for one in account["changes"] if STAGES.index(one["stage"]) < STAGES.index(stage)]
+    changes += [_record(folder, stage, differences)] if differences else []
+    account |= {"settings": _settings(config), "machine": machine(config), "changes": changes}
+    folder.write_json("run.json", account)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(json.dumps(flatten(asdict(config))))  # as run.json gives them back
+    return settings
+
+
+def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
+    if not (folder / "run.json").is_file():  # nothing is known, so any machine is another one
+        return {"settings": _settings(config), "machine": {}, "changes": [], "measures": None}
+    account: dict[str, Any] = folder.read_json("run.json")
+    return account
+
+
+def _machine_differences(account: dict[str, Any], config: Config) -> Differences:
+    was = account["machine"]
+    torch.set_num_threads(was.get("threads", torch.get_num_threads()))
     now = machine(config)
     return {name: (was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)}
 
 
+def _refuse_fixed(folder: RunFolder, asked: Config, breaking: Differences, stages: dict[str, str]) -> None:
+    remedy = "leave it out (--resume --run-dir DIR goes on as it was), or begin anew with --overwrite"
+    for name, (was, now) in breaking.items():
+        fixed = stages[name] != "train" or not name.startswith("rl.")
+        require(not fixed, name, now, f"differs from the run's {was!r}, and {stages[name]} was begun with that", remedy)
+    if not breaking:
+        return
+    (name, (_, now)), made = next(iter(breaking.items())), _steps_made(folder)
+    gone = made == 0 and "train" in folder.finished()
+    require(not gone, name, now, "needs a checkpoint to go on from, and there is none", "begin anew with --overwrite")
+    rule, remedy = f"comes too late: the run has made {made} steps", f"--rl.steps {2 * made} for one"
+    require(asked.rl.steps > made, name, now, rule, f"leave it out, or ask for more steps, {remedy}")
+
+
 def _refuse(breaking: Differences) -> None:
     name, (was, now) = next(iter(breaking.items()))
-    others = [f"{other} = {values[1]!r} (was {values[0]!r})" for other, values in list(breaking.items())[1:]]
+    others = ", ".join(f"{other} = {now!r} (was {was!r})" for other, (was, now) in list(breaking.items())[1:])
     rule = f"differs from the run's {was!r}, so it would not end as if it had never stopped"
-    also = f" (so do {', '.join(others)})" if others else ""
+    also = f"; different too: {others}" if others else ""
     raise InputError(name, now, rule + also, "add --accept-changes to go on all the same, and have it recorded")
 
 
 def _steps_made(folder: RunFolder) -> int:
-    return max(
-        (int(place.name.partition("-")[2]) for place in (folder / "checkpoints/train").glob("step-*")), default=0
-    )
+    places = (folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}")
+    return max((int(place.name.partition("-")[2]) for place in places), default=0)
 
 
-def _record(folder: RunFolder, config: Config, stage: str, breaking: Differences) -> None:
-    """Append what changed before `stage` went on to changes.jsonl, which the report reads, and note the machine."""
+def _record(folder: RunFolder, stage: str, breaking: Differences) -> dict[str, Any]:
     changes = {name: list(pair) for name, pair in breaking.items()}
-    record = {"stage": stage, "step": _steps_made(folder), "changes": changes}
-    if record not in folder.whole_lines("changes.jsonl"):  # a kill may have come between this line and the next
-        folder.append("changes.jsonl", record)
-    folder.write_json("machine.json", machine(config))
+    return {"stage": stage, "step": _steps_made(folder), "changes": changes}

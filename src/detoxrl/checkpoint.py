@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from detoxrl.errors import first_line
+from detoxrl.errors import StorageError, first_line
 from detoxrl.stopping import stopping_between_steps
-from detoxrl.storage import filling, remove, sync, write_text
+from detoxrl.storage import digest, filling, remove, sync, write_text
 from detoxrl.tracking import log
 
 SHARE = 0.02
@@ -60,21 +59,23 @@ class Checkpoints:
     def restore(self) -> dict[str, Any] | None:
         """Put the newest whole state back and return what `point` was given with it, and its "step".
 
-        A torn or edited one is named and removed, and the one before is taken. None: there is none, and products and
-        logs of an earlier attempt are gone.
+        A torn or edited one is named, and the one before is taken. None: there is none, and products and logs of an
+        earlier attempt are gone. Raises StorageError when there are some and none is whole; nothing is lost then.
         """
-        places = sorted(self.folder.glob("step-*"), reverse=True)
-        for place in places:
-            fault = self._fault(place)
-            if fault is None:
-                return self._put_back(place)
-            log.print(f"{place} is not as it was written ({fault}) and is left out")
-            remove(place)
-        if places:
-            log.print(f"{self.folder} holds no whole checkpoint: beginning this loop anew")
-        for path in (*self.products, *self.logs):
+        places = self._places()
+        faults = {}
+        for place in reversed(places):
+            faults[place] = self._fault(place)
+            if faults[place] is None:
+                break
+            log.print(f"{place} is not as it was written: {faults[place]}")
+        if places and None not in faults.values():
+            remedy = f"put that back, or remove {self.folder} to begin this loop anew"
+            raise StorageError(f"{places[-1]} is not as it was written ({faults[places[-1]]}); {remedy}")
+        broken = [place for place, fault in faults.items() if fault]
+        for path in (*broken, *self.products, *(() if places else self.logs)):
             remove(path)
-        return None
+        return self._put_back(place) if places else None
 
     def point(self, step: int, state: Mapping[str, Any], now: bool = False) -> None:
         """Write the state before step `step` when `now`, when one is due or when a stop was asked for; then stop.
@@ -92,9 +93,12 @@ class Checkpoints:
 
     def forget(self, keep: int = 0) -> None:
         """Delete all but the newest `keep`."""
-        places = sorted(self.folder.glob("step-*"))
+        places = self._places()
         for place in places[: len(places) - keep]:
             remove(place)
+
+    def _places(self) -> list[Path]:
+        return sorted(self.folder.glob(f"step-{'[0-9]' * 8}"))
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         moments = {
@@ -114,25 +118,23 @@ class Checkpoints:
             (place / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             for product in self.products:
                 _copy(product, place / "products" / product.name)
-            logs = {path.name: [path.stat().st_size, _digest(path)] for path in self.logs}
-            manifest = {"files": _digests(place), "logs": logs}
+            logs = {path.name: [path.stat().st_size, digest(path)] for path in self.logs}
+            manifest = {"files": _file_digests(place), "logs": logs}
             (place / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         self.forget(keep=_KEPT)
 
     def _fault(self, place: Path) -> str | None:
         try:
             manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-            files, logs = (
-                dict(manifest["files"]),
-                {name: (size, digest) for name, (size, digest) in manifest["logs"].items()},
-            )
+            files = dict(manifest["files"])
+            logs = {name: (size, content) for name, (size, content) in manifest["logs"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"manifest.json: {first_line(error)}"
-        found = _digests(place)
+        found = _file_digests(place)
         wrong = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
         for path in self.logs:
-            size, digest = logs.get(path.name, (0, None))
-            if _digest(path, size) != digest:
+            size, content = logs.get(path.name, (0, None))
+            if digest(path, size) != content:
                 wrong.append(path.name)
         return f"{wrong[0]} differs" if wrong else None
 
@@ -148,7 +150,6 @@ class Checkpoints:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
         for product in self.products:
-            remove(product)
             _copy(place / "products" / product.name, product)
         sizes = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["logs"]
         for path in self.logs:
@@ -167,17 +168,6 @@ def _copy(source: Path, target: Path) -> None:
         write_text(target, source.read_text(encoding="utf-8"))
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _file_digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file's first `size` bytes, or of all; of a shorter file, that of what there is."""
-    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
-    if path.is_file():
-        with path.open("rb") as content:
-            while block := content.read(min(left, 1 << 20)):
-                found.update(block)
-                left -= len(block)
-    return found.hexdigest()
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}

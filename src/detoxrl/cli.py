@@ -19,7 +19,7 @@ from detoxrl.config import Config
 from detoxrl.errors import DetoxrlError, InputError, require
 from detoxrl.recipes import recipe, recipe_names
 from detoxrl.settings import changed, config_from_json, config_to_json, flatten, nearest
-from detoxrl.stopping import Terminated, stopping_at_once
+from detoxrl.stopping import Terminated, go_on_with, stopping_at_once
 
 COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "recipes", "help")
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
@@ -226,7 +226,7 @@ def _how_to_go_on(root: Path) -> str:
     if not (root / "config.json").is_file():
         return "nothing was written"
     kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
-    return f"{root} keeps {kept}; go on with `detoxrl run --resume --run-dir {root}`"
+    return f"{root} keeps {kept}; {go_on_with(root)}"
 
 
 def _print_result(root: Path) -> None:

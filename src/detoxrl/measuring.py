@@ -43,7 +43,7 @@ def measure_run(
     folder.write_json("masked_words.json", toxic_words(texts, profanity_judge() or judges[name]))
     _write_samples(folder, rows, responses, measured)
     evaluation = _evaluation(config, rows, responses, measured)
-    evaluation |= {"changed_on_its_way": folder.whole_lines("changes.jsonl"), "seconds": seconds()}
+    evaluation |= {"changed_on_its_way": folder.read_json("run.json")["changes"], "seconds": seconds()}
     folder.write_json("eval.json", evaluation)
     remove(folder / "responses.jsonl")
 

@@ -76,7 +76,7 @@ def judge_name(config: Config) -> str:
 def rows_of(folder: RunFolder, split: str) -> list[Row]:
     """Return the rows of a split of a prepared run."""
     path = folder.need(f"data/{split}.jsonl", "prepare")
-    with reading(path):
+    with reading(path, "remove seconds.json, and --resume makes the rows again"):
         return read_rows(path)
 
 

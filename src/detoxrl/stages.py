@@ -6,7 +6,6 @@ Every stage takes the run folder alone, so each can run in its own process.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 import transformers
 
 from detoxrl.cache import cached, tidy_cache
-from detoxrl.changes import machine, take_up
+from detoxrl.changes import begin_again, new_account, take_up
 from detoxrl.config import Config
+from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
 from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function
@@ -35,23 +34,8 @@ from detoxrl.rewards.function import RewardFunction
 from detoxrl.settings import changed
 from detoxrl.sft import civil_baseline, warm_start
 from detoxrl.storage import filling, remove
-from detoxrl.tracking import STAGES, RunFolder
+from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
-
-# What train and the stages after it make: gone as soon as something before them is made anew.
-_MEASURED = (
-    "responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json", "report.html", "samples.csv",
-    "blind_sheet.csv", "blind_key.csv",
-)  # fmt: skip
-_TRAINED = (
-    "adapter", "checkpoints/train", "checkpoint.json", "normaliser.json", "metrics.jsonl", "validation.jsonl",
-    "rollouts.jsonl",
-)  # fmt: skip
-# What goes before a stage is run from its beginning.
-_OWN = {
-    "sft": ("base", "start", "baseline", "checkpoints/sft"), "train": _TRAINED, "evaluate": ("responses.jsonl",),
-    "report": (),
-}  # fmt: skip
 
 
 def _quieten_libraries() -> None:
@@ -98,10 +82,16 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report."""
     folder, config = RunFolder.open(root)
     with folder.held():
-        torch.set_num_threads(folder.machine()["threads"])
-        folder.discard(*_OWN[name])
-        kept = [one for one in folder.whole_lines("changes.jsonl") if STAGES.index(one["stage"]) < STAGES.index(name)]
-        folder.write("changes.jsonl", "".join(json.dumps(one) + "\n" for one in kept))
+        if name in ("sft", "train"):
+            for split in SPLITS:  # before anything is deleted
+                rows_of(folder, split)
+            done = name == "sft" or "sft" in folder.finished()
+            remedy = f"run `detoxrl sft {root}` first, or go on with --resume"
+            require(done, "run folder", str(root), "has not finished sft", remedy)
+        folder.reopen(name)
+        if name != "report":
+            folder.discard(["responses.jsonl"] if name == "evaluate" else products_from(name))
+            begin_again(folder, config, name)
         _REMAINING[name](folder, config, reward)
 
 
@@ -160,9 +150,9 @@ def _begun(
     with folder.held():
         tidy_cache()
         if going_on:
-            take_up(folder, RunFolder.open(root)[1], config, accept_changes)
+            take_up(folder, config, reward, accept_changes)
         else:
-            folder.begin(config, machine(config), overwrite)
+            folder.begin(config, new_account(config, adapter), overwrite)
         if "prepare" not in folder.finished():
             with folder.timed("prepare", started):
                 write_prepared(folder, config, prepared or check(config, reward))
@@ -178,7 +168,6 @@ def _refuse_own_parts(root: Path, parts: list[str]) -> None:
 
 def _sft(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("sft"):
-        folder.discard(*_TRAINED, *_MEASURED)
         rows = rows_of(folder, "train")
         if config.sft.steps > 0:
             where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
@@ -209,7 +198,6 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
 
 def _train(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
     with folder.timed("train"):
-        folder.discard(*_MEASURED)
         base, start = base_and_start(folder, config)
         policy = load_policy(base, start, config.policy, config.seed)
         reward, judge = run_scorer(folder, config, given).reward, judge_of(config)

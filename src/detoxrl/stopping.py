@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came, as clusters send it before they take the machine away."""
+
+
+def go_on_with(root: Path) -> str:
+    """Return the words that tell how to go on with a run."""
+    return f"go on with `detoxrl run --resume --run-dir {shlex.quote(str(root))}`"
 
 
 _RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
@@ -40,7 +47,7 @@ def stopping_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], 
         if came:
             raise kind
         came.append(kind)
-        say("stopping: this step is ended and a checkpoint written (again: stop at once, without)")
+        say("stopping at the end of this step, which is kept (again: at once, without it)")
 
     with _handled(dict.fromkeys(_RAISED, handle)):
         yield lambda: came[0] if came else None

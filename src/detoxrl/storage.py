@@ -5,6 +5,7 @@ It is written under a temporary name beside its own, brought to the disk, and re
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from detoxrl.errors import StorageError, first_line
 
-_TEMPORARY = re.compile(r"\..+\.(new|old)\d+")
+_TEMPORARY = re.compile(r"\.(.+)\.(new|old|gone)\d+")
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -76,26 +77,52 @@ def filling(target: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Delete a file or folder, if it is there, so that it is there whole or not at all."""
-    if path.is_dir():
-        old = _beside(path, "old")
-        os.replace(path, old)
-        shutil.rmtree(old)
+    if path.is_dir() and not path.is_symlink():
+        gone = _beside(path, "gone")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what processes that were killed left half written; no other may be writing in `folder`."""
-    for path in [path for path in folder.rglob(".*") if is_temporary(path)]:
-        remove(path)
+    """Delete what killed processes left half written or half deleted; no other may be writing in `folder`.
+
+    What was set aside for its replacement, which did not come, takes its place again.
+    """
+    for path in sorted(folder.rglob(".*")):
+        if (name := _TEMPORARY.fullmatch(path.name)) and path.exists():
+            target = path.with_name(name[1])
+            if name[2] == "old" and not target.exists():
+                os.replace(path, target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def digest(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file's first `size` bytes, or of all; of a shorter file, that of what there is."""
+    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    if path.is_file():
+        with path.open("rb") as content:
+            while block := content.read(min(left, 1 << 20)):
+                found.update(block)
+                left -= len(block)
+    return found.hexdigest()
+
+
+def digests(path: Path) -> str:
+    """Return one short digest of a file, or of all files in a folder and their names."""
+    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    found = [f"{part.relative_to(path)} {digest(part)}" for part in files]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a torn or missing file into a StorageError."""
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what goes wrong with a torn or missing file into a StorageError that says what to do."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        remedy = "remove it to begin its stage anew, the rest is kept"
-        raise StorageError(f"{path} is broken: {reason}; {remedy}") from error
+        raise StorageError(f"{path} is broken: {first_line(error)}; {remedy}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,23 @@ NOTHING_BETTER = (
     "More rows, more steps, another rl.lr or a larger rl.quality_margin may help."
 )
 STAGES = ("prepare", "sft", "train", "evaluate", "report")
-# What shows that a stage was begun.
-_MADE = {
-    "prepare": ("checkpoints/prepare", "reward"), "sft": ("checkpoints/sft", "base", "start", "baseline"),
-    "train": ("checkpoints/train",),
+# What each stage makes, but for the rows, which are made anew whenever prepare is. A folder shows that it was begun.
+PRODUCTS = {
+    "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
+    "sft": ("checkpoints/sft", "base", "start", "baseline"),
+    "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl",
+              "validation.jsonl", "rollouts.jsonl"),
+    "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
+    "report": ("report.html", "samples.csv", "blind_sheet.csv", "blind_key.csv"),
 }  # fmt: skip
+_AGAIN = "make it again: remove seconds.json, and --resume does what is missing"
 _LOCK = ".lock"
-log = Console(stderr=True, highlight=False)
+log = Console(stderr=True, highlight=False, markup=False)
+
+
+def products_from(first: str) -> list[str]:
+    """Return what a stage and those after it make."""
+    return [name for stage in STAGES[STAGES.index(first) :] for name in PRODUCTS[stage]]
 
 
 class RunFolder:
@@ -53,13 +63,13 @@ class RunFolder:
         writable = parent.is_dir() and os.access(parent, os.W_OK)
         require(writable, "--run-dir", str(root), f"cannot be made: {parent} is not writable", "name another folder")
         # A process that was killed before it had anything to keep leaves no more than these.
-        if not root.exists() or all(path.name == _LOCK or is_temporary(path) for path in root.iterdir()):
+        if not root.exists() or all(path.name in (_LOCK, "run.json") or is_temporary(path) for path in root.iterdir()):
             return
-        remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
-        require(overwrite, "--run-dir", str(root), "exists already", remedy)
         # Model folders hold a config.json too: only one that says `recipe` is ours to delete.
         ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
         require(ours, "--run-dir", str(root), "is no run folder", "name another folder; nothing was deleted")
+        remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
+        require(overwrite, "--run-dir", str(root), "exists already", remedy)
 
     @contextmanager
     def held(self) -> Iterator[RunFolder]:
@@ -75,7 +85,7 @@ class RunFolder:
             remedy = "wait for it, stop it, or name another folder"
             raise InputError("run folder", str(self.root), "is in use by another process", remedy) from None
         except OSError as error:
-            rule = f"cannot be made: {error.strerror}"
+            rule = f"cannot be {'written in' if self.root.is_dir() else 'made'}: {error.strerror}"
             raise InputError("--run-dir", str(self.root), rule, "name another folder") from error
         try:
             sweep(self.root)
@@ -83,14 +93,16 @@ class RunFolder:
         finally:
             lock.release()
 
-    def begin(self, config: Config, machine: dict[str, Any], overwrite: bool) -> None:
+    def begin(self, config: Config, account: dict[str, Any], overwrite: bool) -> None:
         """Make the held folder that of a new run. Raises InputError when it holds one that may not be replaced."""
         self.refuse_unfit(self.root, overwrite)
         # The config goes last: until then this is the old run, which knows how to make anew what is gone.
-        for path in sorted(self.root.iterdir(), key=lambda path: path.name != "seconds.json"):
-            if path.name not in (_LOCK, "config.json"):
+        # Checkpoints go before the logs that they count on.
+        first = ("checkpoints", "seconds.json")
+        for path in sorted(self.root.iterdir(), key=lambda path: -first.index(path.name) if path.name in first else 1):
+            if path.name not in (_LOCK, "config.json", "run.json"):
                 remove(path)
-        self.write_json("machine.json", machine)
+        self.write_json("run.json", account)
         self.write("config.json", config_to_json(config))
 
     @classmethod
@@ -105,8 +117,8 @@ class RunFolder:
     def need(self, name: str, stage: str) -> Path:
         """Return the path of a stage's product. Raises InputError when that stage has not run."""
         path = self.root / name
-        if not path.exists():
-            raise InputError("run folder", str(self.root), f"has no {name}", f"run `detoxrl {stage} {self.root}` first")
+        remedy = _AGAIN if stage == "prepare" else f"run `detoxrl {stage} {self.root}` first"
+        require(path.exists(), "run folder", str(self.root), f"has no {name}", remedy)
         return path
 
     def write(self, name: str, text: str) -> None:
@@ -118,8 +130,9 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Return the value stored in a JSON file of the folder."""
-        return json.loads((self.root / name).read_text(encoding="utf-8"))
+        """Return the value stored in a JSON file of the folder. Raises StorageError when it is torn."""
+        with reading(self / name, _AGAIN):
+            return json.loads((self / name).read_text(encoding="utf-8"))
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file; numbers keep six significant digits."""
@@ -140,7 +153,7 @@ class RunFolder:
             os.truncate(path, size)
         return found
 
-    def discard(self, *names: str) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """Delete products of an earlier run that what comes now would belie."""
         there = [name for name in names if (self.root / name).exists()]
         if there:
@@ -148,24 +161,16 @@ class RunFolder:
         for name in there:
             remove(self.root / name)
 
-    def machine(self) -> dict[str, Any]:
-        """Return what machine.json says of the machine the run began on."""
-        path = self.need("machine.json", "prepare")
-        with reading(path):
-            found: dict[str, Any] = self.read_json("machine.json")
-        return found
-
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
         if not (self / "seconds.json").is_file():
             return {}
-        with reading(self / "seconds.json"):
-            done: dict[str, float] = self.read_json("seconds.json")
+        done: dict[str, float] = self.read_json("seconds.json")
         return done
 
     def begun(self, stage: str) -> bool:
         """Return whether a stage is finished or has something to go on from."""
-        return stage in self.finished() or any((self / name).is_dir() for name in _MADE[stage])
+        return stage in self.finished() or any((self / name).is_dir() for name in PRODUCTS[stage])
 
     def reopen(self, stage: str) -> dict[str, float]:
         """Count a stage and those after it as not done, and return the stages before it."""

@@ -26,6 +26,7 @@ from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
 from detoxrl.rollout import collect, sample_texts
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
+from detoxrl.stopping import go_on_with
 from detoxrl.tracking import NOTHING_BETTER, RunFolder, log, progress
 
 
@@ -86,7 +87,7 @@ def train(
                 raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
             except Exception as error:  # a user's function may fail late; what was learnt before is kept
                 checkpoints.point(step, state, now=True)
-                error.add_note(f"step {step} is kept: go on with `detoxrl run --resume --run-dir {folder.root}`")
+                error.add_note(f"step {step} is kept: {go_on_with(folder.root)}")
                 raise
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")

@@ -24,7 +24,7 @@ def print_result(root: Path) -> None:
         independent = "" if judge == found["primary_judge"] else " (the reward itself: no independent judge)"
         console.print(f"{judge}: [bold]{result['verdict']}[/bold]{share}{independent}")
     for line in changed_on_its_way(found):
-        console.print(f"changed on its way, {line}")
+        console.print(f"changed on its way: {line}")
     seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
     timings = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"\n{sum(seconds.values()):.0f} s in all: {timings}")

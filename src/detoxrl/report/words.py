@@ -115,11 +115,11 @@ def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measu
 
 
 def changed_on_its_way(evaluation: dict[str, Any]) -> list[str]:
-    """Return what was changed when the run went on, a line for each time: `after 40 steps: rl.steps 40 → 80`."""
+    """Return what was changed when the run went on, a line for each time: `At step 40: rl.steps 40 → 80`."""
     lines = []
-    for record in evaluation["changed_on_its_way"]:
+    for record in evaluation.get("changed_on_its_way", []):
         pairs = [f"{name} {before} → {now}" for name, (before, now) in record["changes"].items()]
-        when = f"after {record['step']} steps" if record["stage"] == "train" else f"before {record['stage']} went on"
+        when = f"At step {record['step']}" if record["stage"] == "train" else f"Before {record['stage']} went on"
         lines.append(f"{when}: {', '.join(pairs)}")
     return lines
 
