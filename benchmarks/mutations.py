@@ -36,8 +36,10 @@ from mutants import Mutant, mutants, signatures
 from mutation_runs import BROKEN, CAUGHT, PACKAGE, ROOT, SETTINGS, SURVIVED, TIMEOUT, Bench
 
 ACCEPTED = ROOT / "benchmarks" / "survivors.json"
-# The mathematics, and what samples, scores and trains with it. How models and adapters are loaded is not among it.
-FILES = ("rl/*.py", "policy/*.py", "rollout.py", "train.py", "step_metrics.py", "rewards/shaping.py")
+# The mathematics, what samples, scores and trains with it, and what makes a run go on exactly. How models and adapters
+# are loaded is not among it.
+GOING_ON = ("storage.py", "stopping.py", "checkpoint.py", "best.py", "changes.py")
+FILES = ("rl/*.py", "policy/*.py", "rollout.py", "train.py", "step_metrics.py", "rewards/shaping.py", *GOING_ON)
 NOT = ("*/__init__.py", "policy/adapters.py", "policy/backbone.py")
 # Which tests look at a file: the first pattern that fits, the likeliest to fail first. These are the fast ones: bandit
 # and command line would find more, but what survives has to run through all of them.
@@ -55,6 +57,8 @@ TESTS = {
     "rewards/*": ("tests/test_rewards.py", "tests/test_golden.py"),
     "step_metrics.py": ("tests/test_step_metrics.py", "tests/test_golden.py"),
     "rollout.py": RUNS,
+    **dict.fromkeys(GOING_ON, ("tests/test_run_folder.py", "tests/test_checkpoint.py", "tests/test_resume.py")),
+    "changes.py": ("tests/test_resume.py",),
     "*": ("tests/test_train.py", *RUNS, *TOLD),
 }
 console = Console(highlight=False, markup=False, soft_wrap=True)

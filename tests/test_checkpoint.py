@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,14 @@ def test_states_take_at_most_their_share_of_the_time(tmp_path: Path, monkeypatch
     assert written[-1] == 100
 
 
+def test_a_product_that_came_later_is_gone_again(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.checkpoints.point(0, {}, now=True)
+    write_text(loop.product, "later")
+    assert loop.checkpoints.restore() == {"step": 0}
+    assert not loop.product.exists()
+
+
 def test_a_state_is_never_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, written = Loop(tmp_path), list[Path]()
     loop.run(3)
@@ -273,6 +282,19 @@ def test_what_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, earlier)
+
+
+def test_in_another_thread_signals_stay_as_they_are() -> None:
+    asked: list[object] = []
+
+    def work() -> None:
+        with stopping_between_steps(print) as stop:
+            asked.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert asked == [None]
 
 
 def test_a_second_stop_is_at_once_and_one_after_the_last_point_is_not_lost() -> None:

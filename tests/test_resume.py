@@ -138,6 +138,13 @@ def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     assert len(asked) == 2  # of 3 batches for each of before and after
     same_end(place / "whole", place / "broken")
+    with monkeypatch.context() as stop:
+        stop.setattr(RunFolder, "append", stopping)
+        assert detoxrl(["evaluate", "broken"]) == 143
+    more = ["--evaluation.samples-per-prompt", "3"]  # what it has is of no use then
+    assert detoxrl(["run", "--resume", "--run-dir", "broken", *more]) == 0
+    assert detoxrl(["run", "--resume", "--run-dir", "whole", *more]) == 0
+    same_end(place / "whole", place / "broken")
     capfd.readouterr()
 
 
