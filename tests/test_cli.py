@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from detoxrl import measuring
+from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
 from detoxrl.settings import flatten
 from detoxrl.tracking import RunFolder
@@ -234,3 +235,20 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
     assert ended.returncode == 0, ended.stderr
     assert "warm start" not in ended.stderr  # only what was left was done
     same_end(run, tmp_path / "broken")
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run, script = tmp_path / "run", "import sys, time; from pathlib import Path; from detoxrl.tracking import RunFolder"
+    script += "\nwith RunFolder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InputError, match=r"run folder = '.*run': is in use by another process"),
+            RunFolder(run).held(),
+        ):
+            raise AssertionError("two processes hold one folder")
+        other.kill()  # the lock of a killed process is gone with it
+        other.wait()
+    with RunFolder(run).held(), pytest.raises(InputError, match="in use"), RunFolder(run).held():
+        raise AssertionError("two hold one folder")
