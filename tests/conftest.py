@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
 
 import json
 from collections.abc import Callable
