@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from detoxrl.recipes import recipe
 from detoxrl.reward_training import train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
 torch.set_num_threads(2)
 
 TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
