@@ -21,7 +21,7 @@ from detoxrl.reward_training import train_reward_model
 from detoxrl.settings import config_from_json
 from detoxrl.stopping import Terminated
 from detoxrl.tracking import RunFolder
-from small_runs import contents, detoxrl, own, same_end, steps_kept, without_timings
+from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
 
 def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
@@ -151,12 +151,26 @@ def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
 # Longer runs, other settings, other machines
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], reward_folder: Path) -> Path:
+    """A place with a run of three steps in runs/own, and a copy of all in which a test may do what it likes."""
+    folder = tmp_path_factory.mktemp("once") / "there"
+    folder.mkdir()
+    make_place(folder, bases, reward_folder)
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(folder)
+        assert detoxrl(own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")) == 0
+    return Path(copytree(folder, folder.with_name("kept")))
+
+
 @pytest.fixture
-def finished(place: Path, capfd: pytest.CaptureFixture[str]) -> Path:
-    """A run of three steps, in runs/own."""
-    assert detoxrl(own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")) == 0
-    capfd.readouterr()
-    return place / "runs/own"
+def finished(once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of three steps, as it was then; runs name their parts by path, so it is always in the same place."""
+    folder = once.with_name("there")
+    rmtree(folder, ignore_errors=True)
+    copytree(once, folder)
+    monkeypatch.chdir(folder)
+    return folder / "runs/own"
 
 
 RESUME = ["run", "--resume", "--run-dir", "runs/own"]
@@ -164,8 +178,9 @@ ACCEPT = [*RESUME, "--accept-changes"]
 
 
 def test_a_finished_run_is_made_longer_on_request_and_says_so(
-    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place = finished.parents[1]
     before = contents(finished)
     assert detoxrl([*RESUME, "--rl.steps", "5", "--rl.lr", "2e-2"]) == 2
     told = capfd.readouterr().err
@@ -220,7 +235,8 @@ def test_what_cannot_change_any_more_is_refused_even_so(
     assert contents(finished) == before
 
 
-def test_what_no_stage_has_used_yet_changes_freely(place: Path, finished: Path) -> None:
+def test_what_no_stage_has_used_yet_changes_freely(finished: Path) -> None:
+    place = finished.parents[1]
     assert detoxrl([*RESUME, "--evaluation.samples-per-prompt", "3"]) == 0
     assert json.loads((finished / "run.json").read_text())["changes"] == []
     prepared = own("--reward.function", "rewards.py:brevity", "--run-dir", "prepared")
@@ -232,8 +248,9 @@ def test_what_no_stage_has_used_yet_changes_freely(place: Path, finished: Path) 
 
 
 def test_another_machine_or_reward_file_is_named_and_threads_are_taken_over(
-    place: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+    finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    place = finished.parents[1]
     folder = RunFolder(finished)
     account = folder.read_json("run.json")
     machine = account["machine"]
@@ -360,8 +377,9 @@ def killing(monkeypatch: pytest.MonkeyPatch, place: object, name: str, calls: in
 @pytest.mark.parametrize("calls", range(4))
 @pytest.mark.parametrize("words", [["train", "runs/own"], ["run", "--overwrite"]], ids=["train", "overwrite"])
 def test_what_is_killed_while_it_makes_room_can_go_on(
-    finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch, calls: int, words: list[str]
+    finished: Path, monkeypatch: pytest.MonkeyPatch, calls: int, words: list[str]
 ) -> None:
+    place = finished.parents[1]
     finished.rename(place / "whole")
     copytree(place / "whole", finished)
     same = ["--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1"]
@@ -374,8 +392,9 @@ def test_what_is_killed_while_it_makes_room_can_go_on(
 
 
 def test_training_again_is_refused_without_its_warm_start_and_goes_on_with_what_it_began(
-    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place = finished.parents[1]
     (place / "rewards.py").write_text((place / "rewards.py").read_text() + "\n# mended\n")
     monkeypatch.setenv("INTERRUPT_AT", "2")
     assert detoxrl(["train", "runs/own"]) == 130
@@ -395,7 +414,7 @@ def test_training_again_is_refused_without_its_warm_start_and_goes_on_with_what_
 
 
 def test_a_measurement_that_was_stopped_before_it_began_does_not_train(
-    finished: Path, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as deadly:
         killing(deadly, stages, "write_prepared", 0)

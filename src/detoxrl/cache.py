@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from detoxrl.storage import filling, sweep
+from detoxrl.storage import copy_folder, sweep
 
 # A change to any of these files changes what they train, so it changes the key.
 _SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data")
@@ -44,15 +43,10 @@ def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Call
         stored.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
             if not stored.is_dir():
-                _copy(destination, stored)
+                copy_folder(destination, stored)
     else:
-        _copy(stored, destination)
+        copy_folder(stored, destination)
     return known
-
-
-def _copy(source: Path, target: Path) -> None:
-    with filling(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def _key(ingredients: Iterable[str]) -> str:

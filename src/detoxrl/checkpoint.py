@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from detoxrl.errors import StorageError, first_line
 from detoxrl.stopping import stopping_between_steps
-from detoxrl.storage import digest, filling, remove, sync, write_text
+from detoxrl.storage import copy_folder, digest, filling, remove, sync, write_text
 from detoxrl.tracking import log
 
 SHARE = 0.02
@@ -162,8 +161,7 @@ class Checkpoints:
 
 def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
-        with filling(target) as temporary:
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
+        copy_folder(source, target)
     elif source.is_file():
         write_text(target, source.read_text(encoding="utf-8"))
 

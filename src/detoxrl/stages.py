@@ -6,7 +6,6 @@ Every stage takes the run folder alone, so each can run in its own process.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from detoxrl.report.build import build_report
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.settings import changed
 from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.storage import filling, remove
+from detoxrl.storage import copy_folder, filling, remove
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
 
@@ -117,8 +116,7 @@ def evaluate(
         require(adapter is not None, "adapter", None, "is missing", "give the folder to measure")
         config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
         with _begun(Path(root), config, overwrite, False, reward, str(adapter)) as (folder, config):
-            with filling(folder / "adapter") as target:
-                shutil.copytree(str(adapter), target, dirs_exist_ok=True)
+            copy_folder(Path(str(adapter)), folder / "adapter")
             # Done, so that --resume does not begin to train.
             folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
             _evaluate(folder, config, reward)

@@ -75,6 +75,12 @@ def filling(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder so that it is there whole or not at all."""
+    with filling(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder, if it is there, so that it is there whole or not at all."""
     if path.is_dir() and not path.is_symlink():
