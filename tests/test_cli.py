@@ -106,6 +106,7 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
     monkeypatch.setattr(measuring, "sample_batches", name_adapter)
     folder, config = RunFolder.open(run)
     found = measuring._responses(folder, config, measuring.rows_of(folder, "test"))
+    (run / "responses.jsonl").unlink()
     assert {name: texts[0][0] for name, texts in found.items()} == {
         "before": "None", "after": "after", "sft_civil": "sft_civil",
     }  # fmt: skip
@@ -171,7 +172,7 @@ def test_a_stage_out_of_order_names_the_one_to_run_first(place: Path, tmp_path: 
     )
     result = detoxrl("train", "r", cwd=tmp_path, cache=place / "cache")
     assert result.returncode == 2
-    assert "has no base; run `detoxrl sft r` first" in result.stderr
+    assert "has not finished sft; run `detoxrl sft r` first, or go on with --resume" in result.stderr
 
 
 def test_help_is_quick_because_it_imports_no_torch() -> None:

@@ -465,12 +465,15 @@ def test_screen_table_names_measures_and_products(
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
-    [("rows.json", "prepare"), ("validation.jsonl", "train"), ("eval.json", "evaluate"), ("samples.jsonl", "evaluate")],
-)
-def test_unfinished_run_names_the_stage_to_run(run_dir: Path, name: str, stage: str) -> None:
+    ("name", "remedy"),
+    [
+        ("rows.json", "remove seconds.json, and --resume"), ("validation.jsonl", "run `detoxrl train "),
+        ("eval.json", "run `detoxrl evaluate "), ("samples.jsonl", "run `detoxrl evaluate "),
+    ],
+)  # fmt: skip
+def test_unfinished_run_names_the_stage_to_run(run_dir: Path, name: str, remedy: str) -> None:
     (run_dir / name).unlink()
-    with pytest.raises(InputError, match=rf"has no {re.escape(name)}; run `detoxrl {stage} "):
+    with pytest.raises(InputError, match=rf"has no {re.escape(name)}; .*{remedy}"):
         build_report(run_dir)
 
 

@@ -291,7 +291,7 @@ def test_a_run_in_use_is_refused(finished: Path, capfd: pytest.CaptureFixture[st
             assert "run folder = 'runs/own': is in use by another process; wait for it" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--policy.full-weights"], ["--sft.steps", "5"]])
+@pytest.mark.parametrize("words", [["--policy.full-weights"], ["--sft.steps", "5"]])
 def test_the_disk_that_is_foretold_is_what_a_run_holds_at_most(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
