@@ -48,7 +48,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
         self.product, self.folder, self.log = root / "product", root / "folder", root / "log.jsonl"
         self.checkpoints = Checkpoints(
-            root / "checkpoints", {"w": self.weight}, self.optimizer, [self.product, self.folder], [self.log]
+            root / "checkpoints", {"w": self.weight}, self.optimizer, [self.product, self.folder, self.log]
         )
 
     def run(self, steps: int, die_at: int | None = None) -> int:
@@ -110,8 +110,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "one file less": (lambda root: (newest(root) / "products/product").unlink(), "products/product differs"),
     "no manifest": (lambda root: (newest(root) / "manifest.json").unlink(), "manifest.json: "),
     "torn manifest": (lambda root: cut(newest(root) / "manifest.json"), "manifest.json: "),
-    "odd manifest": (lambda root: (newest(root) / "manifest.json").write_text("[]"), "manifest.json: "),
-    "shorter log": (lambda root: os.truncate(root / "log.jsonl", 60), "log.jsonl differs"),
+    "odd manifest": (lambda root: (newest(root) / "manifest.json").write_text("7"), "manifest.json: "),
+    "shorter log": (lambda root: os.truncate(newest(root) / "products/log.jsonl", 60), "log.jsonl differs"),
 }
 
 
@@ -139,13 +139,16 @@ def test_without_a_whole_state_nothing_is_lost_unasked(tmp_path: Path, each_step
     broken = tmp_path / "broken"
     with pytest.raises(Killed):
         Loop(broken).run(6, die_at=3)
-    log = (broken / "log.jsonl").read_bytes()
-    os.truncate(broken / "log.jsonl", 10)
+    whole = contents(broken)
+    for state in (broken / "checkpoints").iterdir():
+        cut(state / "weights.safetensors")
     before = contents(broken)
-    with pytest.raises(StorageError, match=r"3 is not as it was written \(log.jsonl differs\); put that back"):
+    with pytest.raises(StorageError, match=r"3 is not as it was written \(weights.safetensors differs\); put"):
         Loop(broken).run(6)
     assert contents(broken) == before
-    (broken / "log.jsonl").write_bytes(log)
+    for path, content in whole.items():
+        (broken / path).write_bytes(content)
+    (broken / "log.jsonl").unlink()  # the state holds it
     assert Loop(broken).run(6) == 3
     assert contents(broken) == unbroken(tmp_path / "whole")
     shutil.rmtree(broken / "checkpoints")  # as the message says
@@ -239,12 +242,14 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatc
     monkeypatch.setattr(storage, "sync", note_sync)
     monkeypatch.setattr(checkpoint, "sync", note_sync)
     monkeypatch.setattr(storage.os, "replace", note_replace)
-    Loop(tmp_path).checkpoints.point(0, {}, now=True)
+    loop = Loop(tmp_path)
+    loop.log.write_text("a line\n")
+    loop.checkpoints.point(0, {}, now=True)
     named = events.index(("name", "step-00000000"))
     before, after = events[:named], events[named + 1 :]
     assert {"log.jsonl", "weights.safetensors", "state.json", "manifest.json"} <= {name for _, name in before}
     assert ("sync", "checkpoints") in after
-    assert events.index(("sync", "log.jsonl")) < events.index(("sync", "manifest.json"))
+    assert events[0] == ("sync", "log.jsonl")  # where it is appended to, not only its copy
 
 
 # Stops

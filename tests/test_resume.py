@@ -19,7 +19,7 @@ from detoxrl.prepare import check
 from detoxrl.randomness import batch_indices
 from detoxrl.reward_training import train_reward_model
 from detoxrl.settings import config_from_json
-from detoxrl.stopping import Terminated
+from detoxrl.stopping import Terminated, stopping_at_once
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
@@ -444,3 +444,21 @@ def test_a_longer_run_needs_a_checkpoint(finished: Path, capfd: pytest.CaptureFi
     rmtree(finished / "checkpoints")
     assert detoxrl([*ACCEPT, "--rl.steps", "9"]) == 2
     assert "rl.steps = 9: needs a checkpoint to go on from, and there is none; begin anew" in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_swallows_is_raised_at_the_end() -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    reached: list[str] = []
+
+    def work() -> None:
+        with stopping_at_once():
+            Deaf()
+            reached.append("what came is not lost")
+
+    with pytest.raises(Terminated):
+        work()
+    assert reached

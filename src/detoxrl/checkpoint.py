@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +31,8 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 class Checkpoints:
     """The last two states of a loop, each a folder `step-N` with checksums: all that step N depends on.
 
-    `weights` (by name) and the optimizer are put back in place. `products`, what the loop writes elsewhere and
-    replaces, come back as they were; `logs`, the JSON lines it appends, are cut to what they were.
+    `weights` (by name) and the optimizer are put back in place. `products`, the files and folders that the loop writes
+    elsewhere, its logs among them, are copied into each state and come back as they were.
     """
 
     def __init__(
@@ -42,9 +41,8 @@ class Checkpoints:
         weights: Mapping[str, torch.nn.Parameter],
         optimizer: Any,
         products: Sequence[Path] = (),
-        logs: Sequence[Path] = (),
     ) -> None:
-        self.folder, self.weights, self.optimizer, self.products, self.logs = folder, weights, optimizer, products, logs
+        self.folder, self.weights, self.optimizer, self.products = folder, weights, optimizer, products
         self._stop: Callable[[], type[KeyboardInterrupt] | None] = lambda: None
         self._ended = self._wait = 0.0
         self._newest = -1
@@ -58,8 +56,8 @@ class Checkpoints:
     def restore(self) -> dict[str, Any] | None:
         """Put the newest whole state back and return what `point` was given with it, and its "step".
 
-        A torn or edited one is named, and the one before is taken. None: there is none, and products and logs of an
-        earlier attempt are gone. Raises StorageError when there are some and none is whole; nothing is lost then.
+        A torn or edited one is named, and the one before is taken. None: there is none, and products of an earlier
+        attempt are gone. Raises StorageError when there are some and none is whole; nothing is lost then.
         """
         places = self._places()
         faults = {}
@@ -72,7 +70,7 @@ class Checkpoints:
             remedy = f"put that back, or remove {self.folder} to begin this loop anew"
             raise StorageError(f"{places[-1]} is not as it was written ({faults[places[-1]]}); {remedy}")
         broken = [place for place, fault in faults.items() if fault]
-        for path in (*broken, *self.products, *(() if places else self.logs)):
+        for path in (*broken, *self.products):
             remove(path)
         return self._put_back(place) if places else None
 
@@ -105,9 +103,6 @@ class Checkpoints:
             for number, of_one in self.optimizer.state_dict()["state"].items()
             for name, tensor in of_one.items()
         }
-        for path in self.logs:
-            path.touch()
-            sync(path)
         with filling(self.folder / f"step-{step:08d}") as place:
             save_file(
                 {name: weight.detach().contiguous() for name, weight in self.weights.items()},
@@ -117,24 +112,16 @@ class Checkpoints:
             (place / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             for product in self.products:
                 _copy(product, place / "products" / product.name)
-            logs = {path.name: [path.stat().st_size, digest(path)] for path in self.logs}
-            manifest = {"files": _file_digests(place), "logs": logs}
-            (place / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            (place / "manifest.json").write_text(json.dumps(_file_digests(place), indent=2), encoding="utf-8")
         self.forget(keep=_KEPT)
 
     def _fault(self, place: Path) -> str | None:
         try:
-            manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-            files = dict(manifest["files"])
-            logs = {name: (size, content) for name, (size, content) in manifest["logs"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            files = dict(json.loads((place / "manifest.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             return f"manifest.json: {first_line(error)}"
         found = _file_digests(place)
         wrong = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
-        for path in self.logs:
-            size, content = logs.get(path.name, (0, None))
-            if digest(path, size) != content:
-                wrong.append(path.name)
         return f"{wrong[0]} differs" if wrong else None
 
     def _put_back(self, place: Path) -> dict[str, Any]:
@@ -150,10 +137,6 @@ class Checkpoints:
         self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
         for product in self.products:
             _copy(place / "products" / product.name, product)
-        sizes = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["logs"]
-        for path in self.logs:
-            path.touch()
-            os.truncate(path, sizes[path.name][0])
         state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
         self._newest = state["step"]
         return state
@@ -163,6 +146,7 @@ def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         copy_folder(source, target)
     elif source.is_file():
+        sync(source)  # a log has been appended to since
         write_text(target, source.read_text(encoding="utf-8"))
 
 

@@ -109,9 +109,10 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
         _show_help(command, name)
         return
     _, options = _parse(rest, None)
-    defaults = _defaults(command, name, options)
-    settings, _ = _parse(rest, defaults)
-    config = changed(defaults, settings)
+    with _kept(Path(options.get("run_dir", f"runs/{name}"))):
+        defaults = _defaults(command, name, options)
+        settings, _ = _parse(rest, defaults)
+        config = changed(defaults, settings)
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
     overwrite, resume = "overwrite" in options, "resume" in options
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
@@ -209,9 +210,10 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
 
 @contextmanager
 def _kept(root: Path) -> Iterator[None]:
-    """Say what is kept and how to go on when a run is interrupted or the disk is full."""
+    """Say what is kept and how to go on when a run is stopped or the disk is full."""
     try:
-        yield
+        with stopping_at_once():
+            yield
     except KeyboardInterrupt as stop:
         sys.exit(_stopped(stop, _how_to_go_on(root)))
     except (OSError, SafetensorError) as error:
@@ -262,7 +264,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except DetoxrlError as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop, "nothing was written"))
+        sys.exit(_stopped(stop, "nothing was begun"))
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

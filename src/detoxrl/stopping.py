@@ -25,13 +25,17 @@ _RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Let SIGTERM raise Terminated inside the block, as Ctrl-C raises KeyboardInterrupt."""
+    """Let Ctrl-C and SIGTERM raise inside the block; what Python swallows (in a callback, say) is raised at its end."""
+    came: list[type[KeyboardInterrupt]] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        came.append(_RAISED[signal.Signals(number)])
+        raise came[0]
 
-    with _handled({signal.SIGTERM: handle}):
+    with _handled(dict.fromkeys(_RAISED, handle)):
         yield
+    if came:
+        raise came[0]
 
 
 @contextmanager

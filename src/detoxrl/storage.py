@@ -107,15 +107,10 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def digest(path: Path, size: int | None = None) -> str:
-    """Return the SHA-256 of a file's first `size` bytes, or of all; of a shorter file, that of what there is."""
-    found, left = hashlib.sha256(), path.stat().st_size if size is None else size
-    if path.is_file():
-        with path.open("rb") as content:
-            while block := content.read(min(left, 1 << 20)):
-                found.update(block)
-                left -= len(block)
-    return found.hexdigest()
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def digests(path: Path) -> str:

@@ -97,9 +97,7 @@ class RunFolder:
         """Make the held folder that of a new run. Raises InputError when it holds one that may not be replaced."""
         self.refuse_unfit(self.root, overwrite)
         # The config goes last: until then this is the old run, which knows how to make anew what is gone.
-        # Checkpoints go before the logs that they count on.
-        first = ("checkpoints", "seconds.json")
-        for path in sorted(self.root.iterdir(), key=lambda path: -first.index(path.name) if path.name in first else 1):
+        for path in sorted(self.root.iterdir(), key=lambda path: path.name != "seconds.json"):
             if path.name not in (_LOCK, "config.json", "run.json"):
                 remove(path)
         self.write_json("run.json", account)

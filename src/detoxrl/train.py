@@ -27,7 +27,7 @@ from detoxrl.rl.ops import whiten
 from detoxrl.rollout import collect, sample_texts
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.stopping import go_on_with
-from detoxrl.tracking import NOTHING_BETTER, RunFolder, log, progress
+from detoxrl.tracking import NOTHING_BETTER, PRODUCTS, RunFolder, log, progress
 
 
 def train(
@@ -117,9 +117,8 @@ def train(
 
 def _checkpoints(folder: RunFolder, policy: Policy, optimizer: Any) -> Checkpoints:
     head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
-    products = [folder / name for name in ("adapter", "checkpoint.json", "normaliser.json")]
-    logs = [folder / name for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl")]
-    return Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products, logs)
+    products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
+    return Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
 
 
 def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Prompt], config: Config) -> Normaliser:
