@@ -203,6 +203,7 @@ def test_a_state_is_never_written_twice(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(checkpoint, "filling", note)
     loop.checkpoints.point(3, {}, now=True)
+    assert written == []
     again = Loop(tmp_path)
     assert again.checkpoints.restore() is not None
     del written[:]  # the product that was put back
