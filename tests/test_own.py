@@ -325,6 +325,7 @@ BAD_INPUT = [
     (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
     (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
     (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
+    (nothing, own("--accept-changes"), r"--accept-changes = True: goes with --resume alone; add --resume"),
     (nothing, ["prepare", "own", "--resume"], r"--resume = True: goes on with a whole run; say `detoxrl run`"),
     (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
     (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),

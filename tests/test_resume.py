@@ -344,9 +344,10 @@ def test_a_machine_that_changed_during_the_warm_start_stays_in_the_account(
     capfd.readouterr()
 
 
-def test_a_reward_model_in_training_waits_for_the_end_of_its_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 9])  # 9 is the last
+def test_a_reward_model_in_training_waits_for_the_end_of_its_step(tmp_path: Path, step: int) -> None:
     def stop(done: int, loss: float) -> None:
-        if done == 3:
+        if done == step:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Terminated):
@@ -354,7 +355,7 @@ def test_a_reward_model_in_training_waits_for_the_end_of_its_step(tmp_path: Path
             generate_utterances(0, 64), tmp_path / "model", tmp_path / "checkpoints", steps=9, batch_size=8, lr=1e-3,
             seed=0, on_step=stop,
         )  # fmt: skip
-    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == "step-00000003"
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == f"step-{step:08d}"
 
 
 class Killed(BaseException):

@@ -51,6 +51,7 @@ def train_reward_model(
             optimizer.step()
             optimizer.zero_grad()
             on_step(step + 1, loss.item())
+        checkpoints.point(steps, {})  # a stop in the last step finds its end kept too
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

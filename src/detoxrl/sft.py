@@ -62,6 +62,7 @@ def fine_tune(
             optimizer.step()
             optimizer.zero_grad()
             on_step(step + 1, loss.item())
+        checkpoints.point(config.steps, {})  # a stop in the last step finds its end kept too
     model.eval()
 
 
