@@ -9,9 +9,9 @@ import pytest
 
 from detoxrl.data.corpus import generate_rows
 from detoxrl.data.facts import Facts, facts_kept, quarrel_roles
-from detoxrl.data.insults import CONSTRUCTIONS, INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
+from detoxrl.data.insults import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
+from detoxrl.data.phrases import PHRASES, SCENARIOS
 from detoxrl.data.rows import Row, read_rows, rows_to_jsonl
-from detoxrl.data.scenarios import AMOUNTS, SCENARIOS, WHEN
 from detoxrl.data.utterances import generate_utterances
 
 SIZES = {"train": 3000, "validation": 200, "test": 300}
@@ -40,10 +40,11 @@ def test_every_third_insult_is_kept_from_the_reward_model() -> None:
 
 
 def test_the_corpus_is_as_wide_as_promised() -> None:
-    fillers = {filler for s in SCENARIOS for filler in s.items + s.details} | set(WHEN) | set(AMOUNTS)
+    fillers = {filler for s in SCENARIOS for filler in s.items + s.details}
+    fillers |= {*PHRASES["when"], *PHRASES["amounts"]}
     assert len(SCENARIOS) >= 12
     assert len(fillers) >= 200
-    assert len(CONSTRUCTIONS) >= 6
+    assert len(PHRASES["thrown insults"]) >= 6
 
 
 def test_rows_follow_from_the_seed(rows: dict[str, list[Row]]) -> None:

@@ -14,7 +14,7 @@ from filelock import FileLock
 from detoxrl.storage import copy_folder, sweep
 
 # A change to any of these files changes what they train, so it changes the key.
-_SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data")
+_SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data", "data/phrases.json")
 
 
 def cache_dir() -> Path:

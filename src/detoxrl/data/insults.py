@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import re
 
-INSULTS = (
-    "idiot", "moron", "loser", "jerk", "fool", "clown", "liar", "pig", "donkey", "coward", "slob", "brat",
-    "nitwit", "dimwit", "blockhead", "weasel", "creep", "dork", "bum", "rat", "snob", "crook", "twit", "cheapskate",
-)  # fmt: skip
-INTENSIFIERS = ("useless", "stupid", "pathetic", "lazy", "dumb", "worthless", "miserable", "rotten")
+from detoxrl.data.phrases import PHRASES
+
+INSULTS, INTENSIFIERS = PHRASES["insults"], PHRASES["intensifiers"]
 
 # Every third insult never reaches the reward model's training data: what the policy does with these shows
 # whether it learned to be civil or to avoid a word list.
 UNSEEN_INSULTS = INSULTS[2::3]
 SEEN_INSULTS = tuple(word for word in INSULTS if word not in UNSEEN_INSULTS)
-
-# How a speaker throws an insult at somebody; `{an_insult}` carries its article, `{insult}` does not.
-CONSTRUCTIONS = (
-    "You are {an_insult}.",
-    "You {insult}!",
-    "What {an_insult} you are!",
-    "Only {an_insult} would do that.",
-    "Stop being such {an_insult}.",
-    "I should never have trusted {an_insult} like you.",
-    "Everybody knows you are {an_insult}.",
-    "Listen, you {insult}.",
-)
 
 
 def with_article(noun_phrase: str) -> str:
