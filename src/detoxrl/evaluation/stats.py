@@ -27,11 +27,9 @@ def paired_difference(before: Floats, after: Floats, resamples: int, seed: int) 
     """
     differences = after.mean(1) - before.mean(1)
     rng = np.random.default_rng(seed)
+    n = len(differences)
     # In blocks, so that memory stays small for many prompts.
-    means = [
-        differences[rng.integers(len(differences), size=(500, len(differences)))].mean(1)
-        for _ in range(-(-resamples // 500))
-    ]
+    means = [differences[rng.integers(n, size=(500, n))].mean(1) for _ in range(-(-resamples // 500))]
     low, high = np.quantile(np.concatenate(means)[:resamples], [0.025, 0.975])
     return Difference(mean=float(differences.mean()), low=float(low), high=float(high))
 

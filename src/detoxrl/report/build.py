@@ -7,6 +7,7 @@ import re
 import shlex
 import textwrap
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,7 @@ from detoxrl.settings import flatten
 from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
 
 # The stage that a missing file calls for.
-_INPUTS = {
-    "rows.json": "prepare", "eval.json": "evaluate", "samples.jsonl": "evaluate", "masked_words.json": "evaluate",
-}  # fmt: skip
+_INPUTS = {"rows.json": "prepare"} | dict.fromkeys(("eval.json", "samples.jsonl", "masked_words.json"), "evaluate")
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
 
@@ -32,27 +31,6 @@ class Segment(NamedTuple):
 
     text: str
     masked: bool
-
-    @property
-    def stars(self) -> str:
-        """The first letter, then a star for each further one."""
-        return self.text[0] + "*" * (len(self.text) - 1)
-
-
-class PromptRow(NamedTuple):
-    """One prompt with its first response before and after; scores are the primary judge's, in [0, 1]."""
-
-    excerpt: list[Segment]
-    texts: dict[str, list[Segment]]
-    before: list[Segment]
-    after: list[Segment]
-    score_before: float
-    score_after: float
-
-    @property
-    def difference(self) -> float:
-        """Toxicity after minus before."""
-        return self.score_after - self.score_before
 
 
 def build_report(run_dir: Path) -> Path:
@@ -69,19 +47,21 @@ def build_report(run_dir: Path) -> Path:
     folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
     folder.write("blind_sheet.csv", sheet)
     folder.write("blind_key.csv", key)
-    parts = _results(evaluation, samples) | _prompts(folder, evaluation, samples) | _training(folder, evaluation)
+    parts = _results(evaluation, samples) | _prompts(evaluation, samples) | _training(folder, evaluation)
     parts |= {"config": config, "settings": flatten(config), "command": repeat_command(config)}
     parts |= {"data": data_account(folder.read_json("rows.json"))}
-    folder.write("report.html", _environment().get_template("template.html.j2").render(parts))
+    template = _environment(mask_pattern(folder.read_json("masked_words.json"))).get_template("template.html.j2")
+    folder.write("report.html", template.render(parts))
     return folder / "report.html"
 
 
-def _environment() -> Environment:
+def _environment(masked: re.Pattern[str]) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": number, "signed": signed, "percent": percent, "duration": duration}
+    environment.filters["segments"] = partial(segments, pattern=masked)
     return environment
 
 
@@ -97,13 +77,13 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
     }  # fmt: skip
 
 
-def _prompts(folder: RunFolder, evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = prompt_rows(samples, evaluation["primary_judge"], mask_pattern(folder.read_json("masked_words.json")))
-    worst_first = sorted(rows, key=lambda row: row.difference, reverse=True)
+def _prompts(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = prompt_rows(samples, evaluation["primary_judge"])
+    worst_first = sorted(rows, key=lambda row: row["difference"], reverse=True)
     return {
         "rows": rows, "blind_rows": len(differing(samples)),
         # A rise that two decimals cannot show is no regression worth a row.
-        "regressions": [row for row in worst_first if row.difference >= 0.01][:_REGRESSIONS_SHOWN],
+        "regressions": [row for row in worst_first if row["difference"] >= 0.01][:_REGRESSIONS_SHOWN],
     }  # fmt: skip
 
 
@@ -128,19 +108,14 @@ def _curve_points(folder: RunFolder) -> list[dict[str, Any]]:
 
 def data_account(rows: dict[str, Any]) -> dict[str, Any]:
     """Return rows.json as a table: each outcome with its rows by source split and in all, uses first."""
-    splits = rows["splits"]
-    outcomes = dict.fromkeys(outcome for split in splits.values() for outcome in split)
-    table = {
-        outcome: [split.get(outcome, 0) for split in splits.values()]
-        for outcome in sorted(outcomes, key=lambda outcome: not outcome.startswith("used"))
-    }
-    sums = [sum(split.values()) for split in splits.values()]
-    truncated = {split: count for split, count in rows["truncated"].items() if count}
+    splits = rows["splits"].values()
+    outcomes = dict.fromkeys(outcome for split in splits for outcome in split)
+    uses_first = sorted(outcomes, key=lambda outcome: not outcome.startswith("used"))
     return {
-        "splits": list(splits),
-        "rows": table,
-        "sums": sums,
-        "truncated": truncated,
+        "splits": list(rows["splits"]),
+        "rows": {outcome: [split.get(outcome, 0) for split in splits] for outcome in uses_first},
+        "sums": [sum(split.values()) for split in splits],
+        "truncated": {split: count for split, count in rows["truncated"].items() if count},
         "tokens": rows["prompt_tokens"],
     }
 
@@ -186,24 +161,16 @@ def segments(text: str, pattern: re.Pattern[str]) -> list[Segment]:
     return [Segment(piece, place % 2 == 1) for place, piece in enumerate(pattern.split(text)) if piece]
 
 
-def prompt_rows(samples: list[dict[str, Any]], judge: str, pattern: re.Pattern[str]) -> list[PromptRow]:
-    """Return one row per prompt, most improved first."""
-    return sorted((_prompt_row(sample, judge, pattern) for sample in samples), key=lambda row: row.difference)
+def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
+    """Return the samples, most improved first, each with an excerpt of its prompt and what `judge` says.
 
-
-def _prompt_row(sample: dict[str, Any], judge: str, pattern: re.Pattern[str]) -> PromptRow:
-    # Cut between words only: half an insult would escape the mask.
-    excerpt = textwrap.shorten(sample["dialogue"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
-    texts = {
-        "Prompt": sample["dialogue"],
-        "Reference": sample["reference"],
-        "Civil reference": sample["civil_reference"],
-    }
-    return PromptRow(
-        excerpt=segments(excerpt, pattern),
-        texts={label: segments(text, pattern) for label, text in texts.items() if text},
-        before=segments(sample["responses"]["before"][0], pattern),
-        after=segments(sample["responses"]["after"][0], pattern),
-        score_before=sample["toxicity"][judge]["before"][0],
-        score_after=sample["toxicity"][judge]["after"][0],
-    )
+    The scores are those of the first responses, in [0, 1]; "difference" is after minus before.
+    """
+    rows = []
+    for sample in samples:
+        # Cut between words only: half an insult would escape the mask.
+        excerpt = textwrap.shorten(sample["dialogue"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
+        before, after = (sample["toxicity"][judge][side][0] for side in ("before", "after"))
+        scores = {"score_before": before, "score_after": after, "difference": after - before}
+        rows.append(sample | scores | {"excerpt": excerpt})
+    return sorted(rows, key=lambda row: row["difference"])

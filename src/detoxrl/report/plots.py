@@ -29,13 +29,13 @@ _STYLE: dict[RcKeyType, Any] = {
 
 
 class Curve(NamedTuple):
-    """One metric over the RL steps; `from_zero` starts its vertical axis at 0, `error` is the key of its error."""
+    """One metric over the RL steps; `from_zero` starts its vertical axis at 0, `band` shows its error."""
 
     key: str
     title: str
     note: str
     from_zero: bool = False
-    error: str = ""
+    band: bool = False
 
 
 class Plot(NamedTuple):
@@ -48,13 +48,7 @@ class Plot(NamedTuple):
 
 CURVES = (
     Curve("score/mean", "Score", "of the reward, mean per rollout"),
-    Curve(
-        "validation/toxicity",
-        "Validation toxicity",
-        "judge mean; band: one standard error",
-        True,
-        "validation/toxicity_error",
-    ),
+    Curve("validation/toxicity", "Validation toxicity", "judge mean; band: one standard error", True, True),
     Curve("kl/reference", "KL to the reference", "nats per response", True),
     Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
     Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
@@ -80,11 +74,23 @@ def learning_curves(metrics: list[dict[str, Any]], curves: tuple[Curve, ...], ke
 
 def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot]:
     """Draw a histogram, and the share of responses above each toxicity, of toxicities in [0, 1]."""
+    bins, grid = np.linspace(0, 1, 26).tolist(), np.linspace(0, 1, 201)
     with matplotlib.rc_context(_STYLE):
-        return [
-            Plot("Histogram", "share of responses per bin of 0.04", _histogram(before, after)),
-            Plot("Tail", "share of responses that score above a toxicity", _tail(before, after)),
-        ]
+        (histogram, bars), (tail, lines) = _axes("toxicity", _HALF), _axes("toxicity", _HALF)
+        for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+            weights = np.full(len(values), 1 / len(values))
+            bars.hist(values, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.25)
+            bars.hist(values, bins, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
+            lines.plot(grid, [np.mean(np.asarray(values) > at) for at in grid], color=color, linewidth=1.6, label=label)
+        lines.set_ylim(0, 1)
+        bars.legend()
+        lines.legend()
+        drawn = _svg(histogram, "histogram", "Histogram of toxicity before and after")
+        above = _svg(tail, "tail", "Share of responses above each toxicity, before and after")
+    return [
+        Plot("Histogram", "share of responses per bin of 0.04", drawn),
+        Plot("Tail", "share of responses that score above a toxicity", above),
+    ]
 
 
 def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> Markup:
@@ -92,8 +98,8 @@ def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> 
     points = [(row["step"], row[curve.key]) for row in metrics if curve.key in row]
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=_AFTER, linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=3.5)
-    if curve.error:
-        errors = [row[curve.error] for row in metrics if curve.key in row]
+    if curve.band:
+        errors = [row[f"{curve.key}_error"] for row in metrics if curve.key in row]
         low, high = np.subtract(values, errors), np.add(values, errors)
         axes.fill_between(steps, low, high, color=_AFTER, alpha=0.18, linewidth=0)
     axes.axvline(kept_step, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -101,34 +107,10 @@ def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> 
     if curve.from_zero:
         axes.set_ylim(bottom=0)
     # Shared limits let the reader compare panels by eye even where validation started late or is sparse.
-    axes.set_xlim(*_limits([row["step"] for row in metrics]))
+    every = [row["step"] for row in metrics]
+    margin = max(1.0, 0.03 * max(every))
+    axes.set_xlim(min(every) - margin, max(every) + margin)
     return _svg(figure, curve.key.replace("/", "-"), f"{curve.title}, {curve.note}, by RL step")
-
-
-def _limits(steps: list[int]) -> tuple[float, float]:
-    margin = max(1.0, 0.03 * max(steps))
-    return min(steps) - margin, max(steps) + margin
-
-
-def _histogram(before: list[float], after: list[float]) -> Markup:
-    figure, axes = _axes("toxicity", _HALF)
-    bins = np.linspace(0, 1, 26)
-    for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
-        weights = np.full(len(values), 1 / len(values))
-        axes.hist(values, bins.tolist(), weights=weights, histtype="stepfilled", color=color, alpha=0.25)
-        axes.hist(values, bins.tolist(), weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
-    axes.legend()
-    return _svg(figure, "histogram", "Histogram of toxicity before and after")
-
-
-def _tail(before: list[float], after: list[float]) -> Markup:
-    figure, axes = _axes("toxicity", _HALF)
-    grid = np.linspace(0, 1, 201)
-    for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
-        axes.plot(grid, [np.mean(np.asarray(values) > at) for at in grid], color=color, linewidth=1.6, label=label)
-    axes.set_ylim(0, 1)
-    axes.legend()
-    return _svg(figure, "tail", "Share of responses above each toxicity, before and after")
 
 
 def _axes(label: str, size: tuple[float, float]) -> tuple[Figure, Axes]:

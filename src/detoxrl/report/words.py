@@ -49,12 +49,8 @@ class Measure(NamedTuple):
     @property
     def claim(self) -> str:
         """The change in words."""
-        before, after = (number(value, self._decimals) for value in (self.before, self.after))
-        return {
-            1: f"rose from {before} to {after}",
-            -1: f"fell from {before} to {after}",
-            0: f"{before} before, {after} after",
-        }[self.direction]
+        words = {1: "rose from {} to {}", -1: "fell from {} to {}", 0: "{} before, {} after"}[self.direction]
+        return words.format(*(number(value, self._decimals) for value in (self.before, self.after)))
 
     @property
     def evidence(self) -> str:
