@@ -222,7 +222,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, ea
         raise OSError("disk full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_file_digests", full)
+        patch.setattr(checkpoint, "file_digests", full)
         with pytest.raises(OSError, match="disk full"):
             loop.checkpoints.point(4, {}, now=True)
     assert contents(tmp_path / "checkpoints") == before

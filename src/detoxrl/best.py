@@ -42,7 +42,7 @@ class BestCheckpoint:
     def offer(self, policy: Policy, found: Validation) -> bool:
         """Save the policy to adapter/ if it is the best so far; return whether it was. The start comes first."""
         self.start = self.start or found
-        if not self._better(found, self.start.quality - self.margin):
+        if found.quality < self.start.quality - self.margin or not self._better(found):
             return False
         self.kept = found
         with filling(self.folder / "adapter") as temporary:
@@ -65,9 +65,7 @@ class BestCheckpoint:
         found = {name: Validation(**one) if one else None for name, one in seen.items()}
         self.start, self.least_toxic, self.kept = found["start"], found["least_toxic"], found["kept"]
 
-    def _better(self, found: Validation, quality_bound: float) -> bool:
-        if found.quality < quality_bound:
-            return False
+    def _better(self, found: Validation) -> bool:
         if self.least_toxic is None or found.toxicity < self.least_toxic.toxicity:
             self.least_toxic = found
         bound = self.least_toxic.toxicity + self.least_toxic.toxicity_error

@@ -97,15 +97,13 @@ def begin_again(folder: RunFolder, config: Config, stage: str) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(json.dumps(flatten(asdict(config))))  # as run.json gives them back
-    return settings
+    return dict(json.loads(json.dumps(flatten(asdict(config)))))  # as run.json gives them back
 
 
 def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
     if not (folder / "run.json").is_file():  # nothing is known, so any machine is another one
         return {"settings": _settings(config), "machine": {}, "changes": [], "measures": None}
-    account: dict[str, Any] = folder.read_json("run.json")
-    return account
+    return dict(folder.read_json("run.json"))
 
 
 def _machine_differences(account: dict[str, Any], config: Config) -> Differences:

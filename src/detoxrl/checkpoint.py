@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from detoxrl.errors import StorageError, first_line
 from detoxrl.stopping import stopping_between_steps
-from detoxrl.storage import copy_folder, digest, filling, remove, sync, write_text
+from detoxrl.storage import copy_folder, file_digests, filling, remove, sync, write_text
 from detoxrl.tracking import log
 
 SHARE = 0.02
@@ -36,11 +36,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        weights: Mapping[str, torch.nn.Parameter],
-        optimizer: Any,
-        products: Sequence[Path] = (),
+        self, folder: Path, weights: Mapping[str, torch.nn.Parameter], optimizer: Any, products: Sequence[Path] = ()
     ) -> None:
         self.folder, self.weights, self.optimizer, self.products = folder, weights, optimizer, products
         self._stop: Callable[[], type[KeyboardInterrupt] | None] = lambda: None
@@ -103,16 +99,14 @@ class Checkpoints:
             for number, of_one in self.optimizer.state_dict()["state"].items()
             for name, tensor in of_one.items()
         }
+        weights = {name: weight.detach().contiguous() for name, weight in self.weights.items()}
         with filling(self.folder / f"step-{step:08d}") as place:
-            save_file(
-                {name: weight.detach().contiguous() for name, weight in self.weights.items()},
-                place / "weights.safetensors",
-            )
+            save_file(weights, place / "weights.safetensors")
             save_file(moments, place / "moments.safetensors")
             (place / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             for product in self.products:
                 _copy(product, place / "products" / product.name)
-            (place / "manifest.json").write_text(json.dumps(_file_digests(place), indent=2), encoding="utf-8")
+            (place / "manifest.json").write_text(json.dumps(file_digests(place), indent=2), encoding="utf-8")
         self.forget(keep=_KEPT)
 
     def _fault(self, place: Path) -> str | None:
@@ -120,7 +114,8 @@ class Checkpoints:
             files = dict(json.loads((place / "manifest.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             return f"manifest.json: {first_line(error)}"
-        found = _file_digests(place)
+        found = file_digests(place)
+        del found["manifest.json"]
         wrong = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
         return f"{wrong[0]} differs" if wrong else None
 
@@ -148,8 +143,3 @@ def _copy(source: Path, target: Path) -> None:
     elif source.is_file():
         sync(source)  # a log has been appended to since
         write_text(target, source.read_text(encoding="utf-8"))
-
-
-def _file_digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
-    return {path.relative_to(folder).as_posix(): digest(path) for path in files}

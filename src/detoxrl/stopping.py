@@ -26,16 +26,12 @@ _RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise inside the block; what Python swallows (in a callback, say) is raised at its end."""
-    came: list[type[KeyboardInterrupt]] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        came.append(_RAISED[signal.Signals(number)])
+    def stop(came: list[type[KeyboardInterrupt]]) -> None:
         raise came[0]
 
-    with _handled(dict.fromkeys(_RAISED, handle)):
+    with _hearing(stop):
         yield
-    if came:
-        raise came[0]
 
 
 @contextmanager
@@ -44,31 +40,35 @@ def stopping_between_steps(say: Callable[[str], None]) -> Iterator[Callable[[], 
 
     One that nobody asked about is raised at the end of the block.
     """
-    came: list[type[KeyboardInterrupt]] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        kind = _RAISED[signal.Signals(number)]
-        if came:
-            raise kind
-        came.append(kind)
+    def wait(came: list[type[KeyboardInterrupt]]) -> None:
+        if len(came) > 1:
+            raise came[-1]
         say("stopping at the end of this step, which is kept (again: at once, without it)")
 
-    with _handled(dict.fromkeys(_RAISED, handle)):
+    with _hearing(wait) as came:
         yield lambda: came[0] if came else None
-    if came:
-        raise came[0]
 
 
 @contextmanager
-def _handled(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+def _hearing(answer: Callable[[list[type[KeyboardInterrupt]]], None]) -> Iterator[list[type[KeyboardInterrupt]]]:
+    """Answer each signal with a call on all that came, which is also yielded; the first is raised after the block."""
+    came: list[type[KeyboardInterrupt]] = []
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield
+        yield came
         return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(_RAISED[signal.Signals(number)])
+        answer(came)
+
     # What is ignored stays so: a shell without job control starts its background jobs deaf to Ctrl-C.
-    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
-    earlier = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    heard = [number for number in _RAISED if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, handle) for number in heard}
     try:
-        yield
+        yield came
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    if came:
+        raise came[0]

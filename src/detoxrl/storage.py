@@ -107,16 +107,20 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def _digest(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def file_digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of each file in a folder, by its path there."""
+    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    return {part.relative_to(path).as_posix(): _digest(part) for part in files}
+
+
 def digests(path: Path) -> str:
     """Return one short digest of a file, or of all files in a folder and their names."""
-    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
-    found = [f"{part.relative_to(path)} {digest(part)}" for part in files]
+    found = [f"{name} {digest}" for name, digest in file_digests(path).items()]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 

@@ -133,13 +133,9 @@ class Policy(ABC):
 
     def _blank(self, rows: int, length: int) -> Responses:
         zeros = torch.zeros(rows, length, device=self.device)
-        return Responses(
-            ids=torch.full((rows, length), self.pad, device=self.device),
-            response_mask=zeros.bool(),
-            logprobs=zeros.clone(),
-            values=zeros.clone(),
-            ended=torch.zeros(rows, dtype=torch.bool, device=self.device),
-        )
+        ids = torch.full((rows, length), self.pad, device=self.device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        return Responses(ids=ids, response_mask=zeros.bool(), logprobs=zeros.clone(), values=zeros, ended=ended)
 
 
 def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
