@@ -107,15 +107,13 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def file_digests(path: Path) -> dict[str, str]:
     """Return the SHA-256 of a file, or of each file in a folder, by its path there."""
-    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
-    return {part.relative_to(path).as_posix(): _digest(part) for part in files}
+    found = {}
+    for part in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
+        with part.open("rb") as content:
+            found[part.relative_to(path).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def digests(path: Path) -> str:

@@ -23,11 +23,8 @@ class Quarrel:
     words: dict[str, str]
     """What fills the slots of phrases."""
     facts: Facts
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """Scenario and fillers, without the phrasing: the combination that no two splits share."""
-        return (self.scenario.topic, *(self.words[slot] for slot in ("item", "detail", "spoken_fix")))
+    key: tuple[str, ...]
+    """Scenario and fillers, without the phrasing: the combination that no two splits share."""
 
 
 def draw_quarrel(rng: random.Random, scenario: Scenario) -> Quarrel:
@@ -45,7 +42,8 @@ def draw_quarrel(rng: random.Random, scenario: Scenario) -> Quarrel:
     }
     about = tuple(phrase.format(**slots) for phrase in scenario.issues + scenario.reasons)
     facts = Facts(who=who, whom=whom, about=about, agreed=words["fix"])
-    return Quarrel(scenario=scenario, words=words, facts=facts)
+    key = (scenario.topic, words["item"], words["detail"], words["spoken_fix"])
+    return Quarrel(scenario=scenario, words=words, facts=facts, key=key)
 
 
 def draw_insult(rng: random.Random, insults: tuple[str, ...]) -> dict[str, str]:

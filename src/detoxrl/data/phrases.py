@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +31,10 @@ class Scenario:
     fixes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _File:
-    phrases: dict[str, tuple[str, ...]]
-    scenarios: tuple[Scenario, ...]
-
-
-_FILE = TypeAdapter(_File).validate_json(Path(__file__).with_name("phrases.json").read_bytes())
+_FILE = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 # By kind, as lists to draw from. {an_insult} and {a_friend} carry their article; {spoken_fix} says "you", {fix} a name.
-PHRASES = _FILE.phrases
-SCENARIOS = _FILE.scenarios
+PHRASES = TypeAdapter(dict[str, tuple[str, ...]]).validate_python(_FILE["phrases"])
+SCENARIOS = TypeAdapter(tuple[Scenario, ...]).validate_python(_FILE["scenarios"])
 
 
 def say(rng: random.Random, kind: str, words: dict[str, str]) -> str:

@@ -47,7 +47,7 @@ def build_report(run_dir: Path) -> Path:
     folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
     folder.write("blind_sheet.csv", sheet)
     folder.write("blind_key.csv", key)
-    parts = _results(evaluation, samples) | _prompts(evaluation, samples) | _training(folder, evaluation)
+    parts = _results(evaluation, samples) | _training(folder, evaluation)
     parts |= {"config": config, "settings": flatten(config), "command": repeat_command(config)}
     parts |= {"data": data_account(folder.read_json("rows.json"))}
     template = _environment(mask_pattern(folder.read_json("masked_words.json"))).get_template("template.html.j2")
@@ -69,18 +69,13 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
     judge = evaluation["primary_judge"]
     scores = {side: [score for s in samples for score in s["toxicity"][judge][side]] for side in ("before", "after")}
     changed, unchanged = changes(evaluation)
+    rows = prompt_rows(samples, judge)
+    worst_first = sorted(rows, key=lambda row: row["difference"], reverse=True)
     return {
         "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
         "headline": headline(evaluation), "changed": changed, "unchanged": unchanged,
         "on_its_way": changed_on_its_way(evaluation),
         "distributions": toxicity_distributions(scores["before"], scores["after"]),
-    }  # fmt: skip
-
-
-def _prompts(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = prompt_rows(samples, evaluation["primary_judge"])
-    worst_first = sorted(rows, key=lambda row: row["difference"], reverse=True)
-    return {
         "rows": rows, "blind_rows": len(differing(samples)),
         # A rise that two decimals cannot show is no regression worth a row.
         "regressions": [row for row in worst_first if row["difference"] >= 0.01][:_REGRESSIONS_SHOWN],
@@ -122,20 +117,17 @@ def data_account(rows: dict[str, Any]) -> dict[str, Any]:
 
 def repeat_command(config: dict[str, Any]) -> str:
     """Return the command line that gives this config: the recipe, the seed, and a flag for each changed setting."""
-    defaults = flatten(asdict(recipe(config["recipe"])))
-    words = [f"detoxrl run {config['recipe']} --seed {config['seed']}"]
-    for name, value in flatten(config).items():
-        value = tuple(value) if isinstance(value, list) else value
-        if name != "seed" and value != defaults[name]:
-            words.append(_flag(name.replace("_", "-"), value))
-    return " ".join(words)
+    defaults = flatten(json.loads(json.dumps(asdict(recipe(config["recipe"])))))  # as config.json holds them
+    defaults["seed"] = config["seed"]
+    flags = [_flag(name.replace("_", "-"), value) for name, value in flatten(config).items() if value != defaults[name]]
+    return " ".join([f"detoxrl run {config['recipe']} --seed {config['seed']}", *flags])
 
 
 def _flag(name: str, value: object) -> str:
     if isinstance(value, bool):
         section, _, field = name.rpartition(".")
         return f"--{name}" if value else f"--{section}.no-{field}"
-    values = value if isinstance(value, tuple) else (value,)
+    values = value if isinstance(value, list) else [value]
     return shlex.join([f"--{name}", *map(str, values)])
 
 
