@@ -37,9 +37,7 @@ def quarrel_roles(summary: str) -> tuple[str, str] | None:
     if active and not (passive and passive.start() < active.start()):
         who, whom = (name for name in active.groups() if name)
         return who, whom
-    if passive:
-        return passive[2], passive[1]
-    return None
+    return (passive[2], passive[1]) if passive else None
 
 
 def facts_kept(summary: str, facts: Facts) -> float:

@@ -133,9 +133,7 @@ def signed(value: float, decimals: int = 3) -> str:
 
 def percent(share: float | None, sign: bool = False) -> str:
     """Return a share as whole percent."""
-    if share is None:
-        return "—"
-    return f"{signed(100 * share, 0) if sign else number(100 * share, 0)} %"
+    return "—" if share is None else f"{signed(100 * share, 0) if sign else number(100 * share, 0)} %"
 
 
 def duration(seconds: float) -> str:
