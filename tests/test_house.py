@@ -12,7 +12,7 @@ import detoxrl
 PACKAGE = Path(detoxrl.__file__).parent
 FLOORS = [
     ("errors", "config", "settings", "recipes"),
-    ("randomness", "records", "rl"),
+    ("hub", "randomness", "records", "rl"),
     ("data", "policy", "rewards"),
     ("stopping", "storage", "cache", "tracking", "rollout"),
     ("evaluation", "best", "checkpoint"),

@@ -76,6 +76,8 @@ class PolicyConfig:
     """Also train the encoder; without it every prompt is encoded once."""
     full_weights: bool = False
     """Train the weights themselves, not a LoRA; the reference is a copy of those that train. Wants a lower lr."""
+    bf16: bool = False
+    """Keep the base in bfloat16; adapter, value head, log-probs and losses stay in fp32. Half the memory."""
 
     def __post_init__(self) -> None:
         require(self.base != "", "policy.base", "", "names nothing", "give a folder or a hub id")
@@ -85,6 +87,10 @@ class PolicyConfig:
         both = self.full_weights and self.adapter is not None
         remedy = "merge it into the base, or leave policy.full_weights out"
         require(not both, "policy.adapter", self.adapter, "does not go with policy.full_weights", remedy)
+        remedy = "weights that train need fp32; leave one of them out"
+        require(
+            not (self.full_weights and self.bf16), "policy.bf16", True, "does not go with policy.full_weights", remedy
+        )
         scratch_adapter = self.base == "scratch" and self.adapter is not None
         require(
             not scratch_adapter, "policy.adapter", self.adapter, "needs the base it was trained on", "set policy.base"
@@ -121,16 +127,18 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The classifier whose raw logit is the score."""
+    """What a response is worth: what a classifier says of it, or a function."""
 
     classifier: str = "embedded"
     """Folder or hub id of a sequence classifier; `embedded`: a small one trained on generated utterances."""
     function: str | None = None
     """`FILE.py:NAME` of a Python function (prompts, responses) -> scores, higher is better; replaces the classifier."""
-    good_label: str = "nothate"
-    """The score is the raw logit of this label."""
+    score: Literal["logit", "log_odds", "log_probability", "probability", "not_toxicity"] = "logit"
+    """What of the good label is the score; `not_toxicity` is 1 less the probability of the toxic one."""
+    good_label: str | None = "nothate"
+    """The label that says civil; None: there is none, so civil is what is not toxic."""
     toxic_label: str = "hate"
-    """The classifier's own toxicity is the probability of this label."""
+    """The label that says toxic; its probability is the classifier's own toxicity."""
     normalise_on: int = 256
     """Scores are shifted and scaled by the mean and std over this many reference responses; 0 turns it off."""
     clip: float = 10.0
@@ -285,5 +293,6 @@ class Config:
         require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.limit", "ask for more rows")
         judge = self.evaluation.primary_judge
         rule = "is the reward's own classifier, which cannot judge what was trained to please it"
-        independent = self.reward.function is not None or judge != self.reward.classifier
+        same = judge.partition("@")[0] == self.reward.classifier.partition("@")[0]
+        independent = self.reward.function is not None or not same
         require(independent, "evaluation.primary_judge", judge, rule, "name another judge")

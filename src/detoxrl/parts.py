@@ -11,6 +11,8 @@ from detoxrl.config import Config
 from detoxrl.data.rows import Row, read_rows
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
+from detoxrl.hub import is_id, pinned
+from detoxrl.policy.adapters import start_of
 from detoxrl.reward_training import LABELS
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
@@ -44,13 +46,15 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
         reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
     source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
-    labels = {"reward.toxic_label": config.reward.toxic_label, "reward.good_label": config.reward.good_label}
+    labels = {"reward.toxic_label": config.reward.toxic_label}
+    labels |= {"reward.good_label": config.reward.good_label} if config.reward.good_label else {}
     if config.reward.classifier == "embedded" and embedded is None:
-        for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=True):
+        for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=False):
             rule = "is not what the embedded classifier calls it"
             require(label.lower() == right, setting, label, rule, f"say {right}")
         return None
-    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device)
+    kind = config.reward.score
+    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, kind)
     return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
 
 
@@ -69,8 +73,8 @@ def judge_of(config: Config) -> Judge:
 
 def judge_name(config: Config) -> str:
     """Return what the primary judge is called in results: a folder's name without the path to it, or the hub id."""
-    path = Path(config.evaluation.primary_judge)
-    return path.name if path.is_absolute() else config.evaluation.primary_judge
+    path, name = Path(config.evaluation.primary_judge), config.evaluation.primary_judge.partition("@")[0]
+    return path.name if path.is_absolute() else name
 
 
 def rows_of(folder: RunFolder, split: str) -> list[Row]:
@@ -88,7 +92,7 @@ def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]
     base = str(own_base.resolve()) if own_base.is_dir() else config.policy.base
     if own_start.is_dir():
         return base, own_start
-    return base, Path(config.policy.adapter) if config.policy.adapter else None
+    return base, start_of(config.policy)
 
 
 def with_function(config: Config, given: RewardFunction | None) -> Config:
@@ -110,4 +114,18 @@ def absolute(config: Config) -> Config:
     found = {name: str(path.resolve()) for name, path in places(config).items()}
     if "reward.function" in found:
         found["reward.function"] += f":{str(config.reward.function).rpartition(':')[2]}"
+    return changed(config, found)
+
+
+def with_revisions(config: Config, was: Config | None) -> Config:
+    """Return the config with a commit behind every hub id that names none: that of `was`, else today's.
+
+    Raises InputError for what the hub does not have.
+    """
+    ours, theirs = flatten(asdict(config)), flatten(asdict(was)) if was else {}
+    named = {name: ours[name] for name in _PLACES if ours[name] not in (None, *_RESERVED) and is_id(ours[name])}
+    found = {}
+    for name, source in named.items():
+        known = str(theirs.get(name)).startswith(f"{source}@")
+        found[name] = theirs[name] if known else pinned(source, name)
     return changed(config, found)

@@ -22,7 +22,7 @@ from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
 from detoxrl.data.utterances import generate_utterances
 from detoxrl.parts import judge_of, scorer
-from detoxrl.policy.adapters import load_policy, lora_config
+from detoxrl.policy.adapters import load_policy, lora_config, start_of
 from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
@@ -60,8 +60,8 @@ def check(config: Config, given: RewardFunction | None = None, adapter: str | No
 
 
 def _check_policy(config: Config, prepared: Prepared, adapter: str | None) -> None:
-    start = None if config.policy.full_weights else config.policy.adapter or adapter
-    policy = load_policy(config.policy.base, Path(start) if start else None, config.policy, config.seed)
+    given = Path(adapter) if adapter and not config.policy.full_weights else None
+    policy = load_policy(config.policy.base, start_of(config.policy) or given, config.policy, config.seed)
     if adapter:
         policy.weights.add("measured", Path(adapter))
     tunes = config.sft.steps + config.sft.baseline_steps > 0 and prepared.account["summary_tokens"]

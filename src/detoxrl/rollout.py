@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,9 @@ from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY
 from detoxrl.randomness import uniforms
 from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
+
+# Most logits of one pass that needs no gradient: 64 MiB in fp32, and some copies of it.
+_LOGITS = 2**24
 
 
 def length_sorted_batches(texts: Sequence[str], batch_size: int) -> list[list[int]]:
@@ -88,7 +92,8 @@ def require_agreement(policy: Policy, base: str) -> None:
         alone, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
         gap = max(gap, float((alone[0] - sampled.logprobs[row])[sampled.response_mask[row]].abs().max()))
     rule = f"samples with log-probs up to {gap:.1g} nats off what it scores, so it cannot be trained here"
-    require(gap < 1e-3, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
+    bound = 0.1 if policy.model.dtype == torch.bfloat16 else 1e-3
+    require(gap < bound, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
 
 
 def _ref_logprobs(
@@ -96,14 +101,37 @@ def _ref_logprobs(
 ) -> torch.Tensor:
     if policy.train_encoder:  # the policy's encoder has moved away from the reference's
         encoded = policy.encode([prompt.text for prompt in prompts], policy.reference)
-    return policy.logprobs(encoded, ids, temperature, policy.reference)[0]
+    return _scored(policy, encoded, ids, temperature, policy.reference)[0]
+
+
+def _scored(
+    policy: Policy, encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return teacher-forced log-probs (nats) and values, each (B, T), as many rows at once as keep logits small."""
+    at_once = max(1, _LOGITS // (ids.shape[1] * policy.model.config.get_text_config().vocab_size))
+    if at_once >= len(ids):
+        logprobs, _, values = policy.logprobs(encoded, ids, temperature, adapter)
+        return logprobs, values
+    parts = [
+        policy.logprobs(encoded.select(rows), ids[rows], temperature, adapter)
+        for rows in torch.arange(len(ids), device=ids.device).split(at_once)
+    ]
+    return torch.cat([logprobs for logprobs, _, _ in parts]), torch.cat([values for _, _, values in parts])
+
+
+def _rescored(policy: Policy, encoded: Encoded, responses: Responses, temperature: float) -> Responses:
+    logprobs, values = _scored(policy, encoded, responses.ids, temperature, POLICY)
+    mask = responses.response_mask
+    return replace(responses, logprobs=torch.where(mask, logprobs, 0.0), values=torch.where(mask, values, 0.0))
 
 
 @torch.no_grad()
 def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
-    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states.
+    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states. A base
+    in bfloat16 rounds otherwise while it samples than in the update, so there log-probs and values are computed again
+    as the update will.
     """
     batches = length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)
     ordered = [prompts[row] for rows in batches for row in rows]
@@ -117,6 +145,8 @@ def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, 
         chances = draws(policy, seed, "rollout", step, batch, 0, config.max_new_tokens)
         part = policy.sample(shared, chances, config.temperature)
         part = part.to_length(int(part.response_mask.sum(1).max()), policy.pad)
+        if policy.model.dtype == torch.bfloat16:
+            part = _rescored(policy, shared, part, config.temperature)
         parts.append(part)
         ref_parts.append(_ref_logprobs(policy, shared, batch, part.ids, config.temperature))
     responses = concatenate(parts, policy.pad)

@@ -17,7 +17,7 @@ from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config, SftConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import TrainingError
-from detoxrl.policy.adapters import load_policy
+from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer, save_base, scratch_base
 from detoxrl.randomness import batch_indices, torch_seed
 from detoxrl.tracking import progress
@@ -119,8 +119,7 @@ def warm_start(config: Config, rows: Sequence[Row], folder: Path, place: Path, s
     pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
     base = config.policy.base
     if not config.sft.full_weights:
-        start = Path(config.policy.adapter) if config.policy.adapter else None
-        _tune_policy("warm start", config, config.sft, base, start, pairs, folder, place)
+        _tune_policy("warm start", config, config.sft, base, start_of(config.policy), pairs, folder, place)
         return
     if base == "scratch":
         tokenizer = load_tokenizer(str(scratch_tokenizer))

@@ -23,7 +23,16 @@ from detoxrl.config import Config
 from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
-from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function
+from detoxrl.parts import (
+    absolute,
+    base_and_start,
+    judge_of,
+    places,
+    rows_of,
+    run_scorer,
+    with_function,
+    with_revisions,
+)
 from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check, say_cached
 from detoxrl.prepare import write as write_prepared
@@ -141,8 +150,11 @@ def _begun(
     config = absolute(with_function(config, reward))
     folder, prepared = RunFolder(root), None
     going_on = resume and (root / "config.json").is_file()
-    if not going_on:
+    if going_on:
+        config = with_revisions(config, RunFolder.open(root)[1])
+    else:
         RunFolder.refuse_unfit(root, overwrite)
+        config = with_revisions(config, None)
         _refuse_own_parts(root, [*map(str, places(config).values()), *filter(None, [adapter])])
         prepared = check(config, reward, adapter)
     with folder.held():

@@ -13,6 +13,7 @@ from typing import Any
 from detoxrl.config import DataConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
+from detoxrl.hub import fetched_data, is_id
 
 Record = dict[str, Any]
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -113,10 +114,12 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    remedy = "give a file, a folder or a hub id"
+    require(is_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
+    folder = fetched_data(name)
     try:
-        return {str(split): table.to_list() for split, table in datasets.load_dataset(name).items()}
+        return {str(split): table.to_list() for split, table in datasets.load_dataset(folder).items()}
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        remedy = "give a file, a folder or a hub id"
         reason = first_line(error.__cause__ or error)
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config import PolicyConfig
 from detoxrl.errors import InputError, first_line, require
+from detoxrl.hub import ADAPTER, fetched
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.causal import CausalPolicy
 from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
@@ -27,7 +28,7 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
     The reference is the frozen start: a second adapter, the bare base under a fresh adapter, or, where full weights
     train, a copy of those that do. Raises InputError for a base, folder or target that does not fit.
     """
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_base(base, bf16=config.bf16)
     reads = model.config.is_encoder_decoder or not config.train_encoder
     require(reads, "policy.train_encoder", True, f"needs an encoder, and {base} has none", "leave it out")
     weights: Weights
@@ -42,6 +43,11 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
     rule = "has parts in the encoder alone, which does not train"
     require(len(policy.parameters()) > 0, "policy.adapter", str(start), rule, "say --policy.train-encoder")
     return policy
+
+
+def start_of(config: PolicyConfig) -> Path | None:
+    """Return the folder of the LoRA that the config names to start from. Raises InputError when it cannot be had."""
+    return Path(fetched(config.adapter, "policy.adapter", ADAPTER)) if config.adapter else None
 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:

@@ -27,6 +27,7 @@ from transformers.activations import NewGELUActivation
 
 from detoxrl.config import Config
 from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.hub import fetched
 from detoxrl.randomness import torch_seed
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -34,22 +35,25 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 def load_tokenizer(base: str, field: str = "policy.base") -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id. Raises InputError, naming `field`, when there is none."""
-    tokenizer: PreTrainedTokenizerBase = _from_source(AutoTokenizer.from_pretrained, base, field)
+    folder = fetched(base, field, weights="")
+    tokenizer: PreTrainedTokenizerBase = _loaded(partial(AutoTokenizer.from_pretrained, folder), base, field)
     return tokenizer
 
 
-def load_base(base: str, field: str = "policy.base") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    base: str, field: str = "policy.base", bf16: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return an encoder-decoder or causal model in eval mode and its tokenizer, from a folder or the hub.
 
-    Safetensors only. Raises InputError, naming `field`, when there is no such model, when it generates no text, or when
-    the tokenizer does not fit.
+    Safetensors only; its weights come in fp32, or with `bf16` in bfloat16. Raises InputError, naming `field`, when
+    there is no such model, when it generates no text, or when the tokenizer does not fit.
     """
-    config = _from_source(AutoConfig.from_pretrained, base, field)
+    folder = fetched(base, field)
+    config = _loaded(partial(AutoConfig.from_pretrained, folder), base, field)
     tokenizer = load_tokenizer(base, field)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, info = _from_source(
-        partial(kind.from_pretrained, use_safetensors=True, dtype=torch.float32, output_loading_info=True), base, field
-    )
+    settings = {"use_safetensors": True, "dtype": torch.bfloat16 if bf16 else torch.float32}
+    model, info = _loaded(partial(kind.from_pretrained, folder, **settings, output_loading_info=True), base, field)
     saved_as = config.architectures or [type(model).__name__]
     # transformers also makes a BERT generate, though it was trained to look at both sides.
     generates = config.is_encoder_decoder or type(model).__name__ in saved_as
@@ -64,9 +68,9 @@ def load_base(base: str, field: str = "policy.base") -> tuple[PreTrainedModel, P
     return use_fast_activation(model).eval(), tokenizer
 
 
-def _from_source(load: Callable[[str], Any], base: str, field: str) -> Any:
+def _loaded(load: Callable[[], Any], base: str, field: str) -> Any:
     try:
-        return load(base)
+        return load()
     except SafetensorError as error:
         raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:

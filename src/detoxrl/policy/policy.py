@@ -84,9 +84,11 @@ class Policy(ABC):
         """
         with self.weights.using(adapter):
             logits, hidden = self._decode(encoded, ids[:, :-1], None)
-        all_logprobs = (logits.float() / temperature).log_softmax(-1)
+        # (B, T, V) is the largest thing there is, so no copy of it is made without need.
+        logits = logits.float() if temperature == 1 else logits.float() / temperature
+        all_logprobs = logits.log_softmax(-1)
         chosen = all_logprobs.gather(-1, ids[..., None]).squeeze(-1)
-        entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
+        entropy = -all_logprobs.detach().exp().mul_(all_logprobs.detach()).sum(-1)
         return chosen, entropy, self._values(hidden.detach())
 
     def sample(

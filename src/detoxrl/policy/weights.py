@@ -144,7 +144,8 @@ def require_adapter(folder: Path, field: str) -> None:
     """Raise InputError unless `folder` holds a LoRA, and StorageError when its weights are torn."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         there = (folder / name).is_file()
-        require(there, field, str(folder), f"holds no {name}", "give a LoRA folder as peft saves it")
+        remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
+        require(there, field, str(folder), f"holds no {name}", remedy)
     weights = folder / "adapter_model.safetensors"
     try:
         with safe_open(weights, framework="pt"):

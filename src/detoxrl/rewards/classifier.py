@@ -10,36 +10,75 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.hub import fetched
 from detoxrl.policy.backbone import require_words
 
 # Texts that every classifier worth using tells apart; the check runs before training.
 CIVIL_PROBE = "Thank you, that is very kind of you."
 TOXIC_PROBE = "You are a stupid idiot!"
-# A difference in probability below this is noise: no ground to call a label reversed.
-_CLEAR = 0.02
+# A difference in probability below this is no ground to call a label reversed.
+_CLEAR = 0.1
+
+
+def class_scores(logits: torch.Tensor, kind: str, toxic: int, good: int | None, several: bool) -> torch.Tensor:
+    """Return scores (B,) of logits (B, labels): what `kind`, a value of reward.score, says of the label `good`.
+
+    `several`: a text may have several labels, each has a sigmoid of its own; else they share a softmax. Without a good
+    label its log-odds are those against the toxic one. Logits and log-odds know no bound; a probability of a text that
+    is civil enough lies so near 1 that differences vanish.
+    """
+    against = -_log_odds(logits, toxic, several)
+    log_odds = against if good is None else _log_odds(logits, good, several)
+    if kind == "logit":
+        return -logits[:, toxic] if good is None else logits[:, good]
+    if kind == "log_odds":
+        return log_odds
+    if kind == "log_probability":
+        return torch.nn.functional.logsigmoid(log_odds)
+    return torch.sigmoid(log_odds if kind == "probability" else against)
+
+
+def _log_odds(logits: torch.Tensor, label: int, several: bool) -> torch.Tensor:
+    """Return log p / (1 - p) of one label, (B,), without a detour by p, which rounds to 1."""
+    others = [i for i in range(logits.shape[1]) if i != label]
+    return logits[:, label] if several else logits[:, label] - logits[:, others].logsumexp(-1)
 
 
 class Classifier:
-    """A sequence classifier with its toxic label, and its good one where it is a reward, found by name."""
+    """A sequence classifier with its toxic label, and its good one where it has one, found by name."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toxic: int, good: int = -1) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        toxic: int,
+        good: int | None = None,
+        kind: str = "logit",
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.toxic = toxic
         self.good = good
+        self.kind = kind
         positions = model.config.to_dict().get("max_position_embeddings", 512)
         if "roberta" in model.config.model_type:  # counts positions from its padding index on
             positions -= model.config.pad_token_id + 1
         self.max_length = min(tokenizer.model_max_length, positions, 512)
 
+    @property
+    def several(self) -> bool:
+        """Whether labels do not exclude each other, so that each has its own sigmoid."""
+        return self.model.config.num_labels == 1 or self.model.config.problem_type == "multi_label_classification"
+
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        """Return the raw logit of the good label for each response alone, shape (B,). Prompts are not read."""
-        return self.logits(responses)[:, self.good]
+        """Return the score (B,) of each response alone, as `class_scores`. Prompts are not read."""
+        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, self.several)
 
     def toxicity(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the probability in [0, 1] of the toxic label, shape (B,)."""
@@ -48,8 +87,7 @@ class Classifier:
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the probability (B, labels) of each label: of each alone where a text may have several labels."""
         logits = self.logits(texts)
-        several = self.model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-        return logits.sigmoid() if several else logits.softmax(-1)
+        return logits.sigmoid() if self.several else logits.softmax(-1)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str], batch_size: int = 128) -> torch.Tensor:
@@ -67,17 +105,20 @@ class Classifier:
         return logits.float().cpu()
 
 
-def load_classifier(source: str, field: str, labels: dict[str, str], device: torch.device) -> Classifier:
+def load_classifier(
+    source: str, field: str, labels: dict[str, str], device: torch.device, kind: str = "logit"
+) -> Classifier:
     """Return the classifier of a folder or hub id, probed with one civil and one toxic sentence.
 
-    `labels` maps the setting that names a label to the label, the toxic one first, then the good one of a reward.
+    `labels` maps the setting that names a label to the label, the toxic one first, then the good one if there is one.
     Raises InputError when the model cannot be read, is no classifier, lacks a label, or has one reversed.
     """
+    folder = fetched(source, field)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are broken: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
@@ -91,14 +132,15 @@ def load_classifier(source: str, field: str, labels: dict[str, str], device: tor
     rule = f"has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}"
     require(len(tokenizer) <= rows, field, source, rule, "give the tokenizer the model was trained with")
     require_words(field, source, tokenizer)
-    indices = [_label_index(model, setting, label) for setting, label in labels.items()]
-    classifier = Classifier(model.to(device), tokenizer, *indices)
+    toxic, *good = (label_index(model.config, setting, label) for setting, label in labels.items())
+    classifier = Classifier(model.to(device), tokenizer, toxic, good[0] if good else None, kind)
     probe(classifier, labels)
     return classifier
 
 
-def _label_index(model: PreTrainedModel, field: str, label: str) -> int:
-    labels = {str(name).lower(): index for index, name in (model.config.id2label or {}).items()}
+def label_index(config: PreTrainedConfig, field: str, label: str) -> int:
+    """Return the number of a label, any case. Raises InputError, naming those there are."""
+    labels = {str(name).lower(): index for index, name in (config.id2label or {}).items()}
     if label.lower() not in labels:
         raise InputError(field, label, "is not a label of the classifier", f"use one of {', '.join(labels)}")
     return int(labels[label.lower()])
