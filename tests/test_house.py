@@ -18,7 +18,7 @@ FLOORS = [
     ("evaluation", "best", "checkpoint"),
     ("sft", "train", "reward_training", "step_metrics"),
     ("report",),
-    ("parts", "changes", "prepare", "estimate", "measuring", "stages"),
+    ("parts", "changes", "prepare", "forecast", "doctor", "convert", "measuring", "stages"),
     ("cli", "__init__", "__main__"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

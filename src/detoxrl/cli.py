@@ -18,10 +18,10 @@ from detoxrl import __version__
 from detoxrl.config import Config
 from detoxrl.errors import DetoxrlError, InputError, require
 from detoxrl.recipes import recipe, recipe_names
-from detoxrl.settings import changed, config_from_json, config_to_json, flatten, nearest
+from detoxrl.settings import changed, config_from_json, flatten, nearest
 from detoxrl.stopping import Terminated, go_on_with, stopping_at_once
 
-COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "recipes", "help")
+COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "doctor", "convert", "recipes", "help")
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
 
   detoxrl run RECIPE        the main job: prepare, sft, train, evaluate, report
@@ -30,6 +30,8 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
   detoxrl train RUN         PPO from the warm start against the reward
   detoxrl evaluate RUN      before and after on held-out prompts, by an independent judge
   detoxrl report RUN        write report.html
+  detoxrl doctor RECIPE     foretell memory and time, then try every part; write nothing
+  detoxrl convert FROM TO   make safetensors of an old model or LoRA with a .bin
   detoxrl recipes           list the recipes
   detoxrl --version
 
@@ -38,7 +40,6 @@ RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run
   --overwrite     replace an existing run folder
   --resume        go on with an existing one; with --run-dir alone no recipe is needed
   --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
-  --dry-run       check every part, show settings, rows, lengths, memory and time; write nothing
 
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
@@ -49,7 +50,7 @@ _DONE = {
     "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
     "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
 }
-_SWITCHES = ("overwrite", "resume", "accept_changes", "dry_run")
+_SWITCHES = ("overwrite", "resume", "accept_changes")
 
 
 def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, object], dict[str, str]]:
@@ -116,13 +117,15 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
     overwrite, resume = "overwrite" in options, "resume" in options
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
-    require(not (resume and command == "prepare"), "--resume", True, "goes on with a whole run", "say `detoxrl run`")
+    require(not resume or command == "run", "--resume", True, "goes on with a whole run", "say `detoxrl run`")
     accept = "accept_changes" in options
     require(resume or not accept, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
-    if "dry_run" in options:
-        _dry_run(config, root)
-        return
     with _kept(root):
+        if command == "doctor":
+            from detoxrl.doctor import doctor
+
+            doctor(root, config)
+            return
         from detoxrl import stages
 
         if command == "prepare":
@@ -165,7 +168,6 @@ def _show_help(command: str, name: str) -> None:
         overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
         accept_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     ) -> None:
         """Every setting of the recipe can be changed by a flag.
 
@@ -176,22 +178,10 @@ def _show_help(command: str, name: str) -> None:
             overwrite: Replace an existing run folder.
             resume: Go on with an existing run folder, exactly.
             accept_changes: Go on with other settings or another machine, though it then ends otherwise.
-            dry_run: Check every part, show settings, rows, lengths, memory and time; write nothing.
         """
 
     flags.__defaults__ = (recipe(name), *(flags.__defaults__ or ()))
     tyro.cli(flags, prog=f"detoxrl {command} {name}", args=["--help"])
-
-
-def _dry_run(config: Config, root: Path) -> None:
-    from detoxrl.estimate import estimate, print_estimate
-    from detoxrl.parts import absolute
-    from detoxrl.prepare import check
-
-    config = absolute(config)
-    prepared = check(config)
-    print(config_to_json(config))
-    print_estimate(prepared, estimate(config, prepared), root)
 
 
 def _stage_command(command: str, words: Sequence[str]) -> None:
@@ -206,6 +196,15 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
             _print_result(root)
         else:
             print(_DONE[command].format(root=root))
+
+
+def _convert(words: Sequence[str]) -> None:
+    require(len(words) == 2, "words", " ".join(words), "must be two", "say `detoxrl convert FROM TO`, two folders")
+    from detoxrl.convert import convert
+
+    adapter = (Path(words[1]) / "adapter_config.json").is_file
+    done = convert(words[0], Path(words[1]))
+    print(f"{words[1]}: {done}; next: name it as --policy.{'adapter' if adapter() else 'base'}")
 
 
 @contextmanager
@@ -245,8 +244,10 @@ def _dispatch(words: Sequence[str]) -> None:
         print(__version__)
     elif command == "recipes":
         for name, purpose in recipe_names().items():
-            print(f"{name:<12} {purpose}")
-    elif command in ("run", "prepare"):
+            print(f"{name:<21} {purpose}")
+    elif command == "convert":
+        _convert(words[1:])
+    elif command in ("run", "prepare", "doctor"):
         _recipe_command(command, words[1:])
     elif command in ("sft", "train", "evaluate", "report"):
         _stage_command(command, words[1:])

@@ -68,6 +68,16 @@ def fetched(source: str, field: str, weights: str = MODEL) -> str:
     return str(found.parent)
 
 
+def fetched_pickles(source: str, field: str) -> str:
+    """Return the folder with all of a model's `.bin` files and settings; what is no hub id comes back as it is."""
+    if not is_id(source):
+        return source
+    name, _, revision = source.partition("@")
+    wanted = ["*.json", "*.txt", "*.model", "pytorch_model*.bin", "adapter_model*.bin"]
+    with _answered(source, field):
+        return huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+
+
 def fetched_data(source: str) -> str:
     """Return the folder with the data files of a hub id. Raises InputError."""
     name, _, revision = source.partition("@")

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.judges import Judge, profanity_judge
-from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words, two_by_two
+from detoxrl.evaluation.measure import comparison, measure, old_protocol, splits, toxic_words, two_by_two
 from detoxrl.parts import base_and_start, judge_name, judge_of, rows_of, run_scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.rewards.function import RewardFunction
@@ -43,6 +43,8 @@ def measure_run(
     folder.write_json("masked_words.json", toxic_words(texts, profanity_judge() or judges[name]))
     _write_samples(folder, rows, responses, measured)
     evaluation = _evaluation(config, rows, responses, measured)
+    theirs = REWARD_JUDGE if scorer.judge else name
+    evaluation["as_older_systems"] = {"judge": theirs} | old_protocol(rows, responses, judges[theirs])
     evaluation |= {"changed_on_its_way": folder.read_json("run.json")["changes"], "seconds": seconds()}
     folder.write_json("eval.json", evaluation)
     remove(folder / "responses.jsonl")
@@ -99,6 +101,7 @@ def _write_samples(
                 judge: {policy: values[i].round(4).tolist() for policy, values in by.items()}
                 for judge, by in measured["toxicity"].items()
             },
+            "score": {policy: by["score"][i].round(4).tolist() for policy, by in measured["metrics"].items()},
         }
         if row.facts is not None:
             record["facts"] = {policy: by["facts"][i].tolist() for policy, by in measured["metrics"].items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
+import transformers
 from accelerate import PartialState
 
 from detoxrl.config import Config
@@ -23,7 +26,18 @@ from detoxrl.tracking import RunFolder
 
 # Settings that may name something on disk, and the words that never do.
 _PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge")
-_RESERVED = ("embedded", "scratch", "alt-profanity-check")
+RESERVED = ("embedded", "scratch", "alt-profanity-check")
+
+
+def _quieten_libraries() -> None:
+    # Progress bars and notices of others would tear ours apart; their errors still come through.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+_quieten_libraries()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +60,7 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
         reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
     source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
-    labels = {"reward.toxic_label": config.reward.toxic_label}
-    labels |= {"reward.good_label": config.reward.good_label} if config.reward.good_label else {}
+    labels = label_settings(config, "reward.classifier")
     if config.reward.classifier == "embedded" and embedded is None:
         for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=False):
             rule = "is not what the embedded classifier calls it"
@@ -56,6 +69,14 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
     kind = config.reward.score
     classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, kind)
     return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
+
+
+def label_settings(config: Config, field: str) -> dict[str, str]:
+    """Return the labels of the classifier that the setting `field` names, by their settings, the toxic one first."""
+    if field == "evaluation.primary_judge":
+        return {"evaluation.judge_label": config.evaluation.judge_label}
+    good = {"reward.good_label": config.reward.good_label} if config.reward.good_label else {}
+    return {"reward.toxic_label": config.reward.toxic_label} | good
 
 
 def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) -> Scorer:
@@ -105,7 +126,7 @@ def with_function(config: Config, given: RewardFunction | None) -> Config:
 def places(config: Config) -> dict[str, Path]:
     """Return the settings that name something on disk, with its path."""
     flat = flatten(asdict(config)) | {"reward.function": (config.reward.function or "").rpartition(":")[0] or None}
-    named = {name: Path(flat[name]) for name in (*_PLACES, "reward.function") if flat[name] not in (None, *_RESERVED)}
+    named = {name: Path(flat[name]) for name in (*_PLACES, "reward.function") if flat[name] not in (None, *RESERVED)}
     return {name: path for name, path in named.items() if path.exists()}
 
 
@@ -123,7 +144,7 @@ def with_revisions(config: Config, was: Config | None) -> Config:
     Raises InputError for what the hub does not have.
     """
     ours, theirs = flatten(asdict(config)), flatten(asdict(was)) if was else {}
-    named = {name: ours[name] for name in _PLACES if ours[name] not in (None, *_RESERVED) and is_id(ours[name])}
+    named = {name: ours[name] for name in _PLACES if ours[name] not in (None, *RESERVED) and is_id(ours[name])}
     found = {}
     for name, source in named.items():
         known = str(theirs.get(name)).startswith(f"{source}@")

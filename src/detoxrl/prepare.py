@@ -22,8 +22,9 @@ from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
 from detoxrl.data.utterances import generate_utterances
 from detoxrl.parts import judge_of, scorer
-from detoxrl.policy.adapters import load_policy, lora_config, start_of
+from detoxrl.policy.adapters import load_policy, make_policy, start_of
 from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
+from detoxrl.policy.policy import Policy
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import require_agreement
@@ -51,15 +52,19 @@ def check(config: Config, given: RewardFunction | None = None, adapter: str | No
     judge_of(config)
     scorer(config, None, given)
     with log.status("reading and counting the rows"):
-        prepared = _prepared(config)
-    if config.policy.base != "scratch":
-        _check_policy(config, prepared, adapter)
-    elif not config.policy.full_weights:
-        lora_config(scratch_base(prepared.tokenizer, config.seed), config.policy)
+        prepared = prepare_rows(config)
+    checked_policy(config, prepared, adapter)
     return prepared
 
 
-def _check_policy(config: Config, prepared: Prepared, adapter: str | None) -> None:
+def checked_policy(config: Config, prepared: Prepared, adapter: str | None = None) -> Policy:
+    """Return the policy that the run begins with. Raises InputError when it, or the `adapter` to measure, does not fit.
+
+    A scratch base is not trained yet.
+    """
+    if config.policy.base == "scratch":
+        base = scratch_base(prepared.tokenizer, config.seed)
+        return make_policy(base, prepared.tokenizer, None, config.policy, config.seed)
     given = Path(adapter) if adapter and not config.policy.full_weights else None
     policy = load_policy(config.policy.base, start_of(config.policy) or given, config.policy, config.seed)
     if adapter:
@@ -67,6 +72,7 @@ def _check_policy(config: Config, prepared: Prepared, adapter: str | None) -> No
     tunes = config.sft.steps + config.sft.baseline_steps > 0 and prepared.account["summary_tokens"]
     require_positions(policy.model.config, config, prepared.account["summary_tokens"]["max"] if tunes else 0)
     require_agreement(policy, config.policy.base)
+    return policy
 
 
 def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
@@ -84,7 +90,8 @@ def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
     remove(folder / "checkpoints/prepare")
 
 
-def _prepared(config: Config) -> Prepared:
+def prepare_rows(config: Config) -> Prepared:
+    """Return the rows with their prompts, and the tokenizer that counted them. Raises InputError."""
     tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
     selection = _selection(config, tokenizer)
     if tokenizer is None:

@@ -104,11 +104,17 @@ def _ref_logprobs(
     return _scored(policy, encoded, ids, temperature, policy.reference)[0]
 
 
+def rows_at_once(policy: Policy, length: int) -> int:
+    """Return how many responses of `length` tokens one pass without a gradient reads."""
+    words: int = policy.model.config.get_text_config().vocab_size
+    return max(1, _LOGITS // (length * words))
+
+
 def _scored(
     policy: Policy, encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return teacher-forced log-probs (nats) and values, each (B, T), as many rows at once as keep logits small."""
-    at_once = max(1, _LOGITS // (ids.shape[1] * policy.model.config.get_text_config().vocab_size))
+    at_once = rows_at_once(policy, ids.shape[1])
     if at_once >= len(ids):
         logprobs, _, values = policy.logprobs(encoded, ids, temperature, adapter)
         return logprobs, values

@@ -85,13 +85,16 @@ def examples(
     return [p + t for p, t in both], [[_IGNORED] * len(p) + t for p, t in both]
 
 
+def bf16_capable(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
     """Return bfloat16 autocast when it is asked for and the hardware has it, else a context that does nothing."""
-    if device.type == "cpu":
-        capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16) if bf16 and capable else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if bf16 and bf16_capable(device) else nullcontext()
 
 
 def _batch(

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import huggingface_hub
-import transformers
 
 from detoxrl.cache import cached, tidy_cache
 from detoxrl.changes import begin_again, new_account, take_up
@@ -44,17 +40,6 @@ from detoxrl.sft import civil_baseline, warm_start
 from detoxrl.storage import copy_folder, filling, remove
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
-
-
-def _quieten_libraries() -> None:
-    # Progress bars and notices of others would tear ours apart; their errors still come through.
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-_quieten_libraries()
 
 
 def run(

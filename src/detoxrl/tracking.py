@@ -34,7 +34,7 @@ PRODUCTS = {
     "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl",
               "validation.jsonl", "rollouts.jsonl"),
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
-    "report": ("report.html", "samples.csv", "blind_sheet.csv", "blind_key.csv"),
+    "report": ("report.html", "samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"),
 }  # fmt: skip
 _AGAIN = "make it again: remove seconds.json, and --resume does what is missing"
 _LOCK = ".lock"

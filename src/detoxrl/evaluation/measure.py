@@ -13,7 +13,7 @@ from detoxrl.data.insults import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_p
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.judges import Floats, Judge
 from detoxrl.evaluation.metrics import response_metrics
-from detoxrl.evaluation.stats import compare, compare_toxicity
+from detoxrl.evaluation.stats import compare, compare_toxicity, old_summary
 from detoxrl.rewards.shaping import Reward
 
 Texts = Sequence[Sequence[str]]
@@ -117,6 +117,23 @@ def two_by_two(before: Floats, after: Floats) -> dict[str, dict[str, int]]:
     return {
         f"{first} before": {f"{then} after": int((was[first] & now[then]).sum()) for then in ("toxic", "civil")}
         for first in ("toxic", "civil")
+    }
+
+
+def old_protocol(rows: Sequence[Row], responses: Mapping[str, Texts], judge: Judge) -> dict[str, Any]:
+    """Return toxicity as the systems before this one reported it: one response a prompt, no interval.
+
+    They did so for the first ten prompts, and scored prompt and response as one text, of which a policy can change but
+    the end. The response alone and all prompts stand beside that, and the summaries by people where there are any.
+    """
+    wrote = {policy: [samples[0] for samples in responses[policy]] for policy in ("before", "after")}
+    whole = {policy: [f"{r.prompt} {t}" for r, t in zip(rows, texts, strict=True)] for policy, texts in wrote.items()}
+    human = [row.summary for row in rows if row.summary is not None]
+    read = {"prompt and response": whole, "response": wrote | ({"human": human} if len(human) == len(rows) else {})}
+    rated = {text: {who: judge(texts) for who, texts in by.items()} for text, by in read.items()}
+    return {
+        f"first {n}": {text: {who: old_summary(v[:n]) for who, v in by.items()} for text, by in rated.items()}
+        for n in dict.fromkeys((min(10, len(rows)), len(rows)))
     }
 
 

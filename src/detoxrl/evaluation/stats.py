@@ -51,6 +51,20 @@ def toxicity_summary(values: Floats) -> dict[str, float]:
     }
 
 
+def old_summary(values: Floats) -> dict[str, float]:
+    """Return mean, std (ddof 0), and the aggregates `maximum` and `ratio` of the evaluate library, of toxicities (N,).
+
+    Source: evaluate 0.4, measurements/toxicity, where max_toxicity is the highest and toxicity_ratio the share at 0.5
+    or above; the notebooks took mean and std of its list by numpy.
+    """
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "max_toxicity": float(values.max()),
+        "toxicity_ratio": float((values >= 0.5).mean()),
+    }
+
+
 def compare_toxicity(
     before: Floats, after: Floats, floor: float | None, resamples: int, seed: int
 ) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config import PolicyConfig
@@ -28,9 +28,15 @@ def load_policy(base: str, start: Path | None, config: PolicyConfig, seed: int) 
     The reference is the frozen start: a second adapter, the bare base under a fresh adapter, or, where full weights
     train, a copy of those that do. Raises InputError for a base, folder or target that does not fit.
     """
-    model, tokenizer = load_base(base, bf16=config.bf16)
+    return make_policy(*load_base(base, bf16=config.bf16), start, config, seed)
+
+
+def make_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Path | None, config: PolicyConfig, seed: int
+) -> Policy:
+    """Return the policy that a loaded base becomes, as `load_policy`."""
     reads = model.config.is_encoder_decoder or not config.train_encoder
-    require(reads, "policy.train_encoder", True, f"needs an encoder, and {base} has none", "leave it out")
+    require(reads, "policy.train_encoder", True, "needs an encoder, and the base has none", "leave it out")
     weights: Weights
     if config.full_weights:
         weights = FullWeights(model, tokenizer, config.train_encoder)

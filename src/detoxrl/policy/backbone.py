@@ -68,6 +68,18 @@ def load_base(
     return use_fast_activation(model).eval(), tokenizer
 
 
+def bare_base(base: str, bf16: bool) -> PreTrainedModel:
+    """Return the model of a folder or hub id on the meta device: its shapes, with no weight read. Raises InputError."""
+    load = partial(AutoConfig.from_pretrained, fetched(base, "policy.base", weights=""))
+    config = _loaded(load, base, "policy.base")
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)  # type: ignore[no-untyped-call]
+    model = use_fast_activation(model)
+    model.eval()
+    return model
+
+
 def _loaded(load: Callable[[], Any], base: str, field: str) -> Any:
     try:
         return load()

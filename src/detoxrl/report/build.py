@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detoxrl.recipes import recipe
 from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, toxicity_distributions
-from detoxrl.report.sheets import blind_sheets, differing, samples_sheet
+from detoxrl.report.sheets import blind_sheets, compared_sheet, differing, samples_sheet
 from detoxrl.report.words import changed_on_its_way, changes, duration, headline, number, percent, signed, systems
 from detoxrl.settings import flatten
 from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
@@ -45,6 +45,7 @@ def build_report(run_dir: Path) -> Path:
     samples = _read_lines(folder / "samples.jsonl")
     sheet, key = blind_sheets(samples, config["seed"])
     folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
+    folder.write("compared.csv", compared_sheet(samples))
     folder.write("blind_sheet.csv", sheet)
     folder.write("blind_key.csv", key)
     parts = _results(evaluation, samples) | _training(folder, evaluation)

@@ -26,6 +26,16 @@ def samples_sheet(samples: list[dict[str, Any]], judge: str) -> str:
     return _csv(header, rows)
 
 
+def compared_sheet(samples: list[dict[str, Any]]) -> str:
+    """Return, as CSV, the table of the old notebooks: first responses with their reward, the largest gain first."""
+    rows: list[list[Any]] = []
+    for sample in samples:
+        before, after = ([sample[what][side][0] for what in ("responses", "score")] for side in ("before", "after"))
+        rows.append([sample["dialogue"], before[0], after[0], before[1], after[1], round(after[1] - before[1], 4)])
+    header = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_difference"]
+    return _csv(header, sorted(rows, key=lambda row: row[-1], reverse=True))
+
+
 def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
     """Return, as CSV, a sheet for raters and the key to it.
 

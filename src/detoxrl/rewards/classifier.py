@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -19,6 +20,8 @@ from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.hub import fetched
 from detoxrl.policy.backbone import require_words
 
+BATCH = 128
+"""Most texts that a classifier reads at once."""
 # Texts that every classifier worth using tells apart; the check runs before training.
 CIVIL_PROBE = "Thank you, that is very kind of you."
 TOXIC_PROBE = "You are a stupid idiot!"
@@ -74,7 +77,8 @@ class Classifier:
     @property
     def several(self) -> bool:
         """Whether labels do not exclude each other, so that each has its own sigmoid."""
-        return self.model.config.num_labels == 1 or self.model.config.problem_type == "multi_label_classification"
+        config = self.model.config
+        return bool(config.num_labels == 1 or config.problem_type == "multi_label_classification")
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response alone, as `class_scores`. Prompts are not read."""
@@ -90,7 +94,7 @@ class Classifier:
         return logits.sigmoid() if self.several else logits.softmax(-1)
 
     @torch.no_grad()
-    def logits(self, texts: Sequence[str], batch_size: int = 128) -> torch.Tensor:
+    def logits(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
         """Return the logits (B, labels) on the CPU, each distinct text run once in length-sorted batches."""
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         rows = [self._run(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
@@ -136,6 +140,22 @@ def load_classifier(
     classifier = Classifier(model.to(device), tokenizer, toxic, good[0] if good else None, kind)
     probe(classifier, labels)
     return classifier
+
+
+def bare_classifier(source: str, field: str, labels: dict[str, str]) -> PreTrainedModel:
+    """Return the classifier of a folder or hub id on the meta device, its labels found: no weight is read."""
+    folder = fetched(source, field, weights="")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        rule = f"cannot be loaded: {first_line(error)}"
+        raise InputError(field, source, rule, "give a sequence classifier's folder or hub id") from error
+    for setting, label in labels.items():
+        label_index(config, setting, label)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    model.eval()
+    return model
 
 
 def label_index(config: PreTrainedConfig, field: str, label: str) -> int:

@@ -1,0 +1,55 @@
+"""How do weights that were pickled become safetensors, which is all that a run reads?"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from detoxrl.errors import InputError, first_line, require
+from detoxrl.hub import fetched_pickles
+from detoxrl.storage import filling
+
+_NAMES = {"adapter_model*.bin": "adapter_model.safetensors", "pytorch_model*.bin": "model.safetensors"}
+# trl keeps its value head beside the weights, and in some versions the model under a name of its own.
+_VALUE_HEAD, _INNER = "v_head.", "pretrained_model."
+
+
+def convert(source: str, target: Path) -> str:
+    """Copy a model or LoRA folder, or what a hub id names, to the new folder `target` with safetensors for its `.bin`.
+
+    trl's value head is left out: ours reads scaled states and starts from zero. Returns what was done, in words.
+    Raises InputError when there is nothing to convert, or when a file holds more than tensors; no code in it is run.
+    """
+    require(not target.exists(), "TO", str(target), "exists already", "name a new folder")
+    folder = Path(fetched_pickles(source, "FROM"))
+    require(folder.is_dir(), "FROM", source, "is no folder", "give the folder with the .bin")
+    done = []
+    with filling(target) as temporary:
+        for pattern, name in _NAMES.items():
+            weights = {k: v for path in sorted(folder.glob(pattern)) for k, v in _tensors(path).items()}
+            kept = {k.removeprefix(_INNER): v for k, v in weights.items() if not k.startswith(_VALUE_HEAD)}
+            if kept:
+                save_file(kept, temporary / name, metadata={"format": "pt"})
+                heads = len(weights) - len(kept)
+                done.append(f"{name} with {len(kept)} tensors" + (f", {heads} of a value head left out" * (heads > 0)))
+        require(bool(done), "FROM", source, f"holds no weights in {' or '.join(_NAMES)}", "nothing needs converting")
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and ".bin." not in path.name:
+                shutil.copyfile(path, temporary / path.name)
+    return "; ".join(done)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    remedy = "convert it where you trust it, or save it again with safetensors"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError("FROM", str(path), f"holds more or less than tensors: {first_line(error)}", remedy) from error
+    plain = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
+    require(plain, "FROM", str(path), "is no table of tensors", remedy)
+    # Copies: safetensors holds no tensor twice, and tied ones share their memory.
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}

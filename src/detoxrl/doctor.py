@@ -1,0 +1,138 @@
+"""Will a run work here, and what will it take, before hours are spent?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import PartialState
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from detoxrl.config import Config
+from detoxrl.data.rows import rows_to_jsonl, to_prompts
+from detoxrl.errors import require
+from detoxrl.forecast import Cost, bare_policy, measured_speed, stage_costs, weight_bytes
+from detoxrl.hub import bytes_to_fetch
+from detoxrl.parts import RESERVED, absolute, judge_of, label_settings, scorer, with_revisions
+from detoxrl.policy.policy import Policy
+from detoxrl.prepare import Prepared, account_table, checked_policy, prepare_rows
+from detoxrl.rewards.classifier import bare_classifier
+from detoxrl.rl.kl import k1
+from detoxrl.rollout import collect
+from detoxrl.tracking import log
+
+_OUT = Console(highlight=False)
+
+
+def doctor(root: Path, config: Config) -> None:
+    """Print what a run in `root` would take, by shapes alone; then fetch its parts and try them. Writes nothing there.
+
+    Raises InputError for what does not fit: labels, memory, disk, a policy that does not start at its reference.
+    """
+    config = with_revisions(absolute(config), None)
+    with log.status("reading rows and shapes"):
+        prepared, classifiers = prepare_rows(config), _bare_classifiers(config)
+    _OUT.print(account_table(prepared.account))
+    device = _say_device()
+    with log.status("forecasting"):
+        costs = stage_costs(config, prepared, classifiers, measured_speed(device))
+    _say_costs(config, costs)
+    _require_memory(device, max(cost.peak for cost in costs.values()))
+    _require_disk(root, config, prepared)
+    with log.status("fetching and trying the parts"):
+        judge_of(config)
+        scorer(config, None, None)
+        policy = checked_policy(config, prepared).to(device)
+        kl, error = first_step(policy, config, prepared)
+    _OUT.print(
+        f"labels: a civil and a toxic sentence are told apart as named\nKL to the reference at step 0: {kl:.1g} nats"
+    )
+    _OUT.print(f"first ratios: within {error:.1g} of 1\nready: detoxrl run {config.recipe} with the same flags")
+
+
+def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[float, float]:
+    """Return the KL to the reference (nats a response) and how far ratios are off 1, both before any update.
+
+    Raises InputError when one is not 0 up to rounding.
+    """
+    prompts = to_prompts(prepared.rows["train"][: config.rl.microbatch_size])
+    generation = replace(config.generation, max_new_tokens=min(16, config.generation.max_new_tokens))
+    rollout = collect(policy, prompts, generation, seed=config.seed, step=0)
+    responses = rollout.responses
+    with torch.no_grad():
+        again = policy.logprobs(rollout.encoded, responses.ids, generation.temperature)[0]
+    kl = float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean())
+    error = float((again - responses.logprobs)[responses.response_mask].exp().sub(1).abs().max())
+    bound = 0.1 if config.policy.bf16 else 1e-3
+    remedy = "name another base or adapter"
+    require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, which must be 0", remedy)
+    require(error < bound, "policy", error, "is how far first ratios are off 1", remedy)
+    return kl, error
+
+
+def _bare_classifiers(config: Config) -> list[PreTrainedModel]:
+    """Return the shapes of reward and judge where they are classifiers, their labels found."""
+    named = {"reward.classifier": config.reward.classifier, "evaluation.primary_judge": config.evaluation.primary_judge}
+    if config.reward.function is not None:
+        del named["reward.classifier"]
+    labels = {name: label_settings(config, name) for name in named}
+    return [bare_classifier(source, name, labels[name]) for name, source in named.items() if source not in RESERVED]
+
+
+def _say_device() -> torch.device:
+    device: torch.device = PartialState().device
+    words = {"cpu": f"{torch.get_num_threads()} threads", "mps": "which we could not try; nothing here needs float64"}
+    _OUT.print(f"device: {device.type} ({words.get(device.type, 'one of them is used')})")
+    if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"):
+        _OUT.print("PYTORCH_ENABLE_MPS_FALLBACK is set: unset it, nothing here needs it and it hides what is slow")
+    return device
+
+
+def _say_costs(config: Config, costs: dict[str, Cost]) -> None:
+    table = Table("stage", box=SIMPLE_HEAD, caption="by shapes alone; responses as long as the references")
+    table.add_column("about", justify="right")
+    table.add_column("peak memory", justify="right")
+    for stage, cost in costs.items():
+        table.add_row(stage, f"{cost.seconds / 60:.1f} min", f"{cost.peak / 2**30:.1f} GiB")
+    _OUT.print(table)
+    _OUT.print(f"in all: about {sum(cost.seconds for cost in costs.values()) / 60:.1f} min")
+
+
+def _require_memory(device: torch.device, peak: float) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    remedy = "try --policy.bf16, a smaller --rl.microbatch-size or --generation.batch-size, or a smaller base"
+    rule = f"is free, and the run wants about {peak / 2**30:.1f} GiB"
+    require(peak < free, "memory", f"{free / 2**30:.1f} GiB", rule, remedy)
+
+
+def _require_disk(root: Path, config: Config, prepared: Prepared) -> None:
+    parts = {"policy.base": config.policy.base, "reward.classifier": config.reward.classifier,
+             "evaluation.primary_judge": config.evaluation.primary_judge}  # fmt: skip
+    fetched = sum(bytes_to_fetch(source, name) for name, source in parts.items() if source not in RESERVED)
+    policy = bare_policy(config, prepared.tokenizer)
+    trained, whole = weight_bytes(policy.parameters()), weight_bytes(policy.model.parameters())
+    _OUT.print(
+        f"policy: {sum(w.numel() for w in policy.parameters()):,} parameters train, of "
+        f"{sum(w.numel() for w in policy.model.parameters()):,}"
+    )
+    wanted = run_bytes(config, prepared, trained, whole)
+    free = psutil.disk_usage(str(next(parent for parent in (root, *root.absolute().parents) if parent.exists()))).free
+    rule = f"is free, and the run writes up to {wanted / 2**20:,.0f} MiB and fetches {fetched / 2**20:,.0f} MiB"
+    require(wanted + fetched < free, "disk", f"{free / 2**20:,.0f} MiB", rule, "make room, or name another --run-dir")
+    _OUT.print(f"disk: up to {wanted / 2**20:,.0f} MiB in {root}, {fetched / 2**20:,.0f} MiB to fetch")
+
+
+def run_bytes(config: Config, prepared: Prepared, trained: int, whole: int) -> int:
+    """Return the most that a run folder holds: its parts, two checkpoints and a third that is being written."""
+    tuned = whole if config.sft.full_weights else trained
+    kept = whole if config.policy.full_weights else trained
+    parts = sum(len(rows_to_jsonl(rows).encode()) for rows in prepared.rows.values())
+    parts += tuned * (config.sft.steps > 0) + kept * (config.sft.baseline_steps > 0) + kept
+    adam = 3  # a weight and its two moments
+    return parts + 3 * max(adam * tuned * (config.sft.steps > 0), adam * trained + kept)

@@ -1,0 +1,274 @@
+"""What will the stages of a run cost on this machine, told from shapes alone?
+
+Every pass is made on torch's meta device, where tensors have a shape and no content: no weight is needed, and what
+would be held in memory can be counted. Time follows from operations, bytes and calls, at rates measured here.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+
+from detoxrl.config import Config, GenerationConfig
+from detoxrl.policy.adapters import make_policy
+from detoxrl.policy.backbone import bare_base, scratch_base
+from detoxrl.policy.policy import Policy
+from detoxrl.prepare import Prepared
+from detoxrl.records import Encoded
+from detoxrl.rewards.classifier import BATCH
+from detoxrl.rollout import rows_at_once
+from detoxrl.sft import bf16_capable
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What this machine does in a second."""
+
+    fp32: float
+    """Operations of a matrix product."""
+    bf16: float
+    moved: float
+    """Bytes read and written."""
+    calls: float
+    """Calls of torch from a model's Python."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds, and the most bytes held at once."""
+
+    seconds: float = 0.0
+    peak: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(seconds=self.seconds + other.seconds, peak=max(self.peak, other.peak))
+
+    def times(self, count: float) -> Cost:
+        """Return the cost of doing it so often, one after the other."""
+        return Cost(seconds=self.seconds * count, peak=self.peak)
+
+    def beside(self, held: float) -> Cost:
+        """Return the cost while so many other bytes are held."""
+        return replace(self, peak=self.peak + held)
+
+
+class Meter(TorchDispatchMode):
+    """Counts the cost of what torch does inside the block; a number asked of a meta tensor is `answer`."""
+
+    def __init__(self, speed: Speed, answer: int = 1) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.speed, self.answer = speed, answer
+        self.seconds, self.calls, self.held, self.peak = 0.0, 0, 0, 0
+        self._live: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self.answer
+        out = func(*args, **(kwargs or {}))
+        read, made = _tensors((args, kwargs)), _tensors(out)
+        known = {tensor.untyped_storage()._cdata for tensor in read}
+        fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
+        for tensor in fresh:
+            self._hold(tensor.untyped_storage())
+        moved = sum(tensor.nbytes for tensor in (*read, *made)) if fresh else 0  # else a view, or in place and small
+        counted = flop_registry.get(func._overloadpacket)
+        flops = counted(*args, **(kwargs or {}), out_val=out) if counted else 0
+        rate = self.speed.bf16 if made and made[0].dtype == torch.bfloat16 else self.speed.fp32
+        self.seconds += max(flops / rate, moved / self.speed.moved) + 1 / self.speed.calls
+        self.calls += 1
+        return out
+
+    @property
+    def cost(self) -> Cost:
+        """What was counted."""
+        return Cost(seconds=self.seconds, peak=self.peak)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            self._live[key] = weakref.ref(storage, partial(self._free, key, size))
+
+    def _free(self, key: int, size: int, _: Any) -> None:
+        self.held -= size
+        del self._live[key]
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def measured_speed(device: torch.device) -> Speed:
+    """Return what the device does in a second, by short trials."""
+
+    def best(work: Callable[[], Any]) -> float:
+        taken = []
+        for _ in range(4):
+            started = time.perf_counter()
+            float(work())  # waits for the device
+            taken.append(time.perf_counter() - started)
+        return min(taken)
+
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(1024, 768, dtype=dtype, device=device), torch.ones(768, 2048, dtype=dtype, device=device)
+        rates[dtype] = 2 * 1024 * 768 * 2048 / best(partial(_product, a, b))
+    states, copy = torch.ones(2, 2**21, device=device)  # the size of a batch's hidden states
+    tiny = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    tiny = tiny.to(device)  # type: ignore[arg-type]
+    ids = torch.ones(2, 8, dtype=torch.long, device=device)
+
+    def learn() -> torch.Tensor:
+        loss: torch.Tensor = tiny(input_ids=ids, decoder_input_ids=ids).logits.sum()
+        loss.backward()
+        return loss.detach()
+
+    with Meter(Speed(fp32=1, bf16=1, moved=1, calls=1)) as meter:
+        learn()
+    return Speed(
+        fp32=rates[torch.float32],
+        bf16=rates[torch.bfloat16],
+        moved=2 * states.nbytes / best(lambda: copy.copy_(states)[0]),
+        calls=meter.calls / best(learn),  # so small that calls are all it costs
+    )
+
+
+def stage_costs(
+    config: Config, prepared: Prepared, classifiers: list[PreTrainedModel], speed: Speed
+) -> dict[str, Cost]:
+    """Return what sft, train and evaluate cost, with all that is held meanwhile beside this process as it is now.
+
+    `classifiers` are on the meta device. Prompts are those of the 95th percentile of lengths; responses fill memory up
+    to their limit, and take the time of the longest of their batch, which is as long as that of the references.
+    """
+    generation, steps = config.generation, config.rl.steps
+    policy = bare_policy(config, prepared.tokenizer)
+    ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
+    texts = ordered[: max(2, round(0.95 * len(ordered)))][-generation.batch_size :]
+    respond, score, update = _passes(policy, texts, config, prepared, speed)
+    judge = _judging(classifiers, generation, len(texts), speed)
+    made, validations = steps * config.rl.batch_size, -(-steps // config.rl.validate_every) + 1
+    validated = validations * len(prepared.rows["validation"])
+    baseline = config.sft.baseline_steps > 0 and any(row.civil_reference for row in prepared.rows["train"])
+    measured = (2 + baseline) * len(prepared.rows["test"]) * config.evaluation.samples_per_prompt
+    tuning = config.sft.steps + config.sft.baseline_steps * baseline
+    whole, trained = weight_bytes(policy.model.parameters()), weight_bytes(policy.parameters())
+    readers = sum(weight_bytes(classifier.parameters()) for classifier in classifiers)
+    tuned = whole if config.sft.full_weights else trained
+    here = psutil.Process().memory_info().rss
+    train = respond.times(made + validated + min(config.reward.normalise_on, len(ordered))) + score.times(made)
+    train += update.times(made * config.rl.epochs) + judge.times(made + validated)
+    tune = _tuning(policy, config, prepared, speed).times(tuning) if tuning else Cost()
+    return {
+        "sft": tune.beside(here + whole + 3 * tuned),  # the gradient and two moments
+        "train": train.beside(here + whole + readers + 4 * trained),  # and the reference
+        "evaluate": (respond + judge).times(measured).beside(here + whole + readers + (1 + baseline) * trained),
+    }
+
+
+def bare_policy(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """Return the policy that a run begins with, under a fresh adapter and without its weights."""
+    if config.policy.base == "scratch":
+        model = scratch_base(tokenizer, config.seed).to(_META)  # type: ignore[arg-type]
+    else:
+        model = bare_base(config.policy.base, config.policy.bf16)
+    with _META:
+        return make_policy(model, tokenizer, None, replace(config.policy, adapter=None), config.seed)
+
+
+def weight_bytes(weights: Iterable[torch.nn.Parameter]) -> int:
+    """Return the bytes of some weights."""
+    return sum(weight.nbytes for weight in weights)
+
+
+def _passes(
+    policy: Policy, texts: list[str], config: Config, prepared: Prepared, speed: Speed
+) -> tuple[Cost, Cost, Cost]:
+    """Return what a response costs: to sample it, to score it by the reference, to learn from it once."""
+    length, temperature, count = config.generation.max_new_tokens, config.generation.temperature, len(texts)
+    ids = torch.zeros(count, length, dtype=torch.long, device=_META)
+    references = prepared.account["summary_tokens"] or {"p95": length}
+    longest = min(length, references["p95"])
+    with torch.no_grad():
+        with Meter(speed) as meter:
+            encoded = policy.encode(texts)
+        encode = meter.cost
+
+        def sampling(tokens: int) -> Cost:
+            chances = torch.ones(count, tokens, device=_META)
+            return _cost(speed, lambda: policy.sample(encoded, chances, temperature), tokens)
+
+        few, more = sampling(2), sampling(6)  # from there on each token adds the same
+        some = min(count, rows_at_once(policy, length))
+        score = _cost(speed, lambda: policy.logprobs(_first(encoded, some), ids[:some], temperature))
+    sample = Cost(
+        seconds=few.seconds + (more.seconds - few.seconds) / 4 * (longest - 2),
+        peak=few.peak + (more.peak - few.peak) / 4 * (length - 2),
+    )
+    rows = min(config.rl.microbatch_size, count)
+
+    def learn() -> None:
+        logprobs, _, values = policy.logprobs(_first(encoded, rows), ids[:rows, :longest], temperature)
+        (logprobs.sum() + values.sum()).backward()
+
+    twice = 2 if config.policy.bf16 else 1  # log-probs of the rollout are computed again
+    return (encode + sample).times(1 / count), score.times(twice / some), _cost(speed, learn).times(1 / rows)
+
+
+def _first(encoded: Encoded, rows: int) -> Encoded:
+    return Encoded(states=encoded.states[:rows], mask=encoded.mask[:rows])  # on meta no mask says what is padding
+
+
+def _judging(classifiers: list[PreTrainedModel], generation: GenerationConfig, count: int, speed: Speed) -> Cost:
+    """Return what it costs that every classifier reads a response."""
+    read = torch.zeros(min(BATCH, 2 * count), generation.max_new_tokens, dtype=torch.long, device=_META)
+    found = Cost()
+    with torch.no_grad():
+        for classifier in classifiers:
+            found += _cost(speed, partial(classifier, input_ids=read, attention_mask=torch.ones_like(read)))
+    return found.times(1 / len(read))
+
+
+def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) -> Cost:
+    """Return what a step of supervised fine-tuning costs, there and back."""
+    lengths = {name: prepared.account[f"{name}_tokens"]["p95"] for name in ("prompt", "summary")}
+    ids = {
+        n: torch.ones(config.sft.batch_size, length, dtype=torch.long, device=_META) for n, length in lengths.items()
+    }
+    causal = not policy.model.config.is_encoder_decoder
+    read = torch.cat([ids["prompt"], ids["summary"]], 1) if causal else ids["prompt"]
+    if config.sft.full_weights:
+        policy.model.requires_grad_(True)
+
+    def step() -> None:
+        labels = read if causal else ids["summary"]
+        policy.model(input_ids=read, attention_mask=torch.ones_like(read), labels=labels).loss.backward()
+
+    halved = config.sft.bf16 and bf16_capable(PartialState().device)
+    return _cost(replace(speed, fp32=speed.bf16) if halved else speed, step)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a @ b)[0, 0]
+
+
+def _cost(speed: Speed, work: Callable[[], Any], answer: int = 1) -> Cost:
+    with Meter(speed, answer) as meter:
+        work()
+    found: Cost = meter.cost
+    return found
