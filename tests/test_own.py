@@ -19,12 +19,11 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T
 
 from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, evaluate, recipe
-from detoxrl import estimate as estimate_module
 from detoxrl.data.rows import token_lengths
 from detoxrl.errors import DetoxrlError, InputError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, save_base
-from detoxrl.prepare import _prepared
+from detoxrl.prepare import prepare_rows
 from detoxrl.rewards.function import checked, function_name, load_function
 from detoxrl.settings import changed, config_from_json, config_to_json
 from detoxrl.tracking import RunFolder
@@ -83,18 +82,6 @@ def test_an_own_reward_function_and_judge(
     capsys.readouterr()
 
 
-def test_a_dry_run_shows_settings_counts_lengths_and_an_estimate_and_writes_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = sorted(place.rglob("*"))
-    assert detoxrl(own("--dry-run", "--rl.lr", "5e-4")) == 0
-    shown = capsys.readouterr().out
-    assert '"lr": 0.0005' in shown
-    for words in ("duplicate", "prompt tokens: median", "summary tokens: median", "time: about", "memory: about"):
-        assert words in shown.replace("\n", " ").replace("  ", " ")
-    assert sorted(place.rglob("*")) == before
-
-
 def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_training(
     place: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +121,7 @@ def test_causal_models_and_full_weights_go_all_the_way_and_can_be_measured_alone
 ) -> None:
     base = ["--policy.base", str(bases[name]), "--policy.lora-targets", *TARGETS[name]]
     common = own(*base, *words, "--reward.function", "rewards.py:brevity", "--data.max-prompt-tokens", "100")
-    assert detoxrl([*common, "--dry-run"]) == 0
+    assert detoxrl(["doctor", *common[1:]]) == 0
     assert detoxrl(common) == 0
     run = place / "runs/own"
     first = json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
@@ -445,7 +432,7 @@ def test_a_start_that_was_not_beaten_is_told_on_screen_and_in_the_report(
 
 def test_cut_prompts_are_counted_and_none_is_above_the_limit(place: Path) -> None:
     settings = {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8, "rl.minibatch_size": 4}
-    whole = _prepared(recipe("own", settings | {"data.max_prompt_tokens": 9999}))
+    whole = prepare_rows(recipe("own", settings | {"data.max_prompt_tokens": 9999}))
     lengths = sorted(
         length
         for rows in whole.rows.values()
@@ -454,26 +441,9 @@ def test_cut_prompts_are_counted_and_none_is_above_the_limit(place: Path) -> Non
     assert sum(whole.account["truncated"].values()) == 0
     assert whole.account["prompt_tokens"]["max"] == lengths[-1]
     limit = lengths[len(lengths) // 2]  # some prompts have exactly so many
-    cut = _prepared(recipe("own", settings | {"data.max_prompt_tokens": limit})).account
+    cut = prepare_rows(recipe("own", settings | {"data.max_prompt_tokens": limit})).account
     assert sum(cut["truncated"].values()) == sum(length > limit for length in lengths) < len(lengths)
     assert cut["prompt_tokens"]["max"] == limit
-
-
-def test_the_estimate_adds_up(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
-    monkeypatch.setattr(estimate_module, "_step_seconds", lambda *_: 7.0)
-    monkeypatch.setattr(estimate_module, "_response_seconds", lambda *_: 0.5)
-    monkeypatch.setattr(estimate_module, "_sft_seconds", lambda *_: 0.25)
-    prepared = _prepared(config)
-    found = estimate_module.estimate(config, prepared)
-    # 60 steps, 13 validations of 20 responses; 3 policies on 10 prompts with 4 samples each; 2,000 + 150 sft steps.
-    assert found["train"] == 60 * 7.0 + 13 * 20 * 0.5
-    assert found["evaluate"] == 3 * 10 * 4 * 0.5
-    assert found["sft"] == (2000 + 150) * 0.25
-    assert 0.2 < found["peak_gib"] < 20
-    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
-    without = replace(prepared, rows=bare)
-    assert estimate_module.estimate(config, without)["evaluate"] == 2 * 10 * 4 * 0.5
 
 
 def test_a_function_is_found_in_a_module_too() -> None:

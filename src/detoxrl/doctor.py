@@ -125,7 +125,7 @@ def _require_disk(root: Path, config: Config, prepared: Prepared) -> None:
     free = psutil.disk_usage(str(next(parent for parent in (root, *root.absolute().parents) if parent.exists()))).free
     rule = f"is free, and the run writes up to {wanted / 2**20:,.0f} MiB and fetches {fetched / 2**20:,.0f} MiB"
     require(wanted + fetched < free, "disk", f"{free / 2**20:,.0f} MiB", rule, "make room, or name another --run-dir")
-    _OUT.print(f"disk: up to {wanted / 2**20:,.0f} MiB in {root}, {fetched / 2**20:,.0f} MiB to fetch")
+    _OUT.print(f"disk: up to {wanted / 2**20:,.1f} MiB in {root}, {fetched / 2**20:,.0f} MiB to fetch")
 
 
 def run_bytes(config: Config, prepared: Prepared, trained: int, whole: int) -> int:

@@ -37,6 +37,8 @@ def load_tokenizer(base: str, field: str = "policy.base") -> PreTrainedTokenizer
     """Return the tokenizer of a folder or hub id. Raises InputError, naming `field`, when there is none."""
     folder = fetched(base, field, weights="")
     tokenizer: PreTrainedTokenizerBase = _loaded(partial(AutoTokenizer.from_pretrained, folder), base, field)
+    if tokenizer.pad_token_id is None:  # as most causal models have it; masks go by length, never by id
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -97,8 +99,6 @@ def _require_fit(base: str, field: str, model: PreTrainedModel, tokenizer: PreTr
     tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
     rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
     require(tokens <= rows, field, base, rule, remedy)
-    if tokenizer.pad_token_id is None:  # as most causal models have it; masks go by length, never by id
-        tokenizer.pad_token = tokenizer.eos_token
     ours, theirs = tokenizer.eos_token_id, end_tokens(model.config)
     rule = f"has a tokenizer whose eos_token_id is {ours}, but the model says {theirs}"
     require(ours is not None and ours in theirs, field, base, rule, remedy)

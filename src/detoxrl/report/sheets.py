@@ -33,7 +33,7 @@ def compared_sheet(samples: list[dict[str, Any]]) -> str:
         before, after = ([sample[what][side][0] for what in ("responses", "score")] for side in ("before", "after"))
         rows.append([sample["dialogue"], before[0], after[0], before[1], after[1], round(after[1] - before[1], 4)])
     header = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_difference"]
-    return _csv(header, sorted(rows, key=lambda row: row[-1], reverse=True))
+    return _csv(header, sorted(rows, key=lambda row: float(row[-1]), reverse=True))
 
 
 def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
@@ -62,7 +62,7 @@ def differing(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [sample for sample in samples if sample["responses"]["before"][0] != sample["responses"]["after"][0]]
 
 
-def _csv(header: list[str], rows: Sequence[Sequence[object]]) -> str:
+def _csv(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
     # All text in quotes, so that line breaks stay inside their cell; the BOM tells Excel that it is UTF-8.
     text = io.StringIO()
     sheet = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
