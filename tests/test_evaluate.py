@@ -12,9 +12,16 @@ import torch
 from conftest import prompted_rows
 from detoxrl.config import EvaluationConfig
 from detoxrl.evaluation.judges import Floats, load_judge, once_each
-from detoxrl.evaluation.measure import comparison, measure, splits, toxic_words
+from detoxrl.evaluation.measure import comparison, measure, old_protocol, splits, toxic_words
 from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
-from detoxrl.evaluation.stats import Difference, compare_toxicity, paired_difference, toxicity_summary, verdict
+from detoxrl.evaluation.stats import (
+    Difference,
+    compare_toxicity,
+    old_summary,
+    paired_difference,
+    toxicity_summary,
+    verdict,
+)
 
 ROWS = prompted_rows(0, {"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
@@ -169,3 +176,33 @@ def test_without_references_quality_is_to_say_something() -> None:
 def test_rouge_knows_every_script() -> None:
     assert rouge_l("Они спорят о посылке.", "Они спорят о посылке") == 1.0
     assert rouge_l("#Person1# is late.", "#Person2# is late.") == pytest.approx(2 / 3)
+
+
+def test_the_old_aggregates_by_hand() -> None:
+    # mean 0.5, squares 0.16 + 0 + 0 + 0.16 over 4
+    found = old_summary(np.array([0.1, 0.5, 0.5, 0.9]))
+    assert found == pytest.approx({"mean": 0.5, "std": 0.08**0.5, "max_toxicity": 0.9, "toxicity_ratio": 0.75})
+
+
+def test_the_old_protocol_reads_one_response_of_ten_prompts_with_and_without_the_prompt() -> None:
+    rows = [replace(row, prompt=f"p{i}", summary="s" * (i + 1)) for i, row in enumerate(ROWS[:12])]
+    texts = {"before": [["ab", "zz"] for _ in rows], "after": [["a", "zz"] for _ in rows], "sft": [["q"] for _ in rows]}
+    read: list[str] = []
+
+    def by_length(asked: Sequence[str]) -> Floats:
+        read.extend(asked)
+        return np.array([len(text) / 100 for text in asked])
+
+    found = old_protocol(rows, texts, by_length)
+    assert set(found) == {"first 10", "first 12"}
+    assert set(found["first 10"]["response"]) == {"before", "after", "human"}
+    assert found["first 10"]["response"]["after"]["mean"] == pytest.approx(0.01)
+    assert found["first 10"]["response"]["human"]["max_toxicity"] == pytest.approx(0.10)
+    assert found["first 12"]["response"]["human"]["max_toxicity"] == pytest.approx(0.12)
+    # "p0 ab" to "p9 ab" have five characters, two more have six
+    assert found["first 10"]["prompt and response"]["before"]["mean"] == pytest.approx(0.05)
+    assert found["first 12"]["prompt and response"]["before"]["mean"] == pytest.approx((10 * 5 + 2 * 6) / 1200)
+    assert "zz" not in read
+    assert "human" not in old_protocol(
+        [replace(row, summary=None) for row in rows], texts, by_length
+    )["first 10"]["response"]

@@ -15,7 +15,7 @@ import pytest
 
 from detoxrl.errors import InputError
 from detoxrl.report.build import build_report, mask_pattern, segments
-from detoxrl.report.sheets import blind_sheets, samples_sheet
+from detoxrl.report.sheets import blind_sheets, compared_sheet, samples_sheet
 from detoxrl.report.table import print_result
 from detoxrl.report.words import changes, number, signed
 from detoxrl.settings import flatten
@@ -79,7 +79,12 @@ def sample(
         "civil_reference": None,
         "responses": {"before": [before[0], "x"], "after": [after[0], "x"]},
         "toxicity": {JUDGE: scores, "reward classifier": scores},
+        "score": {"before": [round(1 - before[1], 4), 0.5], "after": [round(1 - after[1], 4), 0.5]},
     }
+
+
+def old(mean: float) -> dict[str, float]:
+    return {"mean": mean, "std": 0.1, "max_toxicity": 0.75, "toxicity_ratio": 0.25}
 
 
 EVALUATION = {
@@ -90,6 +95,13 @@ EVALUATION = {
                  "reward classifier": toxicity(0.4, 0.1, "less toxic", None)},
     "quality": {"facts": change(0.91, 0.9), "length": change(24.0, 23.5)},
     "changed_on_its_way": [],
+    "as_older_systems": {
+        "judge": "reward classifier",
+        "first 2": {"prompt and response": {"before": old(0.611), "after": old(0.612)},
+                    "response": {"before": old(0.621), "after": old(0.622), "human": old(0.623)}},
+        "first 3": {"prompt and response": {"before": old(0.711), "after": old(0.712)},
+                    "response": {"before": old(0.721), "after": old(0.722), "human": old(0.723)}},
+    },
     "two_by_two": {"toxic before": {"toxic after": 1, "civil after": 3},
                    "civil before": {"toxic after": 2, "civil after": 14}},
     "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},
@@ -118,7 +130,7 @@ ROWS = {
     "truncated": {"train": 7, "validation": 0, "test": 0},
     "prompt_tokens": {"median": 96, "p95": 141.0, "max": 203},
 }
-SHEETS = {"samples.csv", "blind_sheet.csv", "blind_key.csv"}
+SHEETS = {"samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"}
 
 
 @pytest.fixture
@@ -412,6 +424,25 @@ def test_samples_sheet_keeps_text_and_runs_no_formula() -> None:
     assert list(found[0]) == ["id", "dialogue", "reference", "before_response", "before_toxicity", "after_response",
                               "after_toxicity"]  # fmt: skip
     assert (found[0]["before_toxicity"], found[0]["after_toxicity"]) == ("0.25", "0.5")
+
+
+def test_the_notebooks_table_is_sorted_by_the_gain_in_reward() -> None:
+    found = cells(compared_sheet(SAMPLES))
+    assert list(found[0]) == ["query", "response_before", "response_after", "reward_before", "reward_after",
+                              "reward_difference"]  # fmt: skip
+    assert [row["query"] for row in found] == ["Ann: You idiots! <i>Pigs!</i>", "Ann: Hello.", "Ann: Hello."]
+    assert [row["reward_difference"] for row in found] == ["0.8", "0.0", "-0.7"]
+    assert (found[0]["reward_before"], found[0]["reward_after"]) == ("0.1", "0.9")
+
+
+def test_what_older_systems_would_have_reported_stands_apart_and_says_what_it_is_worth(run_dir: Path) -> None:
+    section = visible(built(run_dir)).partition("As older systems measured")[2].partition("Prompts made civil")[0]
+    assert "ten prompts cannot tell a change from chance, the judge is the reward itself, " in section
+    rows = [line for line in section.split("\n") if "0.6" in line]
+    assert rows[0] == "prompt and responsebefore0.6110.1000.7500.2500.7110.1000.7500.250"
+    assert rows[-1] == "responseby people0.6230.1000.7500.2500.7230.1000.7500.250"
+    assert "meanfirst 2" in section
+    assert "ratiofirst 3" in section
 
 
 def test_blind_sheet_hides_what_its_key_tells() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from detoxrl.hub import fetched_pickles
 from detoxrl.storage import filling
 
 _NAMES = {"adapter_model*.bin": "adapter_model.safetensors", "pytorch_model*.bin": "model.safetensors"}
+# What peft 0.3 wrote and never used; today's takes it for something of a later version.
+_PEFT_0_3 = ("enable_lora", "merge_weights")
 # trl keeps its value head beside the weights, and in some versions the model under a name of its own.
 _VALUE_HEAD, _INNER = "v_head.", "pretrained_model."
 
@@ -31,15 +34,20 @@ def convert(source: str, target: Path) -> str:
     with filling(target) as temporary:
         for pattern, name in _NAMES.items():
             weights = {k: v for path in sorted(folder.glob(pattern)) for k, v in _tensors(path).items()}
-            kept = {k.removeprefix(_INNER): v for k, v in weights.items() if not k.startswith(_VALUE_HEAD)}
-            if kept:
-                save_file(kept, temporary / name, metadata={"format": "pt"})
-                heads = len(weights) - len(kept)
-                done.append(f"{name} with {len(kept)} tensors" + (f", {heads} of a value head left out" * (heads > 0)))
+            tensors = {k.removeprefix(_INNER): v for k, v in weights.items() if not k.startswith(_VALUE_HEAD)}
+            if tensors:
+                save_file(tensors, temporary / name, metadata={"format": "pt"})
+                left = len(weights) - len(tensors)
+                heads = f", {left} of a value head left out" if left else ""
+                done.append(f"{name} with {len(tensors)} tensors{heads}")
         require(bool(done), "FROM", source, f"holds no weights in {' or '.join(_NAMES)}", "nothing needs converting")
         for path in folder.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and ".bin." not in path.name:
                 shutil.copyfile(path, temporary / path.name)
+        if (settings := temporary / "adapter_config.json").is_file():
+            found = json.loads(settings.read_text(encoding="utf-8"))
+            kept = {name: value for name, value in found.items() if name not in _PEFT_0_3}
+            settings.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     return "; ".join(done)
 
 

@@ -73,7 +73,7 @@ class LoraWeights:
 
     def save(self, folder: Path) -> None:
         """Write the policy's adapter as a folder that peft loads on the base."""
-        self.model.save_pretrained(str(folder), selected_adapters=[POLICY])
+        self.model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=False)
 
 
 class FullWeights:
@@ -134,7 +134,7 @@ def fitting(field: str, folder: Path) -> Iterator[None]:
 
 def require_layers(model: PeftModel, name: str, field: str, folder: Path) -> None:
     """Raise InputError when the LoRA `name` came from a folder with other layers: peft leaves those out in silence."""
-    ours = set(get_peft_model_state_dict(model, adapter_name=name))
+    ours = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     other = sorted(ours ^ set(load_file(folder / "adapter_model.safetensors")))
     rule = f"belongs to a base with other layers, {other[0]} for one" if other else ""
     require(not other, field, str(folder), rule, "give an adapter of this base")

@@ -1,0 +1,233 @@
+"""The doctor: forecasts by shapes alone, and what it finds before hours are spent."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from conftest import TARGETS, policy_config
+from detoxrl import doctor as doctor_module
+from detoxrl import forecast
+from detoxrl.forecast import Cost, Meter, Speed, bare_policy, stage_costs
+from detoxrl.policy.adapters import load_policy
+from detoxrl.policy.backbone import load_tokenizer
+from detoxrl.policy.policy import Policy
+from detoxrl.prepare import prepare_rows
+from detoxrl.recipes import recipe
+from small_runs import SMALL, contents, detoxrl, own
+
+UNIT = Speed(fp32=1e9, bf16=4e9, moved=1e9, calls=1e3)
+
+
+def doctor(*words: str) -> int:
+    return detoxrl(["doctor", *own(*words)[1:]])
+
+
+def test_the_meter_counts_products_bytes_calls_and_what_is_held() -> None:
+    a, b = torch.empty(100, 200, device="meta"), torch.empty(200, 300, device="meta")
+    with Meter(UNIT) as meter:
+        kept = a @ b  # 2 x 100 x 200 x 300 operations; 120,000 bytes are made
+        freed = kept * 2
+        del freed
+        second = kept.t() + 1  # a view, and a sum
+    assert meter.calls == 4
+    assert meter.peak == 3 * 120_000 - 120_000
+    assert meter.held == 2 * 120_000
+    product = 2 * 100 * 200 * 300 / 1e9
+    sums = 2 * (2 * 120_000) / 1e9
+    assert meter.cost.seconds == pytest.approx(product + sums + 4 / 1e3)
+    assert second.shape == (300, 100)
+    with Meter(UNIT, answer=7) as meter:
+        assert int(kept.sum()) == 7
+    half = torch.empty(100, 200, device="meta", dtype=torch.bfloat16)
+    with Meter(UNIT) as meter:
+        half @ half.t()
+    assert meter.cost.seconds == pytest.approx(2 * 100 * 200 * 100 / 4e9 + 2 / 1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", TARGETS)
+def test_shapes_alone_give_the_policy_that_is_loaded(bases: dict[str, Path], name: str, full: bool) -> None:
+    config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_rank": 4})
+    config = replace(config, policy=replace(policy_config(name, full=full), base=str(bases[name])))
+    bare = bare_policy(config, load_tokenizer(str(bases[name])))
+    loaded = load_policy(str(bases[name]), None, config.policy, seed=0)
+    assert [p.shape for p in bare.parameters()] == [p.shape for p in loaded.parameters()]
+    assert {p.device.type for p in bare.model.parameters()} == {"meta"}
+
+
+def test_the_forecast_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
+    passes = (Cost(seconds=0.5, peak=7.0), Cost(seconds=0.125, peak=9.0), Cost(seconds=0.25, peak=8.0))
+    monkeypatch.setattr(forecast, "_passes", lambda *_: passes)
+    monkeypatch.setattr(forecast, "_judging", lambda *_: Cost(seconds=2.0, peak=3.0))
+    monkeypatch.setattr(forecast, "_tuning", lambda *_: Cost(seconds=0.75, peak=4.0))
+    prepared = prepare_rows(config)
+    found = stage_costs(config, prepared, [], UNIT)
+    # 60 steps of 128, 13 validations of 20, a normaliser of 128; 2 epochs; 2,000 + 150 sft steps; 3 policies x 10 x 4.
+    made, validated = 60 * 128, 13 * 20
+    train = 0.5 * (made + validated + 128) + 0.125 * made + 0.25 * 2 * made + 2.0 * (made + validated)
+    assert found["train"].seconds == train
+    assert found["evaluate"].seconds == 3 * 10 * 4 * 2.5
+    assert found["sft"].seconds == (2000 + 150) * 0.75
+    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
+    without = stage_costs(config, replace(prepared, rows=bare), [], UNIT)
+    assert without["evaluate"].seconds == 2 * 10 * 4 * 2.5
+    # What is held: this process, the weights, what trains with gradient and moments; the largest pass on top.
+    policy = bare_policy(config, prepared.tokenizer)
+    whole, trained = (forecast.weight_bytes(weights) for weights in (policy.model.parameters(), policy.parameters()))
+    here = found["sft"].peak - 4.0 - 4 * whole
+    assert here > 2**28
+    assert found["train"].peak == pytest.approx(here + whole + 4 * trained + 9.0, rel=0.02)
+
+
+def test_memory_and_time_grow_with_what_is_asked_for(place: Path) -> None:
+    def cost(**settings: Any) -> dict[str, Cost]:
+        config = recipe("own", {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8,
+                                "rl.minibatch_size": 4, "rl.microbatch_size": 2, **settings})  # fmt: skip
+        roberta = RobertaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        with torch.device("meta"):
+            classifiers = [RobertaForSequenceClassification(roberta)]
+        return stage_costs(config, prepare_rows(config), classifiers, UNIT)
+
+    plain, twice = cost(), cost(**{"rl.steps": 200})
+    assert plain["sft"].seconds == 0
+    assert 1.9 < twice["train"].seconds / plain["train"].seconds < 2.1
+    assert cost(**{"generation.max_new_tokens": 200})["train"].peak > plain["train"].peak
+    assert cost(**{"rl.epochs": 4})["train"].seconds > plain["train"].seconds
+    assert cost(**{"sft.steps": 5})["sft"].seconds > 0
+
+
+def test_the_doctor_says_what_a_run_takes_and_that_it_would_work_and_writes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(place)
+    assert doctor("--sft.steps", "3", "--sft.no-full-weights") == 0
+    shown = capsys.readouterr().out
+    assert contents(place) == before
+    for words in ("duplicate", "prompt tokens: median", "device: cpu (2 threads)", "in all: about",
+                  " parameters train, of ", "disk: up to ", "ready: detoxrl run own"):  # fmt: skip
+        assert words in shown, words
+    for stage in ("sft", "train", "evaluate"):
+        assert re.search(rf"{stage} +\d+\.\d min +\d\.\d GiB", shown), stage
+    assert abs(float(re.search(r"KL to the reference at step 0: (\S+) nats", shown)[1])) < 1e-5  # type: ignore[index]
+    assert float(re.search(r"first ratios: within (\S+) of 1", shown)[1]) < 1e-5  # type: ignore[index]
+
+
+def test_a_scratch_base_and_a_function_are_examined_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "doctor",
+        "quickstart",
+        "--data.source",
+        "mine.jsonl",
+        *own()[7:],
+        "--reward.function",
+        "rewards.py:brevity",
+    ]
+    assert detoxrl([word for word in words if word != "mine.jsonl" or words.index(word) == 3]) == 0
+    assert "ready: detoxrl run quickstart" in capsys.readouterr().out
+
+
+def _wrong_labels(place: Path) -> list[str]:
+    return ["--reward.good-label", "kind"]
+
+
+def _no_weights_but_a_wrong_judge_label(place: Path) -> list[str]:
+    (place / "classifier/model.safetensors").unlink()  # labels are read before any weight
+    return ["--reward.toxic-label", "rude"]
+
+
+@pytest.mark.parametrize(
+    ("arrange", "message"),
+    [
+        (_wrong_labels, "reward.good_label = 'kind': is not a label of the classifier; use one of nothate, hate"),
+        (_no_weights_but_a_wrong_judge_label, "reward.toxic_label = 'rude': is not a label of the classifier"),
+    ],
+)
+def test_the_doctor_finds_wrong_labels(
+    place: Path, capfd: pytest.CaptureFixture[str], arrange: Any, message: str
+) -> None:
+    assert doctor(*arrange(place)) == 2
+    told = capfd.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_too_little_memory_or_disk_is_said_before_weights_are_read(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "model/model.safetensors").unlink()
+    memory = psutil.virtual_memory()._replace(available=2**20)
+    monkeypatch.setattr(doctor_module.psutil, "virtual_memory", lambda: memory)
+    assert doctor() == 2
+    told = capfd.readouterr().err
+    assert re.search(r"memory = '0\.0 GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told), (
+        told
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    disk = psutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(doctor_module.psutil, "disk_usage", lambda _: disk)
+    assert doctor() == 2
+    told = capfd.readouterr().err
+    assert re.search(r"disk = '0 MiB': is free, and the run writes up to \d+ MiB and fetches 0 MiB; make room", told), (
+        told
+    )
+
+
+def test_a_policy_that_does_not_start_at_its_reference_is_refused(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = doctor_module.checked_policy
+
+    def moved(*args: Any) -> Policy:
+        policy = real(*args)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.5)
+        return policy
+
+    monkeypatch.setattr(doctor_module, "checked_policy", moved)
+    assert doctor() == 2
+    assert "is the KL to its own start in nats, which must be 0" in capfd.readouterr().err
+
+
+def test_a_fallback_variable_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    assert doctor() == 0
+    assert "PYTORCH_ENABLE_MPS_FALLBACK is set: unset it" in capsys.readouterr().out
+
+
+class _Doubles(TorchDispatchMode):
+    """Collects what makes a float64 tensor: Apple's MPS has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in tree_leaves(out)):
+            self.found.add(str(func))
+        return out
+
+
+def test_training_and_scoring_make_no_float64(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with _Doubles() as doubles:
+        assert detoxrl(own("--rl.steps", "1")) == 0
+    # numpy's uniforms become float32 before they go to the device; judges' numbers become numpy's on the CPU.
+    assert doubles.found <= {"aten.alias.default", "aten._to_copy.default", "aten.lift_fresh.default",
+                             "aten.detach.default"}, doubles.found  # fmt: skip
+    assert json.loads((place / "runs/own/eval.json").read_text())["n_prompts"] == 8
