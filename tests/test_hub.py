@@ -348,7 +348,7 @@ TOLD = {
     "broken": r"was answered by HUB with status 500; try again later",
     "down": r"was answered by HUB with status 503; try again later",
     "dropped": r"nor whole in the cache, and could not be fetched from HUB \(.*disconnected.*\); run it again when the",
-    "cut": r"nor whole in the cache, and could not be fetched from HUB \(.*(closed|again).*\); run it again when the n",
+    "cut": r"nor whole in the cache, and could not be fetched from HUB \(.*closed.*\); run it again when the n",
     "longer": r"could not be fetched from HUB \(.*should be of size \d+ but has size \d+.*\); run it again when the n",
     "shorter": r"could not be fetched from HUB \(.*should be of size \d+ but has size \d+.*\); run it again when the",
 }

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils.tqdm import tqdm
 
 from detoxrl.errors import InputError, first_line, require
 
@@ -124,21 +123,11 @@ def _data(name: str, revision: str) -> Path:
 def _asked(ask: Callable[..., str]) -> Path:
     """Return what a hub gives, or where the connection breaks off what the cache holds."""
     try:
-        return Path(ask(tqdm_class=_Bar))
+        return Path(ask())
     except errors.HTTPError as error:  # type: ignore[attr-defined]
         if isinstance(error, errors.HfHubHTTPError):
             raise
         return Path(ask(local_files_only=True))
-
-
-class _Bar(tqdm):
-    """A progress bar that gives up on a hub which breaks off and cannot go on there; the client never would."""
-
-    def update(self, n: float = 1) -> None:
-        self.again = getattr(self, "again", 0) + (n < 0)
-        if self.again > 5:
-            raise OSError("it broke off again and again")
-        super().update(n)
 
 
 @contextmanager
