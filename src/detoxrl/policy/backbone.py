@@ -87,9 +87,8 @@ def _loaded(load: Callable[[], Any], base: str, field: str) -> Any:
         return load()
     except SafetensorError as error:
         raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        where = "" if Path(base).exists() else "is no folder here and "
-        reason = f"{where}cannot be loaded: {first_line(error)}"
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = f"cannot be loaded: {first_line(error)}"
         raise InputError(field, base, reason, "give the folder or hub id of a text generator") from error
 
 

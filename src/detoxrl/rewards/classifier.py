@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -125,9 +124,8 @@ def load_classifier(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are broken: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        where = "" if Path(source).exists() else "is no folder here and "
-        reason = f"{where}cannot be loaded: {first_line(error)}"
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = f"cannot be loaded: {first_line(error)}"
         raise InputError(field, source, reason, "give a sequence classifier's folder or hub id") from error
     missing = sorted(info["missing_keys"])
     rule = f"lacks the weights of a classifier, {missing[0]} for one" if missing else ""
