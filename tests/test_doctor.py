@@ -125,16 +125,8 @@ def test_the_doctor_says_what_a_run_takes_and_that_it_would_work_and_writes_noth
 
 
 def test_a_scratch_base_and_a_function_are_examined_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "doctor",
-        "quickstart",
-        "--data.source",
-        "mine.jsonl",
-        *own()[7:],
-        "--reward.function",
-        "rewards.py:brevity",
-    ]
-    assert detoxrl([word for word in words if word != "mine.jsonl" or words.index(word) == 3]) == 0
+    words = ["--data.source", "mine.jsonl", "--reward.function", "rewards.py:brevity"]
+    assert detoxrl(["doctor", "quickstart", *words, *SMALL]) == 0
     assert "ready: detoxrl run quickstart" in capsys.readouterr().out
 
 
@@ -171,18 +163,14 @@ def test_too_little_memory_or_disk_is_said_before_weights_are_read(
     monkeypatch.setattr(doctor_module.psutil, "virtual_memory", lambda: memory)
     assert doctor() == 2
     told = capfd.readouterr().err
-    assert re.search(r"memory = '0\.0 GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told), (
-        told
-    )
+    assert re.search(r"memory = '0\.0 GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told)
     monkeypatch.undo()
     monkeypatch.chdir(place)
     disk = psutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(doctor_module.psutil, "disk_usage", lambda _: disk)
     assert doctor() == 2
     told = capfd.readouterr().err
-    assert re.search(r"disk = '0 MiB': is free, and the run writes up to \d+ MiB and fetches 0 MiB; make room", told), (
-        told
-    )
+    assert re.search(r"disk = '0 MiB': is free, and the run writes up to \d+ MiB and fetches 0 MiB; make room", told)
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_refused(

@@ -203,6 +203,7 @@ def test_the_old_protocol_reads_one_response_of_ten_prompts_with_and_without_the
     assert found["first 10"]["prompt and response"]["before"]["mean"] == pytest.approx(0.05)
     assert found["first 12"]["prompt and response"]["before"]["mean"] == pytest.approx((10 * 5 + 2 * 6) / 1200)
     assert "zz" not in read
-    assert "human" not in old_protocol(
-        [replace(row, summary=None) for row in rows], texts, by_length
-    )["first 10"]["response"]
+    assert (
+        "human"
+        not in old_protocol([replace(row, summary=None) for row in rows], texts, by_length)["first 10"]["response"]
+    )

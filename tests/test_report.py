@@ -87,7 +87,7 @@ def old(mean: float) -> dict[str, float]:
     return {"mean": mean, "std": 0.1, "max_toxicity": 0.75, "toxicity_ratio": 0.25}
 
 
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "n_prompts": 3,
     "samples_per_prompt": 2,
     "primary_judge": JUDGE,
@@ -319,7 +319,8 @@ def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) 
 
 
 def test_a_plain_reward_function_leaves_no_word_of_a_reward_model(run_dir: Path) -> None:
-    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}}
+    old_judge = {"as_older_systems": EVALUATION["as_older_systems"] | {"judge": JUDGE}}
+    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}} | old_judge
     write(run_dir, "eval.json", EVALUATION | plain)
     text = visible(built(run_dir))
     assert not re.search("reward (classifier|model)|Insults|any of the judges", text)
