@@ -30,9 +30,10 @@ from detoxrl.errors import InputError
 from detoxrl.hub import ADAPTER, bytes_to_fetch, fetched, fetched_data, is_id, pinned
 from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer
+from detoxrl.recipes import recipe_names
 from detoxrl.rewards.classifier import load_classifier
 from hub import Hub, hub
-from small_runs import SMALL, contents
+from small_runs import SMALL, contents, detoxrl
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
 
 SMALLEST, SAMSUM, LORA = "google/flan-t5-small", "knkarthick/samsum", "me/lora"
@@ -432,3 +433,24 @@ def test_a_recipe_runs_from_the_hub_names_its_commits_and_is_resumed_by_its_plai
         resumed = run("--resume")
         assert resumed.returncode == 0, resumed.stderr
         assert json.loads((tmp_path / "D" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("dialogsum-", "samsum-"))])
+def test_every_other_system_runs_by_its_name(
+    served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--rl.steps", "1", "--rl.validate-every", "1", "--rl.batch-size", "8", "--rl.minibatch-size", "4",
+             "--rl.validation-prompts", "4", "--data.limit", "64", "--evaluation.prompts", "8",
+             "--generation.max-new-tokens", "8"]  # fmt: skip
+    steps = [] if name.startswith("samsum") else ["--sft.steps", "2"]
+    assert detoxrl(["run", name, *sizes, *steps, "--run-dir", "D"]) == 0, capsys.readouterr().err
+    found = json.loads(Path("D/eval.json").read_text())
+    judge = "s-nlp/roberta_toxicity_classifier"
+    assert found["primary_judge"] == judge
+    assert set(found["toxicity"]) == {judge, "reward classifier"}
+    assert set(found["as_older_systems"]["first 8"]["response"]) == {"before", "after", "human"}
+    first = json.loads(Path("D/metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl/reference"]) < 1e-4
+    assert first["ratio/first_error"] < (1e-4 if "lowmem" not in name else 0.02)
+    capsys.readouterr()
