@@ -51,7 +51,7 @@ SIGNALS = {"time": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 CODES = {"time": -9, "operation": -9, "power": -9, "term": 143, "int": 130}
 FORK = get_context("fork")
 LIMIT, STOP_LIMIT = 300, 10  # seconds that an attempt may take, and a stop after SIGTERM or SIGINT
-SPARE = 1  # MiB that a folder may take above what --dry-run says, which counts no tokenizer, log or report
+SPARE = 1  # MiB that a folder may take above what the doctor says, which counts no tokenizer, log or report
 SMALL = [
     "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4", "--rl.steps", "6",
     "--rl.validate-every", "2", "--rl.validation-prompts", "8", "--rl.lr", "1e-2", "--reward.normalise-on", "16",
@@ -221,11 +221,11 @@ class Bench:
             print(f"{scenario}, never stopped: {ended.seconds:.1f} s, {stages}, operations {operations}", flush=True)
 
     def estimated_mib(self, scenario: str) -> float:
-        """Return what --dry-run says about the disk."""
+        """Return what the doctor says about the disk."""
         self.clear()
-        words = [*self.words(scenario), "--dry-run"]
+        words = ["doctor", *self.words(scenario)[1:]]
         begun(Plan(words=words, place=self.place, shown=self.shown, eager=False, stage=STAGES[0])).join()
-        found = re.search(r"disk: about ([\d,]+) MiB", (self.shown / "stdout").read_text())
+        found = re.search(r"disk: up to ([\d,.]+) MiB", (self.shown / "stdout").read_text())
         return float(found[1].replace(",", "")) if found else sys.exit(f"{words} says nothing: {self.error()}")
 
     def round(self, number: int, only: str | None) -> Round:

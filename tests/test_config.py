@@ -78,3 +78,32 @@ def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:
         assert recipe(name).recipe == name
         assert len(purpose) > 20
         assert replace(recipe(name), seed=1) != recipe(name)
+
+
+def test_the_recipes_keep_the_old_systems_hyperparameters_and_long_ones_change_what_moves_a_model() -> None:
+    names = ["dialogsum", "dialogsum-lowmem", "samsum-detoxify", "dialogsum-large"]
+    assert list(recipe_names()) == ["quickstart", "own", *(f"{name}{end}" for name in names for end in ("", "-long"))]
+    notebook = recipe("dialogsum")
+    assert (notebook.data.min_length, notebook.data.max_length) == (200, 1000)
+    for name, steps, batch in zip(names, (10, 20, 50, 10), (16, 16, 8, 16), strict=True):
+        config, long = recipe(name), recipe(f"{name}-long")
+        assert (config.rl.steps, config.rl.batch_size, config.rl.lr, config.rl.minibatch_size) == (
+            steps, batch, 1.41e-5, 4
+        )  # fmt: skip
+        assert (config.rl.kl_coef, config.rl.kl_target, config.rl.kl_horizon, config.rl.epochs) == (0.2, 6.0, 10_000, 1)
+        assert (config.policy.lora_rank, config.policy.lora_targets) == (32, ("q", "v"))
+        assert not config.sft.full_weights
+        # The sum of rates over all optimizer steps bounds how far a weight can travel.
+        travel = [
+            one.rl.steps * one.rl.epochs * one.rl.batch_size / one.rl.minibatch_size * one.rl.lr
+            for one in (config, long)
+        ]
+        assert travel[1] > 50 * travel[0]
+        assert long.policy == config.policy
+        assert long.reward.normalise_on == 256
+    detoxify = recipe("samsum-detoxify")
+    assert (detoxify.reward.score, detoxify.reward.good_label, detoxify.sft.steps, detoxify.data.limit) == (
+        "not_toxicity", None, 0, 500
+    )  # fmt: skip
+    assert recipe("dialogsum-lowmem").policy.bf16
+    assert recipe("dialogsum-large").policy.base == "google/flan-t5-large"

@@ -57,7 +57,13 @@ _SAMSUM = replace(
     data=DataConfig(source="knkarthick/samsum", limit=500),
     sft=SftConfig(steps=0, baseline_steps=0),
     reward=RewardConfig(
-        classifier="unitary/toxic-bert", toxic_label="toxic", good_label=None, score="not_toxicity", normalise_on=0
+        classifier="unitary/toxic-bert",
+        toxic_label="toxic",
+        good_label=None,
+        score="not_toxicity",
+        normalise_on=0,
+        missing_eos_penalty=0.1,  # scores lie in [0, 1]
+        empty_score=0.0,
     ),
     rl=replace(_DIALOGSUM.rl, steps=50, batch_size=8),
 )
@@ -69,7 +75,7 @@ def _long(config: Config, limit: int | None = None) -> Config:
         config,
         recipe=f"{config.recipe}-long",
         data=replace(config.data, limit=limit or config.data.limit),
-        reward=replace(config.reward, normalise_on=256),
+        reward=replace(config.reward, normalise_on=256, missing_eos_penalty=1.0, empty_score=-5.0),
         rl=replace(
             config.rl,
             steps=200,
