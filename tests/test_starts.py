@@ -104,6 +104,7 @@ def _pickled(base: Path, folder: Path, shards: int = 1, prefix: str = "") -> Non
     """The same before safetensors: pytorch_model.bin, or its shards with their index."""
     shutil.copytree(base, folder)
     state = load_file(folder / "model.safetensors")
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # tied: one memory under two names
     state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     state |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
     (folder / "model.safetensors").unlink()
@@ -139,6 +140,7 @@ def test_pickled_checkpoints_of_trl_are_converted(
     assert "2 of a value head left out" in said
     assert "next: name it as --policy.base" in said
     before, after = (load_file(folder / "model.safetensors") for folder in (bases["t5"], tmp_path / "new"))
+    assert torch.equal(after.pop("encoder.embed_tokens.weight"), before["shared.weight"])
     assert {name: float(t.sum()) for name, t in before.items()} == {n: float(t.sum()) for n, t in after.items()}
     assert not list((tmp_path / "new").glob("*.bin*"))
     kl, ratio = first_kl(load_policy(str(tmp_path / "new"), None, policy_config("t5"), seed=0))
@@ -204,7 +206,7 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     assert policy.value_head.weight.dtype == torch.float32
     disturb(policy)
-    rollout = collect(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=8), seed=0, step=0)
+    rollout = collect(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=24), seed=0, step=0)
     responses, mask = rollout.responses, rollout.responses.response_mask
     assert responses.logprobs.dtype == rollout.ref_logprobs.dtype == torch.float32
     with torch.no_grad():

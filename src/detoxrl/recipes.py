@@ -55,7 +55,7 @@ _SAMSUM = replace(
     _DIALOGSUM,
     recipe="samsum-detoxify",
     data=DataConfig(source="knkarthick/samsum", limit=500),
-    sft=SftConfig(steps=0, baseline_steps=0),
+    sft=replace(_DIALOGSUM.sft, steps=0),
     reward=RewardConfig(
         classifier="unitary/toxic-bert",
         toxic_label="toxic",
