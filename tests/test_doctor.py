@@ -86,9 +86,24 @@ def test_the_forecast_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # What is held: this process, the weights, what trains with gradient and moments; the largest pass on top.
     policy = bare_policy(config, prepared.tokenizer)
     whole, trained = (forecast.weight_bytes(weights) for weights in (policy.model.parameters(), policy.parameters()))
-    here = found["sft"].peak - 4.0 - 4 * whole
-    assert here > 2**28
-    assert found["train"].peak == pytest.approx(here + whole + 4 * trained + 9.0, rel=0.02)
+    assert found["sft"].peak - 4.0 - 4 * whole > 2**28
+    assert found["sft"].peak - found["train"].peak == (4 * whole + 4.0) - (whole + 4 * trained + 9.0)
+    assert found["train"].peak - found["evaluate"].peak == (4 * trained + 9.0) - (2 * trained + 7.0)
+
+
+def test_a_longer_response_holds_more_and_takes_longer(bases: dict[str, Path]) -> None:
+    def respond(tokens: int, summary: int) -> Cost:
+        config = recipe("own", {"policy.base": str(bases["t5"]), "generation.max_new_tokens": tokens})
+        rows = prepare_rows(recipe("quickstart", {"data.limit": 128}))
+        prepared = replace(rows, account=rows.account | {"summary_tokens": {"p95": summary}})
+        policy = bare_policy(config, load_tokenizer(str(bases["t5"])))
+        return forecast._passes(policy, ["Hello."] * 8, config, prepared, UNIT)[0]
+
+    short, long = respond(20, 9), respond(40, 9)
+    # Keys and values of 20 more tokens: 2 layers, 8 responses, 32 numbers of 4 bytes each.
+    assert long.peak - short.peak >= 20 * 2 * 2 * 8 * 32 * 4
+    assert long.seconds == short.seconds  # by time it is the references that count
+    assert respond(40, 30).seconds > 2 * long.seconds
 
 
 def test_memory_and_time_grow_with_what_is_asked_for(place: Path) -> None:
