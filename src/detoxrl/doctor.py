@@ -12,7 +12,6 @@ from accelerate import PartialState
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from detoxrl.config import Config
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
@@ -37,7 +36,8 @@ def doctor(root: Path, config: Config) -> None:
     """
     config = with_revisions(absolute(config), None)
     with log.status("reading rows and shapes"):
-        prepared, classifiers = prepare_rows(config), _bare_classifiers(config)
+        prepared, named = prepare_rows(config), _classifiers(config).items()
+        classifiers = [bare_classifier(source, name, label_settings(config, name)) for name, source in named]
     _OUT.print(account_table(prepared.account))
     device = _say_device()
     with log.status("forecasting"):
@@ -76,13 +76,11 @@ def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[floa
     return kl, error
 
 
-def _bare_classifiers(config: Config) -> list[PreTrainedModel]:
-    """Return the shapes of reward and judge where they are classifiers, their labels found."""
-    named = {"reward.classifier": config.reward.classifier, "evaluation.primary_judge": config.evaluation.primary_judge}
-    if config.reward.function is not None:
-        del named["reward.classifier"]
-    labels = {name: label_settings(config, name) for name in named}
-    return [bare_classifier(source, name, labels[name]) for name, source in named.items() if source not in RESERVED]
+def _classifiers(config: Config) -> dict[str, str]:
+    """Return the settings that name a classifier which has to be there, and its source."""
+    reward = {} if config.reward.function else {"reward.classifier": config.reward.classifier}
+    named = reward | {"evaluation.primary_judge": config.evaluation.primary_judge}
+    return {name: source for name, source in named.items() if source not in RESERVED}
 
 
 def _say_device() -> torch.device:
@@ -112,15 +110,12 @@ def _require_memory(device: torch.device, peak: float) -> None:
 
 
 def _require_disk(root: Path, config: Config, prepared: Prepared) -> None:
-    parts = {"policy.base": config.policy.base, "reward.classifier": config.reward.classifier,
-             "evaluation.primary_judge": config.evaluation.primary_judge}  # fmt: skip
-    fetched = sum(bytes_to_fetch(source, name) for name, source in parts.items() if source not in RESERVED)
+    parts = _classifiers(config) | ({} if config.policy.base in RESERVED else {"policy.base": config.policy.base})
+    fetched = sum(bytes_to_fetch(source, name) for name, source in parts.items())
     policy = bare_policy(config, prepared.tokenizer)
     trained, whole = weight_bytes(policy.parameters()), weight_bytes(policy.model.parameters())
-    _OUT.print(
-        f"policy: {sum(w.numel() for w in policy.parameters()):,} parameters train, of "
-        f"{sum(w.numel() for w in policy.model.parameters()):,}"
-    )
+    some, every = (sum(w.numel() for w in those) for those in (policy.parameters(), policy.model.parameters()))
+    _OUT.print(f"policy: {some:,} parameters train, of {every:,}")
     wanted = run_bytes(config, prepared, trained, whole)
     free = psutil.disk_usage(str(next(parent for parent in (root, *root.absolute().parents) if parent.exists()))).free
     rule = f"is free, and the run writes up to {wanted / 2**20:,.0f} MiB and fetches {fetched / 2**20:,.0f} MiB"

@@ -126,10 +126,10 @@ def measured_speed(device: torch.device) -> Speed:
             taken.append(time.perf_counter() - started)
         return min(taken)
 
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    def product(dtype: torch.dtype) -> float:
         a, b = torch.ones(1024, 768, dtype=dtype, device=device), torch.ones(768, 2048, dtype=dtype, device=device)
-        rates[dtype] = 2 * 1024 * 768 * 2048 / best(partial(_product, a, b))
+        return 2 * 1024 * 768 * 2048 / best(lambda: (a @ b)[0, 0])
+
     states, copy = torch.ones(2, 2**21, device=device)  # the size of a batch's hidden states
     tiny = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
     tiny = tiny.to(device)  # type: ignore[arg-type]
@@ -143,8 +143,8 @@ def measured_speed(device: torch.device) -> Speed:
     with Meter(Speed(fp32=1, bf16=1, moved=1, calls=1)) as meter:
         learn()
     return Speed(
-        fp32=rates[torch.float32],
-        bf16=rates[torch.bfloat16],
+        fp32=product(torch.float32),
+        bf16=product(torch.bfloat16),
         moved=2 * states.nbytes / best(lambda: copy.copy_(states)[0]),
         calls=meter.calls / best(learn),  # so small that calls are all it costs
     )
@@ -205,7 +205,12 @@ def _passes(
     length, temperature, count = config.generation.max_new_tokens, config.generation.temperature, len(texts)
     ids = torch.zeros(count, length, dtype=torch.long, device=_META)
     references = prepared.account["summary_tokens"] or {"p95": length}
-    longest = min(length, references["p95"])
+    longest, some = min(length, references["p95"]), min(count, rows_at_once(policy, length))
+    rows = min(config.rl.microbatch_size, count)
+
+    def first(n: int) -> Encoded:
+        return Encoded(states=encoded.states[:n], mask=encoded.mask[:n])  # on meta no mask says what is padding
+
     with torch.no_grad():
         with Meter(speed) as meter:
             encoded = policy.encode(texts)
@@ -216,24 +221,18 @@ def _passes(
             return _cost(speed, lambda: policy.sample(encoded, chances, temperature), tokens)
 
         few, more = sampling(2), sampling(6)  # from there on each token adds the same
-        some = min(count, rows_at_once(policy, length))
-        score = _cost(speed, lambda: policy.logprobs(_first(encoded, some), ids[:some], temperature))
+        score = _cost(speed, lambda: policy.logprobs(first(some), ids[:some], temperature))
     sample = Cost(
         seconds=few.seconds + (more.seconds - few.seconds) / 4 * (longest - 2),
         peak=few.peak + (more.peak - few.peak) / 4 * (length - 2),
     )
-    rows = min(config.rl.microbatch_size, count)
 
     def learn() -> None:
-        logprobs, _, values = policy.logprobs(_first(encoded, rows), ids[:rows, :longest], temperature)
+        logprobs, _, values = policy.logprobs(first(rows), ids[:rows, :longest], temperature)
         (logprobs.sum() + values.sum()).backward()
 
     twice = 2 if config.policy.bf16 else 1  # log-probs of the rollout are computed again
     return (encode + sample).times(1 / count), score.times(twice / some), _cost(speed, learn).times(1 / rows)
-
-
-def _first(encoded: Encoded, rows: int) -> Encoded:
-    return Encoded(states=encoded.states[:rows], mask=encoded.mask[:rows])  # on meta no mask says what is padding
 
 
 def _judging(classifiers: list[PreTrainedModel], generation: GenerationConfig, count: int, speed: Speed) -> Cost:
@@ -248,29 +247,22 @@ def _judging(classifiers: list[PreTrainedModel], generation: GenerationConfig, c
 
 def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) -> Cost:
     """Return what a step of supervised fine-tuning costs, there and back."""
-    lengths = {name: prepared.account[f"{name}_tokens"]["p95"] for name in ("prompt", "summary")}
-    ids = {
-        n: torch.ones(config.sft.batch_size, length, dtype=torch.long, device=_META) for n, length in lengths.items()
-    }
-    causal = not policy.model.config.is_encoder_decoder
-    read = torch.cat([ids["prompt"], ids["summary"]], 1) if causal else ids["prompt"]
+    prompt, summary = (prepared.account[f"{name}_tokens"]["p95"] for name in ("prompt", "summary"))
+    apart = policy.model.config.is_encoder_decoder
+    lengths = (prompt, summary) if apart else (prompt + summary,) * 2
+    read, labels = (torch.ones(config.sft.batch_size, n, dtype=torch.long, device=_META) for n in lengths)
     if config.sft.full_weights:
         policy.model.requires_grad_(True)
 
     def step() -> None:
-        labels = read if causal else ids["summary"]
         policy.model(input_ids=read, attention_mask=torch.ones_like(read), labels=labels).loss.backward()
 
     halved = config.sft.bf16 and bf16_capable(PartialState().device)
     return _cost(replace(speed, fp32=speed.bf16) if halved else speed, step)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a @ b)[0, 0]
-
-
 def _cost(speed: Speed, work: Callable[[], Any], answer: int = 1) -> Cost:
-    with Meter(speed, answer) as meter:
+    meter = Meter(speed, answer)
+    with meter:
         work()
-    found: Cost = meter.cost
-    return found
+    return meter.cost
