@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TARGETS, disturb, policy_config, prompted_rows
+from detoxrl import rollout as rollout_module
 from detoxrl.config import GenerationConfig
 from detoxrl.convert import convert
 from detoxrl.data.rows import to_prompts
@@ -218,3 +219,15 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
     assert torch.equal(values[mask], responses.values[mask])
     gap = (scored - sampled.logprobs)[sampled.response_mask].abs().max()
     assert 0 < float(gap) < 0.1
+
+
+def test_scoring_few_rows_at_once_changes_no_log_prob(loaded: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(loaded)  # away from the reference, so that it matters by which weights a response is scored
+    prompts, generation = to_prompts(ROWS), GenerationConfig(max_new_tokens=8)
+    whole = collect(loaded, prompts, generation, seed=0, step=0)
+    monkeypatch.setattr(rollout_module, "_LOGITS", 3 * 8 * loaded.model.config.get_text_config().vocab_size)
+    few = collect(loaded, prompts, generation, seed=0, step=0)
+    assert torch.equal(few.responses.ids, whole.responses.ids)
+    mask = whole.responses.response_mask
+    torch.testing.assert_close(few.ref_logprobs[mask], whole.ref_logprobs[mask], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole.ref_logprobs[mask], whole.responses.logprobs[mask], atol=1e-2)
