@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def prepare_rows(config: Config) -> Prepared:
     tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
     selection = _selection(config, tokenizer)
     if tokenizer is None:
-        some, slot = selection.rows["train"][:4_000], "{dialogue}"
-        prompts = [config.data.template.replace(slot, row.dialogue) for row in some]
+        some = selection.rows["train"][:4_000]
+        prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in some]
         tokenizer = scratch_tokenizer([*prompts, *(row.summary or "" for row in some)], vocab_size=1500)
     rows, lengths = {}, {}
     for split in SPLITS:
@@ -147,19 +148,12 @@ def account_table(account: dict[str, Any]) -> Group:
 
 def _train_reward_model(folder: RunFolder, config: Config) -> None:
     utterances = generate_utterances(config.seed, UTTERANCES)
+    train = partial(train_reward_model, utterances, steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR)
 
     def build(target: Path) -> None:
         with filling(target) as temporary, progress("reward model", REWARD_STEPS) as reach:
-            train_reward_model(
-                utterances,
-                temporary,
-                folder / "checkpoints/prepare",
-                steps=REWARD_STEPS,
-                batch_size=REWARD_BATCH,
-                lr=REWARD_LR,
-                seed=config.seed,
-                on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"),
-            )
+            place = folder / "checkpoints/prepare"
+            train(temporary, place, seed=config.seed, on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"))
 
     settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
     say_cached("reward model", cached("reward", [settings, json.dumps(utterances)], folder / "reward", build))

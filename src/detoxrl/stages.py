@@ -19,16 +19,7 @@ from detoxrl.config import Config
 from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
-from detoxrl.parts import (
-    absolute,
-    base_and_start,
-    judge_of,
-    places,
-    rows_of,
-    run_scorer,
-    with_function,
-    with_revisions,
-)
+from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function, with_revisions
 from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check, say_cached
 from detoxrl.prepare import write as write_prepared
@@ -58,9 +49,9 @@ def run(
     written.
     """
     with _begun(Path(root), config, overwrite, resume, reward, accept_changes=accept_changes) as (folder, config):
-        for name, stage in _REMAINING.items():
+        for name in _REMAINING:
             if name not in folder.finished():
-                stage(folder, config, reward)
+                _make(name, folder, config, reward)
         evaluation: dict[str, Any] = folder.read_json("eval.json")
     return evaluation
 
@@ -85,7 +76,7 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
         if name != "report":
             folder.discard(["responses.jsonl"] if name == "evaluate" else products_from(name))
             begin_again(folder, config, name)
-        _REMAINING[name](folder, config, reward)
+        _make(name, folder, config, reward)
 
 
 def evaluate(
@@ -113,8 +104,8 @@ def evaluate(
             copy_folder(Path(str(adapter)), folder / "adapter")
             # Done, so that --resume does not begin to train.
             folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
-            _evaluate(folder, config, reward)
-            _report(folder, config, reward)
+            for stage in ("evaluate", "report"):
+                _make(stage, folder, config, reward)
     evaluation: dict[str, Any] = RunFolder(Path(root)).read_json("eval.json")
     return evaluation
 
@@ -161,16 +152,19 @@ def _refuse_own_parts(root: Path, parts: list[str]) -> None:
         require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
 
 
-def _sft(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("sft"):
-        rows = rows_of(folder, "train")
-        if config.sft.steps > 0:
-            where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
-            _fine_tuned(folder, config, where, lambda target, place: warm_start(config, rows, target, place, words))
-        if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
-            base, start = base_and_start(folder, config)
-            _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, base, start, rows))
-        remove(folder / "checkpoints/sft")
+def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
+    with folder.timed(name) as seconds:
+        _REMAINING[name](folder, config, given, seconds)
+
+
+def _sft(folder: RunFolder, config: Config, *_: Any) -> None:
+    rows = rows_of(folder, "train")
+    if config.sft.steps > 0:
+        where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
+        _fine_tuned(folder, config, where, partial(warm_start, config, rows, words))
+    if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
+        _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *base_and_start(folder, config)))
+    remove(folder / "checkpoints/sft")
 
 
 def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None]) -> None:
@@ -191,22 +185,15 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
     say_cached(name, cached(name, ingredients, folder / name, build))
 
 
-def _train(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("train"):
-        base, start = base_and_start(folder, config)
-        policy = load_policy(base, start, config.policy, config.seed)
-        reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
-        train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
+def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:
+    base, start = base_and_start(folder, config)
+    policy = load_policy(base, start, config.policy, config.seed)
+    reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
+    train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
 
 
-def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("evaluate") as seconds:
-        measure_run(folder, config, given, seconds)
+def _report(folder: RunFolder, *_: Any) -> None:
+    build_report(folder.root)
 
 
-def _report(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("report"):
-        build_report(folder.root)
-
-
-_REMAINING = dict(zip(STAGES[1:], (_sft, _train, _evaluate, _report), strict=True))
+_REMAINING = dict(zip(STAGES[1:], (_sft, _train, measure_run, _report), strict=True))
