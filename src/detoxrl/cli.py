@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from safetensors import SafetensorError
@@ -22,6 +21,13 @@ from detoxrl.settings import changed, config_from_json, flatten, nearest
 from detoxrl.stopping import Terminated, go_on_with, stopping_at_once
 
 COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "doctor", "convert", "recipes", "help")
+_OPTIONS = """
+RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
+  --run-dir DIR   run folder to make; default runs/RECIPE
+  --overwrite     replace an existing run folder
+  --resume        go on with an existing one; with --run-dir alone no recipe is needed
+  --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
+"""
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
 
   detoxrl run RECIPE        the main job: prepare, sft, train, evaluate, report
@@ -34,13 +40,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
   detoxrl convert FROM TO   make safetensors of an old model or LoRA with a .bin
   detoxrl recipes           list the recipes
   detoxrl --version
-
-RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
-  --run-dir DIR   run folder to make; default runs/RECIPE
-  --overwrite     replace an existing run folder
-  --resume        go on with an existing one; with --run-dir alone no recipe is needed
-  --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
-
+{_OPTIONS}
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
 `detoxrl run RECIPE --help` lists every setting with its default.
@@ -50,7 +50,7 @@ _DONE = {
     "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
     "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
 }
-_SWITCHES = ("overwrite", "resume", "accept_changes")
+_VALUES = {"overwrite": 0, "resume": 0, "accept_changes": 0, "run_dir": 1, "from": 1}  # that options take
 
 
 def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, object], dict[str, str]]:
@@ -64,22 +64,18 @@ def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, objec
     for flag, values in _flags(words):
         name = flag.replace("-", "_")
         off = ".".join(part.removeprefix("no_") for part in name.split("."))
-        if name in _SWITCHES:
-            _count(flag, values, 0)
-            options[name] = "yes"
-        elif name in ("run_dir", "from"):
-            options[name] = _count(flag, values, 1)
-        elif isinstance(defaults.get(name), bool):
-            settings[name] = _count(flag, values, 1) if values else True
+        if name in _VALUES:
+            options[name] = _count(flag, values, _VALUES[name])
         elif name != off and isinstance(defaults.get(off), bool):
             _count(flag, values, 0)
             settings[off] = False
         elif isinstance(defaults.get(name), tuple):
             settings[name] = values
         elif name in defaults and name != "recipe":
-            settings[name] = _count(flag, values, 1)
+            switched_on = isinstance(defaults[name], bool) and not values
+            settings[name] = switched_on or _count(flag, values, 1)
         elif config:
-            known = [f"--{known.replace('_', '-')}" for known in (*defaults, *_SWITCHES, "run_dir", "from")]
+            known = [f"--{known.replace('_', '-')}" for known in (*defaults, *_VALUES)]
             remedy = nearest(f"--{flag}", known, f"see `detoxrl run {config.recipe} --help`")
             raise InputError("flag", f"--{flag}", "is not known", remedy)
     return settings, options
@@ -107,7 +103,10 @@ def _count(flag: str, values: list[str], count: int) -> str:
 def _recipe_command(command: str, words: Sequence[str]) -> None:
     name, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     if "--help" in rest or "-h" in words:
-        _show_help(command, name)
+        if name:
+            about = f"Every setting of the recipe can be changed by a flag.\n{_OPTIONS}"
+            tyro.cli(Config, prog=f"detoxrl {command} {name}", description=about, args=["--help"], default=recipe(name))
+        print(USAGE)
         return
     _, options = _parse(rest, None)
     with _kept(Path(options.get("run_dir", f"runs/{name}"))):
@@ -154,34 +153,6 @@ def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
     remedy = f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`"
     require(name != "", "recipe", name, "is missing", remedy)
     return recipe(name)
-
-
-def _show_help(command: str, name: str) -> None:
-    if not name:
-        print(USAGE)
-        return
-
-    def flags(
-        config: Annotated[Config, tyro.conf.arg(name="")],
-        run_dir: Path = Path("runs") / name,
-        source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
-        overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        accept_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    ) -> None:
-        """Every setting of the recipe can be changed by a flag.
-
-        Args:
-            config: The recipe's settings.
-            run_dir: Run folder to make.
-            source: Instead of a recipe: the config.json of a run, to repeat it.
-            overwrite: Replace an existing run folder.
-            resume: Go on with an existing run folder, exactly.
-            accept_changes: Go on with other settings or another machine, though it then ends otherwise.
-        """
-
-    flags.__defaults__ = (recipe(name), *(flags.__defaults__ or ()))
-    tyro.cli(flags, prog=f"detoxrl {command} {name}", args=["--help"])
 
 
 def _stage_command(command: str, words: Sequence[str]) -> None:
