@@ -156,10 +156,4 @@ def _train_reward_model(folder: RunFolder, config: Config) -> None:
             train(temporary, place, seed=config.seed, on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"))
 
     settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
-    say_cached("reward model", cached("reward", [settings, json.dumps(utterances)], folder / "reward", build))
-
-
-def say_cached(what: str, known: bool) -> None:
-    """Tell the user that something was not trained again."""
-    if known:
-        log.print(f"{what}: trained before, taken from the cache")
+    cached("reward model", [settings, json.dumps(utterances)], folder / "reward", build)

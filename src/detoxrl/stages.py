@@ -21,7 +21,7 @@ from detoxrl.errors import require
 from detoxrl.measuring import measure_run
 from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function, with_revisions
 from detoxrl.policy.adapters import load_policy
-from detoxrl.prepare import check, say_cached
+from detoxrl.prepare import check
 from detoxrl.prepare import write as write_prepared
 from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
@@ -52,8 +52,7 @@ def run(
         for name in _REMAINING:
             if name not in folder.finished():
                 _make(name, folder, config, reward)
-        evaluation: dict[str, Any] = folder.read_json("eval.json")
-    return evaluation
+        return dict(folder.read_json("eval.json"))
 
 
 def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
@@ -106,8 +105,7 @@ def evaluate(
             folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
             for stage in ("evaluate", "report"):
                 _make(stage, folder, config, reward)
-    evaluation: dict[str, Any] = RunFolder(Path(root)).read_json("eval.json")
-    return evaluation
+    return dict(RunFolder(Path(root)).read_json("eval.json"))
 
 
 @contextmanager
@@ -182,7 +180,7 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
         return
     rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
     ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
-    say_cached(name, cached(name, ingredients, folder / name, build))
+    cached(name, ingredients, folder / name, build)
 
 
 def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:

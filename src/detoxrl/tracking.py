@@ -161,10 +161,7 @@ class RunFolder:
 
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
-        if not (self / "seconds.json").is_file():
-            return {}
-        done: dict[str, float] = self.read_json("seconds.json")
-        return done
+        return dict(self.read_json("seconds.json") if (self / "seconds.json").is_file() else {})
 
     def begun(self, stage: str) -> bool:
         """Return whether a stage is finished or has something to go on from."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from detoxrl.config import Config, DataConfig
 from detoxrl.data.near import near_groups
 from detoxrl.data.rows import SPLITS, Row
 from detoxrl.errors import InputError, require
 from detoxrl.randomness import permutation
+from detoxrl.settings import flatten
 
 _ROLES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _LEAKS = ("leaks from test", "leaks from validation")
+_LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test": "evaluation.prompts"}
+# What is told last of a split, in this order.
+_LAST = [*_LEAKS, *(f"beyond {name}" for name in _LIMITS.values()), *(f"used for {role}" for role in SPLITS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +41,14 @@ def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callabl
     sifted = (reason for split in roles for reason in _sifted(source[split], config.data, lengths))
     fates = [reason or roles[split] for reason, split in zip(sifted, origins, strict=True)]
     _keep_apart(rows, fates, roles.values(), config)
-    limits = _limits(config)
-    for role, (limit, name) in limits.items():
+    settings = flatten(asdict(config))
+    for role, name in _LIMITS.items():
         those = [i for i, fate in enumerate(fates) if fate == role]
-        for position in permutation(config.seed, f"rows {role}", 0, len(those))[limit:]:
+        for position in permutation(config.seed, f"rows {role}", 0, len(those))[settings[name] :]:
             fates[those[position]] = f"beyond {name}"
     found = Counter(zip(origins, (f"used for {fate}" if fate in SPLITS else fate for fate in fates), strict=True))
     found += Counter({(split, "in a split that no stage uses"): len(source[split]) for split in source.keys() - roles})
-    order = [*_LEAKS, *(f"beyond {name}" for _, name in limits.values()), *(f"used for {role}" for role in SPLITS)]
-    counts = sorted(found.items(), key=lambda item: order.index(item[0][1]) if item[0][1] in order else -1)
+    counts = sorted(found.items(), key=lambda item: _LAST.index(item[0][1]) if item[0][1] in _LAST else -1)
     counted = {split: {outcome: n for (where, outcome), n in counts if where == split} for split in source}
     used = {role: [row for row, fate in zip(rows, fates, strict=True) if fate == role] for role in SPLITS}
     _refuse_too_few(used, counted, config)
@@ -106,14 +109,6 @@ def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], c
         for i in whole[drawn]:
             fates[i] = role
         room[role] = room.get(role, 0) - len(whole[drawn])
-
-
-def _limits(config: Config) -> dict[str, tuple[int, str]]:
-    return {
-        "train": (config.data.limit, "data.limit"),
-        "validation": (config.rl.validation_prompts, "rl.validation_prompts"),
-        "test": (config.evaluation.prompts, "evaluation.prompts"),
-    }
 
 
 def _refuse_too_few(rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config) -> None:
