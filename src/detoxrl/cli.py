@@ -114,10 +114,9 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
         settings, _ = _parse(rest, defaults)
         config = changed(defaults, settings)
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
-    overwrite, resume = "overwrite" in options, "resume" in options
+    overwrite, resume, accept = (name in options for name in ("overwrite", "resume", "accept_changes"))
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
     require(not resume or command == "run", "--resume", True, "goes on with a whole run", "say `detoxrl run`")
-    accept = "accept_changes" in options
     require(resume or not accept, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
     with _kept(root):
         if command == "doctor":
@@ -139,15 +138,13 @@ def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
     """Return the settings that flags change: a recipe's, those of --from, or those of the run to resume."""
     source = options.get("from")
     if not name and not source and "resume" in options:
-        remedy = "say `detoxrl run --resume --run-dir DIR`"
-        require("run_dir" in options, "--run-dir", "", "is missing", remedy)
+        require("run_dir" in options, "--run-dir", "", "is missing", "say `detoxrl run --resume --run-dir DIR`")
         from detoxrl.tracking import RunFolder
 
         return RunFolder.open(Path(options["run_dir"]))[1]
     require(not (name and source), "--from", source, "does not go with a recipe", "leave one of them out")
     if source:
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+        path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
         require(path.is_file(), "--from", source, "is no file", "give a run's config.json")
         return config_from_json(path)
     remedy = f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`"
@@ -185,13 +182,13 @@ def _kept(root: Path) -> Iterator[None]:
         with stopping_at_once():
             yield
     except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop, _how_to_go_on(root)))
+        stop.add_note(_how_to_go_on(root))
+        raise
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in one of its own.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if not full:
-            raise
-        sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+        raise
 
 
 def _how_to_go_on(root: Path) -> str:
@@ -236,15 +233,11 @@ def main(words: Sequence[str] | None = None) -> None:
     except DetoxrlError as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop, "nothing was begun"))
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        sys.exit(_complain("; ".join([what, *getattr(stop, "__notes__", ["nothing was begun"])]), code))
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _stopped(stop: KeyboardInterrupt, kept: str) -> int:
-    terminated = isinstance(stop, Terminated)
-    return _complain(f"{'terminated' if terminated else 'interrupted'}; {kept}", 143 if terminated else 130)
 
 
 def _complain(message: str, code: int) -> int:

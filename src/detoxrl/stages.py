@@ -129,7 +129,9 @@ def _begun(
     else:
         RunFolder.refuse_unfit(root, overwrite)
         config = with_revisions(config, None)
-        _refuse_own_parts(root, [*map(str, places(config).values()), *filter(None, [adapter])])
+        for part in (*places(config).values(), *map(Path, filter(None, [adapter]))):  # it would be deleted
+            inside = root.resolve() in (part.resolve(), *part.resolve().parents)
+            require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
         prepared = check(config, reward, adapter)
     with folder.held():
         tidy_cache()
@@ -141,13 +143,6 @@ def _begun(
             with folder.timed("prepare", started):
                 write_prepared(folder, config, prepared or check(config, reward))
         yield folder, config
-
-
-def _refuse_own_parts(root: Path, parts: list[str]) -> None:
-    """Raise InputError when a new run would delete what it is built from."""
-    for part in parts:
-        inside = root.resolve() in (Path(part).resolve(), *Path(part).resolve().parents)
-        require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
 
 
 def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
@@ -175,12 +170,12 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
     if (folder / name).is_dir():  # made before the run was stopped
         return
     # Only what starts from nothing but the config is cached: a user's base may change behind its name.
-    if config.policy.base != "scratch":
+    if config.policy.base == "scratch":
+        rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
+        ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
+        cached(name, ingredients, folder / name, build)
+    else:
         build(folder / name)
-        return
-    rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
-    ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
-    cached(name, ingredients, folder / name, build)
 
 
 def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from detoxrl.config import Config, DataConfig
 from detoxrl.data.near import near_groups
 from detoxrl.data.rows import SPLITS, Row
-from detoxrl.errors import InputError, require
+from detoxrl.errors import require
 from detoxrl.randomness import permutation
 from detoxrl.settings import flatten
 
@@ -112,15 +112,12 @@ def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], c
 
 
 def _refuse_too_few(rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config) -> None:
-    took = Counter[str]()
-    for counts in outcomes.values():
-        took.update({outcome: n for outcome, n in counts.items() if not outcome.startswith("used")})
-    why = ", ".join(f"{n} {reason}" for reason, n in took.most_common()) or "none was left out"
+    took = sum(map(Counter, outcomes.values()), Counter[str]())
+    reasons = [f"{n} {outcome}" for outcome, n in took.most_common() if not outcome.startswith("used")]
+    why, remedy = ", ".join(reasons) or "none was left out", "give more that differ, or loosen what takes them"
     for role in SPLITS:
-        if len(rows[role]) < 2:
-            rule = f"leaves {len(rows[role])} rows for {role} ({why})"
-            remedy = "give more that differ, or loosen what takes them"
-            raise InputError("data.source", config.data.source, rule, remedy)
-    if len(rows["train"]) < config.rl.batch_size:
-        rule = f"exceeds the {len(rows['train'])} rows left for training ({why})"
-        raise InputError("rl.batch_size", config.rl.batch_size, rule, "give a smaller one, or more rows")
+        rule = f"leaves {len(rows[role])} rows for {role} ({why})"
+        require(len(rows[role]) >= 2, "data.source", config.data.source, rule, remedy)
+    size, left = config.rl.batch_size, len(rows["train"])
+    rule = f"exceeds the {left} rows left for training ({why})"
+    require(left >= size, "rl.batch_size", size, rule, "give a smaller one, or more rows")
