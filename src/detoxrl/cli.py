@@ -125,13 +125,14 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
             doctor(root, config)
             return
         from detoxrl import stages
+        from detoxrl.report.table import print_result
 
         if command == "prepare":
             stages.prepare(root, config, overwrite)
             print(f"prepared {root}; next: detoxrl sft {root}")
             return
         stages.run(root, config, overwrite=overwrite, resume=resume, accept_changes=accept)
-        _print_result(root)
+        print_result(root)
 
 
 def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
@@ -158,10 +159,11 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     root = Path(words[0])
     with _kept(root):
         from detoxrl import stages
+        from detoxrl.report.table import print_result
 
         stages.again(root, command)
         if command == "report":
-            _print_result(root)
+            print_result(root)
         else:
             print(_DONE[command].format(root=root))
 
@@ -196,12 +198,6 @@ def _how_to_go_on(root: Path) -> str:
         return "nothing was written"
     kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
     return f"{root} keeps {kept}; {go_on_with(root)}"
-
-
-def _print_result(root: Path) -> None:
-    from detoxrl.report.table import print_result
-
-    print_result(root)
 
 
 def _dispatch(words: Sequence[str]) -> None:

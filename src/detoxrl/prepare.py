@@ -118,18 +118,14 @@ def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Sel
         sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
         rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
         return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
-
-    def lengths(texts: list[str]) -> list[int]:
-        if tokenizer is None or config.data.length_unit == "characters":
-            return [len(text) for text in texts]
-        return token_lengths(tokenizer, texts)
-
-    return select(read_source(config.data), config, lengths)
+    if tokenizer is not None and config.data.length_unit == "tokens":
+        return select(read_source(config.data), config, partial(token_lengths, tokenizer))
+    return select(read_source(config.data), config, lambda texts: [len(text) for text in texts])
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:
-    median, p95, most = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
-    return {"median": median, "p95": p95, "max": most}
+    found = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
+    return dict(zip(("median", "p95", "max"), found, strict=True))
 
 
 def account_table(account: dict[str, Any]) -> Group:

@@ -55,7 +55,9 @@ def train(
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
     prompts, best = to_prompts(rows), BestCheckpoint(folder, rl.quality_margin)
-    checkpoints = _checkpoints(folder, policy, optimizer)
+    head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
+    products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
+    checkpoints = Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
     resumed = checkpoints.restore()
     first, kl_coef, shown = 0, rl.kl_coef, ""
     if resumed:
@@ -112,12 +114,6 @@ def train(
     log.print(f"train: kept the policy of step {kept}; at the end {shown}")
     if kept == 0:
         log.print(f"train: {NOTHING_BETTER}")
-
-
-def _checkpoints(folder: RunFolder, policy: Policy, optimizer: Any) -> Checkpoints:
-    head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
-    products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
-    return Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
 
 
 def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Prompt], config: Config) -> Normaliser:
