@@ -46,7 +46,6 @@ def fine_tune(
     inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
     weights = trainable(model)
     optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    precision = autocast(device, config.bf16)
     checkpoints = Checkpoints(place, weights, optimizer)
     model.train()
     with checkpoints.stoppable():
@@ -57,7 +56,7 @@ def fine_tune(
             rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
             batch = _batch(tokenizer.pad_token_id, [inputs[i] for i in rows], [labels[i] for i in rows], device)
             torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
-            with precision:
+            with autocast(device, config.bf16):
                 loss = model(**batch).loss
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
