@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -174,17 +175,16 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        sft_module, "_tune_policy", lambda what, config, sft, base, start, pairs, folder, place: seen.extend(pairs)
-    )
-    sft_module.civil_baseline(small_config(), "base", None, ROWS["train"], tmp_path, tmp_path)
+    monkeypatch.setattr(sft_module, "load_policy", Mock())
+    monkeypatch.setattr(sft_module, "_tune", lambda what, model, tokenizer, pairs, *_: seen.extend(pairs))
+    sft_module.civil_baseline(small_config(), ROWS["train"], "base", None, tmp_path, tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
 
 
 def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fresh: Policy, architecture: str) -> None:
     pairs = [(row.prompt, row.summary or "") for row in ROWS["train"][:3]]
     inputs, labels = sft_module.examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
-    batch = sft_module._batch(fresh.tokenizer, fresh.device, inputs, labels, [0, 1, 2])
+    batch = sft_module._batch(fresh.tokenizer.pad_token_id, inputs[:3], labels[:3], fresh.device)
     targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
     assert all(target[0, -1] == fresh.tokenizer.eos_token_id for target in targets)
     found = [

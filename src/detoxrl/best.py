@@ -33,42 +33,36 @@ class BestCheckpoint:
     """
 
     def __init__(self, folder: RunFolder, margin: float) -> None:
-        self.folder = folder
-        self.margin = margin
-        self.start: Validation | None = None
-        self.least_toxic: Validation | None = None
-        self.kept: Validation | None = None
+        self.folder, self.margin = folder, margin
+        self._found: dict[str, Validation] = {}
 
     def offer(self, policy: Policy, found: Validation) -> bool:
         """Save the policy to adapter/ if it is the best so far; return whether it was. The start comes first."""
-        self.start = self.start or found
-        if found.quality < self.start.quality - self.margin or not self._better(found):
+        start = self._found.setdefault("start", found)
+        if found.quality < start.quality - self.margin or not self._better(found):
             return False
-        self.kept = found
+        self._found["kept"] = found
         with filling(self.folder / "adapter") as temporary:
             policy.save(temporary)
         reason = (
             "the best quality among policies whose validation toxicity is within one standard error of the least seen, "
             f"and whose quality is at most {self.margin} below the start's"
         )
-        record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(self.start)}
+        record = {"kept_step": found.step, "reason": reason, "kept": asdict(found), "start": asdict(start)}
         self.folder.write_json("checkpoint.json", record)
         return True
 
-    def seen(self) -> dict[str, dict[str, Any] | None]:
+    def seen(self) -> dict[str, dict[str, Any]]:
         """Return what decides on the next offer, as JSON holds it."""
-        found = {"start": self.start, "least_toxic": self.least_toxic, "kept": self.kept}
-        return {name: asdict(one) if one else None for name, one in found.items()}
+        return {name: asdict(one) for name, one in self._found.items()}
 
-    def recall(self, seen: dict[str, dict[str, Any] | None]) -> None:
+    def recall(self, seen: dict[str, dict[str, Any]]) -> None:
         """Take up what `seen` returned before an interruption."""
-        found = {name: Validation(**one) if one else None for name, one in seen.items()}
-        self.start, self.least_toxic, self.kept = found["start"], found["least_toxic"], found["kept"]
+        self._found = {name: Validation(**one) for name, one in seen.items()}
 
     def _better(self, found: Validation) -> bool:
-        if self.least_toxic is None or found.toxicity < self.least_toxic.toxicity:
-            self.least_toxic = found
-        bound = self.least_toxic.toxicity + self.least_toxic.toxicity_error
-        if self.kept is None or self.kept.toxicity > bound:
-            return found.toxicity <= bound
-        return found.toxicity <= bound and found.quality > self.kept.quality
+        least, kept = self._found.setdefault("least_toxic", found), self._found.get("kept")
+        if found.toxicity < least.toxicity:
+            self._found["least_toxic"] = least = found
+        bound = least.toxicity + least.toxicity_error
+        return found.toxicity <= bound and (kept is None or kept.toxicity > bound or found.quality > kept.quality)

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 
 from detoxrl.storage import copy_folder, sweep
+from detoxrl.tracking import log
 
 # A change to any of these files changes what they train, so it changes the key.
 _SOURCES = ("sft.py", "reward_training.py", "randomness.py", "policy", "data", "data/phrases.json")
@@ -30,23 +31,23 @@ def tidy_cache() -> None:
             sweep(cache_dir())
 
 
-def cached(kind: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
-    """Fill `destination` from the cache, or by `build(destination)`, which is kept; return whether it was there.
+def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
+    """Fill `destination` from the cache, and say so, or by `build(destination)`, which is kept; return which it was.
 
     The key covers the ingredients, the versions of the libraries, threads and bf16 of the machine, and detoxrl's own
     training code.
     """
-    stored = cache_dir() / f"{kind}-{_key(ingredients)}"
-    known = stored.is_dir()
-    if not known:
-        build(destination)
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
-            if not stored.is_dir():
-                copy_folder(destination, stored)
-    else:
+    stored = cache_dir() / f"{what.replace(' ', '-')}-{_key(ingredients)}"
+    if stored.is_dir():
         copy_folder(stored, destination)
-    return known
+        log.print(f"{what}: trained before, taken from the cache")
+        return True
+    build(destination)
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
+        if not stored.is_dir():
+            copy_folder(destination, stored)
+    return False
 
 
 def _key(ingredients: Iterable[str]) -> str:

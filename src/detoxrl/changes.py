@@ -130,9 +130,9 @@ def _refuse_fixed(folder: RunFolder, asked: Config, breaking: Differences, stage
 def _refuse(breaking: Differences) -> None:
     name, (was, now) = next(iter(breaking.items()))
     others = ", ".join(f"{other} = {now!r} (was {was!r})" for other, (was, now) in list(breaking.items())[1:])
-    rule = f"differs from the run's {was!r}, so it would not end as if it had never stopped"
     also = f"; different too: {others}" if others else ""
-    raise InputError(name, now, rule + also, "add --accept-changes to go on all the same, and have it recorded")
+    rule = f"differs from the run's {was!r}, so it would not end as if it had never stopped{also}"
+    raise InputError(name, now, rule, "add --accept-changes to go on all the same, and have it recorded")
 
 
 def _steps_made(folder: RunFolder) -> int:
@@ -141,5 +141,4 @@ def _steps_made(folder: RunFolder) -> int:
 
 
 def _record(folder: RunFolder, stage: str, breaking: Differences) -> dict[str, Any]:
-    changes = {name: list(pair) for name, pair in breaking.items()}
-    return {"stage": stage, "step": _steps_made(folder), "changes": changes}
+    return {"stage": stage, "step": _steps_made(folder), "changes": {name: [*pair] for name, pair in breaking.items()}}

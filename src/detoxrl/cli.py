@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from safetensors import SafetensorError
@@ -22,6 +21,13 @@ from detoxrl.settings import changed, config_from_json, flatten, nearest
 from detoxrl.stopping import Terminated, go_on_with, stopping_at_once
 
 COMMANDS = ("run", "prepare", "sft", "train", "evaluate", "report", "doctor", "convert", "recipes", "help")
+_OPTIONS = """
+RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
+  --run-dir DIR   run folder to make; default runs/RECIPE
+  --overwrite     replace an existing run folder
+  --resume        go on with an existing one; with --run-dir alone no recipe is needed
+  --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
+"""
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
 
   detoxrl run RECIPE        the main job: prepare, sft, train, evaluate, report
@@ -34,13 +40,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
   detoxrl convert FROM TO   make safetensors of an old model or LoRA with a .bin
   detoxrl recipes           list the recipes
   detoxrl --version
-
-RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
-  --run-dir DIR   run folder to make; default runs/RECIPE
-  --overwrite     replace an existing run folder
-  --resume        go on with an existing one; with --run-dir alone no recipe is needed
-  --accept-changes  go on with other settings or another machine; the run then ends otherwise, and says so
-
+{_OPTIONS}
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
 `detoxrl run RECIPE --help` lists every setting with its default.
@@ -50,7 +50,7 @@ _DONE = {
     "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
     "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
 }
-_SWITCHES = ("overwrite", "resume", "accept_changes")
+_VALUES = {"overwrite": 0, "resume": 0, "accept_changes": 0, "run_dir": 1, "from": 1}  # that options take
 
 
 def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, object], dict[str, str]]:
@@ -64,22 +64,18 @@ def _parse(words: Sequence[str], config: Config | None) -> tuple[dict[str, objec
     for flag, values in _flags(words):
         name = flag.replace("-", "_")
         off = ".".join(part.removeprefix("no_") for part in name.split("."))
-        if name in _SWITCHES:
-            _count(flag, values, 0)
-            options[name] = "yes"
-        elif name in ("run_dir", "from"):
-            options[name] = _count(flag, values, 1)
-        elif isinstance(defaults.get(name), bool):
-            settings[name] = _count(flag, values, 1) if values else True
+        if name in _VALUES:
+            options[name] = _count(flag, values, _VALUES[name])
         elif name != off and isinstance(defaults.get(off), bool):
             _count(flag, values, 0)
             settings[off] = False
         elif isinstance(defaults.get(name), tuple):
             settings[name] = values
         elif name in defaults and name != "recipe":
-            settings[name] = _count(flag, values, 1)
+            switched_on = isinstance(defaults[name], bool) and not values
+            settings[name] = switched_on or _count(flag, values, 1)
         elif config:
-            known = [f"--{known.replace('_', '-')}" for known in (*defaults, *_SWITCHES, "run_dir", "from")]
+            known = [f"--{known.replace('_', '-')}" for known in (*defaults, *_VALUES)]
             remedy = nearest(f"--{flag}", known, f"see `detoxrl run {config.recipe} --help`")
             raise InputError("flag", f"--{flag}", "is not known", remedy)
     return settings, options
@@ -107,7 +103,10 @@ def _count(flag: str, values: list[str], count: int) -> str:
 def _recipe_command(command: str, words: Sequence[str]) -> None:
     name, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
     if "--help" in rest or "-h" in words:
-        _show_help(command, name)
+        if name:
+            about = f"Every setting of the recipe can be changed by a flag.\n{_OPTIONS}"
+            tyro.cli(Config, prog=f"detoxrl {command} {name}", description=about, args=["--help"], default=recipe(name))
+        print(USAGE)
         return
     _, options = _parse(rest, None)
     with _kept(Path(options.get("run_dir", f"runs/{name}"))):
@@ -115,10 +114,9 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
         settings, _ = _parse(rest, defaults)
         config = changed(defaults, settings)
     root = Path(options.get("run_dir", f"runs/{config.recipe}"))
-    overwrite, resume = "overwrite" in options, "resume" in options
+    overwrite, resume, accept = (name in options for name in ("overwrite", "resume", "accept_changes"))
     require(not (overwrite and resume), "--resume", True, "does not go with --overwrite", "choose one of them")
     require(not resume or command == "run", "--resume", True, "goes on with a whole run", "say `detoxrl run`")
-    accept = "accept_changes" in options
     require(resume or not accept, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
     with _kept(root):
         if command == "doctor":
@@ -127,61 +125,32 @@ def _recipe_command(command: str, words: Sequence[str]) -> None:
             doctor(root, config)
             return
         from detoxrl import stages
+        from detoxrl.report.table import print_result
 
         if command == "prepare":
             stages.prepare(root, config, overwrite)
             print(f"prepared {root}; next: detoxrl sft {root}")
             return
         stages.run(root, config, overwrite=overwrite, resume=resume, accept_changes=accept)
-        _print_result(root)
+        print_result(root)
 
 
 def _defaults(command: str, name: str, options: dict[str, str]) -> Config:
     """Return the settings that flags change: a recipe's, those of --from, or those of the run to resume."""
     source = options.get("from")
     if not name and not source and "resume" in options:
-        remedy = "say `detoxrl run --resume --run-dir DIR`"
-        require("run_dir" in options, "--run-dir", "", "is missing", remedy)
+        require("run_dir" in options, "--run-dir", "", "is missing", "say `detoxrl run --resume --run-dir DIR`")
         from detoxrl.tracking import RunFolder
 
         return RunFolder.open(Path(options["run_dir"]))[1]
     require(not (name and source), "--from", source, "does not go with a recipe", "leave one of them out")
     if source:
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
+        path = Path(source, "config.json") if Path(source).is_dir() else Path(source)
         require(path.is_file(), "--from", source, "is no file", "give a run's config.json")
         return config_from_json(path)
     remedy = f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`"
     require(name != "", "recipe", name, "is missing", remedy)
     return recipe(name)
-
-
-def _show_help(command: str, name: str) -> None:
-    if not name:
-        print(USAGE)
-        return
-
-    def flags(
-        config: Annotated[Config, tyro.conf.arg(name="")],
-        run_dir: Path = Path("runs") / name,
-        source: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
-        overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-        accept_changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
-    ) -> None:
-        """Every setting of the recipe can be changed by a flag.
-
-        Args:
-            config: The recipe's settings.
-            run_dir: Run folder to make.
-            source: Instead of a recipe: the config.json of a run, to repeat it.
-            overwrite: Replace an existing run folder.
-            resume: Go on with an existing run folder, exactly.
-            accept_changes: Go on with other settings or another machine, though it then ends otherwise.
-        """
-
-    flags.__defaults__ = (recipe(name), *(flags.__defaults__ or ()))
-    tyro.cli(flags, prog=f"detoxrl {command} {name}", args=["--help"])
 
 
 def _stage_command(command: str, words: Sequence[str]) -> None:
@@ -190,10 +159,11 @@ def _stage_command(command: str, words: Sequence[str]) -> None:
     root = Path(words[0])
     with _kept(root):
         from detoxrl import stages
+        from detoxrl.report.table import print_result
 
         stages.again(root, command)
         if command == "report":
-            _print_result(root)
+            print_result(root)
         else:
             print(_DONE[command].format(root=root))
 
@@ -214,13 +184,13 @@ def _kept(root: Path) -> Iterator[None]:
         with stopping_at_once():
             yield
     except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop, _how_to_go_on(root)))
+        stop.add_note(_how_to_go_on(root))
+        raise
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in one of its own.
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if not full:
-            raise
-        sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+        raise
 
 
 def _how_to_go_on(root: Path) -> str:
@@ -228,12 +198,6 @@ def _how_to_go_on(root: Path) -> str:
         return "nothing was written"
     kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
     return f"{root} keeps {kept}; {go_on_with(root)}"
-
-
-def _print_result(root: Path) -> None:
-    from detoxrl.report.table import print_result
-
-    print_result(root)
 
 
 def _dispatch(words: Sequence[str]) -> None:
@@ -265,15 +229,11 @@ def main(words: Sequence[str] | None = None) -> None:
     except DetoxrlError as error:
         sys.exit(_complain(str(error), 1))
     except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop, "nothing was begun"))
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        sys.exit(_complain("; ".join([what, *getattr(stop, "__notes__", ["nothing was begun"])]), code))
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _stopped(stop: KeyboardInterrupt, kept: str) -> int:
-    terminated = isinstance(stop, Terminated)
-    return _complain(f"{'terminated' if terminated else 'interrupted'}; {kept}", 143 if terminated else 130)
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def prepare_rows(config: Config) -> Prepared:
     tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
     selection = _selection(config, tokenizer)
     if tokenizer is None:
-        some, slot = selection.rows["train"][:4_000], "{dialogue}"
-        prompts = [config.data.template.replace(slot, row.dialogue) for row in some]
+        some = selection.rows["train"][:4_000]
+        prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in some]
         tokenizer = scratch_tokenizer([*prompts, *(row.summary or "" for row in some)], vocab_size=1500)
     rows, lengths = {}, {}
     for split in SPLITS:
@@ -117,18 +118,14 @@ def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Sel
         sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
         rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
         return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
-
-    def lengths(texts: list[str]) -> list[int]:
-        if tokenizer is None or config.data.length_unit == "characters":
-            return [len(text) for text in texts]
-        return token_lengths(tokenizer, texts)
-
-    return select(read_source(config.data), config, lengths)
+    if tokenizer is not None and config.data.length_unit == "tokens":
+        return select(read_source(config.data), config, partial(token_lengths, tokenizer))
+    return select(read_source(config.data), config, lambda texts: [len(text) for text in texts])
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:
-    median, p95, most = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
-    return {"median": median, "p95": p95, "max": most}
+    found = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
+    return dict(zip(("median", "p95", "max"), found, strict=True))
 
 
 def account_table(account: dict[str, Any]) -> Group:
@@ -147,25 +144,12 @@ def account_table(account: dict[str, Any]) -> Group:
 
 def _train_reward_model(folder: RunFolder, config: Config) -> None:
     utterances = generate_utterances(config.seed, UTTERANCES)
+    train = partial(train_reward_model, utterances, steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR)
 
     def build(target: Path) -> None:
         with filling(target) as temporary, progress("reward model", REWARD_STEPS) as reach:
-            train_reward_model(
-                utterances,
-                temporary,
-                folder / "checkpoints/prepare",
-                steps=REWARD_STEPS,
-                batch_size=REWARD_BATCH,
-                lr=REWARD_LR,
-                seed=config.seed,
-                on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"),
-            )
+            place = folder / "checkpoints/prepare"
+            train(temporary, place, seed=config.seed, on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"))
 
     settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
-    say_cached("reward model", cached("reward", [settings, json.dumps(utterances)], folder / "reward", build))
-
-
-def say_cached(what: str, known: bool) -> None:
-    """Tell the user that something was not trained again."""
-    if known:
-        log.print(f"{what}: trained before, taken from the cache")
+    cached("reward model", [settings, json.dumps(utterances)], folder / "reward", build)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+from torch.nn.functional import pad as pad_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +49,9 @@ class Responses:
 
     def to_length(self, length: int, pad: int) -> Responses:
         """Return the same responses padded, or cut of padding, to T = `length`."""
-        return Responses(
-            ids=_pad(self.ids, length, pad),
-            response_mask=_pad(self.response_mask, length, False),
-            logprobs=_pad(self.logprobs, length, 0.0),
-            values=_pad(self.values, length, 0.0),
-            ended=self.ended,
-        )
-
-
-def _pad(tensor: torch.Tensor, length: int, value: float) -> torch.Tensor:
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=value)
+        fill: dict[str, float] = {"ids": pad, "response_mask": False, "logprobs": 0.0, "values": 0.0}
+        right = (0, length - self.ids.shape[1])
+        return replace(self, **{name: pad_with(getattr(self, name), right, value=v) for name, v in fill.items()})
 
 
 def concatenate(parts: list[Responses], pad: int) -> Responses:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,12 +24,14 @@ from detoxrl.randomness import batch_indices, torch_seed
 from detoxrl.tracking import progress
 
 _IGNORED = -100
+Pairs = Sequence[tuple[str, str]]
+"""A prompt and its target each."""
 
 
 def fine_tune(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Pairs,
     config: SftConfig,
     seed: int,
     place: Path,
@@ -43,7 +46,6 @@ def fine_tune(
     inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
     weights = trainable(model)
     optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    precision = autocast(device, config.bf16)
     checkpoints = Checkpoints(place, weights, optimizer)
     model.train()
     with checkpoints.stoppable():
@@ -52,9 +54,10 @@ def fine_tune(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / config.steps)
             rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
+            batch = _batch(tokenizer.pad_token_id, [inputs[i] for i in rows], [labels[i] for i in rows], device)
             torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
-            with precision:
-                loss = model(**_batch(tokenizer, device, inputs, labels, rows)).loss
+            with autocast(device, config.bf16):
+                loss = model(**batch).loss
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
             loss.backward()
@@ -67,7 +70,7 @@ def fine_tune(
 
 
 def examples(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, encoder_decoder: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return input ids and labels of (prompt, target) pairs: apart for an encoder-decoder, in a row for a causal model.
 
@@ -97,44 +100,37 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]
     return torch.autocast(device.type, torch.bfloat16) if bf16 and bf16_capable(device) else nullcontext()
 
 
-def _batch(
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    inputs: Sequence[list[int]],
-    labels: Sequence[list[int]],
-    rows: Sequence[int],
-) -> dict[str, torch.Tensor]:
-    ids = [torch.tensor(inputs[row]) for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    wanted = [torch.tensor(labels[row]) for row in rows]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
-        "attention_mask": pad_sequence(mask, batch_first=True).to(device),
-        "labels": pad_sequence(wanted, batch_first=True, padding_value=_IGNORED).to(device),
-    }
+def _batch(pad: int, inputs: list[list[int]], labels: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+
+    mask = padded([[1] * len(row) for row in inputs], 0)
+    return {"input_ids": padded(inputs, pad), "attention_mask": mask, "labels": padded(labels, _IGNORED)}
 
 
-def warm_start(config: Config, rows: Sequence[Row], folder: Path, place: Path, scratch_tokenizer: Path) -> None:
+def warm_start(config: Config, rows: Sequence[Row], scratch_tokenizer: Path, folder: Path, place: Path) -> None:
     """Fine-tune on the reference summaries and save to `folder`: a whole model with tokenizer, or a LoRA adapter.
 
     Checkpoints go to `place`.
     """
     pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
-    base = config.policy.base
+    base, seed = config.policy.base, config.seed
     if not config.sft.full_weights:
-        _tune_policy("warm start", config, config.sft, base, start_of(config.policy), pairs, folder, place)
+        policy = load_policy(base, start_of(config.policy), config.policy, seed).to(PartialState().device)
+        _tune("warm start", policy.model, policy.tokenizer, pairs, config.sft, seed, place)
+        policy.save(folder)
         return
     if base == "scratch":
         tokenizer = load_tokenizer(str(scratch_tokenizer))
-        model = scratch_base(tokenizer, config.seed)
+        model = scratch_base(tokenizer, seed)
     else:
         model, tokenizer = load_base(base)
-    _tune("warm start", model.to(PartialState().device), tokenizer, pairs, config.sft, config.seed, place)
+    _tune("warm start", model.to(PartialState().device), tokenizer, pairs, config.sft, seed, place)
     save_base(model, tokenizer, folder)
 
 
 def civil_baseline(
-    config: Config, base: str, start: Path | None, rows: Sequence[Row], folder: Path, place: Path
+    config: Config, rows: Sequence[Row], base: str, start: Path | None, folder: Path, place: Path
 ) -> None:
     """Fine-tune the policy's weights from the same start on the civil references alone and save them to `folder`.
 
@@ -142,32 +138,13 @@ def civil_baseline(
     """
     pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
     sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
-    _tune_policy("civil baseline", config, sft, base, start, pairs, folder, place)
-
-
-def _tune_policy(
-    what: str,
-    config: Config,
-    sft: SftConfig,
-    base: str,
-    start: Path | None,
-    pairs: Sequence[tuple[str, str]],
-    folder: Path,
-    place: Path,
-) -> None:
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
+    _tune("civil baseline", policy.model, policy.tokenizer, pairs, sft, config.seed, place)
     policy.save(folder)
 
 
 def _tune(
-    what: str,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    sft: SftConfig,
-    seed: int,
-    place: Path,
+    what: str, model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, sft: SftConfig, seed: int, place: Path
 ) -> None:
     with progress(what, sft.steps) as reach:
         fine_tune(model, tokenizer, pairs, sft, seed, place, lambda done, loss: reach(done, f"loss {loss:.3f}"))

@@ -19,18 +19,9 @@ from detoxrl.config import Config
 from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
-from detoxrl.parts import (
-    absolute,
-    base_and_start,
-    judge_of,
-    places,
-    rows_of,
-    run_scorer,
-    with_function,
-    with_revisions,
-)
+from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function, with_revisions
 from detoxrl.policy.adapters import load_policy
-from detoxrl.prepare import check, say_cached
+from detoxrl.prepare import check
 from detoxrl.prepare import write as write_prepared
 from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
@@ -58,11 +49,10 @@ def run(
     written.
     """
     with _begun(Path(root), config, overwrite, resume, reward, accept_changes=accept_changes) as (folder, config):
-        for name, stage in _REMAINING.items():
+        for name in _REMAINING:
             if name not in folder.finished():
-                stage(folder, config, reward)
-        evaluation: dict[str, Any] = folder.read_json("eval.json")
-    return evaluation
+                _make(name, folder, config, reward)
+        return dict(folder.read_json("eval.json"))
 
 
 def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
@@ -85,7 +75,7 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
         if name != "report":
             folder.discard(["responses.jsonl"] if name == "evaluate" else products_from(name))
             begin_again(folder, config, name)
-        _REMAINING[name](folder, config, reward)
+        _make(name, folder, config, reward)
 
 
 def evaluate(
@@ -113,10 +103,9 @@ def evaluate(
             copy_folder(Path(str(adapter)), folder / "adapter")
             # Done, so that --resume does not begin to train.
             folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
-            _evaluate(folder, config, reward)
-            _report(folder, config, reward)
-    evaluation: dict[str, Any] = RunFolder(Path(root)).read_json("eval.json")
-    return evaluation
+            for stage in ("evaluate", "report"):
+                _make(stage, folder, config, reward)
+    return dict(RunFolder(Path(root)).read_json("eval.json"))
 
 
 @contextmanager
@@ -140,7 +129,9 @@ def _begun(
     else:
         RunFolder.refuse_unfit(root, overwrite)
         config = with_revisions(config, None)
-        _refuse_own_parts(root, [*map(str, places(config).values()), *filter(None, [adapter])])
+        for part in (*places(config).values(), *map(Path, filter(None, [adapter]))):  # it would be deleted
+            inside = root.resolve() in (part.resolve(), *part.resolve().parents)
+            require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
         prepared = check(config, reward, adapter)
     with folder.held():
         tidy_cache()
@@ -154,23 +145,19 @@ def _begun(
         yield folder, config
 
 
-def _refuse_own_parts(root: Path, parts: list[str]) -> None:
-    """Raise InputError when a new run would delete what it is built from."""
-    for part in parts:
-        inside = root.resolve() in (Path(part).resolve(), *Path(part).resolve().parents)
-        require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
+def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
+    with folder.timed(name) as seconds:
+        _REMAINING[name](folder, config, given, seconds)
 
 
-def _sft(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("sft"):
-        rows = rows_of(folder, "train")
-        if config.sft.steps > 0:
-            where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
-            _fine_tuned(folder, config, where, lambda target, place: warm_start(config, rows, target, place, words))
-        if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
-            base, start = base_and_start(folder, config)
-            _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, base, start, rows))
-        remove(folder / "checkpoints/sft")
+def _sft(folder: RunFolder, config: Config, *_: Any) -> None:
+    rows = rows_of(folder, "train")
+    if config.sft.steps > 0:
+        where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
+        _fine_tuned(folder, config, where, partial(warm_start, config, rows, words))
+    if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
+        _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *base_and_start(folder, config)))
+    remove(folder / "checkpoints/sft")
 
 
 def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None]) -> None:
@@ -183,30 +170,23 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
     if (folder / name).is_dir():  # made before the run was stopped
         return
     # Only what starts from nothing but the config is cached: a user's base may change behind its name.
-    if config.policy.base != "scratch":
+    if config.policy.base == "scratch":
+        rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
+        ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
+        cached(name, ingredients, folder / name, build)
+    else:
         build(folder / name)
-        return
-    rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
-    ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
-    say_cached(name, cached(name, ingredients, folder / name, build))
 
 
-def _train(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("train"):
-        base, start = base_and_start(folder, config)
-        policy = load_policy(base, start, config.policy, config.seed)
-        reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
-        train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
+def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:
+    base, start = base_and_start(folder, config)
+    policy = load_policy(base, start, config.policy, config.seed)
+    reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
+    train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
 
 
-def _evaluate(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("evaluate") as seconds:
-        measure_run(folder, config, given, seconds)
+def _report(folder: RunFolder, *_: Any) -> None:
+    build_report(folder.root)
 
 
-def _report(folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
-    with folder.timed("report"):
-        build_report(folder.root)
-
-
-_REMAINING = dict(zip(STAGES[1:], (_sft, _train, _evaluate, _report), strict=True))
+_REMAINING = dict(zip(STAGES[1:], (_sft, _train, measure_run, _report), strict=True))

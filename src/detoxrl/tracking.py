@@ -79,19 +79,16 @@ class RunFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self / _LOCK)
-            lock.acquire(timeout=0)
+            lock = FileLock(self / _LOCK).acquire(timeout=0)
         except Timeout:
             remedy = "wait for it, stop it, or name another folder"
             raise InputError("run folder", str(self.root), "is in use by another process", remedy) from None
         except OSError as error:
             rule = f"cannot be {'written in' if self.root.is_dir() else 'made'}: {error.strerror}"
             raise InputError("--run-dir", str(self.root), rule, "name another folder") from error
-        try:
+        with lock:
             sweep(self.root)
             yield self
-        finally:
-            lock.release()
 
     def begin(self, config: Config, account: dict[str, Any], overwrite: bool) -> None:
         """Make the held folder that of a new run. Raises InputError when it holds one that may not be replaced."""
@@ -161,10 +158,7 @@ class RunFolder:
 
     def finished(self) -> dict[str, float]:
         """Return the stages that are done, with the seconds each took."""
-        if not (self / "seconds.json").is_file():
-            return {}
-        done: dict[str, float] = self.read_json("seconds.json")
-        return done
+        return dict(self.read_json("seconds.json") if (self / "seconds.json").is_file() else {})
 
     def begun(self, stage: str) -> bool:
         """Return whether a stage is finished or has something to go on from."""

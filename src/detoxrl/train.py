@@ -55,7 +55,9 @@ def train(
     ]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
     prompts, best = to_prompts(rows), BestCheckpoint(folder, rl.quality_margin)
-    checkpoints = _checkpoints(folder, policy, optimizer)
+    head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
+    products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
+    checkpoints = Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
     resumed = checkpoints.restore()
     first, kl_coef, shown = 0, rl.kl_coef, ""
     if resumed:
@@ -69,7 +71,7 @@ def train(
             watch, last = Watch(), step == rl.steps
             # A checkpoint follows its step's validation, so what it goes on with is not validated again.
             if (last or step % rl.validate_every == 0) and not (resumed and step == first):
-                shown = _validate(folder, policy, config, judge, validation_rows, step, best)
+                shown = _validate(best, policy, config, judge, validation_rows, step)
                 watch.lap("validate")
             state = {"kl_coef": kl_coef, "best": best.seen(), "shown": shown}
             checkpoints.point(step, state, now=last)
@@ -97,8 +99,7 @@ def train(
             targets = Targets(advantages=whiten(advantages, mask), returns=returns)
             updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
             watch.lap("update")
-            statistics = rollout_statistics(rollout, raw, scores, rewards)
-            statistics |= updates
+            statistics = rollout_statistics(rollout, raw, scores, rewards) | updates
             statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": rl.lr * decay}
             refuse_nan(statistics, step)
             if rl.kl_target is not None:
@@ -115,40 +116,24 @@ def train(
         log.print(f"train: {NOTHING_BETTER}")
 
 
-def _checkpoints(folder: RunFolder, policy: Policy, optimizer: Any) -> Checkpoints:
-    head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
-    products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
-    return Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
-
-
 def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Prompt], config: Config) -> Normaliser:
     """Return mean and std of the raw scores of reference responses to the first prompts (none: 0 and 1)."""
     if config.reward.normalise_on == 0:
         return Normaliser()
-    some = prompts[: config.reward.normalise_on]
-    texts = sample_texts(
-        policy, some, config.generation, seed=config.seed, stream="normaliser", adapter=policy.reference
-    )
+    some, seed, start = prompts[: config.reward.normalise_on], config.seed, policy.reference
+    texts = sample_texts(policy, some, config.generation, seed=seed, stream="normaliser", adapter=start)
     scores = reward([prompt.text for prompt in some], [text for (text,) in texts])
     if bool((scores == scores[0]).all()):
-        log.print(
-            f"train: all {len(scores)} responses of the start score {scores[0]:.3g}; nothing is to be learnt here"
-        )
+        what = f"all {len(scores)} responses of the start score {scores[0]:.3g}"
+        log.print(f"train: {what}; nothing is to be learnt here")
     return fit_normaliser(scores)
 
 
 def _validate(
-    folder: RunFolder,
-    policy: Policy,
-    config: Config,
-    judge: Judge,
-    rows: Sequence[Row],
-    step: int,
-    best: BestCheckpoint,
+    best: BestCheckpoint, policy: Policy, config: Config, judge: Judge, rows: Sequence[Row], step: int
 ) -> str:
     # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
-    prompts = to_prompts(rows)
-    sampled = sample_texts(policy, prompts, config.generation, seed=config.seed, stream="validation")
+    sampled = sample_texts(policy, to_prompts(rows), config.generation, seed=config.seed, stream="validation")
     texts = [text for (text,) in sampled]
     toxicity = judge(texts)
     found = Validation(
@@ -159,7 +144,7 @@ def _validate(
         length=sum(len(text.split()) for text in texts) / len(texts),
     )
     kept = best.offer(policy, found)
-    folder.append("validation.jsonl", asdict(found) | {"kept": kept})
+    best.folder.append("validation.jsonl", asdict(found) | {"kept": kept})
     return f"validation toxicity {found.toxicity:.3f} quality {found.quality:.3f}"
 
 

@@ -50,11 +50,10 @@ def with_prompts(
     """
     prompts = [config.template.replace("{dialogue}", row.dialogue) for row in rows]
     lengths = token_lengths(tokenizer, prompts)
-    fitted = [
-        replace(row, prompt=prompt if length <= config.max_prompt_tokens else _cut(row.dialogue, config, tokenizer))
-        for row, prompt, length in zip(rows, prompts, lengths, strict=True)
-    ]
-    return fitted, lengths
+    for i, length in enumerate(lengths):
+        if length > config.max_prompt_tokens:
+            prompts[i] = _cut(rows[i].dialogue, config, tokenizer)
+    return [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts, strict=True)], lengths
 
 
 def _cut(dialogue: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from detoxrl.config import Config, DataConfig
 from detoxrl.data.near import near_groups
 from detoxrl.data.rows import SPLITS, Row
-from detoxrl.errors import InputError, require
+from detoxrl.errors import require
 from detoxrl.randomness import permutation
+from detoxrl.settings import flatten
 
 _ROLES = {"dev": "validation", "val": "validation", "valid": "validation"}
+_LEAKS = ("leaks from test", "leaks from validation")
+_LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test": "evaluation.prompts"}
+# What is told last of a split, in this order.
+_LAST = [*_LEAKS, *(f"beyond {name}" for name in _LIMITS.values()), *(f"used for {role}" for role in SPLITS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +34,25 @@ def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callabl
     Dialogues that are the same, or nearly so, never stand on two sides. `lengths` measures dialogues by the config's
     unit. Raises InputError when too few rows are left, saying what took them.
     """
-    outcomes = {split: Counter[str]() for split in source}
-    rows: dict[str, list[Row]] = {}
-    origin: dict[int, str] = {}
     roles = _roles(source, config)
-    for split, role in roles.items():
-        rows.setdefault(role, [])
-        for row, reason in _sifted(source[split], config.data, lengths):
-            if reason:
-                outcomes[split][reason] += 1
-            else:
-                rows[role].append(row)
-                origin[id(row)] = split
-    for split in source.keys() - roles.keys():
-        outcomes[split]["in a split that no stage uses"] += len(source[split])
-    place = {key: n for n, key in enumerate(origin)}
-    rows, lost = _apart(rows, config)
-    for role, limit, name in _limits(config):
-        rows[role].sort(key=lambda row: place[id(row)])
-        rows[role], over = _sample(rows[role], limit, config.seed, role)
-        lost[f"beyond {name}"] = over
-    named = lost | {f"used for {role}": rows[role] for role in SPLITS}
-    for outcome, those in named.items():
-        for row in those:
-            outcomes[origin[id(row)]][outcome] += 1
-    counted = {split: {outcome: n for outcome, n in counts.items() if n} for split, counts in outcomes.items()}
-    _refuse_too_few(rows, counted, config)
-    return Selection(rows=rows, outcomes=counted)
+    rows = [row for split in roles for row in source[split]]
+    origins = [split for split in roles for _ in source[split]]
+    # What becomes of each row: the split that it is used for, or the reason why it is not.
+    sifted = (reason for split in roles for reason in _sifted(source[split], config.data, lengths))
+    fates = [reason or roles[split] for reason, split in zip(sifted, origins, strict=True)]
+    _keep_apart(rows, fates, roles.values(), config)
+    settings = flatten(asdict(config))
+    for role, name in _LIMITS.items():
+        those = [i for i, fate in enumerate(fates) if fate == role]
+        for position in permutation(config.seed, f"rows {role}", 0, len(those))[settings[name] :]:
+            fates[those[position]] = f"beyond {name}"
+    found = Counter(zip(origins, (f"used for {fate}" if fate in SPLITS else fate for fate in fates), strict=True))
+    found += Counter({(split, "in a split that no stage uses"): len(source[split]) for split in source.keys() - roles})
+    counts = sorted(found.items(), key=lambda item: _LAST.index(item[0][1]) if item[0][1] in _LAST else -1)
+    counted = {split: {outcome: n for (where, outcome), n in counts if where == split} for split in source}
+    used = {role: [row for row, fate in zip(rows, fates, strict=True) if fate == role] for role in SPLITS}
+    _refuse_too_few(used, counted, config)
+    return Selection(rows=used, outcomes=counted)
 
 
 def _roles(source: Mapping[str, Sequence[Row]], config: Config) -> dict[str, str]:
@@ -68,88 +65,59 @@ def _roles(source: Mapping[str, Sequence[Row]], config: Config) -> dict[str, str
     return {split: role for split, role in roles.items() if role in SPLITS}
 
 
-def _sifted(
-    rows: Sequence[Row], config: DataConfig, lengths: Callable[[list[str]], list[int]]
-) -> Iterator[tuple[Row, str]]:
-    """Yield each row with the reason to leave it out, empty when there is none."""
+def _sifted(rows: Sequence[Row], config: DataConfig, lengths: Callable[[list[str]], list[int]]) -> Iterator[str]:
+    """Yield for each row the reason to leave it out, empty when there is none."""
     seen: set[str] = set()
     for row, length in zip(rows, lengths([row.dialogue for row in rows]), strict=True):
         same = " ".join(row.dialogue.casefold().split())
         if not same:
-            yield row, "no dialogue"
+            yield "no dialogue"
         elif row.summary is not None and not row.summary.strip():
-            yield row, "no summary"
+            yield "no summary"
         elif length < config.min_length:
-            yield row, "too short"
+            yield "too short"
         elif config.max_length is not None and length > config.max_length:
-            yield row, "too long"
-        elif same in seen:
-            yield row, "duplicate"
+            yield "too long"
         else:
+            yield "duplicate" if same in seen else ""
             seen.add(same)
-            yield row, ""
 
 
-def _apart(rows: dict[str, list[Row]], config: Config) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Return the rows by split with no near-same dialogue on two sides, and the rows that leak, by reason."""
-    every = [(role, row) for role, those in rows.items() for row in those]
-    groups = near_groups([row.dialogue for _, row in every])
-    held = {role: {g for g, (r, _) in zip(groups, every, strict=True) if r == role} for role in ("test", "validation")}
-    kept: dict[str, list[Row]] = {role: [] for role in SPLITS}
-    lost: dict[str, list[Row]] = {"leaks from test": [], "leaks from validation": []}
-    pool: dict[int, list[Row]] = {}
-    for group, (role, row) in zip(groups, every, strict=True):
-        if role != "test" and group in held["test"]:
-            lost["leaks from test"].append(row)
-        elif role == "train" and group in held["validation"]:
-            lost["leaks from validation"].append(row)
-        elif role == "train":
-            pool.setdefault(group, []).append(row)
-        else:
-            kept[role].append(row)
-    return kept | _carved(pool, {role for role in SPLITS if role not in rows}, config), lost
+def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], config: Config) -> None:
+    """Leave out what is nearly the same on two sides, and fill the splits that are not `given` from training rows.
 
-
-def _carved(pool: Mapping[int, list[Row]], missing: set[str], config: Config) -> dict[str, list[Row]]:
-    """Return the pool as training rows, less what the missing splits need: whole groups, drawn by the seed."""
+    A split gets whole groups of near-same dialogues, drawn by the seed.
+    """
+    held = [i for i, fate in enumerate(fates) if fate in SPLITS]
+    groups = near_groups([rows[i].dialogue for i in held])
+    sides = {(fates[i], group) for i, group in zip(held, groups, strict=True)}
+    pool: dict[int, list[int]] = {}
+    for i, group in zip(held, groups, strict=True):
+        if fates[i] != "test" and ("test", group) in sides:
+            fates[i] = _LEAKS[0]
+        elif fates[i] == "train" and ("validation", group) in sides:
+            fates[i] = _LEAKS[1]
+        elif fates[i] == "train":
+            pool.setdefault(group, []).append(i)
     size = sum(map(len, pool.values()))
     room = {"test": min(config.evaluation.prompts, max(2, size // 5)),
             "validation": min(config.rl.validation_prompts, max(2, size // 10))}  # fmt: skip
-    carved: dict[str, list[Row]] = {role: [] for role in ("test", "validation") if role in missing} | {"train": []}
-    groups = list(pool.values())
-    for i in permutation(config.seed, "splits", 0, len(groups)):
-        fits = (role for role in carved if role == "train" or len(carved[role]) + len(groups[i]) <= room[role])
-        carved[next(fits)].extend(groups[i])
-    return carved
-
-
-def _limits(config: Config) -> list[tuple[str, int, str]]:
-    return [
-        ("train", config.data.limit, "data.limit"),
-        ("validation", config.rl.validation_prompts, "rl.validation_prompts"),
-        ("test", config.evaluation.prompts, "evaluation.prompts"),
-    ]
-
-
-def _sample(rows: list[Row], limit: int, seed: int, role: str) -> tuple[list[Row], list[Row]]:
-    """Return at most `limit` rows drawn by the seed, in their old order, and the rest."""
-    if len(rows) <= limit:
-        return rows, []
-    drawn = set(permutation(seed, f"rows {role}", 0, len(rows))[:limit])
-    return [row for i, row in enumerate(rows) if i in drawn], [row for i, row in enumerate(rows) if i not in drawn]
+    whole = list(pool.values())
+    for drawn in permutation(config.seed, "splits", 0, len(whole)):
+        fits = (role for role in room if role not in given and len(whole[drawn]) <= room[role])
+        role = next(fits, "train")
+        for i in whole[drawn]:
+            fates[i] = role
+        room[role] = room.get(role, 0) - len(whole[drawn])
 
 
 def _refuse_too_few(rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config) -> None:
-    took = Counter[str]()
-    for counts in outcomes.values():
-        took.update({outcome: n for outcome, n in counts.items() if not outcome.startswith("used")})
-    why = ", ".join(f"{n} {reason}" for reason, n in took.most_common()) or "none was left out"
+    took = sum(map(Counter, outcomes.values()), Counter[str]())
+    reasons = [f"{n} {outcome}" for outcome, n in took.most_common() if not outcome.startswith("used")]
+    why, remedy = ", ".join(reasons) or "none was left out", "give more that differ, or loosen what takes them"
     for role in SPLITS:
-        if len(rows[role]) < 2:
-            rule = f"leaves {len(rows[role])} rows for {role} ({why})"
-            raise InputError(
-                "data.source", config.data.source, rule, "give more that differ, or loosen what takes them"
-            )
-    if len(rows["train"]) < config.rl.batch_size:
-        rule = f"exceeds the {len(rows['train'])} rows left for training ({why})"
-        raise InputError("rl.batch_size", config.rl.batch_size, rule, "give a smaller one, or more rows")
+        rule = f"leaves {len(rows[role])} rows for {role} ({why})"
+        require(len(rows[role]) >= 2, "data.source", config.data.source, rule, remedy)
+    size, left = config.rl.batch_size, len(rows["train"])
+    rule = f"exceeds the {left} rows left for training ({why})"
+    require(left >= size, "rl.batch_size", size, rule, "give a smaller one, or more rows")

@@ -37,14 +37,13 @@ def _split_files(folder: Path) -> dict[str, Path]:
         return {}
     there = sorted(file for file in folder.iterdir() if _reader(file))
     found: dict[str, Path] = {}
+    remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
     for file in there:
-        stem = file.name.partition(".")[0].lower()
-        split = next((split for split in _SPLITS if split in stem.replace("-", "_").split("_")), None)
-        unclear = split is None or split in found
-        if unclear and len(there) > 1:
-            remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-            raise InputError("data.source", str(folder), f"holds {file.name}, which fits no one split", remedy)
-        found[split or "file"] = file
+        words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
+        split = next((split for split in _SPLITS if split in words), "file")
+        clear = len(there) == 1 or split not in ("file", *found)
+        require(clear, "data.source", str(folder), f"holds {file.name}, which fits no one split", remedy)
+        found[split] = file
     require(bool(found), "data.source", str(folder), "holds no data file", f"give {', '.join(_READERS)} files")
     return found
 
@@ -127,12 +126,9 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
 def _require_columns(config: DataConfig, records: list[Record]) -> None:
     columns = dict.fromkeys(column for record in records for column in record)
     for name in ("dialogue_column", "summary_column", "id_column"):
-        column = getattr(config, name)
-        if column is not None and column not in columns:
-            remedy = f"choose from {', '.join(columns)}"
-            if name == "summary_column":
-                remedy += ", or say None and --sft.steps 0"
-            raise InputError(f"data.{name}", column, f"is no column of {config.source}", remedy)
+        column, also = getattr(config, name), ", or say None and --sft.steps 0" if name == "summary_column" else ""
+        rule, remedy = f"is no column of {config.source}", f"choose from {', '.join(columns)}{also}"
+        require(column is None or column in columns, f"data.{name}", column, rule, remedy)
 
 
 def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:

@@ -35,14 +35,12 @@ def classifier_judge(classifier: Classifier) -> Judge:
 
 def load_judge(config: EvaluationConfig, device: torch.device) -> Judge:
     """Return the primary judge. Raises InputError when its package is missing, or its classifier does not fit."""
-    name = config.primary_judge
+    name, field = config.primary_judge, "evaluation.primary_judge"
     if name != "alt-profanity-check":
-        labels = {"evaluation.judge_label": config.judge_label}
-        return classifier_judge(load_classifier(name, "evaluation.primary_judge", labels, device))
+        return classifier_judge(load_classifier(name, field, {"evaluation.judge_label": config.judge_label}, device))
     judge = profanity_judge()
     if judge is None:
-        remedy = "pip install 'detoxrl[offline]'"
-        raise InputError("evaluation.primary_judge", name, "is not installed", remedy)
+        raise InputError(field, name, "is not installed", "pip install 'detoxrl[offline]'")
     return judge
 
 

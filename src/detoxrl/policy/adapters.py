@@ -40,10 +40,9 @@ def make_policy(
     weights: Weights
     if config.full_weights:
         weights = FullWeights(model, tokenizer, config.train_encoder)
-    elif start is not None:
-        weights = LoraWeights(_loaded(model, start), REFERENCE, config.train_encoder)
     else:
-        weights = LoraWeights(_fresh(model, config, seed), None, config.train_encoder)
+        lora = _loaded(model, start) if start else _fresh(model, config, seed)
+        weights = LoraWeights(lora, REFERENCE if start else None, config.train_encoder)
     kind = EncoderDecoderPolicy if model.config.is_encoder_decoder else CausalPolicy
     policy = kind(weights, tokenizer, config.train_encoder)
     rule = "has parts in the encoder alone, which does not train"
@@ -65,10 +64,9 @@ def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D)) and reachable.fullmatch(name)
     }
+    rule, remedy = "names no linear layer of the base", f"choose from {', '.join(sorted(linear))}"
     for target in config.lora_targets:
-        if target not in linear:
-            remedy = f"choose from {', '.join(sorted(linear))}"
-            raise InputError("policy.lora_targets", target, "names no linear layer of the base", remedy)
+        require(target in linear, "policy.lora_targets", target, rule, remedy)
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,9 @@ class LoraWeights:
             yield
             return
         try:
-            if name is None:
-                with self.model.disable_adapter():
-                    yield
-            else:
+            if name is not None:
                 self._activate(name)
+            with nullcontext() if name else self.model.disable_adapter():
                 yield
         finally:
             self._activate(POLICY)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,13 +38,12 @@ def load_function(name: str) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
     require(where != _IN_PYTHON, FIELD, name, "cannot be found again", "give it as reward= in Python")
     require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
-    module = _module(name, where)
-    function = vars(module).get(attribute)
-    there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+    defined = vars(_module(name, where))
+    function: Any = defined.get(attribute)
+    there = [key for key, value in defined.items() if inspect.isfunction(value)]
     remedy = f"choose from {', '.join(there)}" if there else "define it there"
     require(callable(function), FIELD, name, f"{where} defines no function {attribute}", remedy)
-    loaded: RewardFunction = vars(module)[attribute]
-    return loaded
+    return cast(RewardFunction, function)
 
 
 def function_name(function: RewardFunction) -> str:
