@@ -257,8 +257,10 @@ def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     def step() -> None:
         policy.model(input_ids=read, attention_mask=torch.ones_like(read), labels=labels).loss.backward()
 
-    halved = config.sft.bf16 and bf16_capable(PartialState().device)
-    return _cost(replace(speed, fp32=speed.bf16) if halved else speed, step)
+    if not (config.sft.bf16 and bf16_capable(PartialState().device)):
+        return _cost(speed, step)
+    copies = weight_bytes(policy.model.parameters()) / 2  # autocast keeps each weight in bf16 for the way back
+    return _cost(replace(speed, fp32=speed.bf16), step).beside(copies)
 
 
 def _cost(speed: Speed, work: Callable[[], Any], answer: int = 1) -> Cost:
