@@ -449,6 +449,7 @@ def test_every_other_system_runs_by_its_name(
     judge = "s-nlp/roberta_toxicity_classifier"
     assert found["primary_judge"] == judge
     assert set(found["toxicity"]) == {judge, "reward classifier"}
+    assert found["as_older_systems"]["judge"] == "reward classifier"
     assert set(found["as_older_systems"]["first 8"]["response"]) == {"before", "after", "human"}
     first = json.loads(Path("D/metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl/reference"]) < 1e-4
