@@ -14,8 +14,8 @@ from detoxrl.policy.weights import POLICY
 from detoxrl.randomness import uniforms
 from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
 
-# Most logits of one pass that needs no gradient: 64 MiB in fp32, and some copies of it.
-_LOGITS = 2**24
+# Most logits of one pass that needs no gradient: 46 MiB in fp32, and some copies of it.
+_LOGITS = 12_000_000
 
 
 def length_sorted_batches(texts: Sequence[str], batch_size: int) -> list[list[int]]:
