@@ -107,3 +107,10 @@ def test_the_recipes_keep_the_old_systems_hyperparameters_and_long_ones_change_w
     )  # fmt: skip
     assert recipe("dialogsum-lowmem").policy.bf16
     assert recipe("dialogsum-large").policy.base == "google/flan-t5-large"
+
+
+def test_an_at_in_a_path_is_part_of_the_path_and_one_in_a_hub_id_is_not() -> None:
+    paths = {"reward.classifier": "/home/me@here/hate", "evaluation.primary_judge": "/home/me@here/judge"}
+    assert recipe("own", paths).evaluation.primary_judge == "/home/me@here/judge"
+    with pytest.raises(InputError, match="is the reward's own classifier"):
+        recipe("own", {"reward.classifier": "some/hate@1a", "evaluation.primary_judge": "some/hate@2b"})

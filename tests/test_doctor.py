@@ -20,7 +20,7 @@ from detoxrl import doctor as doctor_module
 from detoxrl import forecast
 from detoxrl.forecast import Cost, Meter, Speed, bare_policy, stage_costs
 from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import load_tokenizer
+from detoxrl.policy.backbone import load_base, load_tokenizer
 from detoxrl.policy.policy import Policy
 from detoxrl.prepare import prepare_rows
 from detoxrl.recipes import recipe
@@ -64,6 +64,29 @@ def test_shapes_alone_give_the_policy_that_is_loaded(bases: dict[str, Path], nam
     loaded = load_policy(str(bases[name]), None, config.policy, seed=0)
     assert [p.shape for p in bare.parameters()] == [p.shape for p in loaded.parameters()]
     assert {p.device.type for p in bare.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("t5", "loaded"), ("t5", "loaded with encoder"), ("gpt2", "loaded")])
+def test_shapes_alone_give_the_adapter_to_start_from(
+    bases: dict[str, Path], starts: dict[tuple[str, str], Path], name: str, kind: str
+) -> None:
+    config = recipe("own", {"policy.base": str(bases[name]), "policy.adapter": str(starts[name, kind]),
+                            "policy.lora_rank": 16, "policy.lora_targets": ("wo",)})  # fmt: skip
+    bare = bare_policy(config, load_tokenizer(str(bases[name])))
+    loaded = load_policy(str(bases[name]), starts[name, kind], config.policy, seed=0)
+    assert [p.shape for p in bare.parameters()] == [p.shape for p in loaded.parameters()]
+
+
+def test_the_forecast_of_a_warm_start_is_there_only_where_there_is_one_and_counts_fp32(bases: dict[str, Path]) -> None:
+    def sft(**settings: Any) -> Cost:
+        config = recipe("own", {"policy.base": str(bases["t5"]), "policy.bf16": True, "rl.batch_size": 64, **settings})
+        return stage_costs(config, prepared, [], UNIT)["sft"]
+
+    prepared = prepare_rows(recipe("quickstart", {"data.limit": 128}))
+    assert sft() == Cost()
+    whole, lora = (sft(**{"sft.steps": 5, "sft.full_weights": full}) for full in (True, False))
+    weights = 4 * sum(p.numel() for p in load_base(str(bases["t5"]))[0].parameters())  # bytes in fp32
+    assert whole.peak - lora.peak > 3 * weights
 
 
 def test_the_forecast_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +153,8 @@ def test_the_doctor_says_what_a_run_takes_and_that_it_would_work_and_writes_noth
     assert doctor("--sft.steps", "3", "--sft.no-full-weights") == 0
     shown = capsys.readouterr().out
     assert contents(place) == before
-    for words in ("duplicate", "prompt tokens: median", "device: cpu (2 threads)", "in all: about",
+    for words in ("duplicate", "reward.classifier: 2 labels, one softmax",
+                  "prompt tokens: median", "device: cpu (2 threads)", "in all: about",
                   " parameters train, of ", "disk: up to ", "ready: detoxrl run own"):  # fmt: skip
         assert words in shown, words
     for stage in ("sft", "train", "evaluate"):
@@ -178,7 +202,7 @@ def test_too_little_memory_or_disk_is_said_before_weights_are_read(
     monkeypatch.setattr(doctor_module.psutil, "virtual_memory", lambda: memory)
     assert doctor() == 2
     told = capfd.readouterr().err
-    assert re.search(r"memory = '0\.0 GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told)
+    assert re.search(r"memory = '[\d.]+ GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told)
     monkeypatch.undo()
     monkeypatch.chdir(place)
     disk = psutil.disk_usage("/")._replace(free=1000)

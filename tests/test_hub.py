@@ -33,7 +33,7 @@ from detoxrl.policy.backbone import load_base, load_tokenizer
 from detoxrl.recipes import recipe_names
 from detoxrl.rewards.classifier import load_classifier
 from hub import Hub, hub
-from small_runs import SMALL, contents, detoxrl
+from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
 
 SMALLEST, SAMSUM, LORA = "google/flan-t5-small", "knkarthick/samsum", "me/lora"
@@ -455,3 +455,36 @@ def test_every_other_system_runs_by_its_name(
     assert abs(first["kl/reference"]) < 1e-4
     assert first["ratio/first_error"] < (1e-4 if "lowmem" not in name else 0.02)
     capsys.readouterr()
+
+
+def test_a_reward_of_ones_own_asks_no_hub_for_the_classifier_it_replaces(
+    bases: dict[str, Path], reward_folder: Path, tmp_path: Path, use: Use, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_place(tmp_path, bases, reward_folder)
+    use(OFF, "empty", offline=True)
+    words = ["--policy.base", "model", "--data.source", "mine.jsonl", "--reward.function", "rewards.py:brevity"]
+    assert detoxrl(["prepare", "own", *words, *SMALL]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+
+
+def test_a_connection_that_breaks_in_the_large_file_service_is_one_line(
+    served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> str:
+        raise RuntimeError("Task error: File reconstruction error: CAS Client Error")  # as hf_xet raises it
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    assert "could not be fetched" in refused("policy.base", SMALLEST)
+
+
+def test_a_card_that_tells_of_other_rows_or_splits_is_not_believed(
+    folders: dict[str, Path], tmp_path: Path, use: Use
+) -> None:
+    copytree(folders[f"datasets/{SAMSUM}"], tmp_path / "carded")
+    splits = "".join(f"  - name: {split}\n    num_examples: 9999\n" for split in ("train", "test"))
+    (tmp_path / "carded/README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+    with hub({f"datasets/{SAMSUM}": tmp_path / "carded"}) as found:
+        use(found.address)
+        rows = read_source(DataConfig(source=SAMSUM))
+    plain = read_source(DataConfig(source=str(folders[f"datasets/{SAMSUM}"])))
+    assert {split: texts(those) for split, those in rows.items()} == {s: texts(those) for s, those in plain.items()}

@@ -113,32 +113,32 @@ def test_scores_by_hand() -> None:
     p = 1 / (1 + math.exp(-3))
     wanted = {"logit": 2.0, "log_odds": 3.0, "log_probability": math.log(p), "probability": p, "not_toxicity": p}
     for kind, value in wanted.items():
-        assert float(class_scores(logits, kind, toxic=1, good=0, several=False)) == pytest.approx(value, rel=1e-6)
+        assert float(class_scores(logits, kind, toxic=1, good=0, apart=False)) == pytest.approx(value, rel=1e-6)
     # Three: p(good) = e^2 / (e^2 + e^-1 + 1), p(toxic) = e^-1 / (...)
     three, total = torch.tensor([[2.0, -1.0, 0.0]]), math.exp(2) + math.exp(-1) + 1
     good, toxic = math.exp(2) / total, math.exp(-1) / total
     wanted = {"logit": 2.0, "log_odds": math.log(good / (1 - good)), "log_probability": math.log(good),
               "probability": good, "not_toxicity": 1 - toxic}  # fmt: skip
     for kind, value in wanted.items():
-        assert float(class_scores(three, kind, toxic=1, good=0, several=False)) == pytest.approx(value, rel=1e-6)
+        assert float(class_scores(three, kind, toxic=1, good=0, apart=False)) == pytest.approx(value, rel=1e-6)
     # Without a good label, each label with a sigmoid of its own, as toxic-bert has them: toxic at logit -1.
     civil = 1 - 1 / (1 + math.exp(1))
     wanted = {"logit": 1.0, "log_odds": 1.0, "log_probability": math.log(civil), "probability": civil,
               "not_toxicity": civil}  # fmt: skip
     for kind, value in wanted.items():
-        assert float(class_scores(three, kind, toxic=1, good=None, several=True)) == pytest.approx(value, rel=1e-6)
+        assert float(class_scores(three, kind, toxic=1, good=None, apart=True)) == pytest.approx(value, rel=1e-6)
 
 
 def test_a_probability_saturates_where_log_odds_and_logits_still_tell_texts_apart() -> None:
     logits = torch.tensor([[20.0, -20.0], [30.0, -30.0]])
     for kind in ("probability", "not_toxicity"):
-        low, high = class_scores(logits, kind, toxic=1, good=0, several=False)
+        low, high = class_scores(logits, kind, toxic=1, good=0, apart=False)
         assert float(high - low) == 0.0
     for kind, gap in {"logit": 10.0, "log_odds": 20.0}.items():
-        low, high = class_scores(logits, kind, toxic=1, good=0, several=False)
+        low, high = class_scores(logits, kind, toxic=1, good=0, apart=False)
         assert float(high - low) == gap
     # At the toxic end a log-probability still falls.
-    low, high = class_scores(-logits, "log_probability", toxic=1, good=0, several=False)
+    low, high = class_scores(-logits, "log_probability", toxic=1, good=0, apart=False)
     assert float(low - high) == 20.0
 
 
@@ -150,10 +150,10 @@ def test_every_score_of_a_label_rises_with_its_probability(logits: torch.Tensor,
     raised = logits.clone()
     raised[0, 0] += 0.5
     for kind in ("logit", "log_odds", "log_probability", "probability"):
-        before, after = (class_scores(x, kind, toxic=1, good=0, several=several) for x in (logits, raised))
+        before, after = (class_scores(x, kind, toxic=1, good=0, apart=several) for x in (logits, raised))
         assert float(after) > float(before)
     p = logits.sigmoid() if several else logits.softmax(-1)
-    toxicity = 1 - class_scores(logits, "not_toxicity", toxic=1, good=0, several=several)
+    toxicity = 1 - class_scores(logits, "not_toxicity", toxic=1, good=0, apart=several)
     torch.testing.assert_close(toxicity, p[:, 1], rtol=1e-4, atol=1e-6)
 
 

@@ -139,7 +139,7 @@ def test_pickled_checkpoints_of_trl_are_converted(
     assert detoxrl(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
     assert "2 of a value head left out" in said
-    assert "next: name it as --policy.base" in said
+    assert "next: name that folder where you named" in said
     before, after = (load_file(folder / "model.safetensors") for folder in (bases["t5"], tmp_path / "new"))
     assert torch.equal(after.pop("encoder.embed_tokens.weight"), before["shared.weight"])
     assert {name: float(t.sum()) for name, t in before.items()} == {n: float(t.sum()) for n, t in after.items()}
@@ -183,16 +183,20 @@ def test_nothing_that_a_pickle_holds_is_run(
         (["convert", "here", "out"], "FROM = 'here': holds no weights in adapter_model*.bin or pytorch_model*.bin"),
         (["convert", "text", "out"], "holds more or less than tensors"),
         (["convert", "list", "out"], "FROM = 'list/pytorch_model.bin': is no table of tensors"),
+        (["convert", "odd", "out"], "FROM = 'odd/pytorch_model.bin': holds more or less than tensors"),
+        (["convert", "keys", "out"], "FROM = 'keys/pytorch_model.bin': is no table of tensors"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("here", "text", "list"):
+    for name in ("here", "text", "list", "odd", "keys"):
         Path(name).mkdir()
     Path("text/pytorch_model.bin").write_text("no weights")
     torch.save([torch.ones(2)], "list/pytorch_model.bin")
+    torch.save({1: torch.ones(2)}, "keys/pytorch_model.bin")
+    Path("odd/pytorch_model.bin").write_bytes(b"\x80\x02h\x05.")
     assert detoxrl(words) == 2
     told = capfd.readouterr().err
     assert message in told

@@ -172,9 +172,8 @@ def _convert(words: Sequence[str]) -> None:
     require(len(words) == 2, "words", " ".join(words), "must be two", "say `detoxrl convert FROM TO`, two folders")
     from detoxrl.convert import convert
 
-    adapter = (Path(words[1]) / "adapter_config.json").is_file
     done = convert(words[0], Path(words[1]))
-    print(f"{words[1]}: {done}; next: name it as --policy.{'adapter' if adapter() else 'base'}")
+    print(f"{words[1]}: {done}; next: name that folder where you named {words[0]}")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -33,6 +34,11 @@ class _Section:
             value = getattr(self, one.name)
             for rule in getattr(one.type, "__metadata__", ()):
                 require(bool(rule.holds(value)), f"{section}.{one.name}", value, rule.rule, rule.remedy)
+
+
+def without_revision(source: str) -> str:
+    """Return a hub id without what follows its @; an absolute path may hold one of its own."""
+    return source if Path(source).is_absolute() else source.partition("@")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +263,7 @@ class Config:
         enough = self.rl.batch_size <= self.data.limit
         require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.limit", "ask for more rows")
         judge = self.evaluation.primary_judge
-        other = judge.partition("@")[0] != self.reward.classifier.partition("@")[0]
+        other = without_revision(judge) != without_revision(self.reward.classifier)
         rule = "is the reward's own classifier, which cannot judge what was trained to please it"
         free = other or self.reward.function is not None
         require(free, "evaluation.primary_judge", judge, rule, "name another judge")

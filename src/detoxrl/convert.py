@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.hub import fetched_pickles
-from detoxrl.storage import filling
+from detoxrl.storage import filling, reading
 
 _NAMES = {"adapter_model*.bin": "adapter_model.safetensors", "pytorch_model*.bin": "model.safetensors"}
 # What peft 0.3 wrote and never used; today's takes it for something of a later version.
@@ -45,7 +45,8 @@ def convert(source: str, target: Path) -> str:
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and ".bin." not in path.name:
                 shutil.copyfile(path, temporary / path.name)
         if (settings := temporary / "adapter_config.json").is_file():
-            found = json.loads(settings.read_text(encoding="utf-8"))
+            with reading(folder / settings.name, "put it back"):
+                found = json.loads(settings.read_text(encoding="utf-8"))
             kept = {name: value for name, value in found.items() if name not in _PEFT_0_3}
             settings.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     return "; ".join(done)
@@ -55,9 +56,10 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     remedy = "convert it where you trust it, or save it again with safetensors"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise InputError("FROM", str(path), f"holds more or less than tensors: {first_line(error)}", remedy) from error
-    plain = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
+    tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
+    plain = tensors and all(isinstance(name, str) for name in found)
     require(plain, "FROM", str(path), "is no table of tensors", remedy)
     # Copies: safetensors holds no tensor twice, and tied ones share their memory.
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}

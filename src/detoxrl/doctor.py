@@ -18,10 +18,10 @@ from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
 from detoxrl.forecast import Cost, bare_policy, measured_speed, stage_costs, weight_bytes
 from detoxrl.hub import bytes_to_fetch
-from detoxrl.parts import RESERVED, absolute, judge_of, label_settings, scorer, with_revisions
+from detoxrl.parts import absolute, judge_of, label_settings, scorer, sources, with_revisions
 from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared, account_table, checked_policy, prepare_rows
-from detoxrl.rewards.classifier import bare_classifier
+from detoxrl.rewards.classifier import bare_classifier, several
 from detoxrl.rl.kl import k1
 from detoxrl.rollout import collect
 from detoxrl.tracking import log
@@ -36,24 +36,26 @@ def doctor(root: Path, config: Config) -> None:
     """
     config = with_revisions(absolute(config), None)
     with log.status("reading rows and shapes"):
-        prepared, named = prepare_rows(config), _classifiers(config).items()
-        classifiers = [bare_classifier(source, name, label_settings(config, name)) for name, source in named]
+        prepared, found = prepare_rows(config), sources(config)
+        named = {name: found[name] for name in ("reward.classifier", "evaluation.primary_judge") if name in found}
+        classifiers = [bare_classifier(found[name], name, label_settings(config, name)) for name in named]
     _OUT.print(account_table(prepared.account))
     device = _say_device()
     with log.status("forecasting"):
         costs = stage_costs(config, prepared, classifiers, measured_speed(device))
-    _say_costs(config, costs)
+    _say_costs(costs)
     _require_memory(device, max(cost.peak for cost in costs.values()))
     _require_disk(root, config, prepared)
+    for name, shape in zip(named, (classifier.config for classifier in classifiers), strict=True):
+        _OUT.print(f"{name}: {shape.num_labels} labels, {'a sigmoid each' if several(shape) else 'one softmax'}")
     with log.status("fetching and trying the parts"):
         judge_of(config)
         scorer(config, None, None)
         policy = checked_policy(config, prepared).to(device)
         kl, error = first_step(policy, config, prepared)
-    _OUT.print(
-        f"labels: a civil and a toxic sentence are told apart as named\nKL to the reference at step 0: {kl:.1g} nats"
-    )
-    _OUT.print(f"first ratios: within {error:.1g} of 1\nready: detoxrl run {config.recipe} with the same flags")
+    _OUT.print("labels: none is reversed on a civil and a toxic sentence" if named else "labels: no classifier to try")
+    _OUT.print(f"KL to the reference at step 0: {kl:.1g} nats; first ratios: within {error:.1g} of 1")
+    _OUT.print(f"ready: detoxrl run {config.recipe} with the same flags")
 
 
 def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[float, float]:
@@ -66,7 +68,9 @@ def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[floa
     rollout = collect(policy, prompts, generation, seed=config.seed, step=0)
     responses = rollout.responses
     with torch.no_grad():
-        again = policy.logprobs(rollout.encoded, responses.ids, generation.temperature)[0]
+        rows = torch.arange(len(responses.ids), device=policy.device).split(1)  # an update has other batches too
+        apart = [(rollout.encoded.select(row), responses.ids[row], generation.temperature) for row in rows]
+        again = torch.cat([policy.logprobs(*one)[0] for one in apart])
     kl = float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean())
     error = float((again - responses.logprobs)[responses.response_mask].exp().sub(1).abs().max())
     bound = 0.1 if config.policy.bf16 else 1e-3
@@ -74,13 +78,6 @@ def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[floa
     require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, which must be 0", remedy)
     require(error < bound, "policy", error, "is how far first ratios are off 1", remedy)
     return kl, error
-
-
-def _classifiers(config: Config) -> dict[str, str]:
-    """Return the settings that name a classifier which has to be there, and its source."""
-    reward = {} if config.reward.function else {"reward.classifier": config.reward.classifier}
-    named = reward | {"evaluation.primary_judge": config.evaluation.primary_judge}
-    return {name: source for name, source in named.items() if source not in RESERVED}
 
 
 def _say_device() -> torch.device:
@@ -92,7 +89,7 @@ def _say_device() -> torch.device:
     return device
 
 
-def _say_costs(config: Config, costs: dict[str, Cost]) -> None:
+def _say_costs(costs: dict[str, Cost]) -> None:
     table = Table("stage", box=SIMPLE_HEAD, caption="by shapes alone; responses as long as the references")
     table.add_column("about", justify="right")
     table.add_column("peak memory", justify="right")
@@ -103,15 +100,16 @@ def _say_costs(config: Config, costs: dict[str, Cost]) -> None:
 
 
 def _require_memory(device: torch.device, peak: float) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    here = psutil.Process().memory_info().rss  # it is part of the peak
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available + here
     remedy = "try --policy.bf16, a smaller --rl.microbatch-size or --generation.batch-size, or a smaller base"
     rule = f"is free, and the run wants about {peak / 2**30:.1f} GiB"
     require(peak < free, "memory", f"{free / 2**30:.1f} GiB", rule, remedy)
 
 
 def _require_disk(root: Path, config: Config, prepared: Prepared) -> None:
-    parts = _classifiers(config) | ({} if config.policy.base in RESERVED else {"policy.base": config.policy.base})
-    fetched = sum(bytes_to_fetch(source, name) for name, source in parts.items())
+    small = ("data.source", "policy.adapter")
+    fetched = sum(bytes_to_fetch(source, name) for name, source in sources(config).items() if name not in small)
     policy = bare_policy(config, prepared.tokenizer)
     trained, whole = weight_bytes(policy.parameters()), weight_bytes(policy.model.parameters())
     some, every = (sum(w.numel() for w in those) for those in (policy.parameters(), policy.model.parameters()))

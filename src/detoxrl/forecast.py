@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -36,17 +36,13 @@ _META = torch.device("meta")
 _LATER = 0.45 * 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """What this machine does in a second."""
+class Speed(NamedTuple):
+    """What this machine does in a second: operations of a product, bytes read or written, a model's calls of torch."""
 
     fp32: float
-    """Operations of a matrix product."""
     bf16: float
     moved: float
-    """Bytes read and written."""
     calls: float
-    """Calls of torch from a model's Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +155,9 @@ def stage_costs(
     to their limit, and take the time of the longest of their batch, which is as long as that of the references.
     """
     generation, steps = config.generation, config.rl.steps
-    policy = bare_policy(config, prepared.tokenizer)
+    policy = tuner = bare_policy(config, prepared.tokenizer)
+    if config.sft.full_weights and config.policy.bf16:  # it trains in fp32
+        tuner = bare_policy(replace(config, policy=replace(config.policy, bf16=False)), prepared.tokenizer)
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
     texts = ordered[: max(2, round(0.95 * len(ordered)))][-generation.batch_size :]
     respond, score, update = _passes(policy, texts, config, prepared, speed)
@@ -171,26 +169,29 @@ def stage_costs(
     tuning = config.sft.steps + config.sft.baseline_steps * baseline
     whole, trained = weight_bytes(policy.model.parameters()), weight_bytes(policy.parameters())
     readers = sum(weight_bytes(classifier.parameters()) for classifier in classifiers)
-    tuned = whole if config.sft.full_weights else trained
-    here = psutil.Process().memory_info().rss + _LATER
+    model = weight_bytes(tuner.model.parameters())
+    tuned = model if config.sft.full_weights else trained
+    here = (0 if PartialState().device.type == "cuda" else psutil.Process().memory_info().rss) + _LATER
     train = respond.times(made + validated + min(config.reward.normalise_on, len(ordered))) + score.times(made)
     train += update.times(made * config.rl.epochs) + judge.times(made + validated)
-    tune = _tuning(policy, config, prepared, speed).times(tuning) if tuning else Cost()
+    tune = Cost()
+    if tuning:  # beside the gradient and two moments
+        tune = _tuning(tuner, config, prepared, speed).times(tuning).beside(here + model + 3 * tuned)
     return {
-        "sft": tune.beside(here + whole + 3 * tuned),  # the gradient and two moments
+        "sft": tune,
         "train": train.beside(here + whole + readers + 4 * trained),  # and the reference
         "evaluate": (respond + judge).times(measured).beside(here + whole + readers + (1 + baseline) * trained),
     }
 
 
 def bare_policy(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """Return the policy that a run begins with, under a fresh adapter and without its weights."""
+    """Return the policy that a run begins with, under its adapter and without a weight."""
     if config.policy.base == "scratch":
         model = scratch_base(tokenizer, config.seed).to(_META)  # type: ignore[arg-type]
     else:
         model = bare_base(config.policy.base, config.policy.bf16)
     with _META:
-        return make_policy(model, tokenizer, None, replace(config.policy, adapter=None), config.seed)
+        return make_policy(model, tokenizer, None, config.policy, config.seed)
 
 
 def weight_bytes(weights: Iterable[torch.nn.Parameter]) -> int:
@@ -260,7 +261,7 @@ def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     if not (config.sft.bf16 and bf16_capable(PartialState().device)):
         return _cost(speed, step)
     copies = weight_bytes(policy.model.parameters()) / 2  # autocast keeps each weight in bf16 for the way back
-    return _cost(replace(speed, fp32=speed.bf16), step).beside(copies)
+    return _cost(speed._replace(fp32=speed.bf16), step).beside(copies)
 
 
 def _cost(speed: Speed, work: Callable[[], Any], answer: int = 1) -> Cost:

@@ -74,7 +74,7 @@ def fetched_pickles(source: str, field: str) -> str:
     if not is_id(source):
         return source
     name, _, revision = source.partition("@")
-    wanted = ["*.json", "*.txt", "*.model", "pytorch_model*.bin", "adapter_model*.bin"]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin", "adapter_model*.bin"]
     with _answered(source, field):
         return huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
 
@@ -145,7 +145,7 @@ def _answered(source: str, field: str) -> Iterator[None]:
     """Turn what a hub, or the way to it, can answer into one line that says what to do."""
     try:
         yield
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]  # hf_xet raises the last
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(field, source, *_trouble(error, source, field)) from error

@@ -110,20 +110,16 @@ def _write_samples(
 
 
 def _evaluation(
-    config: Config,
-    rows: list[Row],
-    responses: dict[str, list[list[str]]],
-    measured: dict[str, Any],
+    config: Config, rows: list[Row], responses: dict[str, list[list[str]]], measured: dict[str, Any]
 ) -> dict[str, Any]:
     baselines = [name for name in responses if name not in ("before", "after")]
     judge = judge_name(config)
-    primary = measured["toxicity"][judge]
     return {
         "n_prompts": len(rows),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "primary_judge": judge,
         **comparison(measured, "after", config.evaluation, config.seed),
-        "two_by_two": two_by_two(primary["before"], primary["after"]),
+        "two_by_two": two_by_two(*(measured["toxicity"][judge][side] for side in ("before", "after"))),
         "splits": splits(rows, measured, judge, config.evaluation, config.seed),
         "baselines": {name: comparison(measured, name, config.evaluation, config.seed) for name in baselines},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},

@@ -10,7 +10,7 @@ import huggingface_hub
 import transformers
 from accelerate import PartialState
 
-from detoxrl.config import Config
+from detoxrl.config import Config, without_revision
 from detoxrl.data.rows import Row, read_rows
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
@@ -26,7 +26,7 @@ from detoxrl.tracking import RunFolder
 
 # Settings that may name something on disk, and the words that never do.
 _PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge")
-RESERVED = ("embedded", "scratch", "alt-profanity-check")
+_RESERVED = ("embedded", "scratch", "alt-profanity-check")
 
 
 def _quieten_libraries() -> None:
@@ -94,8 +94,8 @@ def judge_of(config: Config) -> Judge:
 
 def judge_name(config: Config) -> str:
     """Return what the primary judge is called in results: a folder's name without the path to it, or the hub id."""
-    path, name = Path(config.evaluation.primary_judge), config.evaluation.primary_judge.partition("@")[0]
-    return path.name if path.is_absolute() else name
+    path = Path(without_revision(config.evaluation.primary_judge))
+    return path.name if path.is_absolute() else str(path)
 
 
 def rows_of(folder: RunFolder, split: str) -> list[Row]:
@@ -123,11 +123,17 @@ def with_function(config: Config, given: RewardFunction | None) -> Config:
     return replace(config, reward=replace(config.reward, function=function_name(given)))
 
 
+def sources(config: Config) -> dict[str, str]:
+    """Return the settings that name data or a model which the run reads, with the path or hub id."""
+    flat, unused = flatten(asdict(config)), ["reward.classifier"] if config.reward.function else []
+    return {name: flat[name] for name in _PLACES if name not in unused and flat[name] not in (None, *_RESERVED)}
+
+
 def places(config: Config) -> dict[str, Path]:
     """Return the settings that name something on disk, with its path."""
-    flat = flatten(asdict(config)) | {"reward.function": (config.reward.function or "").rpartition(":")[0] or None}
-    named = {name: Path(flat[name]) for name in (*_PLACES, "reward.function") if flat[name] not in (None, *RESERVED)}
-    return {name: path for name, path in named.items() if path.exists()}
+    file = (config.reward.function or "").rpartition(":")[0]
+    named = sources(config) | ({"reward.function": file} if file else {})
+    return {name: Path(source) for name, source in named.items() if Path(source).exists()}
 
 
 def absolute(config: Config) -> Config:
@@ -143,10 +149,9 @@ def with_revisions(config: Config, was: Config | None) -> Config:
 
     Raises InputError for what the hub does not have.
     """
-    ours, theirs = flatten(asdict(config)), flatten(asdict(was)) if was else {}
-    named = {name: ours[name] for name in _PLACES if ours[name] not in (None, *RESERVED) and is_id(ours[name])}
-    found = {}
-    for name, source in named.items():
-        known = str(theirs.get(name)).startswith(f"{source}@")
-        found[name] = theirs[name] if known else pinned(source, name)
+    found, theirs = {}, sources(was) if was else {}
+    for name, source in sources(config).items():
+        if is_id(source):
+            known = theirs.get(name, "").startswith(f"{source}@")
+            found[name] = theirs[name] if known else pinned(source, name)
     return changed(config, found)

@@ -114,14 +114,8 @@ def _scored(
     policy: Policy, encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return teacher-forced log-probs (nats) and values, each (B, T), as many rows at once as keep logits small."""
-    at_once = rows_at_once(policy, ids.shape[1])
-    if at_once >= len(ids):
-        logprobs, _, values = policy.logprobs(encoded, ids, temperature, adapter)
-        return logprobs, values
-    parts = [
-        policy.logprobs(encoded.select(rows), ids[rows], temperature, adapter)
-        for rows in torch.arange(len(ids), device=ids.device).split(at_once)
-    ]
+    chunks = torch.arange(len(ids), device=ids.device).split(rows_at_once(policy, ids.shape[1]))
+    parts = [policy.logprobs(encoded.select(rows), ids[rows], temperature, adapter) for rows in chunks]
     return torch.cat([logprobs for logprobs, _, _ in parts]), torch.cat([values for _, _, values in parts])
 
 

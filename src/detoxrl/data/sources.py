@@ -117,9 +117,10 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
     require(is_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
     folder = fetched_data(name)
     try:
-        return {str(split): table.to_list() for split, table in datasets.load_dataset(folder).items()}
+        tables = datasets.load_dataset(folder, verification_mode="no_checks")  # its card may count other rows
+        return {str(split): table.to_list() for split, table in tables.items()}
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = first_line(error.__cause__ or error)
+        reason = f"{type(error).__name__}, {first_line(error.__cause__ or error)}"
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 

@@ -56,7 +56,11 @@ def start_of(config: PolicyConfig) -> Path | None:
 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
-    """Return a fresh adapter's settings. Raises InputError when a target names no layer."""
+    """Return the settings of the adapter to start from, else a fresh one's. Raises InputError for an unknown target."""
+    if folder := start_of(config):
+        with fitting("policy.adapter", folder):
+            found: LoraConfig = LoraConfig.from_pretrained(str(folder), inference_mode=False)
+            return found
     everywhere = config.train_encoder or not model.config.is_encoder_decoder
     reachable = re.compile(_target_pattern([r"\w+"], everywhere))
     linear = {

@@ -31,9 +31,7 @@ def print_result(root: Path) -> None:
     # A model that was only evaluated has no adapter of ours.
     adapter = f"adapter: {root / 'adapter'}   " if (root / "adapter").is_dir() else ""
     console.print(f"{adapter}report: {root / 'report.html'}   numbers: {root / 'eval.json'}")
-    console.print(
-        f"sheets: {root / 'samples.csv'}, {root / 'compared.csv'}   for blind raters: {root / 'blind_sheet.csv'}"
-    )
+    console.print(f"sheets in {root}: samples.csv, compared.csv   for blind raters: blind_sheet.csv")
     console.print(f"next: open {root / 'report.html'} in a browser")
 
 

@@ -28,15 +28,20 @@ TOXIC_PROBE = "You are a stupid idiot!"
 _CLEAR = 0.1
 
 
-def class_scores(logits: torch.Tensor, kind: str, toxic: int, good: int | None, several: bool) -> torch.Tensor:
+def several(config: PreTrainedConfig) -> bool:
+    """Return whether a text may have several labels, so that each has its own sigmoid."""
+    return bool(config.num_labels == 1 or config.problem_type == "multi_label_classification")
+
+
+def class_scores(logits: torch.Tensor, kind: str, toxic: int, good: int | None, apart: bool) -> torch.Tensor:
     """Return scores (B,) of logits (B, labels): what `kind`, a value of reward.score, says of the label `good`.
 
-    `several`: a text may have several labels, each has a sigmoid of its own; else they share a softmax. Without a good
+    `apart`: each label has a sigmoid of its own; else they share a softmax. Without a good
     label its log-odds are those against the toxic one. Logits and log-odds know no bound; a probability of a text that
     is civil enough lies so near 1 that differences vanish.
     """
-    against = -_log_odds(logits, toxic, several)
-    log_odds = against if good is None else _log_odds(logits, good, several)
+    against = -_log_odds(logits, toxic, apart)
+    log_odds = against if good is None else _log_odds(logits, good, apart)
     if kind == "logit":
         return -logits[:, toxic] if good is None else logits[:, good]
     if kind == "log_odds":
@@ -46,10 +51,10 @@ def class_scores(logits: torch.Tensor, kind: str, toxic: int, good: int | None, 
     return torch.sigmoid(log_odds if kind == "probability" else against)
 
 
-def _log_odds(logits: torch.Tensor, label: int, several: bool) -> torch.Tensor:
+def _log_odds(logits: torch.Tensor, label: int, apart: bool) -> torch.Tensor:
     """Return log p / (1 - p) of one label, (B,), without a detour by p, which rounds to 1."""
     others = [i for i in range(logits.shape[1]) if i != label]
-    return logits[:, label] if several else logits[:, label] - logits[:, others].logsumexp(-1)
+    return logits[:, label] if apart else logits[:, label] - logits[:, others].logsumexp(-1)
 
 
 class Classifier:
@@ -73,15 +78,9 @@ class Classifier:
             positions -= model.config.pad_token_id + 1
         self.max_length = min(tokenizer.model_max_length, positions, 512)
 
-    @property
-    def several(self) -> bool:
-        """Whether labels do not exclude each other, so that each has its own sigmoid."""
-        config = self.model.config
-        return bool(config.num_labels == 1 or config.problem_type == "multi_label_classification")
-
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response alone, as `class_scores`. Prompts are not read."""
-        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, self.several)
+        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, several(self.model.config))
 
     def toxicity(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the probability in [0, 1] of the toxic label, shape (B,)."""
@@ -90,7 +89,7 @@ class Classifier:
     def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the probability (B, labels) of each label: of each alone where a text may have several labels."""
         logits = self.logits(texts)
-        return logits.sigmoid() if self.several else logits.softmax(-1)
+        return logits.sigmoid() if several(self.model.config) else logits.softmax(-1)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
