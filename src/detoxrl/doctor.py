@@ -74,9 +74,8 @@ def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[floa
     kl = float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean())
     error = float((again - responses.logprobs)[responses.response_mask].exp().sub(1).abs().max())
     bound = 0.1 if config.policy.bf16 else 1e-3
-    remedy = "name another base or adapter"
-    require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, which must be 0", remedy)
-    require(error < bound, "policy", error, "is how far first ratios are off 1", remedy)
+    require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, not 0", "name another base or adapter")
+    require(error < bound, "policy", error, "is how far first ratios are off 1", "name another base or adapter")
     return kl, error
 
 

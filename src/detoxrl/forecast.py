@@ -37,10 +37,11 @@ _LATER = 0.45 * 2**30
 
 
 class Speed(NamedTuple):
-    """What this machine does in a second: operations of a product, bytes read or written, a model's calls of torch."""
+    """What this machine does in a second: operations of a product, bytes of weights and of states, calls of torch."""
 
     fp32: float
     bf16: float
+    weights: float
     moved: float
     calls: float
 
@@ -82,18 +83,14 @@ class Meter(TorchDispatchMode):
         fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
         for tensor in fresh:
             self._hold(tensor.untyped_storage())
-        moved = sum(tensor.nbytes for tensor in (*read, *made)) if fresh else 0  # else a view, or in place and small
+        sizes = [(t.untyped_storage()._cdata in self._live, t.nbytes) for t in (*read, *made) if fresh]  # else a view
+        moving = sum(n / (self.speed.moved if here else self.speed.weights) for here, n in sizes)
         counted = flop_registry.get(func._overloadpacket)
         flops = counted(*args, **(kwargs or {}), out_val=out) if counted else 0
         rate = self.speed.bf16 if made and made[0].dtype == torch.bfloat16 else self.speed.fp32
-        self.seconds += max(flops / rate, moved / self.speed.moved) + 1 / self.speed.calls
+        self.seconds += max(flops / rate, moving) + 1 / self.speed.calls
         self.calls += 1
         return out
-
-    @property
-    def cost(self) -> Cost:
-        """What was counted."""
-        return Cost(seconds=self.seconds, peak=self.peak)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -127,6 +124,7 @@ def measured_speed(device: torch.device) -> Speed:
         return 2 * 1024 * 768 * 2048 / best(lambda: (a @ b)[0, 0])
 
     states, copy = torch.ones(2, 2**21, device=device)  # the size of a batch's hidden states
+    weights = torch.ones(2**26, device=device)  # of a model's weights, which no cache holds
     tiny = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
     tiny = tiny.to(device)  # type: ignore[arg-type]
     ids = torch.ones(2, 8, dtype=torch.long, device=device)
@@ -136,11 +134,12 @@ def measured_speed(device: torch.device) -> Speed:
         loss.backward()
         return loss.detach()
 
-    with Meter(Speed(fp32=1, bf16=1, moved=1, calls=1)) as meter:
+    with Meter(Speed(1, 1, 1, 1, 1)) as meter:
         learn()
     return Speed(
         fp32=product(torch.float32),
         bf16=product(torch.bfloat16),
+        weights=weights.nbytes / best(weights.sum),
         moved=2 * states.nbytes / best(lambda: copy.copy_(states)[0]),
         calls=meter.calls / best(learn),  # so small that calls are all it costs
     )
@@ -154,14 +153,13 @@ def stage_costs(
     `classifiers` are on the meta device. Prompts are those of the 95th percentile of lengths; responses fill memory up
     to their limit, and take the time of the longest of their batch, which is as long as that of the references.
     """
-    generation, steps = config.generation, config.rl.steps
-    policy = tuner = bare_policy(config, prepared.tokenizer)
-    if config.sft.full_weights and config.policy.bf16:  # it trains in fp32
-        tuner = bare_policy(replace(config, policy=replace(config.policy, bf16=False)), prepared.tokenizer)
+    steps, batch = config.rl.steps, config.generation.batch_size
+    policy, fp32 = bare_policy(config, prepared.tokenizer), replace(config, policy=replace(config.policy, bf16=False))
+    tuner = bare_policy(fp32, prepared.tokenizer) if config.sft.full_weights else policy  # whole weights train in fp32
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
-    texts = ordered[: max(2, round(0.95 * len(ordered)))][-generation.batch_size :]
+    texts = ordered[: max(2, round(0.95 * len(ordered)))][-batch:]
     respond, score, update = _passes(policy, texts, config, prepared, speed)
-    judge = _judging(classifiers, generation, len(texts), speed)
+    judge = _judging(classifiers, config.generation, len(texts), speed)
     made, validations = steps * config.rl.batch_size, -(-steps // config.rl.validate_every) + 1
     validated = validations * len(prepared.rows["validation"])
     baseline = config.sft.baseline_steps > 0 and any(row.civil_reference for row in prepared.rows["train"])
@@ -215,7 +213,7 @@ def _passes(
     with torch.no_grad():
         with Meter(speed) as meter:
             encoded = policy.encode(texts)
-        encode = meter.cost
+        encode = Cost(seconds=meter.seconds, peak=meter.peak)
 
         def sampling(tokens: int) -> Cost:
             chances = torch.ones(count, tokens, device=_META)
@@ -268,4 +266,4 @@ def _cost(speed: Speed, work: Callable[[], Any], answer: int = 1) -> Cost:
     meter = Meter(speed, answer)
     with meter:
         work()
-    return meter.cost
+    return Cost(seconds=meter.seconds, peak=meter.peak)
