@@ -117,7 +117,7 @@ def measured_speed(device: torch.device) -> Speed:
             started = time.perf_counter()
             float(work())  # waits for the device
             taken.append(time.perf_counter() - started)
-        return min(taken)
+        return sorted(taken)[2]  # what lasts is not the best
 
     def product(dtype: torch.dtype) -> float:
         a, b = torch.ones(1024, 768, dtype=dtype, device=device), torch.ones(768, 2048, dtype=dtype, device=device)

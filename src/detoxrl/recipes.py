@@ -25,7 +25,7 @@ _DIALOGSUM = {
     "data.source": "knkarthick/dialogsum", "data.min_length": 200, "data.max_length": 1000,
     "data.template": "\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n",
     "policy.base": "google/flan-t5-base",
-    "sft.steps": 300, "sft.batch_size": 16, "sft.lr": 1e-3, "sft.full_weights": False, "sft.baseline_steps": 0,
+    "sft.steps": 400, "sft.batch_size": 8, "sft.lr": 1e-3, "sft.full_weights": False, "sft.baseline_steps": 0,
     "reward.classifier": _HATE, "reward.normalise_on": 0,
     "generation.max_new_tokens": 64, "generation.batch_size": 16,
     "rl.steps": 10, "rl.batch_size": 16, "rl.minibatch_size": 4, "rl.microbatch_size": 4, "rl.epochs": 1,
