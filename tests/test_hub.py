@@ -31,7 +31,7 @@ from detoxrl.hub import ADAPTER, bytes_to_fetch, fetched, fetched_data, is_id, p
 from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer
 from detoxrl.recipes import recipe_names
-from detoxrl.rewards.classifier import load_classifier
+from detoxrl.rewards.classifier import load_classifier, several
 from hub import Hub, hub
 from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
@@ -133,7 +133,7 @@ def test_every_classifier_of_the_recipes_loads_and_its_labels_are_found(served: 
     classifier = load_classifier(name, "reward.classifier", {"reward.toxic_label": toxic} | good, torch.device("cpu"))
     assert classifier.toxic == HEADS[name].index(toxic)
     assert classifier.good == (0 if good else None)
-    assert classifier.several == (len(HEADS[name]) > 2)
+    assert several(classifier.model.config) == (len(HEADS[name]) > 2)
 
 
 @pytest.mark.parametrize("name", DATA)
