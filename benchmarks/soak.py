@@ -223,7 +223,7 @@ class Bench:
     def estimated_mib(self, scenario: str) -> float:
         """Return what the doctor says about the disk."""
         self.clear()
-        words = ["doctor", *self.words(scenario)[1:]]
+        words = ["doctor", *(word for word in self.words(scenario)[1:] if word != "--resume")]
         begun(Plan(words=words, place=self.place, shown=self.shown, eager=False, stage=STAGES[0])).join()
         found = re.search(r"disk: up to ([\d,.]+) MiB", (self.shown / "stdout").read_text())
         return float(found[1].replace(",", "")) if found else sys.exit(f"{words} says nothing: {self.error()}")
