@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -77,9 +78,14 @@ def test_shapes_alone_give_the_adapter_to_start_from(
     assert [p.shape for p in bare.parameters()] == [p.shape for p in loaded.parameters()]
 
 
-def test_the_forecast_of_a_warm_start_is_there_only_where_there_is_one_and_counts_fp32(bases: dict[str, Path]) -> None:
+def test_the_forecast_of_a_warm_start_is_there_only_where_there_is_one_and_counts_fp32(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(forecast.psutil, "Process", lambda: nothing)
+
     def sft(**settings: Any) -> Cost:
-        config = recipe("own", {"policy.base": str(bases["t5"]), "policy.bf16": True, "rl.batch_size": 64, **settings})
+        config = recipe("own", {"policy.base": str(bases["t5"]), "policy.bf16": True, "rl.batch_size": 64} | settings)
         return stage_costs(config, prepared, [], UNIT)["sft"]
 
     prepared = prepare_rows(recipe("quickstart", {"data.limit": 128}))
@@ -87,6 +93,7 @@ def test_the_forecast_of_a_warm_start_is_there_only_where_there_is_one_and_count
     whole, lora = (sft(**{"sft.steps": 5, "sft.full_weights": full}) for full in (True, False))
     weights = 4 * sum(p.numel() for p in load_base(str(bases["t5"]))[0].parameters())  # bytes in fp32
     assert whole.peak - lora.peak > 3 * weights
+    assert whole == sft(**{"sft.steps": 5, "sft.full_weights": True, "policy.bf16": False})
 
 
 def test_the_forecast_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

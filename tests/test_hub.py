@@ -217,7 +217,7 @@ def test_pickled_weights_are_refused_and_an_index_that_is_none_too(
     assert "`detoxrl convert me/pickled FOLDER` makes safetensors of a .bin" in told
     with pytest.raises(InputError, match=r"holds no model\.safetensors; .*convert me/pickled"):
         bytes_to_fetch("me/pickled", "policy.base")
-    for index in ("{", "{}", "[]"):
+    for index in ("{", "{}", "[]", '{"weight_map": [1]}'):
         (tmp_path / "pickled" / "model.safetensors.index.json").write_text(index)
         served.move("me/pickled", tmp_path / "pickled")
         assert "cannot be read as http" in refused("policy.base", "me/pickled")

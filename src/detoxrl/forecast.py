@@ -111,7 +111,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 def measured_speed(device: torch.device) -> Speed:
     """Return what the device does in a second, by short trials."""
 
-    def best(work: Callable[[], Any]) -> float:
+    def lasting(work: Callable[[], Any]) -> float:
         taken = []
         for _ in range(4):
             started = time.perf_counter()
@@ -121,7 +121,7 @@ def measured_speed(device: torch.device) -> Speed:
 
     def product(dtype: torch.dtype) -> float:
         a, b = torch.ones(1024, 768, dtype=dtype, device=device), torch.ones(768, 2048, dtype=dtype, device=device)
-        return 2 * 1024 * 768 * 2048 / best(lambda: (a @ b)[0, 0])
+        return 2 * 1024 * 768 * 2048 / lasting(lambda: (a @ b)[0, 0])
 
     states, copy = torch.ones(2, 2**21, device=device)  # the size of a batch's hidden states
     weights = torch.ones(2**26, device=device)  # of a model's weights, which no cache holds
@@ -139,9 +139,9 @@ def measured_speed(device: torch.device) -> Speed:
     return Speed(
         fp32=product(torch.float32),
         bf16=product(torch.bfloat16),
-        weights=weights.nbytes / best(weights.sum),
-        moved=2 * states.nbytes / best(lambda: copy.copy_(states)[0]),
-        calls=meter.calls / best(learn),  # so small that calls are all it costs
+        weights=weights.nbytes / lasting(weights.sum),
+        moved=2 * states.nbytes / lasting(lambda: copy.copy_(states)[0]),
+        calls=meter.calls / lasting(learn),  # so small that calls are all it costs
     )
 
 

@@ -76,7 +76,8 @@ def fetched_pickles(source: str, field: str) -> str:
     name, _, revision = source.partition("@")
     wanted = ["*.json", "*.txt", "*.model", "*.jinja", "pytorch_model*.bin", "adapter_model*.bin"]
     with _answered(source, field):
-        return huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+        ask = partial(huggingface_hub.snapshot_download, name, allow_patterns=wanted)
+        return str(_asked(partial(ask, revision=revision or None)))
 
 
 def fetched_data(source: str) -> str:
@@ -99,8 +100,10 @@ def bytes_to_fetch(source: str, field: str) -> int:
 
 def _weight_files(name: str, weights: str, revision: str) -> list[str]:
     index = _optional(name, f"{weights}.safetensors.index.json", revision)
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index else {}
-    return sorted(set(weight_map.values())) or [f"{weights}.safetensors"]
+    found = json.loads(index.read_text(encoding="utf-8")) if index else {"weight_map": {}}
+    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+        raise ValueError(f"{weights}.safetensors.index.json names no weights")
+    return sorted(set(found["weight_map"].values())) or [f"{weights}.safetensors"]
 
 
 def _optional(name: str, file: str, commit: str) -> Path | None:
@@ -149,7 +152,7 @@ def _answered(source: str, field: str) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(field, source, *_trouble(error, source, field)) from error
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # an index that is none
+    except ValueError as error:  # an index that is none
         rule = f"cannot be read as {constants.ENDPOINT} gives it: {first_line(error)}"
         raise InputError(field, source, rule, "name another revision") from error
 
