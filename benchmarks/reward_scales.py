@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from detoxrl.data.insults import insult_pattern
+from detoxrl.data.phrases import insult_pattern
 from detoxrl.recipes import recipe
 from detoxrl.rewards.classifier import class_scores, load_classifier
 from detoxrl.settings import changed, config_from_json

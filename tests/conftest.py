@@ -31,9 +31,8 @@ from transformers import (
 )
 
 from detoxrl.config import Config, DataConfig, PolicyConfig
-from detoxrl.data.corpus import generate_rows
+from detoxrl.data.corpus import generate_rows, generate_utterances
 from detoxrl.data.rows import Row
-from detoxrl.data.utterances import generate_utterances
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base, scratch_tokenizer
 from detoxrl.policy.policy import Policy

@@ -28,9 +28,8 @@ TORN = ("cut", "longer", "shorter")
 class Hub:
     """What the hub serves, how it fails, and what it was asked."""
 
-    def __init__(self, folders: Mapping[str, Path], bare: bool) -> None:
+    def __init__(self, folders: Mapping[str, Path]) -> None:
         self.address = ""
-        self.bare = bare
         self.requests: list[str] = []
         self.main: dict[str, str] = {}
         self.commits: dict[str, dict[str, Path]] = {}
@@ -78,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, content: bytes = b"") -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
         path = urlsplit(self.path).path
-        if (found := _API.fullmatch(path)) and not (self.hub.bare and found[1] == "models"):
+        if found := _API.fullmatch(path):
             kind, name, what, revision, inside = (group and unquote(group) for group in found.groups())
             name = f"datasets/{name}" if kind == "datasets" else name
             if commit := self._commit(name, revision or "main", None):
@@ -135,9 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(name, inside) if self.command == "GET" else None
         if fault in ("longer", "shorter"):
             data = data + b"more" if fault == "longer" else data[:-4]
-        # A bare one begins anew when asked to go on, which is its right.
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if asked and not self.hub.bare:
+        if asked:
             begin = int(asked[1])
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         end = middle if fault == "cut" else len(data)
@@ -145,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, headers | {"Content-Length": len(data) - begin}, data[begin : max(begin, end)])
 
     def _refuse(self, status: int, code: str, commit: str = "") -> None:
-        told = {} if self.hub.bare else {"X-Error-Code": code, "X-Repo-Commit": commit}
+        told = {"X-Error-Code": code, "X-Repo-Commit": commit}
         self._send(status, {name: value for name, value in told.items() if value} | {"Content-Length": 0}, b"")
 
     def _send(self, status: int, headers: Mapping[str, str | int], data: bytes) -> None:
@@ -170,12 +168,9 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def hub(folders: Mapping[str, Path], bare: bool = False) -> Iterator[Hub]:
-    """Serve folders under names such as `google/flan-t5-small` or `datasets/knkarthick/samsum`.
-
-    A `bare` one says nothing of models but their files, and of what it refuses nothing but the status.
-    """
-    served = Hub(folders, bare)
+def hub(folders: Mapping[str, Path]) -> Iterator[Hub]:
+    """Serve folders under names such as `google/flan-t5-small` or `datasets/knkarthick/samsum`."""
+    served = Hub(folders)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": served}))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

@@ -21,7 +21,7 @@ from detoxrl.config import Config
 from detoxrl.errors import StorageError
 from detoxrl.policy.backbone import load_base
 from detoxrl.sft import fine_tune
-from detoxrl.stopping import Terminated, stopping_between_steps
+from detoxrl.stopping import Terminated, stopping
 from detoxrl.storage import filling, write_text
 from small_runs import contents
 from test_invariants import learn, loop_config, share_of_e
@@ -282,7 +282,7 @@ def test_a_stop_waits_for_the_next_point_and_leaves_a_state(
 def test_what_is_ignored_stays_ignored() -> None:
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts its background jobs
     try:
-        with stopping_between_steps(print) as asked:
+        with stopping(print) as asked:
             signal.raise_signal(signal.SIGINT)
             assert asked() is None
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -294,7 +294,7 @@ def test_in_another_thread_signals_stay_as_they_are() -> None:
     asked: list[object] = []
 
     def work() -> None:
-        with stopping_between_steps(print) as stop:
+        with stopping(print) as stop:
             asked.append(stop())
 
     thread = threading.Thread(target=work)
@@ -307,7 +307,7 @@ def test_a_second_stop_is_at_once_and_one_after_the_last_point_is_not_lost() -> 
     said: list[str] = []
 
     def stopped(*numbers: signal.Signals) -> None:
-        with stopping_between_steps(said.append) as asked:
+        with stopping(said.append) as asked:
             assert asked() is None
             for number in numbers:
                 signal.raise_signal(number)
@@ -360,7 +360,7 @@ def test_a_training_that_died_ends_equal(
     monkeypatch.setattr(checkpoint, "SHARE", 1e9 if often else 1e-9)
     encoder, config = "encoder" in kind, resuming_config()
     learn(make_policy(name, kind, encoder), tmp_path / "whole", config)
-    for calls in (3, 2):  # the first is the normaliser's
+    for calls in (5, 3):  # the normaliser's, steps 0 and 1, validations before steps 0 and 2; then on from there
         with pytest.raises(Killed):
             learn(make_policy(name, kind, encoder), tmp_path / "broken", config, dying(calls))
     newest = max((tmp_path / "broken/checkpoints/train").iterdir())

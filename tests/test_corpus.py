@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from detoxrl.data.corpus import generate_rows
+from detoxrl.data.corpus import generate_rows, generate_utterances
 from detoxrl.data.facts import Facts, facts_kept, quarrel_roles
-from detoxrl.data.insults import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
-from detoxrl.data.phrases import PHRASES, SCENARIOS
+from detoxrl.data.phrases import INSULTS, PHRASES, SCENARIOS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row, read_rows, rows_to_jsonl
-from detoxrl.data.utterances import generate_utterances
 
 SIZES = {"train": 3000, "validation": 200, "test": 300}
 FACTS = Facts(

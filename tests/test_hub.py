@@ -27,7 +27,7 @@ from detoxrl.config import DataConfig, PolicyConfig
 from detoxrl.data.rows import Row
 from detoxrl.data.sources import read_source
 from detoxrl.errors import InputError
-from detoxrl.hub import ADAPTER, bytes_to_fetch, fetched, fetched_data, is_id, pinned
+from detoxrl.hub import bytes_to_fetch, fetched, is_id, pinned
 from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer
 from detoxrl.recipes import recipe_names
@@ -91,9 +91,7 @@ def asked(served: Hub) -> list[str]:
 
 def fetch(field: str, source: str) -> Path:
     """Fetch what a field names, as the run does."""
-    if field == "data.source":
-        return Path(fetched_data(source))
-    return Path(fetched(source, field, ADAPTER if field == "policy.adapter" else "model"))
+    return Path(fetched(source, field))
 
 
 def same(folder: Path, original: Path) -> None:
@@ -123,7 +121,6 @@ def test_every_base_of_the_recipes_loads(served: Hub, size: str) -> None:
     model, tokenizer = load_base(f"google/flan-t5-{size}")
     assert model.config.d_model == SIZES[size]
     assert len(load_tokenizer(f"google/flan-t5-{size}")) == len(tokenizer)
-    assert not [request for request in asked(served) if "/api/" in request]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -155,21 +152,8 @@ def test_a_lora_to_start_from_loads(served: Hub, folders: dict[str, Path]) -> No
     load_policy(SMALLEST, start, policy_config("t5"), seed=0)
 
 
-def test_a_hub_that_knows_nothing_but_the_files_of_models_suffices(folders: dict[str, Path], use: Use) -> None:
-    with hub(folders, bare=True) as bare:
-        use(bare.address)
-        load_base(SMALLEST)
-        assert bytes_to_fetch(SMALLEST, "policy.base") == 0
-        told = refused("policy.base", "google/gone")
-        assert f"is no file or folder here, and at {bare.address} holds no config.json; name one that does" in told
-        source = pinned(SMALLEST, "policy.base")
-        asked(bare)
-        load_base(source)
-        assert asked(bare) == []
-
-
 def test_a_data_set_needs_no_more_of_a_hub_than_the_datasets_library_does(served: Hub) -> None:
-    fetched_data(SAMSUM)
+    fetched(SAMSUM, "data.source")
     ours = {path_of(request) for request in asked(served)}
     commit = served.main[f"datasets/{SAMSUM}"]
     files = {f"/datasets/{SAMSUM}/resolve/{commit}/{split}.csv" for split in ("train", "validation", "test")}
@@ -203,7 +187,6 @@ def test_what_is_to_be_fetched_is_known_before(served: Hub, folders: dict[str, P
     assert bytes_to_fetch(str(folders[SMALLEST]), "policy.base") == 0
     fetch("policy.base", SMALLEST)
     assert bytes_to_fetch(SMALLEST, "policy.base") == 0
-    assert not any(request.startswith("GET") and "api" in request for request in asked(served))
 
 
 def test_pickled_weights_are_refused_and_an_index_that_is_none_too(
@@ -280,12 +263,11 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("field", "name", "key"), EVERYTHING)
 def test_what_was_fetched_once_needs_no_network(
-    folders: dict[str, Path], use: Use, field: str, name: str, key: str, bare: bool
+    folders: dict[str, Path], use: Use, field: str, name: str, key: str
 ) -> None:
-    with hub(folders, bare) as served:
+    with hub(folders) as served:
         use(served.address)
         source = pinned(name, field)
         same(fetch(field, name), folders[key])
@@ -365,14 +347,11 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("field", "name", "key", "file", "lacking"), PARTS, ids=[f"{p[0]} {p[3]}" for p in PARTS])
-@pytest.mark.parametrize(
-    ("fault", "bare"), [*((fault, False) for fault in TOLD), ("no file", True), ("cut", True), ("dropped", True)]
-)
+@pytest.mark.parametrize("fault", TOLD)
 def test_whatever_a_hub_does_is_told_in_one_line_and_does_not_last(
     folders: dict[str, Path], use: Use, field: str, name: str, key: str, file: str | None, lacking: str, fault: str,
-    bare: bool,
 ) -> None:  # fmt: skip
-    with hub(folders, bare) as served:
+    with hub(folders) as served:
         use(served.address)
         served.fail(key, fault, file)
         told = refused(field, name)

@@ -22,7 +22,7 @@ from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, LoraWeights
 from detoxrl.records import Encoded, Prompt, Rollout
 from detoxrl.rl.kl import k1
-from detoxrl.rollout import collect, draws, length_sorted_batches, sample_batches, sample_texts
+from detoxrl.rollout import by_row, collect, draws, sample_batches
 from detoxrl.tracking import RunFolder
 from detoxrl.train import Targets, train, update
 
@@ -217,12 +217,12 @@ def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypa
 def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Make) -> None:
     loaded = make_policy(name, kind, encoder=name in ENCODER_DECODERS)
     config = replace(small_config().generation, max_new_tokens=LENGTH)
-    before = sample_texts(loaded, PROMPTS, config, seed=0, stream="x")
+    before = by_row(sample_batches(loaded, PROMPTS, config, seed=0, stream="x"))
     disturb(loaded)
-    assert sample_texts(loaded, PROMPTS, config, seed=0, stream="x") != before
-    assert sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference) == before
+    assert by_row(sample_batches(loaded, PROMPTS, config, seed=0, stream="x")) != before
+    assert by_row(sample_batches(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference)) == before
     assert not any("</s>" in text or "<pad>" in text for (text,) in before)
-    two = sample_texts(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2)
+    two = by_row(sample_batches(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2))
     assert [texts[:1] for texts in two] == before
     asked, sample = [], loaded.sample
 
@@ -232,7 +232,7 @@ def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Mak
 
     loaded.sample = note  # type: ignore[method-assign, assignment]
     batches = list(sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x"))
-    assert ([len(batch) for batch in batches], asked) == ([3, 1], [False, False])
+    assert ([list(batch) for batch in batches], asked) == ([[2, 0, 1], [3]], [False, False])  # of like length
     rest = sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", skip=1)
     assert list(rest) == batches[1:]
     assert all(first != second for first, second in two)
@@ -293,11 +293,6 @@ def test_rollout_batch_size_changes_nothing(policy: Policy) -> None:
 def test_a_rollout_is_as_long_as_its_longest_response(fresh: Policy) -> None:
     fresh.ends = list(range(300))
     assert rollout_of(fresh).responses.ids.shape == rollout_of(fresh).ref_logprobs.shape == (4, 1)
-
-
-def test_batches_are_of_like_length_and_none_is_empty() -> None:
-    assert length_sorted_batches(["aaa", "a", "aa", "a"], 2) == [[1, 3], [2, 0]]
-    assert length_sorted_batches(["aa", "a", "aaa"], 2) == [[1, 0], [2]]
 
 
 def test_selecting_rows_cuts_the_padding_none_of_them_needs_on_either_side() -> None:

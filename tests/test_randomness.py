@@ -9,9 +9,9 @@ from detoxrl.randomness import batch_indices, digest, permutation, torch_seed, u
 
 
 def test_a_row_draws_the_same_in_any_batch_and_a_longer_draw_starts_alike() -> None:
-    many = uniforms(0, "rollout", 3, ["a", "b", "c"], [0, 0, 1], 8)
-    assert np.array_equal(uniforms(0, "rollout", 3, ["b"], [0], 8)[0], many[1])
-    assert np.array_equal(uniforms(0, "rollout", 3, ["c"], [1], 20)[0, :8], many[2])
+    many = uniforms(0, "rollout", 3, ["a", "b", "c"], 1, 8)
+    assert np.array_equal(uniforms(0, "rollout", 3, ["b"], 1, 8)[0], many[1])
+    assert np.array_equal(uniforms(0, "rollout", 3, ["c"], 1, 20)[0, :8], many[2])
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ def test_a_row_draws_the_same_in_any_batch_and_a_longer_draw_starts_alike() -> N
 )  # fmt: skip
 def test_every_coordinate_matters(other: tuple[int, str, int, str, int]) -> None:
     seed, stream, step, prompt, sample = other
-    here = uniforms(0, "rollout", 3, ["a"], [0], 16)
-    there = uniforms(seed, stream, step, [prompt], [sample], 16)
+    here = uniforms(0, "rollout", 3, ["a"], 0, 16)
+    there = uniforms(seed, stream, step, [prompt], sample, 16)
     assert not np.isclose(here, there).any()
 
 
 def test_draws_are_uniform() -> None:
-    values = uniforms(0, "test", 0, [str(i) for i in range(2000)], [0] * 2000, 8)
+    values = uniforms(0, "test", 0, [str(i) for i in range(2000)], 0, 8)
     assert values.min() >= 0
     assert values.max() < 1
     assert abs(values.mean() - 0.5) < 0.01
@@ -35,7 +35,7 @@ def test_draws_are_uniform() -> None:
 
 def test_these_draws_are_pinned_so_that_old_runs_can_be_repeated() -> None:
     assert digest("detoxrl") == 16287801504240873280
-    assert uniforms(1, "rollout", 2, ["train_3"], [4], 2)[0].tolist() == pytest.approx(
+    assert uniforms(1, "rollout", 2, ["train_3"], 4, 2)[0].tolist() == pytest.approx(
         [0.7466789773019289, 0.4921103744973928]
     )
 

@@ -9,6 +9,7 @@ import pytest
 
 from detoxrl import storage, tracking
 from detoxrl.best import BestCheckpoint, Validation
+from detoxrl.config import RlConfig
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
 from detoxrl.settings import config_to_json
@@ -34,9 +35,11 @@ def begin(root: Path, overwrite: bool = False) -> RunFolder:
 
 def kept(tmp_path: Path, found: list[tuple[float, float]], margin: float = 0.01, error: float = 0.005) -> int:
     folder = RunFolder(tmp_path)
-    best = BestCheckpoint(folder, margin)
+    best = BestCheckpoint(folder, RlConfig(quality_margin=margin))
     for step, (toxicity, quality) in enumerate(found):
-        validation = Validation(step=step, toxicity=toxicity, toxicity_error=error, quality=quality, length=20)
+        validation = Validation(
+            step=step, toxicity=toxicity, toxicity_error=error, quality=quality, length=20, score=0.0, kl=0.0
+        )
         best.offer(FakePolicy(str(step)), validation)  # type: ignore[arg-type]
     step = folder.read_json("checkpoint.json")["kept_step"]
     assert (tmp_path / "adapter" / "weights").read_text() == str(step)

@@ -1,7 +1,5 @@
 """What was trained on the spot before and can be used again?"""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -31,8 +29,8 @@ def tidy_cache() -> None:
             sweep(cache_dir())
 
 
-def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> bool:
-    """Fill `destination` from the cache, and say so, or by `build(destination)`, which is kept; return which it was.
+def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> None:
+    """Fill `destination` from the cache, and say so, or by `build(destination)`, which is kept.
 
     The key covers the ingredients, the versions of the libraries, threads and bf16 of the machine, and detoxrl's own
     training code.
@@ -41,13 +39,12 @@ def cached(what: str, ingredients: Iterable[str], destination: Path, build: Call
     if stored.is_dir():
         copy_folder(stored, destination)
         log.print(f"{what}: trained before, taken from the cache")
-        return True
+        return
     build(destination)
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
         if not stored.is_dir():
             copy_folder(destination, stored)
-    return False
 
 
 def _key(ingredients: Iterable[str]) -> str:

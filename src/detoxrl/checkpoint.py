@@ -1,7 +1,5 @@
 """From what can a loop go on after it was stopped?"""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detoxrl.errors import StorageError, first_line
-from detoxrl.stopping import stopping_between_steps
+from detoxrl.stopping import stopping
 from detoxrl.storage import copy_folder, file_digests, filling, remove, sync, write_text
 from detoxrl.tracking import log
 
@@ -46,7 +44,7 @@ class Checkpoints:
     @contextmanager
     def stoppable(self) -> Iterator[None]:
         """Let Ctrl-C and SIGTERM inside the block wait for the next `point`."""
-        with stopping_between_steps(log.print) as self._stop:
+        with stopping(log.print) as self._stop:
             yield
 
     def restore(self) -> dict[str, Any] | None:
@@ -55,17 +53,16 @@ class Checkpoints:
         A torn or edited one is named, and the one before is taken. None: there is none, and products of an earlier
         attempt are gone. Raises StorageError when there are some and none is whole; nothing is lost then.
         """
-        places = self._places()
-        faults = {}
+        places, broken = self._places(), dict[Path, str]()
         for place in reversed(places):
-            faults[place] = self._fault(place)
-            if faults[place] is None:
+            fault = self._fault(place)
+            if fault is None:
                 break
-            log.print(f"{place} is not as it was written: {faults[place]}")
-        if places and None not in faults.values():
+            broken[place] = fault
+            log.print(f"{place} is not as it was written: {fault}")
+        if places and len(broken) == len(places):
             remedy = f"put that back, or remove {self.folder} to begin this loop anew"
-            raise StorageError(f"{places[-1]} is not as it was written ({faults[places[-1]]}); {remedy}")
-        broken = [place for place, fault in faults.items() if fault]
+            raise StorageError(f"{places[-1]} is not as it was written ({broken[places[-1]]}); {remedy}")
         for path in (*broken, *self.products):
             remove(path)
         return self._put_back(place) if places else None
@@ -86,8 +83,7 @@ class Checkpoints:
 
     def forget(self, keep: int = 0) -> None:
         """Delete all but the newest `keep`."""
-        places = self._places()
-        for place in places[: len(places) - keep]:
+        for place in self._places()[::-1][keep:]:
             remove(place)
 
     def _places(self) -> list[Path]:

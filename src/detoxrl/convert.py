@@ -1,7 +1,5 @@
 """How do weights that were pickled become safetensors, which is all that a run reads?"""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -11,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.hub import fetched_pickles
+from detoxrl.hub import fetched
 from detoxrl.storage import filling, reading
 
 _NAMES = {"adapter_model*.bin": "adapter_model.safetensors", "pytorch_model*.bin": "model.safetensors"}
@@ -28,8 +26,7 @@ def convert(source: str, target: Path) -> str:
     Raises InputError when there is nothing to convert, or when a file holds more than tensors; no code in it is run.
     """
     require(not target.exists(), "TO", str(target), "exists already", "name a new folder")
-    folder = Path(fetched_pickles(source, "FROM"))
-    require(folder.is_dir(), "FROM", source, "is no folder", "give the folder with the .bin")
+    folder = Path(fetched(source, "FROM"))
     done = []
     with filling(target) as temporary:
         for pattern, name in _NAMES.items():
@@ -38,8 +35,7 @@ def convert(source: str, target: Path) -> str:
             if tensors:
                 save_file(tensors, temporary / name, metadata={"format": "pt"})
                 left = len(weights) - len(tensors)
-                heads = f", {left} of a value head left out" if left else ""
-                done.append(f"{name} with {len(tensors)} tensors{heads}")
+                done.append(f"{name} with {len(tensors)} tensors{f', {left} of a value head left out' if left else ''}")
         require(bool(done), "FROM", source, f"holds no weights in {' or '.join(_NAMES)}", "nothing needs converting")
         for path in folder.iterdir():
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and ".bin." not in path.name:
@@ -58,8 +54,8 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise InputError("FROM", str(path), f"holds more or less than tensors: {first_line(error)}", remedy) from error
-    tensors = isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values())
-    plain = tensors and all(isinstance(name, str) for name in found)
+    named = found.items() if isinstance(found, dict) else [(None, found)]
+    plain = all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in named)
     require(plain, "FROM", str(path), "is no table of tensors", remedy)
     # Copies: safetensors holds no tensor twice, and tied ones share their memory.
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}

@@ -1,7 +1,5 @@
 """Will a run work here, and what will it take, before hours are spent?"""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +9,14 @@ import torch
 from accelerate import PartialState
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from detoxrl.config import Config
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
 from detoxrl.forecast import Cost, bare_policy, measured_speed, stage_costs, weight_bytes
 from detoxrl.hub import bytes_to_fetch
-from detoxrl.parts import absolute, judge_of, label_settings, scorer, sources, with_revisions
+from detoxrl.parts import absolute, judges_of, label_settings, scorer, sources, with_revisions
 from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared, account_table, checked_policy, prepare_rows
 from detoxrl.rewards.classifier import bare_classifier, several
@@ -37,28 +35,30 @@ def doctor(root: Path, config: Config) -> None:
     config = with_revisions(absolute(config), None)
     with log.status("reading rows and shapes"):
         prepared, found = prepare_rows(config), sources(config)
-        named = {name: found[name] for name in ("reward.classifier", "evaluation.primary_judge") if name in found}
+        named = [name for name in ("reward.classifier", "evaluation.primary_judge") if name in found]
         classifiers = [bare_classifier(found[name], name, label_settings(config, name)) for name in named]
     _OUT.print(account_table(prepared.account))
-    device = _say_device()
+    device: torch.device = PartialState().device
+    words = {"cpu": f"{torch.get_num_threads()} threads", "mps": "which we could not try; nothing here needs float64"}
+    _OUT.print(f"device: {device.type} ({words.get(device.type, 'one of them is used')})")
+    if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"):
+        _OUT.print("PYTORCH_ENABLE_MPS_FALLBACK is set: unset it, nothing here needs it and it hides what is slow")
     with log.status("forecasting"):
         costs = stage_costs(config, prepared, classifiers, measured_speed(device))
-    _say_costs(costs)
-    _require_memory(device, max(cost.peak for cost in costs.values()))
+    _require_memory(costs, device)
     _require_disk(root, config, prepared)
     for name, shape in zip(named, (classifier.config for classifier in classifiers), strict=True):
         _OUT.print(f"{name}: {shape.num_labels} labels, {'a sigmoid each' if several(shape) else 'one softmax'}")
     with log.status("fetching and trying the parts"):
-        judge_of(config)
+        judges_of(config)
         scorer(config, None, None)
-        policy = checked_policy(config, prepared).to(device)
-        kl, error = first_step(policy, config, prepared)
+        kl, error = _first_step(checked_policy(config, prepared).to(device), config, prepared)
     _OUT.print("labels: none is reversed on a civil and a toxic sentence" if named else "labels: no classifier to try")
     _OUT.print(f"KL to the reference at step 0: {kl:.1g} nats; first ratios: within {error:.1g} of 1")
     _OUT.print(f"ready: detoxrl run {config.recipe} with the same flags")
 
 
-def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[float, float]:
+def _first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[float, float]:
     """Return the KL to the reference (nats a response) and how far ratios are off 1, both before any update.
 
     Raises InputError when one is not 0 up to rounding.
@@ -66,40 +66,26 @@ def first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[floa
     prompts = to_prompts(prepared.rows["train"][: config.rl.microbatch_size])
     generation = replace(config.generation, max_new_tokens=min(16, config.generation.max_new_tokens))
     rollout = collect(policy, prompts, generation, seed=config.seed, step=0)
-    responses = rollout.responses
+    responses, temperature, remedy = rollout.responses, config.generation.temperature, "name another base or adapter"
+    rows = torch.arange(len(responses.ids), device=policy.device).split(1)  # an update has other batches too
     with torch.no_grad():
-        rows = torch.arange(len(responses.ids), device=policy.device).split(1)  # an update has other batches too
-        apart = [(rollout.encoded.select(row), responses.ids[row], generation.temperature) for row in rows]
-        again = torch.cat([policy.logprobs(*one)[0] for one in apart])
+        apart = [policy.logprobs(rollout.encoded.select(row), responses.ids[row], temperature)[0] for row in rows]
     kl = float(k1(responses.logprobs, rollout.ref_logprobs).sum(1).mean())
-    error = float((again - responses.logprobs)[responses.response_mask].exp().sub(1).abs().max())
+    error = float((torch.cat(apart) - responses.logprobs)[responses.response_mask].expm1().abs().max())
     bound = 0.1 if config.policy.bf16 else 1e-3
-    require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, not 0", "name another base or adapter")
-    require(error < bound, "policy", error, "is how far first ratios are off 1", "name another base or adapter")
+    require(abs(kl) < bound, "policy", kl, "is the KL to its own start in nats, not 0", remedy)
+    require(error < bound, "policy", error, "is how far first ratios are off 1", remedy)
     return kl, error
 
 
-def _say_device() -> torch.device:
-    device: torch.device = PartialState().device
-    words = {"cpu": f"{torch.get_num_threads()} threads", "mps": "which we could not try; nothing here needs float64"}
-    _OUT.print(f"device: {device.type} ({words.get(device.type, 'one of them is used')})")
-    if os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"):
-        _OUT.print("PYTORCH_ENABLE_MPS_FALLBACK is set: unset it, nothing here needs it and it hides what is slow")
-    return device
-
-
-def _say_costs(costs: dict[str, Cost]) -> None:
-    table = Table("stage", box=SIMPLE_HEAD, caption="by shapes alone; responses as long as the references")
-    table.add_column("about", justify="right")
-    table.add_column("peak memory", justify="right")
+def _require_memory(costs: dict[str, Cost], device: torch.device) -> None:
+    """Print what the stages cost. Raises InputError when less memory is free."""
+    columns = "stage", Column("about", justify="right"), Column("peak memory", justify="right")
+    table = Table(*columns, box=SIMPLE_HEAD, caption="by shapes alone; responses as long as the references")
     for stage, cost in costs.items():
         table.add_row(stage, f"{cost.seconds / 60:.1f} min", f"{cost.peak / 2**30:.1f} GiB")
-    _OUT.print(table)
-    _OUT.print(f"in all: about {sum(cost.seconds for cost in costs.values()) / 60:.1f} min")
-
-
-def _require_memory(device: torch.device, peak: float) -> None:
-    here = psutil.Process().memory_info().rss  # it is part of the peak
+    _OUT.print(table, f"in all: about {sum(cost.seconds for cost in costs.values()) / 60:.1f} min")
+    peak, here = max(cost.peak for cost in costs.values()), psutil.Process().memory_info().rss  # which is part of it
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available + here
     remedy = "try --policy.bf16, a smaller --rl.microbatch-size or --generation.batch-size, or a smaller base"
     rule = f"is free, and the run wants about {peak / 2**30:.1f} GiB"
@@ -107,24 +93,19 @@ def _require_memory(device: torch.device, peak: float) -> None:
 
 
 def _require_disk(root: Path, config: Config, prepared: Prepared) -> None:
+    """Print what trains, and what is fetched and written. Raises InputError when the disk has no room for it."""
+    policy = bare_policy(config, prepared.tokenizer)
+    some, every = (sum(weight.numel() for weight in of.parameters()) for of in (policy, policy.model))
+    _OUT.print(f"policy: {some:,} parameters train, of {every:,}")
+    trained, whole = weight_bytes(policy), weight_bytes(policy.model)
+    tuned = (whole if config.sft.full_weights else trained) * (config.sft.steps > 0)
+    kept = whole if config.policy.full_weights else trained
+    wanted = sum(len(rows_to_jsonl(rows).encode()) for rows in prepared.rows.values())
+    wanted += tuned + kept * (1 + 2 * (config.sft.baseline_steps > 0))
+    wanted += 3 * max(3 * tuned, 3 * trained + kept)  # two checkpoints and one being written: weights and two moments
     small = ("data.source", "policy.adapter")
     fetched = sum(bytes_to_fetch(source, name) for name, source in sources(config).items() if name not in small)
-    policy = bare_policy(config, prepared.tokenizer)
-    trained, whole = weight_bytes(policy.parameters()), weight_bytes(policy.model.parameters())
-    some, every = (sum(w.numel() for w in those) for those in (policy.parameters(), policy.model.parameters()))
-    _OUT.print(f"policy: {some:,} parameters train, of {every:,}")
-    wanted = run_bytes(config, prepared, trained, whole)
     free = psutil.disk_usage(str(next(parent for parent in (root, *root.absolute().parents) if parent.exists()))).free
     rule = f"is free, and the run writes up to {wanted / 2**20:,.0f} MiB and fetches {fetched / 2**20:,.0f} MiB"
     require(wanted + fetched < free, "disk", f"{free / 2**20:,.0f} MiB", rule, "make room, or name another --run-dir")
     _OUT.print(f"disk: up to {wanted / 2**20:,.1f} MiB in {root}, {fetched / 2**20:,.0f} MiB to fetch")
-
-
-def run_bytes(config: Config, prepared: Prepared, trained: int, whole: int) -> int:
-    """Return the most that a run folder holds: its parts, two checkpoints and a third that is being written."""
-    tuned = whole if config.sft.full_weights else trained
-    kept = whole if config.policy.full_weights else trained
-    parts = sum(len(rows_to_jsonl(rows).encode()) for rows in prepared.rows.values())
-    parts += tuned * (config.sft.steps > 0) + kept * (config.sft.baseline_steps > 0) + kept
-    adam = 3  # a weight and its two moments
-    return parts + 3 * max(adam * tuned * (config.sft.steps > 0), adam * trained + kept)

@@ -1,7 +1,5 @@
 """Which errors are the user's to fix, and how are they worded?"""
 
-from __future__ import annotations
-
 
 class DetoxrlError(Exception):
     """Base of every error detoxrl raises on purpose."""

@@ -4,8 +4,6 @@ Each draw is a function of (seed, stream, step, prompt id, sample index), so it 
 sits in nor on how many processes share the work.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,28 +17,24 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _philox(seed: int, stream: str, step: int, row: int, sample: int) -> np.random.Philox:
+def _generator(seed: int, stream: str, step: int, row: int, sample: int) -> np.random.Generator:
     # The lowest counter word is Philox's own position in the stream; the upper three say whose stream it is.
     key = np.array([seed, digest(stream)], dtype=np.uint64)
     counter = np.array([0, sample, row, step], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def uniforms(
-    seed: int, stream: str, step: int, prompt_ids: Sequence[str], samples: Sequence[int], length: int
+    seed: int, stream: str, step: int, prompt_ids: Sequence[str], sample: int, length: int
 ) -> npt.NDArray[np.float64]:
-    """Return uniforms in [0, 1), shape (B, length): row i belongs to (prompt_ids[i], samples[i]) alone."""
-    rows = [
-        _philox(seed, stream, step, digest(prompt_id), sample).random_raw(length)
-        for prompt_id, sample in zip(prompt_ids, samples, strict=True)
-    ]
-    return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    """Return uniforms in [0, 1), shape (B, length): row i belongs to (prompt_ids[i], sample) alone."""
+    return np.stack([_generator(seed, stream, step, digest(row), sample).random(length) for row in prompt_ids])
 
 
 @lru_cache(maxsize=8)  # a pass over the data asks for the same shuffle at every step
 def permutation(seed: int, stream: str, step: int, length: int) -> tuple[int, ...]:
     """Return a shuffle of range(length)."""
-    return tuple(np.random.Generator(_philox(seed, stream, step, 0, 0)).permutation(length).tolist())
+    return tuple(_generator(seed, stream, step, 0, 0).permutation(length).tolist())
 
 
 def batch_indices(seed: int, stream: str, step: int, batch_size: int, length: int) -> list[int]:

@@ -1,11 +1,9 @@
 """What travels between the rooms?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
-from torch.nn.functional import pad as pad_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +23,11 @@ class Encoded:
     mask: torch.Tensor
     """(B, P) long, 1 = a token of the prompt."""
 
-    def select(self, rows: torch.Tensor) -> Encoded:
+    def select(self, rows: torch.Tensor) -> Self:
         """Return the rows named by an index or bool tensor, without the padding that none of them needs."""
         mask = self.mask[rows]
         needed = mask.any(0)
-        return Encoded(states=self.states[rows][:, needed], mask=mask[:, needed])
+        return replace(self, states=self.states[rows][:, needed], mask=mask[:, needed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +45,12 @@ class Responses:
     ended: torch.Tensor
     """(B,) bool: EOS was sampled."""
 
-    def to_length(self, length: int, pad: int) -> Responses:
-        """Return the same responses padded, or cut of padding, to T = `length`."""
-        fill: dict[str, float] = {"ids": pad, "response_mask": False, "logprobs": 0.0, "values": 0.0}
-        right = (0, length - self.ids.shape[1])
-        return replace(self, **{name: pad_with(getattr(self, name), right, value=v) for name, v in fill.items()})
 
-
-def concatenate(parts: list[Responses], pad: int) -> Responses:
-    """Return the rows of all parts in order, padded to the longest T."""
-    length = max(part.ids.shape[1] for part in parts)
-    padded = [part.to_length(length, pad) for part in parts]
-    return Responses(**{f.name: torch.cat([getattr(part, f.name) for part in padded]) for f in fields(Responses)})
+def concatenate(parts: list[Responses]) -> Responses:
+    """Return the rows of all parts, of one T, in order, and cut to the longest response."""
+    whole = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Responses)}
+    length = int(whole["response_mask"].sum(1).max())
+    return Responses(**{name: x[:, :length].contiguous() if x.ndim == 2 else x for name, x in whole.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,11 @@
 """How is the embedded reward model trained?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.policy.backbone import scratch_tokenizer
@@ -31,9 +29,12 @@ def train_reward_model(
 
     Its labels are those of facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate.
     """
-    tokenizer = _tokenizer([text for text, _ in utterances])
-    model = _model(len(tokenizer), seed)
-    ids = tokenizer([text for text, _ in utterances]).input_ids
+    texts = [text for text, _ in utterances]
+    tokenizer = scratch_tokenizer(texts, vocab_size=1000)
+    # "</s>" opens a text too: RoBERTa's head reads the first position.
+    template = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    model, ids = _model(len(tokenizer), seed), tokenizer(texts).input_ids
     labels = torch.tensor([int(hateful) for _, hateful in utterances])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     checkpoints = Checkpoints(place, trainable(model), optimizer)
@@ -56,29 +57,11 @@ def train_reward_model(
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    # "</s>" opens a text too: RoBERTa's head reads the first position.
-    tokenizer = scratch_tokenizer(texts, vocab_size=1000)
-    template = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.backend_tokenizer.post_processor = template
-    return tokenizer
-
-
 def _model(vocab_size: int, seed: int) -> RobertaForSequenceClassification:
-    config = RobertaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: index for index, label in enumerate(LABELS)},
-    )
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes |= {"vocab_size": vocab_size, "max_position_embeddings": 514, "type_vocab_size": 1}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    config = RobertaConfig(**sizes, **names, pad_token_id=0, bos_token_id=1, eos_token_id=1)  # type: ignore
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "reward model"))
         return RobertaForSequenceClassification(config)

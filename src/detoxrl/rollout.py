@@ -1,9 +1,6 @@
 """How are prompts turned into responses?"""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -18,18 +15,11 @@ from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
 _LOGITS = 12_000_000
 
 
-def length_sorted_batches(texts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Return index batches of at most `batch_size`, each of texts of like length, so that little is padded."""
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
 def draws(
     policy: Policy, seed: int, stream: str, step: int, prompts: Sequence[Prompt], sample: int, length: int
 ) -> torch.Tensor:
     """Return the uniforms (B, length) of one sample per prompt, on the policy's device."""
-    ids = [prompt.id for prompt in prompts]
-    rows = uniforms(seed, stream, step, ids, [sample] * len(ids), length)
+    rows = uniforms(seed, stream, step, [prompt.id for prompt in prompts], sample, length)
     return torch.from_numpy(rows).float().to(policy.device)
 
 
@@ -47,35 +37,23 @@ def sample_batches(
 ) -> Iterator[dict[int, list[str]]]:
     """Yield `samples` response texts for each prompt by its row, batch after batch; every prompt is encoded once.
 
-    The first `skip` batches are left out.
+    A batch is of prompts of like length, so that little is padded. The first `skip` batches are left out.
     """
-    for rows in length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)[skip:]:
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
+    for start in range(skip * config.batch_size, len(order), config.batch_size):
+        rows = order[start : start + config.batch_size]
         batch = [prompts[row] for row in rows]
-        encoded = policy.encode([prompt.text for prompt in batch], adapter)
-        texts: dict[int, list[str]] = {row: [] for row in rows}
+        encoded, found = policy.encode([prompt.text for prompt in batch], adapter), []
         for sample in range(samples):
             chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
-            responses = policy.sample(encoded, chances, config.temperature, adapter)
-            for row, text in zip(rows, policy.decode(responses), strict=True):
-                texts[row].append(text)
-        yield texts
+            found.append(policy.decode(policy.sample(encoded, chances, config.temperature, adapter)))
+        yield {row: list(texts) for row, texts in zip(rows, zip(*found, strict=True), strict=True)}
 
 
-def sample_texts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    *,
-    seed: int,
-    stream: str,
-    samples: int = 1,
-    adapter: str | None = POLICY,
-) -> list[list[str]]:
-    """Return `samples` response texts for each prompt."""
-    texts: dict[int, list[str]] = {}
-    for batch in sample_batches(policy, prompts, config, seed=seed, stream=stream, samples=samples, adapter=adapter):
-        texts |= batch
-    return [texts[row] for row in range(len(prompts))]
+def by_row(batches: Iterable[dict[int, list[str]]]) -> list[list[str]]:
+    """Return what `sample_batches` yields in the order of the prompts."""
+    texts = {row: found for batch in batches for row, found in batch.items()}
+    return [texts[row] for row in range(len(texts))]
 
 
 @torch.no_grad()
@@ -96,14 +74,6 @@ def require_agreement(policy: Policy, base: str) -> None:
     require(gap < bound, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
 
 
-def _ref_logprobs(
-    policy: Policy, encoded: Encoded, prompts: Sequence[Prompt], ids: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    if policy.train_encoder:  # the policy's encoder has moved away from the reference's
-        encoded = policy.encode([prompt.text for prompt in prompts], policy.reference)
-    return _scored(policy, encoded, ids, temperature, policy.reference)[0]
-
-
 def rows_at_once(policy: Policy, length: int) -> int:
     """Return how many responses of `length` tokens one pass without a gradient reads."""
     words: int = policy.model.config.get_text_config().vocab_size
@@ -119,43 +89,36 @@ def _scored(
     return torch.cat([logprobs for logprobs, _, _ in parts]), torch.cat([values for _, _, values in parts])
 
 
-def _rescored(policy: Policy, encoded: Encoded, responses: Responses, temperature: float) -> Responses:
-    logprobs, values = _scored(policy, encoded, responses.ids, temperature, POLICY)
-    mask = responses.response_mask
-    return replace(responses, logprobs=torch.where(mask, logprobs, 0.0), values=torch.where(mask, values, 0.0))
-
-
 @torch.no_grad()
-def collect(policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int) -> Rollout:
+def collect(
+    policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int, stream: str = "rollout"
+) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
     Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states. A base
     in bfloat16 rounds otherwise while it samples than in the update, so there log-probs and values are computed again
     as the update will.
     """
-    batches = length_sorted_batches([prompt.text for prompt in prompts], config.batch_size)
-    ordered = [prompts[row] for rows in batches for row in rows]
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
     encoded = policy.encode([prompt.text for prompt in ordered])
     parts: list[Responses] = []
-    ref_parts: list[torch.Tensor] = []
+    ref = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)
     for start in range(0, len(ordered), config.batch_size):
-        rows = torch.arange(start, min(start + config.batch_size, len(ordered)), device=policy.device)
-        shared = encoded.select(rows)
         batch = ordered[start : start + config.batch_size]
-        chances = draws(policy, seed, "rollout", step, batch, 0, config.max_new_tokens)
+        shared = encoded.select(torch.arange(start, start + len(batch), device=policy.device))
+        chances = draws(policy, seed, stream, step, batch, 0, config.max_new_tokens)
         part = policy.sample(shared, chances, config.temperature)
-        part = part.to_length(int(part.response_mask.sum(1).max()), policy.pad)
+        length = int(part.response_mask.sum(1).max())
+        ids, mask = part.ids[:, :length], part.response_mask[:, :length]
         if policy.model.dtype == torch.bfloat16:
-            part = _rescored(policy, shared, part, config.temperature)
+            logprobs, values = _scored(policy, shared, ids, config.temperature, POLICY)
+            part.logprobs[:, :length] = torch.where(mask, logprobs, 0.0)
+            part.values[:, :length] = torch.where(mask, values, 0.0)
         parts.append(part)
-        ref_parts.append(_ref_logprobs(policy, shared, batch, part.ids, config.temperature))
-    responses = concatenate(parts, policy.pad)
-    length = responses.ids.shape[1]
-    ref = torch.cat([torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in ref_parts])
-    return Rollout(
-        prompts=ordered,
-        encoded=encoded,
-        responses=responses,
-        texts=policy.decode(responses),
-        ref_logprobs=torch.where(responses.response_mask, ref, 0.0),
-    )
+        if policy.train_encoder:  # the policy's encoder has moved away from the reference's
+            shared = policy.encode([prompt.text for prompt in batch], policy.reference)
+        scored, _ = _scored(policy, shared, ids, config.temperature, policy.reference)
+        ref[start : start + len(batch), :length] = torch.where(mask, scored, 0.0)
+    responses = concatenate(parts)
+    ref, texts = ref[:, : responses.ids.shape[1]].contiguous(), policy.decode(responses)
+    return Rollout(prompts=ordered, encoded=encoded, responses=responses, texts=texts, ref_logprobs=ref)

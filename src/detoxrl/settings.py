@@ -1,14 +1,16 @@
 """How is a config changed by names, and stored?"""
 
-from __future__ import annotations
-
 import difflib
+import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from detoxrl.config import Config
 from detoxrl.errors import InputError, require
@@ -22,10 +24,16 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def help_texts(section: object) -> dict[str, tuple[str, str]]:
+    """Return, by setting of a section, its type and what the comment above or behind it says."""
+    found = re.findall(r"(?m)^(?:    # (.+)\n)?    (\w+): .*?(?:  # (.+))?$", inspect.getsource(type(section)))
+    told = {name: above or behind for above, name, behind in found}
+    types = {name: kind for name, kind in get_type_hints(type(section)).items() if not is_dataclass(kind)}
+    return {name: (inspect.formatannotation(kind), told[name]) for name, kind in types.items() if name != "recipe"}
+
+
 def config_to_json(config: Config) -> str:
     """Return the config as indented JSON that `config_from_json` reads back to an equal config."""
-    from pydantic import TypeAdapter
-
     return TypeAdapter(Config).dump_json(config, indent=2).decode()
 
 
@@ -69,8 +77,6 @@ def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def _validated(settings: dict[str, Any], remedy: str) -> Config:
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(Config).validate_python(settings)
     except ValidationError as error:

@@ -1,17 +1,19 @@
 """What is measured of a step of training?"""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 
-import torch
+from torch import Tensor
 
 from detoxrl.errors import TrainingError
 from detoxrl.records import Rollout
 from detoxrl.rl.kl import k1, k3
 from detoxrl.rl.ops import masked_mean
 from detoxrl.tracking import RunFolder, log
+
+# Logged names of means per token, and what is summed for them.
+_MEANS = {"policy/loss": "policy", "value/loss": "value", "clip_fraction": "clipped", "entropy": "entropy",
+          "kl/update": "kl", "ratio/mean": "ratio"}  # fmt: skip
 
 
 class Totals:
@@ -24,7 +26,7 @@ class Totals:
         self.first_error = 0.0
         self._pass_start = (0.0, 0.0)
 
-    def add(self, part: dict[str, torch.Tensor], value_coef: float) -> torch.Tensor:
+    def add(self, part: dict[str, Tensor], value_coef: float) -> Tensor:
         """Count a microbatch in and return its loss, a sum over tokens."""
         for name, value in part.items():
             self.sums[name] += float(value.detach())
@@ -42,24 +44,12 @@ class Totals:
 
     def metrics(self, epochs: int) -> dict[str, float]:
         """Return the means per token under their logged names."""
-        tokens = self.sums["tokens"]
-        return {
-            "policy/loss": self.sums["policy"] / tokens,
-            "value/loss": self.sums["value"] / tokens,
-            "clip_fraction": self.sums["clipped"] / tokens,
-            "entropy": self.sums["entropy"] / tokens,
-            "kl/update": self.sums["kl"] / tokens,
-            "ratio/mean": self.sums["ratio"] / tokens,
-            "ratio/max": self.ratio_max,
-            "ratio/first_error": self.first_error,
-            "grad_norm": sum(self.norms) / len(self.norms),
-            "epochs": float(epochs),
-        }
+        found = {name: self.sums[of] / self.sums["tokens"] for name, of in _MEANS.items()}
+        found |= {"ratio/max": self.ratio_max, "ratio/first_error": self.first_error}
+        return found | {"grad_norm": sum(self.norms) / len(self.norms), "epochs": float(epochs)}
 
 
-def rollout_statistics(
-    rollout: Rollout, raw: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor
-) -> dict[str, float]:
+def rollout_statistics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tensor) -> dict[str, float]:
     """Return what a rollout says of the policy: scores, KL in nats per response, lengths in tokens, EOS rate."""
     responses = rollout.responses
     mask = responses.response_mask
@@ -95,7 +85,7 @@ def warn(statistics: dict[str, float], step: int) -> None:
         log.print(f"step {step}: a ratio of {highest:.0f}; a lower rl.lr may help")
 
 
-def keep_samples(folder: RunFolder, rollout: Rollout, raw: torch.Tensor, step: int, count: int = 4) -> None:
+def keep_samples(folder: RunFolder, rollout: Rollout, raw: Tensor, step: int, count: int = 4) -> None:
     """Append the first few responses of a step to rollouts.jsonl."""
     for prompt, text, score in list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))[:count]:
         folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})

@@ -3,8 +3,6 @@
 It is written under a temporary name beside its own, brought to the disk, and renamed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -101,10 +99,8 @@ def sweep(folder: Path) -> None:
             target = path.with_name(name[1])
             if name[2] == "old" and not target.exists():
                 os.replace(path, target)
-            elif path.is_dir():
-                shutil.rmtree(path)
             else:
-                path.unlink()
+                remove(path)
 
 
 def file_digests(path: Path) -> dict[str, str]:

@@ -1,19 +1,16 @@
 """What does a run folder hold, and how is it written and watched?"""
 
-from __future__ import annotations
-
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from detoxrl.config import Config
 from detoxrl.errors import InputError, require
@@ -30,7 +27,7 @@ STAGES = ("prepare", "sft", "train", "evaluate", "report")
 # What each stage makes, but for the rows, which are made anew whenever prepare is. A folder shows that it was begun.
 PRODUCTS = {
     "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
-    "sft": ("checkpoints/sft", "base", "start", "baseline"),
+    "sft": ("checkpoints/sft", "base", "start", "baseline", "expert"),
     "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl",
               "validation.jsonl", "rollouts.jsonl"),
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
@@ -72,7 +69,7 @@ class RunFolder:
         require(overwrite, "--run-dir", str(root), "exists already", remedy)
 
     @contextmanager
-    def held(self) -> Iterator[RunFolder]:
+    def held(self) -> Iterator[Self]:
         """Keep other processes out of the folder, which is made if need be; a killed one's half-written files go.
 
         Raises InputError when another process holds it, or when it cannot be made.
@@ -101,7 +98,7 @@ class RunFolder:
         self.write("config.json", config_to_json(config))
 
     @classmethod
-    def open(cls, root: Path) -> tuple[RunFolder, Config]:
+    def open(cls, root: Path) -> tuple[Self, Config]:
         """Return an existing run folder and its config. Raises InputError when it holds none."""
         if not (root / "config.json").is_file():
             near = Path("runs") / root
@@ -137,15 +134,13 @@ class RunFolder:
 
     def whole_lines(self, name: str) -> list[Any]:
         """Return the objects of a JSON-lines file, which is cut at the first line that is torn; no file holds none."""
-        path, found, size = self.root / name, list[Any](), 0
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    found.append(json.loads(line))
-                except ValueError:
-                    break
-                size += len(line)
-            os.truncate(path, size)
+        path, found = self.root / name, list[Any]()
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        try:
+            for line in lines:
+                found.append(json.loads(line))
+        except ValueError:
+            os.truncate(path, sum(map(len, lines[: len(found)])))
         return found
 
     def discard(self, names: Iterable[str]) -> None:
@@ -186,15 +181,10 @@ class RunFolder:
         self.write_json("seconds.json", seconds())
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="dim")
-
-
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar on stderr with rate and time left; yields `reach(done, status)`."""
-    columns = [TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn(), _Rate()]
+    """Show a bar on stderr with the time left; yields `reach(done, status)`."""
+    columns = [TextColumn("{task.description:<16}"), BarColumn(24), MofNCompleteColumn()]
     columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[status]}", style="dim")]
     with Progress(*columns, console=log) as bar:
         task = bar.add_task(what, total=total, status="")

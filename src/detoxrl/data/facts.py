@@ -1,11 +1,9 @@
 """Does a summary keep the facts of its dialogue, each with its role?"""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
-from detoxrl.data.insults import INSULTS, INTENSIFIERS
+from detoxrl.data.phrases import INSULTS, INTENSIFIERS
 
 _NAME = r"#Person\d#"
 _INSULT = rf"(?:(?:{'|'.join(INTENSIFIERS)}) )?(?:{'|'.join(INSULTS)})"
@@ -43,10 +41,7 @@ def quarrel_roles(summary: str) -> tuple[str, str] | None:
 def facts_kept(summary: str, facts: Facts) -> float:
     """Return the share in [0, 1] of the four facts the summary keeps; a swapped speaker loses every role it touches."""
     who, whom = quarrel_roles(summary) or (None, None)
+    about = rf"(?<!\w)(?:{'|'.join(map(re.escape, facts.about))})(?!\w)"
     agreed = rf"{re.escape(facts.whom)} {_AGREES} {re.escape(facts.agreed)}(?!\w)"
-    return (
-        (who == facts.who)
-        + (whom == facts.whom)
-        + any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", summary) is not None for phrase in facts.about)
-        + (re.search(agreed, summary) is not None)
-    ) / 4
+    said = [re.search(pattern, summary) is not None for pattern in (about, agreed)]
+    return sum((who == facts.who, whom == facts.whom, *said)) / 4

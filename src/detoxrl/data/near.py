@@ -1,7 +1,5 @@
 """Which texts are the same, or nearly so?"""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,10 +8,9 @@ from collections.abc import Sequence
 THRESHOLD = 0.7
 # A run of letters and digits; in scripts without spaces, each character.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
-Shingles = frozenset[tuple[str, ...]]
 
 
-def shingles(text: str) -> Shingles:
+def shingles(text: str) -> frozenset[tuple[str, ...]]:
     """Return the word trigrams of a text, case aside; a shorter text is one shingle."""
     words = _WORD.findall(text.casefold()) or [text]
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset({tuple(words)})
@@ -27,28 +24,17 @@ def near_groups(texts: Sequence[str]) -> list[int]:
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(shingle for one in sets for shingle in one)
-    group = list(range(len(texts)))
+    groups = [[i] for i in range(len(texts))]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i in sorted(group, key=lambda i: len(sets[i])):
+    for i in sorted(range(len(texts)), key=lambda i: len(sets[i])):
         rarest = sorted(sets[i], key=lambda shingle: (counts[shingle], shingle))
         prefix = rarest[: int(len(rarest) * (1 - THRESHOLD)) + 1]
         for j in {j for shingle in prefix for j in holders[shingle]}:
-            if _root(group, i) != _root(group, j) and _near(sets[j], sets[i]):
-                group[_root(group, i)] = _root(group, j)
+            if groups[i] is not groups[j] and len(sets[i] & sets[j]) >= THRESHOLD * len(sets[i] | sets[j]):
+                smaller, larger = sorted((groups[i], groups[j]), key=len)
+                larger += smaller
+                for k in smaller:
+                    groups[k] = larger
         for shingle in prefix:
             holders[shingle].append(i)
-    return [_root(group, i) for i in range(len(texts))]
-
-
-def _near(smaller: Shingles, larger: Shingles) -> bool:
-    if len(smaller) < THRESHOLD * len(larger):
-        return False
-    common = len(smaller & larger)
-    return common >= THRESHOLD * (len(smaller) + len(larger) - common)
-
-
-def _root(group: list[int], i: int) -> int:
-    while group[i] != i:
-        group[i] = group[group[i]]
-        i = group[i]
-    return i
+    return [group[0] for group in groups]

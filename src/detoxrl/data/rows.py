@@ -1,7 +1,5 @@
 """What is a row of data, and how does it become a prompt?"""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -31,6 +29,8 @@ class Row:
     topic: str | None = None
     facts: Facts | None = None
     civil_reference: str | None = None
+    texts: dict[str, list[str]] | None = None
+    """Responses by policy, where these were written elsewhere."""
 
 
 _ROW = TypeAdapter(Row)

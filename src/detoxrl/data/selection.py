@@ -1,17 +1,15 @@
 """Which rows are used for what, and why are the others not?"""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from detoxrl.config import Config, DataConfig
 from detoxrl.data.near import near_groups
 from detoxrl.data.rows import SPLITS, Row
 from detoxrl.errors import require
 from detoxrl.randomness import permutation
-from detoxrl.settings import flatten
 
 _ROLES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _LEAKS = ("leaks from test", "leaks from validation")
@@ -20,48 +18,52 @@ _LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test":
 _LAST = [*_LEAKS, *(f"beyond {name}" for name in _LIMITS.values()), *(f"used for {role}" for role in SPLITS)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Selection:
+class Selection(NamedTuple):
     """The rows of each split, and for each split of the source how many of its rows came to what."""
 
     rows: dict[str, list[Row]]
     outcomes: dict[str, dict[str, int]]
 
 
-def select(source: Mapping[str, Sequence[Row]], config: Config, lengths: Callable[[list[str]], list[int]]) -> Selection:
+def select(
+    source: Mapping[str, Sequence[Row]],
+    config: Config,
+    lengths: Callable[[list[str]], list[int]],
+    uses: Sequence[str] = SPLITS,
+) -> Selection:
     """Return train, validation and test rows; what a source has not split is split here, by the seed.
 
     Dialogues that are the same, or nearly so, never stand on two sides. `lengths` measures dialogues by the config's
-    unit. Raises InputError when too few rows are left, saying what took them.
+    unit, `uses` says which splits there have to be. Raises InputError when too few rows are left for one, saying what
+    took them.
     """
-    roles = _roles(source, config)
+    roles = _roles(source, config, uses)
     rows = [row for split in roles for row in source[split]]
     origins = [split for split in roles for _ in source[split]]
     # What becomes of each row: the split that it is used for, or the reason why it is not.
-    sifted = (reason for split in roles for reason in _sifted(source[split], config.data, lengths))
-    fates = [reason or roles[split] for reason, split in zip(sifted, origins, strict=True)]
+    fates = [reason or role for split, role in roles.items() for reason in _sifted(source[split], config.data, lengths)]
     _keep_apart(rows, fates, roles.values(), config)
-    settings = flatten(asdict(config))
     for role, name in _LIMITS.items():
         those = [i for i, fate in enumerate(fates) if fate == role]
-        for position in permutation(config.seed, f"rows {role}", 0, len(those))[settings[name] :]:
+        for position in permutation(config.seed, f"rows {role}", 0, len(those))[attrgetter(name)(config) :]:
             fates[those[position]] = f"beyond {name}"
     found = Counter(zip(origins, (f"used for {fate}" if fate in SPLITS else fate for fate in fates), strict=True))
     found += Counter({(split, "in a split that no stage uses"): len(source[split]) for split in source.keys() - roles})
     counts = sorted(found.items(), key=lambda item: _LAST.index(item[0][1]) if item[0][1] in _LAST else -1)
     counted = {split: {outcome: n for (where, outcome), n in counts if where == split} for split in source}
     used = {role: [row for row, fate in zip(rows, fates, strict=True) if fate == role] for role in SPLITS}
-    _refuse_too_few(used, counted, config)
+    _refuse_too_few(used, counted, config, uses)
     return Selection(rows=used, outcomes=counted)
 
 
-def _roles(source: Mapping[str, Sequence[Row]], config: Config) -> dict[str, str]:
-    """Return what each split of the source is for; a single split is for everything."""
-    if len(source) == 1:
+def _roles(source: Mapping[str, Sequence[Row]], config: Config, uses: Sequence[str]) -> dict[str, str]:
+    """Return what each split of the source is for; a single split is for everything, unless it is all of `uses`."""
+    if len(source) == 1 and [*source] != [*uses]:
         return {split: "train" for split in source}
     roles = {split: _ROLES.get(split, split) for split in source}
     remedy = f"it has {', '.join(source)}; give a single file to have it split"
-    require("train" in roles.values(), "data.source", config.data.source, "has no split named train", remedy)
+    there = uses[0] in roles.values()
+    require(there, "data.source", config.data.source, f"has no split named {uses[0]}", remedy)
     return {split: role for split, role in roles.items() if role in SPLITS}
 
 
@@ -111,13 +113,15 @@ def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], c
         room[role] = room.get(role, 0) - len(whole[drawn])
 
 
-def _refuse_too_few(rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config) -> None:
+def _refuse_too_few(
+    rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config, uses: Sequence[str]
+) -> None:
     took = sum(map(Counter, outcomes.values()), Counter[str]())
     reasons = [f"{n} {outcome}" for outcome, n in took.most_common() if not outcome.startswith("used")]
     why, remedy = ", ".join(reasons) or "none was left out", "give more that differ, or loosen what takes them"
-    for role in SPLITS:
+    for role in uses:
         rule = f"leaves {len(rows[role])} rows for {role} ({why})"
         require(len(rows[role]) >= 2, "data.source", config.data.source, rule, remedy)
     size, left = config.rl.batch_size, len(rows["train"])
     rule = f"exceeds the {left} rows left for training ({why})"
-    require(left >= size, "rl.batch_size", size, rule, "give a smaller one, or more rows")
+    require("train" not in uses or left >= size, "rl.batch_size", size, rule, "give a smaller one, or more rows")

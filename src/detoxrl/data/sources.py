@@ -1,19 +1,20 @@
 """Which rows do a user's file, folder or hub dataset hold?"""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pyarrow import parquet
 
 from detoxrl.config import DataConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.hub import fetched_data, is_id
+from detoxrl.hub import fetched, is_id
 
 Record = dict[str, Any]
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -26,7 +27,7 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
     """
     path = Path(config.source)
     files = {"file": path} if path.is_file() or _reader(path) else _split_files(path)
-    records = {split: _read(file) for split, file in files.items()} if files else _from_hub(config.source)
+    records = {split: read_records(file) for split, file in files.items()} if files else _from_hub(config.source)
     _require_columns(config, [record for those in records.values() for record in those])
     return {split: _rows(split, those, config) for split, those in records.items()}
 
@@ -48,24 +49,33 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read(path: Path) -> list[Record]:
-    reader = _reader(path)
+def read_records(path: Path, field: str = "data.source", lines: str = "") -> list[Record]:
+    """Return what a data file holds, by column. Raises InputError, naming `field`, when it cannot be read.
+
+    With `lines`, the name of a column, each line of a .txt is a row.
+    """
+    reader = partial(_lines, column=lines) if path.suffix == ".txt" and lines else _reader(path)
     if reader is None:
-        raise InputError("data.source", str(path), "is of no known format", f"give one of {', '.join(_READERS)}")
+        raise InputError(field, str(path), "is of no known format", f"give one of {', '.join(_READERS)}")
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in path.parent.glob("*") if _reader(file))[:10])
-        raise InputError("data.source", str(path), "is no file", f"{path.parent} holds {there or 'no data file'}")
+        raise InputError(field, str(path), "is no file", f"{path.parent} holds {there or 'no data file'}")
     try:
         records = list(reader(path))
     except (OSError, EOFError, ValueError, csv.Error) as error:
         remedy = "give UTF-8 text with one header, or one object a row"
-        raise InputError("data.source", str(path), f"cannot be read: {first_line(error)}", remedy) from error
-    require(bool(records), "data.source", str(path), "holds no rows", "give a file with rows")
+        raise InputError(field, str(path), f"cannot be read: {first_line(error)}", remedy) from error
+    require(bool(records), field, str(path), "holds no rows", "give a file with rows")
     return records
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
+def _reader(path: Path) -> Callable[[Path], Iterable[Record]] | None:
     return next((reader for ending, reader in _READERS.items() if path.name.lower().endswith(ending)), None)
+
+
+def _lines(path: Path, column: str) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from ({column: line.rstrip("\n")} for line in lines)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -96,14 +106,9 @@ def _csv(path: Path) -> Iterator[Record]:
             yield dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow.parquet
-
-    yield from pyarrow.parquet.read_table(path).to_pylist()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".csv": _csv, ".json": _json, ".jsonl": _json, ".jsonl.gz": _json, ".parquet": _parquet,
+_READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
+    ".csv": _csv, ".json": _json, ".jsonl": _json, ".jsonl.gz": _json,
+    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
 }  # fmt: skip
 
 
@@ -115,7 +120,7 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     remedy = "give a file, a folder or a hub id"
     require(is_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
-    folder = fetched_data(name)
+    folder = fetched(name, "data.source")
     try:
         tables = datasets.load_dataset(folder, verification_mode="no_checks")  # its card may count other rows
         return {str(split): table.to_list() for split, table in tables.items()}
@@ -139,11 +144,10 @@ def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
         repeated, times = Counter(ids).most_common(1)[0]
         rule = f"names {times} rows of {split} {repeated!r}"
         require(times == 1, "data.id_column", config.id_column, rule, "leave it out to number the rows")
-    rows = []
+    rows, column = [], config.summary_column
     for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
         where = f"row {number} of {split}"
         dialogue = _text(record, config.dialogue_column, "data.dialogue_column", where)
-        column = config.summary_column
         summary = None if column is None else _text(record, column, "data.summary_column", where)
         rows.append(Row(id=row_id, dialogue=dialogue, summary=summary))
     return rows

@@ -1,9 +1,6 @@
 """How does a base model become a policy with a frozen reference?"""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config import PolicyConfig
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.hub import ADAPTER, fetched
+from detoxrl.hub import fetched
 from detoxrl.policy.backbone import load_base
-from detoxrl.policy.causal import CausalPolicy
-from detoxrl.policy.encoder_decoder import EncoderDecoderPolicy
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, fitting, require_layers
 from detoxrl.randomness import torch_seed
@@ -43,16 +38,22 @@ def make_policy(
     else:
         lora = _loaded(model, start) if start else _fresh(model, config, seed)
         weights = LoraWeights(lora, REFERENCE if start else None, config.train_encoder)
-    kind = EncoderDecoderPolicy if model.config.is_encoder_decoder else CausalPolicy
-    policy = kind(weights, tokenizer, config.train_encoder)
+    policy = Policy(weights, tokenizer, config.train_encoder)
     rule = "has parts in the encoder alone, which does not train"
     require(len(policy.parameters()) > 0, "policy.adapter", str(start), rule, "say --policy.train-encoder")
     return policy
 
 
+def frozen_policy(base: str, field: str = "policy.base") -> Policy:
+    """Return a model that only samples and scores, all of it frozen. Raises InputError as `load_base`."""
+    model, tokenizer = load_base(base, field)
+    model.requires_grad_(False)
+    return Policy(FullWeights(model, tokenizer, train_encoder=False), tokenizer, False)
+
+
 def start_of(config: PolicyConfig) -> Path | None:
     """Return the folder of the LoRA that the config names to start from. Raises InputError when it cannot be had."""
-    return Path(fetched(config.adapter, "policy.adapter", ADAPTER)) if config.adapter else None
+    return Path(fetched(config.adapter, "policy.adapter")) if config.adapter else None
 
 
 def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
@@ -61,8 +62,8 @@ def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
         with fitting("policy.adapter", folder):
             found: LoraConfig = LoraConfig.from_pretrained(str(folder), inference_mode=False)
             return found
-    everywhere = config.train_encoder or not model.config.is_encoder_decoder
-    reachable = re.compile(_target_pattern([r"\w+"], everywhere))
+    where = r".*" if config.train_encoder or not model.config.is_encoder_decoder else r".*decoder"
+    reachable = re.compile(rf"{where}\..*\b(\w+)")
     linear = {
         name.split(".")[-1]: type(module)
         for name, module in model.named_modules()
@@ -74,15 +75,11 @@ def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=_target_pattern(config.lora_targets, everywhere),
+        target_modules=rf"{where}\..*\b({'|'.join(config.lora_targets)})",
         lora_dropout=0.0,
         fan_in_fan_out=linear[config.lora_targets[0]] is Conv1D,  # GPT-2 keeps its weights transposed
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
-
-
-def _target_pattern(targets: Sequence[str], everywhere: bool) -> str:
-    return rf"{'.*' if everywhere else r'.*decoder'}\..*\b({'|'.join(targets)})"
 
 
 def _fresh(model: PreTrainedModel, config: PolicyConfig, seed: int) -> PeftModel:

@@ -1,9 +1,6 @@
 """Where do base model and tokenizer come from?"""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,13 @@ from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.hub import fetched
 from detoxrl.randomness import torch_seed
 
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+_GENERATOR = "give the folder or hub id of a text generator"
+_TRAINED_WITH = "give the tokenizer that the model was trained with"
 
 
 def load_tokenizer(base: str, field: str = "policy.base") -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id. Raises InputError, naming `field`, when there is none."""
-    folder = fetched(base, field, weights="")
-    tokenizer: PreTrainedTokenizerBase = _loaded(partial(AutoTokenizer.from_pretrained, folder), base, field)
+    tokenizer: PreTrainedTokenizerBase = loaded(AutoTokenizer, fetched(base, field, weights=False), base, field)
     if tokenizer.pad_token_id is None:  # as most causal models have it; masks go by length, never by id
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -51,11 +48,11 @@ def load_base(
     there is no such model, when it generates no text, or when the tokenizer does not fit.
     """
     folder = fetched(base, field)
-    config = _loaded(partial(AutoConfig.from_pretrained, folder), base, field)
+    config = loaded(AutoConfig, folder, base, field)
     tokenizer = load_tokenizer(base, field)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    settings = {"use_safetensors": True, "dtype": torch.bfloat16 if bf16 else torch.float32}
-    model, info = _loaded(partial(kind.from_pretrained, folder, **settings, output_loading_info=True), base, field)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model, info = loaded(kind, folder, base, field, use_safetensors=True, dtype=dtype, output_loading_info=True)
     saved_as = config.architectures or [type(model).__name__]
     # transformers also makes a BERT generate, though it was trained to look at both sides.
     generates = config.is_encoder_decoder or type(model).__name__ in saved_as
@@ -67,40 +64,32 @@ def load_base(
     _require_fit(base, field, model, tokenizer)
     # Its settings for sampling are not used here, and what does not hold together could not be saved.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    return use_fast_activation(model).eval(), tokenizer
+    return _ready(model), tokenizer
 
 
 def bare_base(base: str, bf16: bool) -> PreTrainedModel:
     """Return the model of a folder or hub id on the meta device: its shapes, with no weight read. Raises InputError."""
-    load = partial(AutoConfig.from_pretrained, fetched(base, "policy.base", weights=""))
-    config = _loaded(load, base, "policy.base")
+    config = loaded(AutoConfig, fetched(base, "policy.base", weights=False), base, "policy.base")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)  # type: ignore[no-untyped-call]
-    model = use_fast_activation(model)
-    model.eval()
-    return model
+        return _ready(kind.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32))  # type: ignore[no-untyped-call]
 
 
-def _loaded(load: Callable[[], Any], base: str, field: str) -> Any:
+def loaded(kind: Any, folder: str, source: str, field: str, remedy: str = _GENERATOR, **settings: Any) -> Any:
+    """Return what one of transformers' auto classes makes of a folder. Raises InputError and, if torn, StorageError."""
     try:
-        return load()
+        return kind.from_pretrained(folder, **settings)
     except SafetensorError as error:
-        raise StorageError(f"the weights of {base} are broken: {first_line(error)}") from error
+        raise StorageError(f"the weights of {source} are broken: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = f"cannot be loaded: {first_line(error)}"
-        raise InputError(field, base, reason, "give the folder or hub id of a text generator") from error
+        raise InputError(field, source, f"cannot be loaded: {first_line(error)}", remedy) from error
 
 
 def _require_fit(base: str, field: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    require_words(field, base, tokenizer)
-    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    tokens, remedy = len(tokenizer), "give the tokenizer that the model was trained with"
-    rule = f"has a tokenizer of {tokens} tokens, but embeddings for {rows}"
-    require(tokens <= rows, field, base, rule, remedy)
+    require_words(field, base, tokenizer, model)
     ours, theirs = tokenizer.eos_token_id, end_tokens(model.config)
     rule = f"has a tokenizer whose eos_token_id is {ours}, but the model says {theirs}"
-    require(ours is not None and ours in theirs, field, base, rule, remedy)
+    require(ours is not None and ours in theirs, field, base, rule, _TRAINED_WITH)
     open_ended = model.config.is_encoder_decoder or tokenizer("Thank you").input_ids[-1] != ours
     rule = "has a tokenizer that ends every prompt with EOS, behind which a causal model says nothing of use"
     require(open_ended, field, base, rule, "save its tokenizer with add_eos_token=False")
@@ -112,12 +101,18 @@ def end_tokens(config: PreTrainedConfig) -> list[int]:
     return list(ids) if isinstance(ids, list) else [ids]
 
 
-def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError when a tokenizer knows no word: transformers makes an empty one where its files are missing."""
+def require_words(field: str, source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise InputError when a tokenizer knows more tokens than the model, or no word.
+
+    transformers makes an empty one where its files are missing.
+    """
     ids = tokenizer("Thank you, that is very kind of you.").input_ids
     known = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     remedy = "give a folder with its tokenizer files"
     require(known != "", field, source, "has a tokenizer that knows no word of a sentence", remedy)
+    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rule = f"has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}"
+    require(len(tokenizer) <= rows, field, source, rule, _TRAINED_WITH)
 
 
 def require_positions(settings: PreTrainedConfig, config: Config, longest_target: int) -> None:
@@ -138,12 +133,12 @@ def require_positions(settings: PreTrainedConfig, config: Config, longest_target
         require(fits, name, length, f"exceeds the {positions} positions of {config.policy.base}", "give a smaller one")
 
 
-def use_fast_activation(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace T5's tanh-GELU by torch's fused one: the same function in one pass instead of six."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in eval mode, T5's tanh-GELU as torch's fused one: the same function in 1 pass instead of 6."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NewGELUActivation):
+            model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
+    model.eval()
     return model
 
 
@@ -155,36 +150,22 @@ def scratch_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeni
     punctuation = pre_tokenizers.Split(Regex(r"[.,:;?!]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), punctuation])
     tokenizer.decoder = decoders.Metaspace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*special.values()], show_progress=False)
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    pad, eos, unk = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def scratch_base(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Return a randomly initialised T5 of about 1 M parameters for the tokenizer."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        relative_attention_max_distance=64,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        decoder_start_token_id=0,  # type: ignore[call-arg]
-        pad_token_id=0,
-        eos_token_id=1,
-    )
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+    kind = {"relative_attention_max_distance": 64, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+    config = T5Config(vocab_size=len(tokenizer), **sizes, **kind, decoder_start_token_id=0)  # type: ignore
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "scratch base"))
-        model = use_fast_activation(T5ForConditionalGeneration(config))
-    model.eval()
-    return model
+        return _ready(T5ForConditionalGeneration(config))
 
 
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -194,11 +175,3 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder
     model.config.tie_word_embeddings = tied
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str, device: torch.device
-) -> dict[str, Any]:
-    """Return `input_ids` and `attention_mask` (B, P), padded on the `left` or the `right`."""
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side=side).to(device)
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

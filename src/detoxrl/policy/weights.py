@@ -1,21 +1,19 @@
 """Which weights does a pass use, and which of them may training change?"""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.errors import InputError, require
 from detoxrl.policy.backbone import load_base, save_base
+from detoxrl.storage import reading
 
 # peft's name for the adapter that `save_pretrained` writes to the top of a folder.
 POLICY = "default"
@@ -26,16 +24,14 @@ class LoraWeights:
     """One base model and its adapters by name; None is the bare base."""
 
     def __init__(self, model: PeftModel, reference: str | None, train_encoder: bool) -> None:
-        self.model = model
+        self.model: Any = model
         self.reference = reference
-        self._tuner: Any = model.base_model
-        self._frozen = ".encoder." if model.config.is_encoder_decoder and not train_encoder else None
+        still = model.config.is_encoder_decoder and not train_encoder
+        self._frozen = [weight for path, weight in model.named_parameters() if still and ".encoder." in path]
         self._activate(POLICY)
-
-    @property
-    def active(self) -> Any:
+        self.models: dict[str | None, Any] = {POLICY: model}
+        self.active: Any = model.get_base_model()
         """The model to call; `using` says with which adapter."""
-        return self.model.get_base_model()
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -53,21 +49,15 @@ class LoraWeights:
 
     def _activate(self, name: str) -> None:
         # peft thaws the adapter that it makes active, and freezes the others; an encoder's part trains only if asked.
-        self._tuner.set_adapter(name)
-        if name == POLICY and self._frozen:
-            for path, parameter in self.model.named_parameters():
-                if self._frozen in path:
-                    parameter.requires_grad_(False)
+        self.model.base_model.set_adapter(name)
+        for weight in self._frozen:
+            weight.requires_grad_(False)
 
     def add(self, name: str, folder: Path) -> None:
         """Load the LoRA in `folder` beside the others, frozen. Raises InputError and StorageError as `fitting`."""
         with fitting("adapter", folder):
             self.model.load_adapter(str(folder), adapter_name=name)
         require_layers(self.model, name, "adapter", folder)
-
-    def to(self, device: torch.device) -> None:
-        """Move every weight to `device`."""
-        self.model.to(device)
 
     def save(self, folder: Path) -> None:
         """Write the policy's adapter as a folder that peft loads on the base."""
@@ -86,13 +76,13 @@ class FullWeights:
             model.get_encoder().requires_grad_(False)  # and with it the embeddings that the decoder shares
         shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
         start = copy.deepcopy(model, shared)
-        self._models: dict[str | None, PreTrainedModel] = {POLICY: model, None: start.requires_grad_(False)}
+        self.models: dict[str | None, Any] = {POLICY: model, None: start.requires_grad_(False)}
         self.active: Any = model
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Let passes inside the block use the model `name`."""
-        self.active = self._models[name]
+        self.active = self.models[name]
         try:
             yield
         finally:
@@ -104,12 +94,7 @@ class FullWeights:
         alike = type(model) is type(self.model) and tokenizer.get_vocab() == self._tokenizer.get_vocab()
         rule = f"is a {type(model).__name__} with another vocabulary or of another kind than the base"
         require(alike, "adapter", str(folder), rule, "give a model that was trained from the base")
-        self._models[name] = model.requires_grad_(False).to(self.model.device)  # type: ignore[arg-type]
-
-    def to(self, device: torch.device) -> None:
-        """Move every weight to `device`."""
-        for model in self._models.values():
-            model.to(device)  # type: ignore[arg-type]
+        self.models[name] = model.requires_grad_(False).to(self.model.device)  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:
         """Write the policy's model and its tokenizer, so that transformers loads it."""
@@ -121,8 +106,16 @@ Weights = LoraWeights | FullWeights
 
 @contextmanager
 def fitting(field: str, folder: Path) -> Iterator[None]:
-    """Let peft load the LoRA in `folder`. Raises InputError for one of another base, StorageError for a torn one."""
-    require_adapter(folder, field)
+    """Let peft load the LoRA in `folder`.
+
+    Raises InputError when there is none or one of another base, StorageError when its weights are torn.
+    """
+    weights = folder / "adapter_model.safetensors"
+    for path in (folder / "adapter_config.json", weights):
+        remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
+        require(path.is_file(), field, str(folder), f"holds no {path.name}", remedy)
+    with reading(weights, "train again or put it back"), safe_open(weights, framework="pt"):
+        pass
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError) as error:  # sizes or targets of another base
@@ -136,17 +129,3 @@ def require_layers(model: PeftModel, name: str, field: str, folder: Path) -> Non
     other = sorted(ours ^ set(load_file(folder / "adapter_model.safetensors")))
     rule = f"belongs to a base with other layers, {other[0]} for one" if other else ""
     require(not other, field, str(folder), rule, "give an adapter of this base")
-
-
-def require_adapter(folder: Path, field: str) -> None:
-    """Raise InputError unless `folder` holds a LoRA, and StorageError when its weights are torn."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        there = (folder / name).is_file()
-        remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
-        require(there, field, str(folder), f"holds no {name}", remedy)
-    weights = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(weights, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"{weights} is broken: {first_line(error)}; train again or put it back") from error

@@ -1,7 +1,5 @@
 """How does a plain Python function become a reward?"""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect
@@ -9,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,11 +37,11 @@ def load_function(name: str) -> RewardFunction:
     require(where != _IN_PYTHON, FIELD, name, "cannot be found again", "give it as reward= in Python")
     require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
     defined = vars(_module(name, where))
-    function: Any = defined.get(attribute)
     there = [key for key, value in defined.items() if inspect.isfunction(value)]
     remedy = f"choose from {', '.join(there)}" if there else "define it there"
-    require(callable(function), FIELD, name, f"{where} defines no function {attribute}", remedy)
-    return cast(RewardFunction, function)
+    require(callable(defined.get(attribute)), FIELD, name, f"{where} defines no function {attribute}", remedy)
+    function: RewardFunction = defined[attribute]
+    return function
 
 
 def function_name(function: RewardFunction) -> str:
@@ -81,7 +79,7 @@ def checked(function: RewardFunction, name: str) -> Reward:
 
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         returned = function(list(prompts), list(responses))
-        remedy = "return one finite number for each response, an empty one too"
+        size, remedy = len(responses), "return one finite number for each response, an empty one too"
         plain = returned.detach().float().cpu() if isinstance(returned, torch.Tensor) else returned
         try:
             numbers = np.asarray(plain)
@@ -90,12 +88,10 @@ def checked(function: RewardFunction, name: str) -> Reward:
         rule = f"returned {type(returned).__name__}, not numbers"
         require(numbers.dtype.kind in "fiub", FIELD, name, rule, remedy)
         numbers = numbers.astype(np.float32)
-        rule = f"returned shape {numbers.shape} for {len(responses)} responses"
-        require(numbers.shape == (len(responses),), FIELD, name, rule, remedy)
-        bad = np.flatnonzero(~np.isfinite(numbers))
-        if len(bad):
-            rule = f"returned {numbers[bad[0]]} for response {bad[0] + 1} of {len(responses)}"
-            raise InputError(FIELD, name, rule, remedy)
+        rule = f"returned shape {numbers.shape} for {size} responses"
+        require(numbers.shape == (size,), FIELD, name, rule, remedy)
+        for i, score in enumerate(numbers, start=1):
+            require(bool(np.isfinite(score)), FIELD, name, f"returned {score} for response {i} of {size}", remedy)
         return torch.from_numpy(numbers)
 
     return scores

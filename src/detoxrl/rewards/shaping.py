@@ -1,7 +1,5 @@
 """How do raw scores become the scores that training sees?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

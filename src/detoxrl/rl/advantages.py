@@ -1,19 +1,14 @@
 """How good was each token?"""
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from detoxrl.rl.kl import k1
 
 
 def token_rewards(
-    scores: torch.Tensor,
-    logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    response_mask: torch.Tensor,
-    kl_coef: float,
-) -> torch.Tensor:
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
     """Return rewards (B, T): -kl_coef * k1 on every token, plus the score (B,) on the last one; 0 after it.
 
     Stiennon et al. 2020, section 3.4: R = r - beta * log(policy / reference), spread over the tokens.
@@ -23,9 +18,7 @@ def token_rewards(
     return rewards.scatter_add(1, last, scores[:, None])
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Return advantages and returns (B, T), 0 outside `response_mask`; the value after the last token is 0.
 
     Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", equation 16:

@@ -3,8 +3,6 @@
 Estimators from samples x ~ p of KL(p, q), per token, in nats (Schulman 2020, "Approximating KL Divergence").
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -4,8 +4,6 @@ Losses come as sums over tokens: the caller divides by the token count of the wh
 microbatch never changes the update.
 """
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """How are masked token tensors averaged and whitened?"""
 
-from __future__ import annotations
-
 import torch
 
 
