@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from detoxrl.config import RewardConfig
 from detoxrl.errors import InputError
@@ -35,12 +46,93 @@ def test_the_score_is_the_raw_good_logit_of_the_response_alone(classifier: Class
     assert scores[1] > scores[0] + 1
 
 
-def test_batch_size_and_repetition_change_no_score(classifier: Classifier) -> None:
-    texts = ["Fine.", "You are a worthless rat because the soup was cold.", "Fine.", "Good, thank you."]
-    torch.testing.assert_close(
-        classifier.logits(texts, batch_size=1), classifier.logits(texts, batch_size=9), rtol=1e-5, atol=1e-5
+@pytest.fixture(scope="module", params=["bert", "roberta", "distilbert"])
+def random_classifier(request: pytest.FixtureRequest, classifier: Classifier) -> Classifier:
+    """Weights large enough that attention to padding, or a neighbour's logits, would show."""
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"vocab_size": len(classifier.tokenizer), "pad_token_id": 0, "initializer_range": 0.5}
+    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model: Any = {
+        "bert": lambda: BertForSequenceClassification(BertConfig(**shape, **encoder)),
+        "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**shape, **encoder)),
+        "distilbert": lambda: DistilBertForSequenceClassification(
+            DistilBertConfig(**shape, dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+        ),
+    }[request.param]()
+    return Classifier(model, classifier.tokenizer, 1, 0)
+
+
+@contextmanager
+def forwards(classifier: Classifier) -> Iterator[list[tuple[int, int]]]:
+    """Collect the shape (texts, tokens) of every batch that the model reads."""
+    shapes: list[tuple[int, int]] = []
+    hook = classifier.model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    assert torch.equal(classifier.logits(texts)[0], classifier.logits(texts)[2])
+    yield shapes
+    hook.remove()
+
+
+WORDS = ["soup", "fine", "you", "are", "a", "stupid", "rat", "because", "cold", "thank", "good", "late", "today"]
+SOME = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=8)
+
+
+@given(texts=SOME, tokens=st.integers(1, 600))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_neither_batch_nor_neighbours_change_a_probability(
+    random_classifier: Classifier, texts: list[str], tokens: int
+) -> None:
+    model, tokenizer = random_classifier.model, random_classifier.tokenizer
+    with torch.no_grad():
+        alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    torch.testing.assert_close(
+        random_classifier.logits(texts, tokens).softmax(-1), alone.softmax(-1), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(random_classifier.probabilities(texts), alone.softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_each_distinct_text_is_run_once_with_others_of_its_length(classifier: Classifier) -> None:
+    texts = ["rat " * count for count in (30, 1, 30, 2, 31, 1, 200, 2, 3)]
+    widths = sorted(len(ids) for ids in classifier.tokenizer(list(set(texts))).input_ids)
+    with forwards(classifier) as shapes:
+        logits = classifier.logits(texts, tokens=2 * widths[4])
+    assert shapes == [(3, widths[2]), (2, widths[4]), (1, widths[5])]
+    assert torch.equal(logits[0], logits[2])
+    with forwards(classifier) as shapes:
+        torch.testing.assert_close(classifier.logits(texts[::-1]), logits.flip(0), rtol=1e-5, atol=1e-5)
+    assert sum(rows for rows, _ in shapes) == 6
+
+
+def test_a_pair_reads_as_premise_and_hypothesis(random_classifier: Classifier) -> None:
+    model, tokenizer = random_classifier.model, random_classifier.tokenizer
+    pairs = [("the soup was cold", "you are late"), ("fine", "you rat"), ("you rat", "fine"), ("fine", "you rat")]
+    with forwards(random_classifier) as shapes:
+        logits = random_classifier.logits(pairs)
+    assert sum(rows for rows, _ in shapes) == 3
+    with torch.no_grad():
+        alone = torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits for pair in pairs])
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(random_classifier.probabilities(pairs), alone.softmax(-1), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits[1], logits[2])
+
+
+def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(classifier: Classifier) -> None:
+    read: list[list[int]] = []
+    hook = classifier.model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    classifier.logits([("soup " * 2000, "late " * 100)])
+    hook.remove()
+    hypothesis = classifier.tokenizer("late " * 100, add_special_tokens=False).input_ids
+    assert len(read[0]) == classifier.max_length
+    assert " ".join(map(str, hypothesis)) in " ".join(map(str, read[0]))
+
+
+def test_autocast_around_it_is_heeded(classifier: Classifier) -> None:
+    texts = ["Fine.", "You are a worthless rat because the soup was cold."]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = classifier.logits(texts)
+    torch.testing.assert_close(logits, classifier.logits(texts), rtol=0.1, atol=0.1)
 
 
 def test_labels_are_found_by_name_whatever_their_case(reward_folder: Path) -> None:

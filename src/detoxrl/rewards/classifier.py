@@ -1,13 +1,14 @@
 """What does a hate or toxicity classifier say of a response?"""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -15,17 +16,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.errors import InputError, require
 from detoxrl.hub import fetched
-from detoxrl.policy.backbone import require_words
+from detoxrl.policy.backbone import loaded, require_words
 
-BATCH = 128
-"""Most texts that a classifier reads at once."""
+TOKENS = 512
+"""Most tokens, padding among them, that a CPU reads at once: more is no faster there, and wastes padding."""
+Texts = Sequence[str] | Sequence[tuple[str, str]]  # or pairs of premise, cut where too long, and hypothesis
 # Texts that every classifier worth using tells apart; the check runs before training.
 CIVIL_PROBE = "Thank you, that is very kind of you."
 TOXIC_PROBE = "You are a stupid idiot!"
 # A difference in probability below this is no ground to call a label reversed.
 _CLEAR = 0.1
+_REMEDY = "give a sequence classifier's folder or hub id"
 
 
 def several(config: PreTrainedConfig) -> bool:
@@ -57,7 +60,52 @@ def _log_odds(logits: torch.Tensor, label: int, apart: bool) -> torch.Tensor:
     return logits[:, label] if apart else logits[:, label] - logits[:, others].logsumexp(-1)
 
 
-class Classifier:
+class _OneDnn(TorchFunctionMode):
+    """Has oneDNN compute linear layers, in float32 as before: on an AMD with AVX-512 twice as fast as PyTorch's MKL."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and len(args) == 3:
+            return torch.ops.mkldnn._linear_pointwise(*args, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _fast_linear(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Return the context in which a model in float32 on a CPU with AVX-512 is fastest, else one that does nothing."""
+    fits = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return _OneDnn() if fits and wide else nullcontext()
+
+
+class Reader:
+    """A model that reads texts or pairs of them: each distinct one once, with others of its length."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        # These count positions from behind padding's on.
+        late = {"roberta", "mpnet", "camembert"} & {*model.config.model_type.split("-")}
+        positions = model.config.to_dict().get("max_position_embeddings", 512)
+        positions -= model.config.pad_token_id + 1 if late else 0
+        self.max_length = min(tokenizer.model_max_length, positions, most or 512)
+        self._cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding_side": "right"}
+
+    @torch.no_grad()
+    def read(
+        self, texts: Texts, take: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tokens: int | None = None
+    ) -> torch.Tensor:
+        """Return on the CPU a row for each text: what `take` makes of the model's first output and a batch's mask."""
+        distinct: list[Any] = list(set(texts))
+        ordered = sorted(zip(map(len, self.tokenizer(distinct, **self._cut).input_ids), distinct, strict=True))
+        tokens = tokens or (TOKENS if self.model.device.type == "cpu" else 32 * TOKENS)
+        rows = []
+        with _fast_linear(self.model):
+            for batch in _batches(ordered, tokens):
+                read = self.tokenizer(batch, return_tensors="pt", padding=True, **self._cut).to(self.model.device)
+                rows.append(take(self.model(**read)[0], read["attention_mask"]).cpu())
+        where = {text: i for i, (_, text) in enumerate(ordered)}
+        return torch.cat(rows)[[where[text] for text in texts]]
+
+
+class Classifier(Reader):
     """A sequence classifier with its toxic label, and its good one where it has one, found by name."""
 
     def __init__(
@@ -68,85 +116,73 @@ class Classifier:
         good: int | None = None,
         kind: str = "logit",
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.toxic = toxic
-        self.good = good
-        self.kind = kind
-        positions = model.config.to_dict().get("max_position_embeddings", 512)
-        if "roberta" in model.config.model_type:  # counts positions from its padding index on
-            positions -= model.config.pad_token_id + 1
-        self.max_length = min(tokenizer.model_max_length, positions, 512)
+        super().__init__(model, tokenizer)
+        self.toxic, self.good, self.kind = toxic, good, kind
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response alone, as `class_scores`. Prompts are not read."""
         return class_scores(self.logits(responses), self.kind, self.toxic, self.good, several(self.model.config))
 
-    def toxicity(self, texts: Sequence[str]) -> torch.Tensor:
+    def toxicity(self, texts: Texts) -> torch.Tensor:
         """Return the probability in [0, 1] of the toxic label, shape (B,)."""
         return self.probabilities(texts)[:, self.toxic]
 
-    def probabilities(self, texts: Sequence[str]) -> torch.Tensor:
+    def probabilities(self, texts: Texts) -> torch.Tensor:
         """Return the probability (B, labels) of each label: of each alone where a text may have several labels."""
         logits = self.logits(texts)
         return logits.sigmoid() if several(self.model.config) else logits.softmax(-1)
 
-    @torch.no_grad()
-    def logits(self, texts: Sequence[str], batch_size: int = BATCH) -> torch.Tensor:
-        """Return the logits (B, labels) on the CPU, each distinct text run once in length-sorted batches."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))
-        rows = [self._run(distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
-        where = {text: i for i, text in enumerate(distinct)}
-        return torch.cat(rows)[[where[text] for text in texts]]
+    def logits(self, texts: Texts, tokens: int | None = None) -> torch.Tensor:
+        """Return the logits (B, labels) on the CPU, of batches of at most `tokens`."""
+        return self.read(texts, lambda logits, _: logits.float(), tokens)
 
-    def _run(self, texts: Sequence[str]) -> torch.Tensor:
-        batch = self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.max_length
-        )
-        logits: torch.Tensor = self.model(**batch.to(self.model.device)).logits
-        return logits.float().cpu()
+
+def _batches(ordered: Sequence[tuple[int, Any]], tokens: int) -> Iterator[list[Any]]:
+    """Yield the texts of (length, text), shortest first, in batches of at most `tokens`, or of one text."""
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        if end == len(ordered) or ordered[end][0] * (end + 1 - start) > tokens:
+            yield [text for _, text in ordered[start:end]]
+            start = end
+
+
+def load_reader(
+    kind: Any, source: str, field: str, remedy: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model of a folder or hub id, of one of transformers' auto classes, in fp32, and its tokenizer.
+
+    Raises InputError when it cannot be read, lacks weights, or does not fit its tokenizer.
+    """
+    given = (fetched(source, field), source, field, remedy)
+    model, info = loaded(kind, *given, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    tokenizer = loaded(AutoTokenizer, *given)
+    # A pooler is of no use to an encoder of sentences, so it may be lacking there.
+    missing = [name for name in sorted(info["missing_keys"]) if kind is not AutoModel or "pooler." not in name]
+    require(not missing, field, source, f"lacks weights, {''.join(missing[:1])} for one", remedy)
+    require(tokenizer.pad_token is not None, field, source, "has a tokenizer without padding", remedy)
+    require_words(field, source, tokenizer, model)
+    return model.requires_grad_(False).to(device), tokenizer
 
 
 def load_classifier(
-    source: str, field: str, labels: dict[str, str], device: torch.device, kind: str = "logit"
+    source: str, field: str, labels: dict[str, str], device: torch.device, kind: str = "logit", probed: bool = True
 ) -> Classifier:
-    """Return the classifier of a folder or hub id, probed with one civil and one toxic sentence.
+    """Return the classifier of a folder or hub id, `probed` with one civil and one toxic sentence.
 
     `labels` maps the setting that names a label to the label, the toxic one first, then the good one if there is one.
     Raises InputError when the model cannot be read, is no classifier, lacks a label, or has one reversed.
     """
-    folder = fetched(source, field)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except SafetensorError as error:
-        raise StorageError(f"the weights of {source} are broken: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = f"cannot be loaded: {first_line(error)}"
-        raise InputError(field, source, reason, "give a sequence classifier's folder or hub id") from error
-    missing = sorted(info["missing_keys"])
-    rule = f"lacks the weights of a classifier, {missing[0]} for one" if missing else ""
-    require(not missing, field, source, rule, "give a model trained to classify")
-    rows = model.get_input_embeddings().num_embeddings
-    rule = f"has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}"
-    require(len(tokenizer) <= rows, field, source, rule, "give the tokenizer the model was trained with")
-    require_words(field, source, tokenizer)
+    model, tokenizer = load_reader(AutoModelForSequenceClassification, source, field, _REMEDY, device)
     toxic, *good = (label_index(model.config, setting, label) for setting, label in labels.items())
-    classifier = Classifier(model.to(device), tokenizer, toxic, good[0] if good else None, kind)
-    probe(classifier, labels)
+    classifier = Classifier(model, tokenizer, toxic, good[0] if good else None, kind)
+    if probed:
+        probe(classifier, labels)
     return classifier
 
 
 def bare_classifier(source: str, field: str, labels: dict[str, str]) -> PreTrainedModel:
     """Return the classifier of a folder or hub id on the meta device, its labels found: no weight is read."""
-    folder = fetched(source, field, weights="")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        rule = f"cannot be loaded: {first_line(error)}"
-        raise InputError(field, source, rule, "give a sequence classifier's folder or hub id") from error
+    config = loaded(AutoConfig, fetched(source, field, weights=False), source, field, _REMEDY)
     for setting, label in labels.items():
         label_index(config, setting, label)
     with torch.device("meta"):

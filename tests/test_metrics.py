@@ -1,0 +1,133 @@
+"""Every metric of a response against its definition, written a second time here, and against numbers by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import sacrebleu
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from conftest import prompted_rows
+from detoxrl.evaluation.metrics import chrf, copied, distinct, response_metrics
+
+ROWS = prompted_rows(0, {"test": 40})["test"]
+PAIRS = [
+    ("The parcel came late.", "The parcel came late."),
+    ("The parcel came late.", "the parcel was late!"),
+    ("Они спорят о посылке.", "Они говорят о посылке и деньгах."),
+    ("包裹来晚了，他们在争吵。", "包裹来晚了。"),
+    ("a", "abcdefgh"), ("ab", "b"), ("", "a"), ("a", ""), ("a b c", "abc"),
+    *((row.summary, row.civil_reference) for row in ROWS),
+    *((row.dialogue, row.summary) for row in ROWS[:5]),
+]  # fmt: skip
+WORDS = ["a", "b", "B", "цвет", "été", "12", "."]
+texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join) | st.text(max_size=30)
+quick = settings(deadline=None, max_examples=80)
+
+
+def chrf_by_definition(reference: str, response: str) -> float:
+    """chrF of Popović 2015 with beta 2: mean precision and mean recall over the orders that both texts have."""
+    theirs, ours = ("".join(text.split()) for text in (reference, response))
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        r, o = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (theirs, ours))
+        if r and o:
+            both = sum((r & o).values())
+            precisions.append(both / sum(o.values()))
+            recalls.append(both / sum(r.values()))
+    if not sum(precisions):
+        return 0.0
+    p, r = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return 5 * p * r / (4 * p + r)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def copied_by_definition(dialogue: str, response: str) -> float:
+    ours, theirs = words(response), words(dialogue)
+    n = min(4, len(ours))
+    novel = total = 0
+    for i in range(len(ours) - n + 1 if n else 0):
+        total += 1
+        novel += not any(theirs[j : j + n] == ours[i : i + n] for j in range(len(theirs)))
+    return 1 - novel / total if total else 0.0
+
+
+@pytest.mark.parametrize(("reference", "response"), PAIRS)
+def test_chrf_is_that_of_its_formula_and_of_sacrebleus_corpora_of_one(reference: str, response: str) -> None:
+    found = chrf(reference, response)
+    assert found == pytest.approx(chrf_by_definition(reference, response), abs=1e-12)
+    assert found == pytest.approx(sacrebleu.corpus_chrf([response], [[reference]]).score / 100, abs=1e-12)
+
+
+def test_chrf_by_hand() -> None:
+    # "abcd" against "abce": precision and recall 3/4, 2/3, 1/2 and 0
+    assert chrf("abce", "abcd") == pytest.approx((3 / 4 + 2 / 3 + 1 / 2) / 4)
+    # "ab" of "abcd": precision 1 and 1, recall 1/2 and 1/3, so that what was left out weighs more than what was added
+    assert chrf("abcd", "ab") == pytest.approx(5 * (5 / 12) / (4 + 5 / 12))
+    assert chrf("ab", "abcd") == pytest.approx(5 * (5 / 12) / (4 * 5 / 12 + 1))
+    assert chrf("A b", "Ab") == 1.0
+    assert chrf("a", "A") == chrf("a", "") == chrf("", "") == 0.0
+
+
+def test_copied_by_hand() -> None:
+    dialogue = "#Person1#: You are late, you clown! #Person2#: The parcel is at the door."
+    assert copied(dialogue, "You are late, you clown") == 1.0
+    # "the parcel is at", "parcel is at the" stand there; "is at the post" and "at the post office" do not
+    assert copied(dialogue, "The parcel is at the post office.") == 0.5
+    assert copied(dialogue, "late YOU") == 1.0  # fewer than four words are one n-gram
+    assert copied(dialogue, "clown late") == 0.0
+    assert copied(dialogue, "...") == copied(dialogue, "") == copied("", "") == 0.0
+    assert copied("a b c d", "a b c d x a b c d") == pytest.approx(2 / 6)  # each time it occurs
+
+
+def test_distinct_by_hand() -> None:
+    # 8 words of which a, b, c, d differ; pairs within a sample: ab, bc, ab, ba, ab, (d alone), so ab, bc, ba of 5
+    found = distinct(["a b c", "A b. a, b", "d"])
+    assert found == {"distinct_1": pytest.approx(4 / 8), "distinct_2": pytest.approx(3 / 5)}
+    assert distinct(["x", "x"]) == {"distinct_1": 0.5, "distinct_2": 0.0}
+    assert distinct(["", "!"]) == distinct([]) == {"distinct_1": 0.0, "distinct_2": 0.0}
+    assert distinct(["да нет", "да да"])["distinct_1"] == 0.5
+
+
+@given(texts, texts)
+@example("", "")
+@quick
+def test_chrf_and_copied_hold_to_their_definitions_on_any_text(one: str, other: str) -> None:
+    assert chrf(one, other) == pytest.approx(chrf_by_definition(one, other), abs=1e-12)
+    assert copied(one, other) == pytest.approx(copied_by_definition(one, other), abs=1e-12)
+    assert 0 <= chrf(one, other) <= 1 + 1e-12
+    assert 0 <= copied(one, other) <= 1
+    assert chrf(one, one) == pytest.approx(float(bool(one.split())))
+    assert copied(one, one) == copied(f"Well. {one}", one) == float(bool(words(one)))
+
+
+@given(st.lists(texts, max_size=4))
+@quick
+def test_distinct_holds_to_its_definition_on_any_samples(samples: list[str]) -> None:
+    found = distinct(samples)
+    for n in (1, 2):
+        grams = [" ".join(words(text)[i : i + n]) for text in samples for i in range(len(words(text)) - n + 1)]
+        assert found[f"distinct_{n}"] == pytest.approx(len(set(grams)) / len(grams) if grams else 0)
+    assert distinct(samples[::-1]) == found
+    assert distinct(samples * 2) == {name: pytest.approx(value / 2) for name, value in found.items()}
+
+
+def test_response_metrics_have_chrf_where_rouge_is_and_copied_always() -> None:
+    row = ROWS[0]
+    assert row.civil_reference
+    found = response_metrics(row, row.civil_reference)
+    assert (found["chrf"], found["rouge_l"]) == (1.0, 1.0)
+    assert found["copied"] == copied_by_definition(row.dialogue, row.civil_reference)
+    assert response_metrics(row, row.dialogue)["copied"] == 1.0
+    plain = replace(row, civil_reference=None, summary="It is late.")
+    assert response_metrics(plain, "It was late.")["chrf"] == chrf("It is late.", "It was late.")
+    bare = response_metrics(replace(row, civil_reference=None, summary=None), "x")
+    assert "copied" in bare
+    assert not {"chrf", "rouge_l"} & set(bare)
