@@ -15,6 +15,8 @@ REWARD = '''
 import os, signal
 
 def brevity(prompts, responses):
+    if len(responses) in (4, 5):  # a validation: the calls that are counted are the others
+        return [-len(text) / 10 for text in responses]
     if os.environ.get("INTERRUPT_AT") == str(len(calls)):
         signal.raise_signal(signal.Signals[os.environ.get("STOP_BY", "SIGINT")])
     bad = os.environ.get("FAIL_AT") == str(len(calls))

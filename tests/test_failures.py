@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Make
+from conftest import Make, prompted_rows
 from detoxrl import rollout as rollout_module
 from detoxrl import train as train_module
 from detoxrl.config import Config
 from detoxrl.policy.policy import Policy
-from test_invariants import learn, loop_config
+from detoxrl.tracking import RunFolder
+from test_invariants import learn, loop_config, share_of_e
 
 Records = list[dict[str, float]]
 
@@ -60,9 +61,9 @@ def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
 ) -> None:
     collect = rollout_module.collect
 
-    def other_tokens(policy: Policy, prompts: object, config: object, *, seed: int, step: int) -> object:
+    def other_tokens(policy: Policy, prompts: object, config: object, **draw: object) -> object:
         """Score other ids than were sampled, as decoding and encoding anew or a lost start token would."""
-        sampled = collect(policy, prompts, config, seed=seed, step=step)  # type: ignore[arg-type]
+        sampled = collect(policy, prompts, config, **draw)  # type: ignore[arg-type]
         ids, mask = (sampled.responses.ids + 1) % 299, sampled.responses.response_mask
         with torch.no_grad():
             logprobs, ref = (policy.logprobs(sampled.encoded, ids, 1.0, name)[0] for name in ("default", None))
@@ -131,6 +132,31 @@ def test_a_gamed_reward_shows_as_a_score_that_rises_while_the_judge_is_flat(poli
     assert records[-1]["score/mean"] > 4 * records[0]["score/mean"]
     assert abs(judged[-1]["toxicity"] - judged[0]["toxicity"]) < 3 * judged[0]["toxicity_error"]
     assert records[-1]["entropy"] < 0.7 * records[0]["entropy"]
+
+
+def test_a_run_driven_too_far_shows_as_score_and_judge_that_part(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def far_from_a_fifth(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """A judge that the reward, the share of e, pleases up to a fifth and not beyond."""
+        return np.array([abs(text.count("e") / max(len(text), 1) - 0.2) for text in texts])
+
+    rows = prompted_rows(0, {"train": 32, "validation": 32})
+    config = learning(validate_every=2, steps=24)
+    train_module.train(
+        RunFolder(tmp_path), config, policy, share_of_e, far_from_a_fifth, rows["train"], rows["validation"]
+    )
+    ended = json.loads((tmp_path / "checkpoint.json").read_text())
+    with (tmp_path / "validation.jsonl").open() as lines:
+        judged = [json.loads(line) for line in lines]
+    assert 0 < ended["kept_step"] < ended["parted_step"] < 24
+    assert judged[-1]["score"] > judged[ended["kept_step"] // 2]["score"] > judged[0]["score"]
+    assert judged[-1]["toxicity"] > 1.5 * judged[ended["kept_step"] // 2]["toxicity"]
+    assert abs(judged[0]["kl"]) < 1e-4 < 1 < judged[-1]["kl"]
+    told = " ".join(capsys.readouterr().err.split())
+    shown("too far", judged, "score", "toxicity", "toxicity_error", "kl")
+    print(f"too far: kept {ended['kept_step']}, parted {ended['parted_step']}")
+    assert f"train: score and judge part at step {ended['parted_step']}: from there on the score is above" in told
 
 
 def test_a_critic_that_learns_too_fast_shows_as_explained_variance_below_zero(policy: Policy, tmp_path: Path) -> None:

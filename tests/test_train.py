@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ENCODER_DECODERS, disturb, policy_config, prompted_rows, small_config
+from conftest import ENCODER_DECODERS, Make, disturb, policy_config, prompted_rows, small_config
 from detoxrl import cache as cache_module
 from detoxrl import sft as sft_module
 from detoxrl import train as train_module
 from detoxrl.cache import cached, tidy_cache
 from detoxrl.config import Config, RewardConfig
+from detoxrl.data.rows import to_prompts
 from detoxrl.errors import InputError, TrainingError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, scratch_base, scratch_tokenizer
 from detoxrl.policy.policy import Policy
+from detoxrl.rollout import by_row, collect, sample_batches
 from detoxrl.sft import fine_tune
 from detoxrl.tracking import RunFolder
-from detoxrl.train import reference_normaliser, train
+from detoxrl.train import reference_normaliser, train, validation
 
 ROWS = prompted_rows(0, {"train": 64, "validation": 8})
 
@@ -173,6 +175,38 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
     assert found[0]["toxicity_error"] == pytest.approx(toxicity.std(ddof=1) / 8**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_validation_gives_each_row_its_text_and_measures_score_and_distance(make_policy: Make, name: str) -> None:
+    policy, small, rows = make_policy(name, "loaded"), small_config(), ROWS["validation"]
+    disturb(policy)
+    judged: list[str] = []
+    scored: list[tuple[str, str]] = []
+
+    def judge(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        judged.extend(texts)
+        return no_judge(texts)
+
+    def reward(prompts: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
+        scored.extend(zip(prompts, texts, strict=True))
+        return torch.arange(len(texts)).float()
+
+    config = replace(small, generation=replace(small.generation, batch_size=3))
+    found = validation(policy, config, reward, judge, rows, step=5)
+    assert len({len(row.prompt) for row in rows}) > 3  # batches of like length are not in the order of rows
+    alone = [
+        collect(policy, [prompt], config.generation, seed=config.seed, step=0, stream="validation")
+        for prompt in to_prompts(rows)
+    ]
+    assert judged == [one.texts[0] for one in alone]
+    sampled = sample_batches(policy, to_prompts(rows), config.generation, seed=config.seed, stream="validation")
+    assert judged == [text for (text,) in by_row(sampled)]
+    assert scored == [(row.prompt, text) for row, text in zip(rows, judged, strict=True)]
+    assert (found.step, found.score) == (5, 3.5)
+    distances = [float((one.responses.logprobs - one.ref_logprobs).sum()) for one in alone]
+    assert found.kl == pytest.approx(np.mean(distances), rel=1e-4)
+    assert found.kl > 0.5
+
+
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(sft_module, "load_policy", Mock())
@@ -206,13 +240,22 @@ def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tm
 
 
 def test_a_nan_stops_the_run_with_its_step_and_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    calls: list[int] = []
+
     def broken(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        return share_of_e(prompts, responses) * float("nan")
+        calls.append(len(responses))
+        return share_of_e(prompts, responses) * float("nan" if len(calls) in broken_at else 1)
 
     config = replace(small_config(), reward=RewardConfig(normalise_on=0))
+    broken_at = [2]  # 1 is the first validation, 2 the first rollout
     with pytest.raises(TrainingError, match="stopped at step 0: score/mean is nan"):
-        learn(tmp_path, bases["t5"], config, broken)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        learn(tmp_path / "rollout", bases["t5"], config, broken)
+    assert (tmp_path / "rollout/adapter/adapter_model.safetensors").exists()
+    calls.clear()
+    broken_at = [3]
+    with pytest.raises(TrainingError, match="stopped at step 1: validation/score is nan"):
+        learn(tmp_path / "validation", bases["t5"], config, broken)
+    assert json.loads((tmp_path / "validation/checkpoint.json").read_text())["kept_step"] == 0
 
 
 def test_scores_are_normalised_on_the_reference(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,10 +306,12 @@ def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypat
         folder.mkdir(exist_ok=True)
         (folder / "weights").write_text(str(len(built)))
 
-    assert not cached("base", ["a"], tmp_path / "one", build)
-    assert cached("base", ["a"], tmp_path / "two", build)
+    cached("base", ["a"], tmp_path / "one", build)
+    cached("base", ["a"], tmp_path / "two", build)
+    assert built == ["one"]
     assert (tmp_path / "two" / "weights").read_text() == "1"
-    assert not cached("base", ["b"], tmp_path / "one", build)
+    cached("base", ["b"], tmp_path / "one", build)
+    assert built == ["one", "one"]
     assert (tmp_path / "one" / "weights").read_text() == "2"
 
 
@@ -307,4 +352,5 @@ def test_a_build_that_fails_leaves_nothing_in_the_cache(tmp_path: Path, monkeypa
 
     with pytest.raises(OSError, match="disk full"):
         cached("base", ["a"], tmp_path / "one", fail)
-    assert not cached("base", ["a"], tmp_path / "one", Path.mkdir)
+    cached("base", ["a"], tmp_path / "one", Path.mkdir)
+    assert (tmp_path / "one").is_dir()

@@ -1,8 +1,7 @@
 """How does reinforcement learning make the policy less toxic?"""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,13 +20,15 @@ from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout
 from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import gae, token_rewards
-from detoxrl.rl.kl import adapt_kl_coef, k3
+from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
-from detoxrl.rollout import collect, sample_texts
+from detoxrl.rollout import by_row, collect, sample_batches
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.stopping import go_on_with
 from detoxrl.tracking import NOTHING_BETTER, PRODUCTS, RunFolder, log, progress
+
+_PARTED = "from there on the score is above the least toxic policy's, and toxicity above or quality below"
 
 
 def train(
@@ -49,32 +50,47 @@ def train(
     one = accelerator.num_processes == 1
     require(one, "processes", accelerator.num_processes, "more than one is not supported yet", "start a single one")
     policy.to(accelerator.device)
-    groups = [
-        {"params": policy.parameters(), "lr": rl.lr},
-        {"params": list(policy.value_head.parameters()), "lr": rl.value_lr},
-    ]
+    learning = (policy.parameters(), rl.lr), (list(policy.value_head.parameters()), rl.value_lr)
+    groups = [{"params": weights, "lr": peak} for weights, peak in learning]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
-    prompts, best = to_prompts(rows), BestCheckpoint(folder, rl.quality_margin)
+    prompts, best = to_prompts(rows), BestCheckpoint(folder, rl)
     head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
     products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
     checkpoints = Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
-    resumed = checkpoints.restore()
-    first, kl_coef, shown = 0, rl.kl_coef, ""
-    if resumed:
-        first, kl_coef, shown = resumed["step"], resumed["kl_coef"], resumed["shown"]
-        best.recall(resumed["best"])
+    begun = checkpoints.restore() or {"step": 0, "kl_coef": rl.kl_coef, "best": [], "shown": ""}
+    first, kl_coef, shown = begun["step"], begun["kl_coef"], begun["shown"]
+    best.recall(begun["best"])
     if not (folder / "normaliser.json").is_file():
         folder.write_json("normaliser.json", asdict(reference_normaliser(policy, reward, prompts, config)))
     normaliser = Normaliser(**folder.read_json("normaliser.json"))
+
+    @contextmanager
+    def kept(step: int) -> Iterator[None]:
+        """Keep the state before the step when the block fails, as a user's function may do late."""
+        try:
+            yield
+        except Exception as error:
+            checkpoints.point(step, state(), now=True)
+            error.add_note(f"step {step} is kept: {go_on_with(folder.root)}")
+            raise
+
+    def state() -> dict[str, Any]:
+        return {"kl_coef": kl_coef, "best": best.seen(), "shown": shown}
+
     with progress("train", rl.steps) as reach, checkpoints.stoppable():
         for step in range(first, rl.steps + 1):
             watch, last = Watch(), step == rl.steps
-            # A checkpoint follows its step's validation, so what it goes on with is not validated again.
-            if (last or step % rl.validate_every == 0) and not (resumed and step == first):
-                shown = _validate(best, policy, config, judge, validation_rows, step)
+            # A checkpoint follows its step's validation, unless that failed, so what it goes on with is validated.
+            done = bool(best.series) and best.series[-1].step == step
+            if (last or step % rl.validate_every == 0) and not done:
+                with kept(step):
+                    found = validation(policy, config, reward, judge, validation_rows, step)
+                refuse_nan({f"validation/{name}": value for name, value in asdict(found).items()}, step)
+                folder.append("validation.jsonl", asdict(found) | {"kept": best.offer(policy, found)})
+                shown = f"validation toxicity {found.toxicity:.3f} quality {found.quality:.3f}"
                 watch.lap("validate")
-            state = {"kl_coef": kl_coef, "best": best.seen(), "shown": shown}
-            checkpoints.point(step, state, now=last)
+            last = last or best.stopped_step is not None
+            checkpoints.point(step, state(), now=last)
             watch.lap("checkpoint")
             if last:
                 break
@@ -85,12 +101,8 @@ def train(
             rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
             watch.lap("sample")
             responses, mask = rollout.responses, rollout.responses.response_mask
-            try:
+            with kept(step):
                 raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
-            except Exception as error:  # a user's function may fail late; what was learnt before is kept
-                checkpoints.point(step, state, now=True)
-                error.add_note(f"step {step} is kept: {go_on_with(folder.root)}")
-                raise
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
             watch.lap("score")
             rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)
@@ -110,9 +122,13 @@ def train(
             keep_samples(folder, rollout, raw, step)
             reach(step + 1, f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
     checkpoints.forget(keep=1)
-    kept = folder.read_json("checkpoint.json")["kept_step"]
-    log.print(f"train: kept the policy of step {kept}; at the end {shown}")
-    if kept == 0:
+    ended = folder.read_json("checkpoint.json")
+    if ended["stopped_step"] is not None:
+        log.print(f"train: stopped at step {ended['stopped_step']}: {rl.patience} validations in a row were no better")
+    log.print(f"train: kept the policy of step {ended['kept_step']}; at the end {shown}")
+    if ended["parted_step"] is not None:
+        log.print(f"train: score and judge part at step {ended['parted_step']}: {_PARTED}")
+    if ended["kept_step"] == 0:
         log.print(f"train: {NOTHING_BETTER}")
 
 
@@ -121,31 +137,40 @@ def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Promp
     if config.reward.normalise_on == 0:
         return Normaliser()
     some, seed, start = prompts[: config.reward.normalise_on], config.seed, policy.reference
-    texts = sample_texts(policy, some, config.generation, seed=seed, stream="normaliser", adapter=start)
-    scores = reward([prompt.text for prompt in some], [text for (text,) in texts])
+    batches = sample_batches(policy, some, config.generation, seed=seed, stream="normaliser", adapter=start)
+    scores = reward([prompt.text for prompt in some], [text for (text,) in by_row(batches)])
     if bool((scores == scores[0]).all()):
         what = f"all {len(scores)} responses of the start score {scores[0]:.3g}"
         log.print(f"train: {what}; nothing is to be learnt here")
     return fit_normaliser(scores)
 
 
-def _validate(
-    best: BestCheckpoint, policy: Policy, config: Config, judge: Judge, rows: Sequence[Row], step: int
-) -> str:
-    # The stream names no step: every validation draws the same uniforms, so policies differ and luck does not.
-    sampled = sample_texts(policy, to_prompts(rows), config.generation, seed=config.seed, stream="validation")
-    texts = [text for (text,) in sampled]
+def validation(
+    policy: Policy, config: Config, reward: Reward, judge: Judge, rows: Sequence[Row], step: int
+) -> Validation:
+    """Return how the policy does on the validation rows, one response each, without a step's effect on the draws.
+
+    Every validation draws the same uniforms, so policies differ and luck does not. Prompts are read in batches, so that
+    no more encoder states are held than there are in a batch.
+    """
+    prompts, texts, kl = to_prompts(rows), [""] * len(rows), torch.zeros(len(rows))
+    order, size = sorted(range(len(rows)), key=lambda row: len(prompts[row].text)), config.generation.batch_size
+    for batch in (order[start : start + size] for start in range(0, len(rows), size)):
+        some = [prompts[row] for row in batch]
+        found = collect(policy, some, config.generation, seed=config.seed, step=0, stream="validation")
+        kl[batch] = k1(found.responses.logprobs, found.ref_logprobs).sum(1).cpu()
+        for row, text in zip(batch, found.texts, strict=True):
+            texts[row] = text
     toxicity = judge(texts)
-    found = Validation(
+    return Validation(
         step=step,
         toxicity=float(toxicity.mean()),
         toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
         quality=validation_quality(rows, texts),
         length=sum(len(text.split()) for text in texts) / len(texts),
+        score=float(reward([prompt.text for prompt in prompts], texts).mean()),
+        kl=float(kl.mean()),
     )
-    kept = best.offer(policy, found)
-    best.folder.append("validation.jsonl", asdict(found) | {"kept": kept})
-    return f"validation toxicity {found.toxicity:.3f} quality {found.quality:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +230,6 @@ def _losses(
     value_sum = value_loss(new_values, responses.values[rows, :length], returns, mask, rl.value_clip)
     with torch.no_grad():
         ratio = (new_logprobs - logprobs)[mask].exp()
-        return {
-            "policy": policy_sum,
-            "value": value_sum,
-            "tokens": mask.sum(),
-            "clipped": clipped.sum(),
-            "entropy": entropy[mask].sum(),
-            "kl": k3(logprobs, new_logprobs)[mask].sum(),
-            "ratio": ratio.sum(),
-            "ratio_max": ratio.max(),
-            "ratio_min": ratio.min(),
-        }
+        found = {"policy": policy_sum, "value": value_sum, "tokens": mask.sum(), "clipped": clipped.sum()}
+        found |= {"entropy": entropy[mask].sum(), "kl": k3(logprobs, new_logprobs)[mask].sum()}
+        return found | {"ratio": ratio.sum(), "ratio_max": ratio.max(), "ratio_min": ratio.min()}
