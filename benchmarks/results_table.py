@@ -1,4 +1,4 @@
-"""What did runs of one recipe with several seeds come to? Prints the README's table.
+"""What did runs of one recipe with several seeds come to? Prints the README's table, and that of the baselines.
 
 for seed in 0 1 2; do detoxrl run quickstart --seed $seed --run-dir runs/seed$seed; done
 python benchmarks/results_table.py runs/seed0 runs/seed1 runs/seed2
@@ -11,12 +11,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BASELINES = {
+    "word_filter": "word filter",
+    "best_of_4": "best of 4 by the reward",
+    "best_of_16": "best of 16 by the reward",
+    "sft_civil": "supervised on civil references",
+    "sft_best_of_4": "supervised on the best of 4",
+}
 ROWS = {
     "facts": "facts kept, with roles",
     "quarrel_reported": "quarrel still reported",
     "insult_rate": "with an insult the reward model knew",
     "insult_rate_unseen": "with an insult kept from it",
     "rouge_l": "ROUGE-L to the civil reference",
+    "similarity": "similarity (chrF) to another response of the start",
+    "distinct_2": "distinct word pairs of a prompt's samples",
     "length": "words per response",
     "empty_rate": "empty responses",
 }
@@ -47,6 +56,26 @@ def main(folders: list[str]) -> None:
         print("| share removed above the floor | " + " | ".join(removed) + " |")
     for name, label in ROWS.items():
         cells = [cell(one["quality"][name], one["baselines"]["sft_civil"]["quality"][name]["after"]) for one in found]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+    baselines(found)
+
+
+def baselines(found: list[dict[str, Any]]) -> None:
+    """Print toxicity, facts and the verdict on "after" of each baseline, a column a run."""
+    print("\n| | " + " | ".join(f"seed {i}" for i in range(len(found))) + " |")
+    print("|---|" + "---|" * len(found))
+    judge = found[0]["primary_judge"]
+    sides = [(one["toxicity"][judge], one["quality"]["facts"]) for one in found]
+    for side in ("before", "after"):
+        cells = [f"{toxicity[side]['mean']:.3f}, {facts[side]:.3f}" for toxicity, facts in sides]
+        print(f"| {'start' if side == 'before' else 'PPO'} | " + " | ".join(cells) + " |")
+    for name, label in BASELINES.items():
+        cells = []
+        for one in found:
+            beside = one["baselines"][name]["after"]
+            civil, kept, change = beside["toxicity"], beside["quality"], beside["toxicity"]["difference"]
+            interval = f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+            cells.append(f"{civil['before']:.3f}, {kept['before']:.3f}; {interval}, {beside['verdict']}")
         print(f"| {label} | " + " | ".join(cells) + " |")
 
 

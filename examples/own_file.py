@@ -12,6 +12,7 @@ config = detoxrl.recipe(
         "data.summary_column": "gist",
         # Small, to be quick. With a model that can summarize already, name it in policy.base and set sft.steps to 0.
         "sft.steps": 100,
+        "sft.baseline_steps": 20,
         "rl.steps": 10,
         "rl.batch_size": 16,
         "rl.minibatch_size": 8,

@@ -21,7 +21,7 @@ if __name__ == "__main__":
             "rl.batch_size": 16,
         },
     )
-    result = detoxrl.evaluate("runs/own_model", mine, adapter=TRAINED / "adapter", overwrite=True)
+    result = detoxrl.evaluate("runs/own_model", mine, policies={"trained": TRAINED / "adapter"}, overwrite=True)
     for judge, found in result["toxicity"].items():
         change = found["difference"]
         print(f"{judge}: {found['verdict']}, {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})")

@@ -70,14 +70,23 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
     for systems in (found, *found["baselines"].values()):
         for result in systems["toxicity"].values():
             assert {"before", "after", "floor", "share_removed", "difference", "relative", "verdict"} == set(result)
-            assert {"mean", "std", "toxic_ratio", "max"} == set(result["before"]) == set(result["after"])
+            told = {"mean", "std", "toxic_ratio", "max", "p50", "p90", "p95", "p99", "expected_max_toxicity",
+                    "toxicity_probability"}  # fmt: skip
+            assert told == set(result["before"]) == set(result["after"])
+            assert {"mean", "low", "high", "p", "detectable"} == set(result["difference"])
             change = result["after"]["mean"] - result["before"]["mean"]
             assert result["difference"]["mean"] == pytest.approx(change, abs=1e-9)
             assert result["difference"]["low"] <= result["difference"]["mean"] <= result["difference"]["high"]
         names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen",
-                 "score"}  # fmt: skip
-        assert set(systems["quality"]) == names
-    assert set(found["baselines"]) == {"sft_civil"}
+                 "score", "chrf", "copied", "similarity", "distinct_1", "distinct_2"}  # fmt: skip
+        other = "kl_bound" in systems  # best of n has 4 samples or 1, the start 2
+        assert set(systems["quality"]) == (names - {"distinct_1", "distinct_2"} if other else names)
+    assert [*found["baselines"]] == ["word_filter", "best_of_4", "best_of_16", "sft_civil", "sft_best_of_4"]
+    for name, one in found["baselines"].items():
+        assert {"toxicity", "quality", "quality_by", "verdict"} == set(one["after"])
+        assert ("kl_bound" in one) == name.startswith("best_of")
+    assert {"spearman", "kappa", "same_side"} == set(found["agreement"]["alt-profanity-check and reward classifier"])
+    assert found["names"] == {}
     assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
 
 
@@ -105,10 +114,10 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
 
     monkeypatch.setattr(measuring, "sample_batches", name_adapter)
     folder, config = RunFolder.open(run)
-    found = measuring._responses(folder, config, measuring.rows_of(folder, "test"))
+    found = measuring._responses(folder, config, measuring.rows_of(folder, "test"), {})
     (run / "responses.jsonl").unlink()
     assert {name: texts[0][0] for name, texts in found.items()} == {
-        "before": "None", "after": "after", "sft_civil": "sft_civil",
+        "before": "None", "after": "measured0", "sft_civil": "measured1", "sft_best_of_4": "measured2",
     }  # fmt: skip
 
 
@@ -151,7 +160,7 @@ def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Pa
         (["run"], "recipe = '': is missing"),
         (["fly"], "command = 'fly': is not a command"),
         (["train", "nowhere"], "run folder = 'nowhere': holds no config.json"),
-        (["train"], "run folder = '': must be one folder"),
+        (["train"], "run folder = '': is missing; say `detoxrl train runs/NAME`"),
         (["run", "quickstart", "--rl.batch-size", "1"], "rl.batch_size = 1: must be 2 or more"),
         (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
     ],
@@ -226,7 +235,7 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
     environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache"), "COLUMNS": "120"}
     words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
     for deadly in (
-        "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:2",
+        "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:4",
         "detoxrl.measuring:sample_batches:2",
     ):  # fmt: skip
         command = [sys.executable, "-c", KILLED, deadly, *words]

@@ -6,71 +6,59 @@ from dataclasses import replace
 
 import pytest
 
-from detoxrl.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    PolicyConfig,
-    RewardConfig,
-    RlConfig,
-    SftConfig,
-)
+from detoxrl.config import Config, DataConfig, RlConfig
 from detoxrl.errors import InputError
 from detoxrl.recipes import recipe, recipe_names
+from detoxrl.settings import changed
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("settings", "message"),
     [
-        (lambda: RlConfig(clip=0), r"rl\.clip = 0: must be above 0"),
-        (lambda: RlConfig(lam=1.1), r"rl\.lam = 1\.1: must lie in \[0, 1\]"),
-        (lambda: RlConfig(kl_coef=-1), r"rl\.kl_coef = -1: must be 0 or more"),
-        (lambda: RlConfig(batch_size=10, minibatch_size=4), r"rl\.minibatch_size = 4: must divide rl\.batch_size"),
-        (lambda: RlConfig(batch_size=1, minibatch_size=1), r"rl\.batch_size = 1: must be 2 or more"),
-        (lambda: RlConfig(kl_target=0), r"rl\.kl_target = 0: must be above 0"),
-        (lambda: RlConfig(validation_prompts=1), r"rl\.validation_prompts = 1: must be 2 or more"),
-        (lambda: PolicyConfig(lora_targets=()), r"policy\.lora_targets = \(\): must name a layer"),
-        (lambda: Config(recipe="x", seed=2**63), r"seed = 9223372036854775808"),
-        (lambda: Config(recipe="x", data=DataConfig(limit=9)), r"rl\.batch_size = 64: exceeds data\.limit"),
-        (
-            lambda: Config(recipe="x", policy=PolicyConfig(base="b", adapter="a")),
-            r"policy\.adapter = 'a': does not fit a base whose full weights sft changes; say --sft.no-full-weights",
-        ),
-        (lambda: DataConfig(limit=1), r"data\.limit = 1: must be 2 or more"),
-        (lambda: DataConfig(min_length=9, max_length=8), r"data\.max_length = 8: is below data\.min_length"),
-        (lambda: DataConfig(max_prompt_tokens=0), r"data\.max_prompt_tokens = 0: must be above 0"),
-        (
-            lambda: Config(recipe="x", data=DataConfig(summary_column=None)),
-            r"data\.summary_column = None: leaves sft nothing to learn from",
-        ),
-        (
-            lambda: Config(recipe="x", data=DataConfig(length_unit="tokens")),
-            r"data\.length_unit = 'tokens': needs a tokenizer",
-        ),
-        (
-            lambda: Config(
-                recipe="x", reward=RewardConfig(classifier="c"), evaluation=EvaluationConfig(primary_judge="c")
-            ),
-            r"evaluation\.primary_judge = 'c': is the reward's own classifier",
-        ),
-        (lambda: DataConfig(template="Hi"), r"data\.template = 'Hi': must contain \{dialogue\}"),
-        (lambda: EvaluationConfig(prompts=1), r"evaluation\.prompts = 1"),
-        (lambda: PolicyConfig(adapter="x"), r"policy\.adapter = 'x': needs the base"),
-        (lambda: PolicyConfig(lora_rank=0), r"policy\.lora_rank = 0"),
-        (lambda: SftConfig(lr=0), r"sft\.lr = 0"),
-        (lambda: RewardConfig(clip=0), r"reward\.clip = 0"),
-        (lambda: GenerationConfig(temperature=0), r"generation\.temperature = 0"),
-        (lambda: EvaluationConfig(samples_per_prompt=0), r"evaluation\.samples_per_prompt = 0"),
-        (lambda: Config(recipe="x", seed=-1), r"seed = -1"),
-        (lambda: Config(recipe="x", sft=SftConfig(steps=0)), r"policy\.base = 'scratch' needs full_weights and steps"),
-        (lambda: recipe("quikstart"), r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"),
+        ({"rl.clip": 0}, r"rl\.clip = 0\.0: must be above 0"),
+        ({"rl.lam": 1.1}, r"rl\.lam = 1\.1: must lie in \[0, 1\]"),
+        ({"rl.kl_coef": -1}, r"rl\.kl_coef = -1\.0: must be 0 or more"),
+        ({"rl.batch_size": 10, "rl.minibatch_size": 4}, r"rl\.minibatch_size = 4: must divide rl\.batch_size"),
+        ({"rl.batch_size": 1, "rl.minibatch_size": 1}, r"rl\.batch_size = 1: must be 2 or more"),
+        ({"rl.kl_target": 0}, r"rl\.kl_target = 0\.0: must be above 0"),
+        ({"rl.validation_prompts": 1}, r"rl\.validation_prompts = 1: must be 2 or more"),
+        ({"policy.lora_targets": ()}, r"policy\.lora_targets = \(\): must name a layer"),
+        ({"seed": 2**63}, r"seed = 9223372036854775808"),
+        ({"data.limit": 9}, r"rl\.batch_size = 64: exceeds data\.limit"),
+        ({"policy.base": "b", "policy.adapter": "a"},
+         r"policy\.adapter = 'a': does not fit a base whose full weights sft changes; say --sft.no-full-weights"),
+        ({"data.limit": 1}, r"data\.limit = 1: must be 2 or more"),
+        ({"data.min_length": 9, "data.max_length": 8}, r"data\.max_length = 8: is below data\.min_length"),
+        ({"data.max_prompt_tokens": 0}, r"data\.max_prompt_tokens = 0: must be above 0"),
+        ({"data.summary_column": None}, r"data\.summary_column = None: leaves sft nothing to learn from"),
+        ({"data.length_unit": "tokens"}, r"data\.length_unit = 'tokens': needs a tokenizer"),
+        ({"reward.classifier": "c", "evaluation.primary_judge": "c"},
+         r"evaluation\.primary_judge = 'c': is the reward's own classifier"),
+        ({"data.template": "Hi"}, r"data\.template = 'Hi': must contain \{dialogue\}"),
+        ({"evaluation.prompts": 1}, r"evaluation\.prompts = 1"),
+        ({"policy.adapter": "x"}, r"policy\.adapter = 'x': needs the base"),
+        ({"policy.lora_rank": 0}, r"policy\.lora_rank = 0"),
+        ({"sft.lr": 0}, r"sft\.lr = 0"),
+        ({"reward.clip": 0}, r"reward\.clip = 0"),
+        ({"generation.temperature": 0}, r"generation\.temperature = 0"),
+        ({"evaluation.samples_per_prompt": 0}, r"evaluation\.samples_per_prompt = 0"),
+        ({"seed": -1}, r"seed = -1"),
+        ({"sft.steps": 0}, r"policy\.base = 'scratch' needs full_weights and steps"),
     ],
-)  # type: ignore[misc]
-def test_a_value_that_is_not_allowed_is_named_in_one_line(build: object, message: str) -> None:
+)  # fmt: skip
+def test_a_value_that_is_not_allowed_is_named_in_one_line(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        build()  # type: ignore[operator]
+        changed(Config(recipe="x"), settings)
     assert "\n" not in str(raised.value)
+
+
+def test_sections_built_in_python_and_names_of_recipes_keep_the_rules_too() -> None:
+    with pytest.raises(InputError, match=r"rl\.clip = 0: must be above 0"):
+        RlConfig(clip=0)
+    with pytest.raises(InputError, match=r"data\.max_length = 8: is below data\.min_length"):
+        DataConfig(min_length=9, max_length=8)
+    with pytest.raises(InputError, match=r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"):
+        recipe("quikstart")
 
 
 def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:

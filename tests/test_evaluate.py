@@ -11,11 +11,12 @@ import torch
 
 from conftest import prompted_rows
 from detoxrl.config import EvaluationConfig
-from detoxrl.evaluation.judges import Floats, load_judge, once_each
-from detoxrl.evaluation.measure import comparison, measure, old_protocol, splits, toxic_words
+from detoxrl.evaluation.judges import Judge, load_judge
+from detoxrl.evaluation.measure import Measured, Readers, comparison, measure, old_protocol, splits, toxic_words
 from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
 from detoxrl.evaluation.stats import (
     Difference,
+    Floats,
     compare_toxicity,
     old_summary,
     paired_difference,
@@ -23,31 +24,28 @@ from detoxrl.evaluation.stats import (
     verdict,
 )
 
+CPU = torch.device("cpu")
 ROWS = prompted_rows(0, {"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
 
 
-def lengths(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+def profanity() -> Judge:
+    return load_judge("alt-profanity-check", "toxic", "evaluation.primary_judge", "evaluation.judge_label", CPU)
+
+
+def lengths(pairs: Sequence[tuple[str, str]]) -> Floats:
     """A reward: the length of prompt and response together."""
-    return torch.tensor([float(len(prompt) + len(text)) for prompt, text in zip(prompts, responses, strict=True)])
+    return np.array([float(len(prompt) + len(text)) for prompt, text in pairs])
+
+
+READERS = Readers(score=lengths)
 
 
 def test_the_independent_judge_knows_an_insult_when_it_sees_one() -> None:
-    judge = load_judge(EvaluationConfig(), torch.device("cpu"))
+    judge = profanity()
     rude, polite, again = judge(["You are a stupid idiot.", "Thank you very much.", "You are a stupid idiot."])
     assert rude > 0.9 > 0.2 > polite
     assert rude == again
-
-
-def test_each_distinct_text_is_judged_once_and_order_is_kept() -> None:
-    asked: list[list[str]] = []
-
-    def lengths(texts: list[str]) -> Floats:
-        asked.append(list(texts))
-        return np.array([float(len(text)) for text in texts])
-
-    assert once_each(lengths)(["bb", "a", "bb", "ccc"]).tolist() == [2, 1, 2, 3]
-    assert sorted(asked[0]) == ["a", "bb", "ccc"]
 
 
 def test_rouge_l_by_hand() -> None:
@@ -75,13 +73,17 @@ def test_validation_quality_is_facts_or_rouge() -> None:
 
 def test_toxicity_summary_by_hand() -> None:
     found = toxicity_summary(np.array([[0.0, 0.5], [0.5, 1.0]]))
-    assert found == {"mean": 0.5, "std": pytest.approx((0.5 / 3) ** 0.5), "toxic_ratio": 0.75, "max": 1.0}
+    # 0, 0.5, 0.5, 1: the median is 0.5; nine tenths of the way from first to last lie 0.7 on from 0.5 to 1
+    expected = {"mean": 0.5, "std": (0.5 / 3) ** 0.5, "toxic_ratio": 0.75, "max": 1.0}
+    expected |= {"p50": 0.5, "p90": 0.85, "p95": 0.925, "p99": 0.985}
+    assert found == pytest.approx(expected | {"expected_max_toxicity": 0.75, "toxicity_probability": 1.0})
 
 
 def test_comparison_counts_after_minus_before_and_the_share_above_the_floor() -> None:
     before, after = np.full((50, 2), 0.5), np.full((50, 2), 0.2)
     found = compare_toxicity(before, after, floor=0.1, resamples=200, seed=0)
-    assert found["difference"] == {"mean": pytest.approx(-0.3), "low": pytest.approx(-0.3), "high": pytest.approx(-0.3)}
+    expected = {"mean": -0.3, "low": -0.3, "high": -0.3, "p": 1 / 201, "detectable": 0.0}
+    assert found["difference"] == pytest.approx(expected)
     assert found["share_removed"] == pytest.approx(0.75)
     assert found["relative"] == pytest.approx(-0.6)
     assert found["verdict"] == "less toxic"
@@ -89,9 +91,8 @@ def test_comparison_counts_after_minus_before_and_the_share_above_the_floor() ->
 
 
 def test_verdicts_follow_the_interval() -> None:
-    assert verdict(Difference(mean=-1, low=-2, high=-0.1)) == "less toxic"
-    assert verdict(Difference(mean=1, low=0.1, high=2)) == "more toxic"
-    assert verdict(Difference(mean=-1, low=-2, high=0.0)) == "no detectable difference"
+    for low, high, says in [(-2, -0.1, "less toxic"), (0.1, 2, "more toxic"), (-2, 0.0, "no detectable difference")]:
+        assert verdict(Difference(mean=(low + high) / 2, low=low, high=high, p=0.5, detectable=1.0)) == says
 
 
 def test_the_interval_is_that_of_the_normal_theory_on_normal_data() -> None:
@@ -113,13 +114,13 @@ def test_samples_of_one_prompt_are_not_taken_for_independent() -> None:
     assert (found.low, found.high) == pytest.approx((single.low, single.high))
 
 
-def measured_references() -> dict[str, object]:
+def measured_references() -> Measured:
     responses = {
         "before": [[row.summary] for row in ROWS],
         "after": [[row.civil_reference or ""] for row in ROWS],
     }
-    judge = load_judge(EvaluationConfig(), torch.device("cpu"))
-    return measure(ROWS, responses, {"alt-profanity-check": judge}, lengths)
+    judge = profanity()
+    return measure(ROWS, responses, {"alt-profanity-check": judge}, READERS)
 
 
 def test_measuring_references_against_civil_references_removes_all_there_is() -> None:
@@ -128,13 +129,13 @@ def test_measuring_references_against_civil_references_removes_all_there_is() ->
     result = found["toxicity"]["alt-profanity-check"]
     assert result["share_removed"] == pytest.approx(1.0)
     assert result["floor"] == pytest.approx(result["after"]["mean"])
-    assert found["quality"]["facts"]["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["quality"]["facts"]["difference"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "detectable": 0}
     assert found["quality"]["insult_rate"]["after"] == 0.0
     assert found["quality"]["insult_rate"]["before"] > 0.3
 
 
 def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() -> None:
-    found = splits(ROWS, measured_references(), "alt-profanity-check", CONFIG, seed=0)
+    found = splits(ROWS, measured_references(), CONFIG, seed=0)
     assert found["toxic before"]["n"] + found["civil before"]["n"] == len(ROWS)
     parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the dialogue")
     assert sum(found[part]["n"] for part in parts) == len(ROWS)
@@ -147,24 +148,21 @@ def test_one_toxic_sample_of_several_makes_a_prompt_toxic_before_by_any_judge() 
     responses = {side: [["fine", "toxic"], ["fine", "fine"]] for side in ("before", "after")}
     deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
     sharp = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
-    found = splits(
-        two,
-        measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, lengths),
-        "alt-profanity-check",
-        CONFIG,
-        seed=0,
-    )
+    measured = measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, READERS)
+    found = splits(two, measured, CONFIG, seed=0)
     assert (found["toxic before"]["n"], found["civil before"]["n"]) == (1, 1)
 
 
 def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> None:
-    words = toxic_words(["The stupid parcel came late."], load_judge(EvaluationConfig(), torch.device("cpu")))
+    words = toxic_words([["The stupid parcel came late."]], profanity())
     assert {"stupid", "idiot", "clown"} <= set(words)
     assert "parcel" not in words
 
 
 def test_the_reward_scores_each_response_with_its_own_prompt() -> None:
-    found = measure(ROWS[:2], {"before": [["a"] * 2, ["bb"] * 2]}, {}, lengths)["metrics"]["before"]["score"]
+    deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
+    responses = {"before": [["a"] * 2, ["bb"] * 2]}
+    found = measure(ROWS[:2], responses, {"deaf": deaf}, READERS).metrics["before"]["score"]
     assert found.tolist() == [[len(row.prompt) + n] * 2 for row, n in zip(ROWS[:2], (1, 2), strict=True)]
 
 

@@ -46,7 +46,9 @@ def test_own_dialogues_model_and_classifier_go_through_unharmed(
     assert any("😀" in sample["reference"] for sample in samples)
     found = json.loads((run / "eval.json").read_text())
     assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
-    assert set(found["quality"]) == {"score", "length", "empty_rate", "rouge_l"}
+    assert set(found["quality"]) == {
+        "score", "length", "empty_rate", "rouge_l", "chrf", "copied", "similarity", "distinct_1", "distinct_2",
+    }  # fmt: skip
     assert set(found["splits"]) <= {"toxic before", "civil before"}
     assert sum(n for by in found["two_by_two"].values() for n in by.values()) == 8
 
@@ -89,7 +91,7 @@ def test_a_lora_to_start_from_is_the_reference_and_can_be_measured_without_train
     assert abs(first["kl/reference"]) < 1e-4
     assert first["ratio/first_error"] < 1e-5
     bare = detoxrl_config("model")
-    measured = evaluate(place / "runs" / "measured", bare, adapter=place / "lora")
+    measured = evaluate(place / "runs" / "measured", bare, policies={"lora": place / "lora"})
     trained_run = json.loads((place / "runs/own/eval.json").read_text())
     # What the run started from is what was measured here; before it stands the bare base.
     assert (
@@ -130,7 +132,7 @@ def test_causal_models_and_full_weights_go_all_the_way_and_can_be_measured_alone
     disturb(moved)
     moved.save(place / "moved")
     bare = replace(config, policy=replace(config.policy, base=begun_from))
-    measured = evaluate(place / "runs/measured", bare, adapter=place / "moved")["quality"]["score"]
+    measured = evaluate(place / "runs/measured", bare, policies={"moved": place / "moved"})["quality"]["score"]
     assert measured["after"] != measured["before"]
     if start is None:  # else the run began from that LoRA, and here the bare base is before
         assert measured["before"] == json.loads((run / "eval.json").read_text())["quality"]["score"]["before"]
@@ -152,12 +154,18 @@ def test_a_causal_model_reads_prompt_and_response_in_a_row_so_both_must_fit(
     assert re.search(r"data\.max_prompt_tokens \+ tokens of the longest summary = \d+: exceeds the 256 pos", told), told
 
 
-def test_a_model_of_another_kind_is_not_measured_and_nothing_is_written(place: Path, bases: dict[str, Path]) -> None:
-    config = changed(detoxrl_config("model"), {"policy.full_weights": True})
-    for other, message in ((bases["gpt2"], "GPT2LMHeadModel with another"), (place / "rewards.py", "adapter = ")):
-        with pytest.raises(InputError, match=message):
-            evaluate(place / "runs" / "measured", config, adapter=other)
+def test_what_is_no_policy_is_not_measured_and_nothing_is_written(place: Path) -> None:
+    with pytest.raises(InputError, match=r"--policy = "):
+        evaluate(place / "runs" / "measured", detoxrl_config("model"), policies={"it": place / "rewards.py"})
     assert not (place / "runs").exists()
+
+
+def test_a_model_of_another_kind_is_measured_beside_the_start(place: Path, bases: dict[str, Path]) -> None:
+    config = changed(detoxrl_config("model"), {"data.max_prompt_tokens": 100})
+    found = evaluate(place / "runs/measured", config, policies={"causal": bases["gpt2"]})
+    assert found["names"] == {"before": "model", "after": "causal"}
+    assert found["quality"]["similarity"]["after"] < 1
+    assert {"word_filter", "best_of_4", "best_of_16"} <= found["baselines"].keys()
 
 
 def detoxrl_config(base: str) -> Config:
@@ -186,7 +194,7 @@ def test_a_lora_of_another_base_is_refused_before_anything_is_written(
     assert "policy.adapter = " in told or "is broken" in told
     assert not (place / "runs").exists()
     with pytest.raises(DetoxrlError):
-        evaluate(place / "runs" / "measured", detoxrl_config("model"), adapter=place / "lora")
+        evaluate(place / "runs" / "measured", detoxrl_config("model"), policies={"lora": place / "lora"})
     assert not (place / "runs").exists()
 
 
@@ -196,10 +204,10 @@ def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytes
     for words in (["--policy.adapter", "runs/own/adapter"], ["--data.source", "runs/own/data"]):
         assert detoxrl(own("--overwrite", *words)) == 2
         assert "--run-dir = 'runs/own': holds " in capfd.readouterr().err
-    with pytest.raises(InputError, match=r"adapter = 'x': needs the config of its base"):
-        evaluate("runs/own", adapter="x")
+    with pytest.raises(InputError, match=r"texts = .*belong to no run"):
+        evaluate("runs/own", texts={"x": "mine.jsonl"})
     with pytest.raises(InputError, match=r"holds .*adapter, which the run needs"):
-        evaluate("runs/own", detoxrl_config("model"), adapter="runs/own/adapter", overwrite=True)
+        evaluate("runs/own", detoxrl_config("model"), policies={"it": "runs/own/adapter"}, overwrite=True)
     assert sorted(place.rglob("*")) == before
 
 
@@ -267,20 +275,23 @@ BAD_INPUT = [
     (nothing, ["run", "ovn"], r"recipe = 'ovn': is not a recipe; did you mean own\?"),
     (nothing, ["run", "x"], r"recipe = 'x': is not a recipe; use quickstart, own"),
     (nothing, ["trian", "runs/own"], r"command = 'trian': is not a command; did you mean train\?"),
-    (nothing, own("--rl.kl-coeff", "1"), r"flag = '--rl\.kl-coeff': is not known; did you mean --rl\.kl-coef\?"),
-    (nothing, own("--zzz"), r"flag = '--zzz': is not known; see `detoxrl run own --help`"),
+    (nothing, own("--rl.kl-coeff", "1"), r"not known to `detoxrl run`; did you mean --rl\.kl-coef\?"),
+    (nothing, own("--zzz"), r"flag = '--zzz': is not known to `detoxrl run`; see `detoxrl run --help`"),
     (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': input should be a valid number"),
+    (nothing, own("--rl.lr", "-1e-3"), r"rl\.lr = -0\.001: must be above 0"),
+    (nothing, own("--data.template", "- {dialog}"), r"data\.template = '- \{dialog\}': must contain \{dialogue\}"),
+    (nothing, own("--overwrite=now"), r"--overwrite = '': ignored explicit argument 'now'; see `detoxrl run --help`"),
     (nothing, own("--rl.lr", "nan"), r"rl\.lr = nan: must be above 0"),
-    (nothing, own("--rl.lr"), r"--rl\.lr = '': takes 1 value; write --rl\.lr=VALUE"),
+    (nothing, own("--rl.lr"), r"--rl\.lr = '': expected one argument; see `detoxrl run --help`"),
     (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': input should be 'characters' or"),
-    (nothing, own("--overwrite", "now"), r"--overwrite = 'now': takes no value"),
+    (nothing, own("--overwrite", "now"), r"word = 'now': belongs to no flag; put a flag before it"),
     (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is no file; \. holds mine\.jsonl"),
     (nothing, own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': .*choose from dialogue, summ"),
     (nothing, own("--data.min-length", "99999"), r"leaves 0 rows for train \(42 too short, 1 no dialogue\)"),
     (nothing, own("--reward.good-label", "civil"), r"reward\.good_label = 'civil': .*use one of nothate, hate"),
     (nothing, own("--reward.good-label", "hate", "--reward.toxic-label", "nothate"),
      r"reward\.good_label = 'hate': is reversed: probability 0\.\d\d for a civil sentence, .*name the"),
-    (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks the weights of a cl"),
+    (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks weights, "),
     (nothing, own("--policy.base", "classifier"), r"is a RobertaForSequenceC.*, which does not"),
     (a_model_of_both_sides, own("--policy.base", "bert"), r"policy\.base = '.*bert': is a BertForMaskedLM, which does"),
     (nothing, own("--policy.full-weights", "--policy.adapter", "model"), r"policy\.adapter = '.*': does not go with"),
@@ -293,7 +304,7 @@ BAD_INPUT = [
     (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
     (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
     (a_config_without_a_setting, ["run", "--from", "config.json"], r"setting = 'rl\.gamma': is missing in config"),
-    (nothing, own("--sft.bf16", "False", "junk"), r"--sft\.bf16 = 'False junk': takes 1 value"),
+    (nothing, own("--sft.bf16", "False", "junk"), r"word = 'junk': belongs to no flag; .* or quote text with spaces"),
     (nothing, own("--data.source", ""), r"data\.source = '': names nothing"),
     (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
     (nothing, own("--policy.adapter", "model"), r"policy\.adapter = '.*model': holds no adapter_config\.json"),
@@ -309,7 +320,7 @@ BAD_INPUT = [
     (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
     (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
     (nothing, own("--accept-changes"), r"--accept-changes = True: goes with --resume alone; add --resume"),
-    (nothing, ["prepare", "own", "--resume"], r"--resume = True: goes on with a whole run; say `detoxrl run`"),
+    (nothing, ["prepare", "own", "--resume"], r"flag = '--resume': is not known to `detoxrl prepare`; see"),
     (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
     (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
     (nothing, own("--reward.function", "broken.py:f"), r"line 2 is no Python: "),

@@ -15,6 +15,7 @@ import pytest
 
 from detoxrl.errors import InputError
 from detoxrl.report.build import build_report, mask_pattern, segments
+from detoxrl.report.plots import over_optimisation
 from detoxrl.report.sheets import blind_sheets, compared_sheet, samples_sheet
 from detoxrl.report.table import print_result
 from detoxrl.report.words import changes, number, signed
@@ -48,18 +49,22 @@ def visible(html: str) -> str:
     return "".join(parser.texts)
 
 
+TAIL = ("p50", "p90", "p95", "p99", "expected_max_toxicity", "toxicity_probability")
+
+
 def change(before: float, after: float) -> dict[str, Any]:
     difference = after - before
     return {
         "before": before,
         "after": after,
-        "difference": {"mean": difference, "low": difference - 0.02, "high": difference + 0.02},
-    }
+        "difference": {"mean": difference, "low": difference - 0.02, "high": difference + 0.02, "p": 0.0123,
+                       "detectable": 0.0286},
+    }  # fmt: skip
 
 
 def toxicity(before: float, after: float, verdict: str, floor: float | None = 0.04) -> dict[str, Any]:
     sides = {
-        side: {"mean": mean, "std": 0.1, "toxic_ratio": mean, "max": 0.9}
+        side: {"mean": mean, "std": 0.1, "toxic_ratio": mean, "max": 0.9} | dict.fromkeys(TAIL, mean / 2)
         for side, mean in (("before", before), ("after", after))
     }
     removed = None if floor is None else (before - after) / (before - floor)
@@ -106,8 +111,16 @@ EVALUATION: dict[str, Any] = {
                    "civil before": {"toxic after": 2, "civil after": 14}},
     "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},
                "without": {"n": 1, "toxicity": change(0.1, 0.1)}},
-    "baselines": {"sft_civil": {"toxicity": {JUDGE: toxicity(0.27, 0.15, "less toxic")},
-                                "quality": {"facts": change(0.91, 0.88)}}},
+    "baselines": {
+        "sft_civil": {"toxicity": {JUDGE: toxicity(0.27, 0.15, "less toxic")}, "quality": {"facts": change(0.91, 0.88)},
+                      "after": {"toxicity": change(0.15, 0.05), "quality_by": "facts", "quality": change(0.88, 0.9),
+                                "verdict": "ahead"}},
+        "best_of_4": {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic")}, "quality": {"facts": change(0.91, 0.89)},
+                      "after": {"toxicity": change(0.05, 0.05), "quality_by": "facts", "quality": change(0.89, 0.9),
+                                "verdict": "level"}, "kl_bound": 0.6363},
+    },
+    "names": {},
+    "agreement": {f"{JUDGE} and reward classifier": {"spearman": None, "kappa": 0.714, "same_side": 0.875}},
     "seconds": {"prepare": 1.5, "train": 123.0},
     "versions": {"torch": "2.8.0"},
     "machine": "two cores",
@@ -140,6 +153,7 @@ def run_dir(tmp_path: Path) -> Path:
     write(tmp_path, "checkpoint.json", {"kept_step": 2, "reason": "least toxic on validation"})
     write(tmp_path, "eval.json", EVALUATION)
     write(tmp_path, "rows.json", ROWS)
+    write(tmp_path, "run.json", {"measures": {"policies": {}, "texts": {}, "names": {}}})
     write(tmp_path, "masked_words.json", ["idiot", "pig", "clown"])
     write_lines(tmp_path, "metrics.jsonl", METRICS)
     write_lines(tmp_path, "validation.jsonl", VALIDATIONS)
@@ -217,8 +231,8 @@ def test_insult_at_the_edge_of_an_excerpt_is_masked(run_dir: Path) -> None:
 )
 def test_masking_finds_whole_words_and_loses_no_text(text: str, masked: list[str]) -> None:
     found = segments(text, mask_pattern(["idiot", "pig", "crybaby", "lt"]))
-    assert [segment.text for segment in found if segment.masked] == masked
-    assert "".join(segment.text for segment in found) == text
+    assert [piece for piece, hidden in found if hidden] == masked
+    assert "".join(piece for piece, _ in found) == text
 
 
 @pytest.mark.parametrize(
@@ -226,13 +240,14 @@ def test_masking_finds_whole_words_and_loses_no_text(text: str, masked: list[str
     [
         (0.27, 0.05, "less toxic",
          "Less toxic: mean toxicity by alt-profanity-check fell from 0.27 to 0.05 "
-         "(difference −0.22, 95 % interval −0.24 to −0.20; 3 prompts, 2 samples each)"),
+         "(difference −0.22, 95 % interval −0.24 to −0.20, p = 0.012; 3 prompts, 2 samples each)"),
         (0.1, 0.4, "more toxic",
          "More toxic: mean toxicity by alt-profanity-check rose from 0.10 to 0.40 "
-         "(difference +0.30, 95 % interval +0.28 to +0.32; 3 prompts, 2 samples each)"),
+         "(difference +0.30, 95 % interval +0.28 to +0.32, p = 0.012; 3 prompts, 2 samples each)"),
         (0.1, 0.095, "no detectable difference",
          "No detectable difference: mean toxicity by alt-profanity-check was 0.100 before and 0.095 after "
-         "(difference −0.005, 95 % interval −0.025 to +0.015; 3 prompts, 2 samples each)"),
+         "(difference −0.005, 95 % interval −0.025 to +0.015, p = 0.012; 3 prompts, 2 samples each; "
+         "a change of 0.029 would have been found in 4 of 5 such measurements)"),
     ],
 )  # fmt: skip
 def test_headline_says_what_the_interval_shows(
@@ -245,8 +260,8 @@ def test_headline_says_what_the_interval_shows(
 
 def test_judges_are_told_apart_by_independence(run_dir: Path) -> None:
     rows = visible(built(run_dir)).splitlines()
-    (reward,) = [row for row in rows if row.startswith("reward classifier")]
-    (primary,) = [row for row in rows if row.startswith(JUDGE)]
+    reward, _ = [row for row in rows if row.startswith("reward classifier")]  # the other is of the tail
+    primary, _ = [row for row in rows if row.startswith(JUDGE)]
     assert "not independent" in reward
     assert "—" in reward  # no floor, no share removed
     assert "primary, independent" in primary
@@ -256,6 +271,11 @@ def test_judges_are_told_apart_by_independence(run_dir: Path) -> None:
 def test_baseline_stands_next_to_rl(run_dir: Path) -> None:
     text = visible(built(run_dir))
     assert "Supervised on civil references" in text
+    needed = text.partition("Was reinforcement learning needed?")[2].partition("Every measure")[0]
+    assert "As good as reinforcement learning, or better: Best of 4 by the reward." in needed
+    assert "KL to the start at most 0.64 nats" in needed
+    assert "reinforcement learning does better" in needed
+    assert "88 % of the responses on the same side of 0.5 (Cohen's kappa 0.71, Spearman rank correlation —)" in text
     (row,) = [row for row in text.splitlines() if row.startswith(f"Toxicity by {JUDGE}")]
     assert re.findall(r"0\.\d{3}", row)[:2] == ["0.270", "0.050"]
     assert "0.150" in row
@@ -266,6 +286,37 @@ def test_kept_step_is_marked_in_every_curve(run_dir: Path) -> None:
     curves = html.partition("Learning curves")[2].partition("Distribution of toxicity")[0]
     assert curves.count("<svg") == 4
     assert curves.count("kept: step 2<") == 4
+
+
+FAR = [
+    {"step": step, "toxicity": t, "toxicity_error": 0.01, "quality": 0.9, "score": s, "kl": kl}
+    for step, t, s, kl in [(0, 0.3, 0.0, -0.01), (2, 0.1, 1.0, 4.0), (4, 0.2, 2.0, 9.0), (6, 0.25, 3.0, 25.0)]
+]
+
+
+@pytest.mark.parametrize(
+    ("parted", "words"),
+    [(4, "They part at step 4: from there to the end the score is higher"), (None, "They do not part: nothing")],
+)
+def test_over_optimisation_is_drawn_against_the_distance_and_said_in_words(
+    run_dir: Path, parted: int | None, words: str
+) -> None:
+    assert "Over-optimisation" not in built(run_dir)  # a run that did not measure it
+    write_lines(run_dir, "validation.jsonl", FAR)
+    ended = {"kept_step": 2, "parted_step": parted, "stopped_step": None, "reason": "least toxic on validation"}
+    write(run_dir, "checkpoint.json", ended)
+    html = built(run_dir)
+    assert words in visible(html)
+    drawing = html.partition("Over-optimisation")[2].partition("<svg")[2].partition("</svg>")[0]
+    assert "√KL to the start" in drawing
+    assert "score" in drawing
+    assert "toxicity" in drawing
+    assert "quality" in drawing
+    assert ("part: step 4<" in drawing) == (parted == 4)
+    assert drawing.count("stroke-dasharray: 4.8") == (3 if parted else 0)  # one in each panel
+    assert "Training ended early" not in html
+    points = over_optimisation(FAR, ended)[0].svg
+    assert over_optimisation([one | {"kl": 4 * one["kl"]} for one in FAR], ended)[0].svg != points
 
 
 def test_validation_toxicity_shows_its_error(run_dir: Path) -> None:
@@ -312,15 +363,21 @@ def test_optional_parts_may_be_missing(run_dir: Path) -> None:
 def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) -> None:
     for name in ("checkpoint.json", "metrics.jsonl", "validation.jsonl"):
         (run_dir / name).unlink()
+    names = {"before": "some-base", "after": "their-lora"}
+    write(run_dir, "eval.json", EVALUATION | {"names": names})
+    write(run_dir, "run.json", {"measures": {"policies": {"after": "x/y"}, "texts": {}, "names": names}})
     text = visible(built(run_dir))
-    assert "after is the adapter that was given" in text
+    assert "Before is some-base, after is their-lora." in text
+    assert "None is shown to do as well" not in text
+    assert "detoxrl evaluate quickstart --seed 7" in text
+    assert "--policy their-lora=x/y" in text
     assert "Learning curves" not in text
     assert "einforcement" not in text
 
 
 def test_a_plain_reward_function_leaves_no_word_of_a_reward_model(run_dir: Path) -> None:
     old_judge = {"as_older_systems": EVALUATION["as_older_systems"] | {"judge": JUDGE}}
-    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}} | old_judge
+    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}, "agreement": {}} | old_judge
     write(run_dir, "eval.json", EVALUATION | plain)
     text = visible(built(run_dir))
     assert not re.search("reward (classifier|model)|Insults|any of the judges", text)
@@ -353,7 +410,7 @@ def test_changes_are_told_from_differences_nobody_can_detect() -> None:
         "Reward score": ("rose from −1.000 to 2.000", "better"),
         "ROUGE-L": ("fell from 0.500 to 0.400", "worse"),
         "Empty responses": ("rose from 0.500 to 0.600", "worse"),
-        "Response length in words": ("fell from 24.0 to 23.5", "shorter"),
+        "Response length in words": ("fell from 24.0 to 23.5", "less"),
     }
     assert [(m.label, m.claim, m.verdict) for m in unchanged] == [("Facts kept", "0.910 before, 0.900 after", "")]
     assert unchanged[0].evidence == "difference −0.010, 95 % interval −0.030 to +0.010"
@@ -369,7 +426,7 @@ def test_an_interval_that_excludes_zero_does_not_seem_to_touch_it() -> None:
 def test_the_page_groups_what_changed_and_what_did_not(run_dir: Path) -> None:
     text = visible(built(run_dir)).partition("Toxicity by judge")[0]
     changed, _, unchanged = text.partition("No detectable difference")
-    assert "Response length in words fell from 24.0 to 23.5: shorter" in changed
+    assert "Response length in words fell from 24.0 to 23.5: less" in changed
     assert "Facts kept 0.910 before, 0.900 after" in unchanged
     assert "reward classifier" not in text
 

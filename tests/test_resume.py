@@ -11,13 +11,14 @@ from shutil import copytree, rmtree
 import pytest
 import torch
 
-from detoxrl import checkpoint, evaluate, sft, stages, tracking
+from detoxrl import checkpoint, evaluate, sft, stages, tracking, train
 from detoxrl.checkpoint import Checkpoints
-from detoxrl.data.utterances import generate_utterances
+from detoxrl.data.corpus import generate_utterances
+from detoxrl.errors import InputError
 from detoxrl.randomness import batch_indices
 from detoxrl.reward_training import train_reward_model
 from detoxrl.settings import config_from_json
-from detoxrl.stopping import Terminated, stopping_at_once
+from detoxrl.stopping import Terminated, stopping
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
@@ -58,6 +59,55 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     ]
     for name in ("adapter", "checkpoint.json", "normaliser.json", *state):
         assert contents(place / "broken" / name) == contents(place / "whole" / name), name
+
+
+def test_patience_ends_a_run_as_if_it_had_reached_its_steps_and_a_stop_changes_nothing(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With a margin of 0 and a learning rate of nothing no policy is better than the start.
+    words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "9", "--rl.lr", "1e-12")
+    words += ["--rl.validate-every", "2", "--rl.patience", "2"]
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    assert "train: stopped at step 4: 2 validations in a row were no better" in capfd.readouterr().err
+    assert "Training ended early at step 4: 2 validations in a row" in (place / "whole/report.html").read_text()
+    assert json.loads((place / "whole/checkpoint.json").read_text())["stopped_step"] == 4
+    assert [line["step"] for line in without_timings(place / "whole/metrics.jsonl")] == [0, 1, 2, 3]
+    assert steps_kept(place / "whole") == [4]
+    monkeypatch.setenv("INTERRUPT_AT", "4")  # 2 is step 0, 4 step 2, which is validated: one is left
+    assert detoxrl([*words, "--run-dir", "broken"]) == 130
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    same_end(place / "whole", place / "broken")
+    RunFolder(place / "broken").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})  # killed before it said so
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    same_end(place / "whole", place / "broken")
+    more = ["run", "--resume", "--accept-changes", "--run-dir", "broken", "--rl.patience", "None"]
+    assert detoxrl(more) == 0  # who has more patience goes on
+    assert json.loads((place / "broken/checkpoint.json").read_text())["stopped_step"] is None
+    assert steps_kept(place / "broken") == [9]
+
+
+def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
+    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    real, left = train.validation, [2]
+
+    def failing(*given: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            raise InputError("reward.function", "mine", "failed late", "mend it")
+        return real(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as fail:
+        fail.setattr(train, "validation", failing)
+        assert detoxrl([*words, "--run-dir", "broken"]) == 2
+    assert "failed late; mend it; step 2 is kept: go on with" in capfd.readouterr().err
+    assert max(steps_kept(place / "broken")) == 2
+    assert [line["step"] for line in without_timings(place / "broken/validation.jsonl")] == [0, 1]
+    assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
+    same_end(place / "whole", place / "broken")
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -218,7 +268,7 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
             r"data\.limit = 30: differs from the run's 24000, and prepare was begun with that",
         ),
         (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was begun with that"),
-        (["--reward.clip", "1"], r"reward\.clip = 1\.0: differs from the run's 10\.0, and train was begun with that"),
+        (["--reward.clip", "1"], r"reward\.clip = 1\.0: differs from the run's 10\.0, and sft was begun with that"),
         (["--seed", "1"], r"seed = 1: differs from the run's 0, .*; leave it out \(--resume --run-dir DIR goes on as"),
     ],
 )
@@ -308,7 +358,7 @@ def test_the_disk_that_is_foretold_is_what_a_run_holds_at_most(
     assert found, shown
     assert not (place / "runs").exists()
     assert detoxrl(own(*words)) == 0
-    assert 0.6 < max(sizes) / 2**20 / float(found[1]) < 1.1
+    assert 0.6 < max(sizes) / 2**20 / float(found[1]) < 1.12  # of a tenth that is rounded
 
 
 def test_changes_are_checked_before_anything_is_written(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -416,7 +466,7 @@ def test_a_measurement_that_was_stopped_before_it_began_does_not_train(
     with monkeypatch.context() as deadly:
         killing(deadly, stages, "write_prepared", 0)
         with pytest.raises(Killed):
-            evaluate("measured", config_from_json(finished / "config.json"), adapter=finished / "adapter")
+            evaluate("measured", config_from_json(finished / "config.json"), policies={"it": finished / "adapter"})
     assert detoxrl(["run", "--resume", "--run-dir", "measured"]) == 2
     assert "and was stopped before; measure it again, with overwrite" in capfd.readouterr().err
 
@@ -452,7 +502,7 @@ def test_a_stop_that_python_swallows_is_raised_at_the_end() -> None:
     reached: list[str] = []
 
     def work() -> None:
-        with stopping_at_once():
+        with stopping():
             Deaf()
             reached.append("what came is not lost")
 

@@ -1,7 +1,5 @@
 """detoxrl makes a text generator less toxic with reinforcement learning, keeps what it says, and proves both."""
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -20,19 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Looked up on first use, so that `import detoxrl` does not import torch.
-_HOMES = {
-    "Config": "detoxrl.config",
-    "DetoxrlError": "detoxrl.errors",
-    "InputError": "detoxrl.errors",
-    "RewardFunction": "detoxrl.rewards.function",
-    "StorageError": "detoxrl.errors",
-    "TrainingError": "detoxrl.errors",
-    "evaluate": "detoxrl.stages",
-    "recipe": "detoxrl.recipes",
-    "recipe_names": "detoxrl.recipes",
-    "run": "detoxrl.stages",
-}
+# Looked up on first use, so that `import detoxrl` does not import torch; an error's home is errors.
+_HOMES = {"Config": "config", "RewardFunction": "rewards.function", "evaluate": "stages", "run": "stages"}
+_HOMES |= {"recipe": "recipes", "recipe_names": "recipes"}
 
 __all__ = [
     "Config",
@@ -50,6 +38,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'detoxrl' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"detoxrl.{_HOMES.get(name, 'errors')}"), name)

@@ -3,10 +3,9 @@
 run.json says with which settings and on which machine the run was made so far, and what was changed on its way.
 """
 
-from __future__ import annotations
-
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -16,25 +15,26 @@ from accelerate import PartialState
 
 from detoxrl.config import Config
 from detoxrl.errors import InputError, require
-from detoxrl.parts import judge_of, places, run_scorer
+from detoxrl.parts import judges_of, places, readers_of, run_scorer
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.settings import config_to_json, flatten
 from detoxrl.storage import digests
+from detoxrl.subjects import NOTHING, Subjects
 from detoxrl.tracking import STAGES, RunFolder, products_from
 
 # The first stage that a setting, or a section of settings, has a part in.
 _DECIDES = {
     "recipe": "prepare", "seed": "prepare", "data": "prepare", "policy.base": "prepare",
     "rl.validation_prompts": "prepare", "evaluation.prompts": "prepare", "policy": "sft", "sft": "sft",
-    "reward": "train", "generation": "train", "rl": "train", "evaluation.primary_judge": "train",
+    "reward": "sft", "generation": "sft", "rl": "train", "evaluation.primary_judge": "train",
     "evaluation.judge_label": "train", "evaluation": "evaluate",
 }  # fmt: skip
 Differences = dict[str, tuple[Any, Any]]
 
 
-def new_account(config: Config, measures: str | None = None) -> dict[str, Any]:
-    """Return what run.json holds of a new run; `measures` is the adapter of a run that is not to train."""
-    return {"settings": _settings(config), "machine": machine(config), "changes": [], "measures": measures}
+def new_account(config: Config, measures: dict[str, Any], changes: Sequence[Any] = ()) -> dict[str, Any]:
+    """Return what run.json holds; `measures` are the subjects that a user named."""
+    return {"settings": _settings(config), "machine": machine(config), "changes": [*changes], "measures": measures}
 
 
 def machine(config: Config) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def machine(config: Config) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     found |= {name: version(name) for name in ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")}
-    parts = {name: path for name, path in places(config).items() if name != "data.source"}  # its rows are in the run
+    # The rows of data.source are in the run, and what only measures changes no step of it.
+    decides = [name for name in places(config) if name != "data.source" and _decides(name) != "evaluate"]
+    parts = {name: path for name, path in places(config).items() if name in decides}
     return found | {f"content of {name}": digests(path) for name, path in parts.items()}
 
 
@@ -59,41 +61,50 @@ def take_up(folder: RunFolder, asked: Config, given: RewardFunction | None, acce
     over. Raises InputError for a change that is not allowed, naming each; nothing is written then.
     """
     account = _account(folder, asked)
-    stopped_early = account["measures"] and "train" not in folder.finished()
-    rule = f"was to measure {account['measures']} and was stopped before"
+    stopped_early = account["measures"]["names"] and "train" not in folder.finished()
+    rule = f"was to measure {account['measures']['names'].get('after')} and was stopped before"
     require(not stopped_early, "run folder", str(folder.root), rule, "measure it again, with overwrite")
     was, now = account["settings"], _settings(asked)
     changed = {name: (was.get(name), now[name]) for name in now if was.get(name) != now[name]}
-    stages = {name: _DECIDES.get(name) or _DECIDES[name.partition(".")[0]] for name in changed}
+    stages = {name: _decides(name) for name in changed}
     used = {name for name, stage in stages.items() if stage != "evaluate" and folder.begun(stage)}
     breaking = {name: pair for name, pair in changed.items() if name in used}
-    _refuse_fixed(folder, asked, breaking, stages)
+    if breaking:
+        _refuse_fixed(folder, asked, breaking, stages)
     if changed or "report" not in folder.finished():
         breaking |= _machine_differences(account, asked)
     if breaking and not accept:
         _refuse(breaking)
     if changed and "prepare" in folder.finished():
-        judge_of(asked)
-        run_scorer(folder, asked, given)
+        judges_of(asked)
+        readers_of(asked, None if account["measures"]["texts"] else run_scorer(folder, asked, given))
     left = [stage for stage in STAGES if stage not in folder.finished() or stage in stages.values()]
     if changed:
         folder.reopen(left[0])
         folder.discard(products_from("evaluate"))
         folder.write("config.json", config_to_json(asked))
     if changed or breaking:
-        records = [_record(folder, left[0], breaking)] if breaking else []
-        account |= {"settings": now, "machine": machine(asked), "changes": account["changes"] + records}
-        folder.write_json("run.json", account)
+        changes = account["changes"] + _records(folder, left[0], breaking)
+        folder.write_json("run.json", new_account(asked, account["measures"], changes))
+
+
+def also_measure(folder: RunFolder, config: Config, subjects: Subjects) -> None:
+    """Let a held run be measured beside further policies too, from now on."""
+    account = _account(folder, config)
+    policies = {**account["measures"]["policies"], **subjects.policies}
+    folder.write_json("run.json", account | {"measures": account["measures"] | {"policies": policies}})
 
 
 def begin_again(folder: RunFolder, config: Config, stage: str) -> None:
     """Account for a stage that is made anew from its beginning: with this config, here, on the run's threads."""
     account = _account(folder, config)
-    differences = _machine_differences(account, config)
     changes = [one for one in account["changes"] if STAGES.index(one["stage"]) < STAGES.index(stage)]
-    changes += [_record(folder, stage, differences)] if differences else []
-    account |= {"settings": _settings(config), "machine": machine(config), "changes": changes}
-    folder.write_json("run.json", account)
+    changes += _records(folder, stage, _machine_differences(account, config))
+    folder.write_json("run.json", new_account(config, account["measures"], changes))
+
+
+def _decides(name: str) -> str:
+    return _DECIDES.get(name) or _DECIDES[name.partition(".")[0]]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -102,7 +113,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
     if not (folder / "run.json").is_file():  # nothing is known, so any machine is another one
-        return {"settings": _settings(config), "machine": {}, "changes": [], "measures": None}
+        return {"settings": _settings(config), "machine": {}, "changes": [], "measures": asdict(NOTHING)}
     return dict(folder.read_json("run.json"))
 
 
@@ -118,8 +129,6 @@ def _refuse_fixed(folder: RunFolder, asked: Config, breaking: Differences, stage
     for name, (was, now) in breaking.items():
         fixed = stages[name] != "train" or not name.startswith("rl.")
         require(not fixed, name, now, f"differs from the run's {was!r}, and {stages[name]} was begun with that", remedy)
-    if not breaking:
-        return
     (name, (_, now)), made = next(iter(breaking.items())), _steps_made(folder)
     gone = made == 0 and "train" in folder.finished()
     require(not gone, name, now, "needs a checkpoint to go on from, and there is none", "begin anew with --overwrite")
@@ -128,9 +137,9 @@ def _refuse_fixed(folder: RunFolder, asked: Config, breaking: Differences, stage
 
 
 def _refuse(breaking: Differences) -> None:
-    name, (was, now) = next(iter(breaking.items()))
-    others = ", ".join(f"{other} = {now!r} (was {was!r})" for other, (was, now) in list(breaking.items())[1:])
-    also = f"; different too: {others}" if others else ""
+    (name, (was, now)), *others = breaking.items()
+    told = ", ".join(f"{other} = {now!r} (was {was!r})" for other, (was, now) in others)
+    also = f"; different too: {told}" if told else ""
     rule = f"differs from the run's {was!r}, so it would not end as if it had never stopped{also}"
     raise InputError(name, now, rule, "add --accept-changes to go on all the same, and have it recorded")
 
@@ -140,5 +149,6 @@ def _steps_made(folder: RunFolder) -> int:
     return max((int(place.name.partition("-")[2]) for place in places), default=0)
 
 
-def _record(folder: RunFolder, stage: str, breaking: Differences) -> dict[str, Any]:
-    return {"stage": stage, "step": _steps_made(folder), "changes": {name: [*pair] for name, pair in breaking.items()}}
+def _records(folder: RunFolder, stage: str, breaking: Differences) -> list[dict[str, Any]]:
+    changes = {name: [*pair] for name, pair in breaking.items()}
+    return [{"stage": stage, "step": _steps_made(folder), "changes": changes}] if changes else []

@@ -1,26 +1,25 @@
-"""How is a run measured on its held-out prompts?"""
-
-from __future__ import annotations
+"""How are policies measured on held-out prompts?"""
 
 import json
-import platform
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
+import numpy as np
 
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.evaluation.judges import Judge, profanity_judge
-from detoxrl.evaluation.measure import comparison, measure, old_protocol, splits, toxic_words, two_by_two
-from detoxrl.parts import base_and_start, judge_name, judge_of, rows_of, run_scorer
-from detoxrl.policy.adapters import load_policy
+from detoxrl.errors import require
+from detoxrl.evaluation.baselines import Texts, best_of, word_filter
+from detoxrl.evaluation.judges import profanity_judge
+from detoxrl.evaluation.measure import Measured, Readers, evaluation, measure, old_protocol, paired, toxic_words
+from detoxrl.evaluation.stats import Floats, prompts_needed
+from detoxrl.parts import Scorer, base_and_start, judges_of, readers_of, rows_of, run_scorer
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import sample_batches
 from detoxrl.storage import remove
+from detoxrl.subjects import TRAINED, policies_of
 from detoxrl.tracking import REWARD_JUDGE, RunFolder, progress
 
 
@@ -31,97 +30,96 @@ def measure_run(
 
     `seconds` returns what eval.json is to say of the stages.
     """
-    rows = rows_of(folder, "test")
-    responses = _responses(folder, config, rows)
-    scorer, name = run_scorer(folder, config, given), judge_name(config)
-    judges: dict[str, Judge] = {name: judge_of(config)}
-    if scorer.judge is not None:
+    rows, account = rows_of(folder, "test"), folder.read_json("run.json")
+    texts = [row.texts for row in rows if row.texts]
+    scorer = None if texts else run_scorer(folder, config, given)
+    judges, readers = judges_of(config), readers_of(config, scorer)
+    if scorer is not None and scorer.judge is not None:
         judges[REWARD_JUDGE] = scorer.judge
-    measured = measure(rows, responses, judges, scorer.reward)
-    texts = [row.dialogue for row in rows] + [t for by in responses.values() for row in by for t in row]
+    if scorer is None:
+        responses: dict[str, Texts] = {name: [by[name] for by in texts] for name in texts[0]}
+        responses |= {"word_filter": word_filter(responses["before"], None)}
+    else:
+        sampled = _responses(folder, config, rows, account["measures"]["policies"])
+        responses = _with_baselines(config, rows, sampled, scorer, readers)
+    measured = measure(rows, responses, judges, readers)
     # Word by word a linear model is quick and sees what a classifier of sentences may not know.
-    folder.write_json("masked_words.json", toxic_words(texts, profanity_judge() or judges[name]))
+    shown = [[row.dialogue for row in rows], *(row for by in responses.values() for row in by)]
+    masked = toxic_words(shown, profanity_judge() or judges[measured.primary])
+    folder.write_json("masked_words.json", masked)
     _write_samples(folder, rows, responses, measured)
-    evaluation = _evaluation(config, rows, responses, measured)
-    theirs = REWARD_JUDGE if scorer.judge else name
-    evaluation["as_older_systems"] = {"judge": theirs} | old_protocol(rows, responses, judges[theirs])
-    evaluation |= {"changed_on_its_way": folder.read_json("run.json")["changes"], "seconds": seconds()}
-    folder.write_json("eval.json", evaluation)
+    theirs = REWARD_JUDGE if REWARD_JUDGE in judges else measured.primary
+    found = evaluation(config, rows, measured) | {"names": account["measures"]["names"]}
+    found["as_older_systems"] = {"judge": theirs} | old_protocol(rows, responses, judges[theirs])
+    found |= {"changed_on_its_way": account["changes"], "seconds": seconds()}
+    folder.write_json("eval.json", found)
     remove(folder / "responses.jsonl")
 
 
-def _responses(folder: RunFolder, config: Config, rows: list[Row]) -> dict[str, list[list[str]]]:
-    """Sample the start, the trained policy and the baseline on the same prompts with the same uniforms."""
-    trained = folder.need("adapter", "train")
-    base, start = base_and_start(folder, config)
-    # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
-    begin = None if config.policy.full_weights else start or trained
-    policy = load_policy(base, begin, config.policy, config.seed).to(PartialState().device)
-    adapters = {"before": policy.reference if start else None}
-    for name, place in {"after": trained, "sft_civil": folder / "baseline"}.items():
-        if place.is_dir():
-            policy.weights.add(name, place)
-            adapters[name] = name
-    prompts = to_prompts(rows)
-    known = folder.whole_lines("responses.jsonl")
-    found: dict[str, dict[int, list[str]]] = {name: {} for name in adapters}
-    with progress("evaluate", len(adapters) * len(prompts)) as reach:
-        for name, adapter in adapters.items():
+def _responses(folder: RunFolder, config: Config, rows: list[Row], given: Mapping[str, str]) -> dict[str, Texts]:
+    """Sample every policy on the same prompts with the same uniforms; of the start some more, to pick the best of."""
+    trained = {name: folder / place for name, place in TRAINED.items() if (folder / place).is_dir()}
+    names, prompts = {**trained, **given}, to_prompts(rows)
+    require("after" in names, "run folder", str(folder.root), "has no adapter", "train it first")
+    known, seed, how = folder.whole_lines("responses.jsonl"), config.seed, config.generation
+    found: dict[str, dict[int, list[str]]] = {}
+    with progress("sample", (1 + len(names)) * len(prompts)) as reach:
+        for name, policy, adapter in policies_of(*base_and_start(folder, config), trained, given, config):
             before = [dict(line["responses"]) for line in known if line["policy"] == name]
+            more = max(config.evaluation.best_of, default=0) if name == "before" else 0
+            count, done = config.evaluation.samples_per_prompt + more, len(before)
             batches = sample_batches(
-                policy,
-                prompts,
-                config.generation,
-                seed=config.seed,
-                stream="evaluation",
-                samples=config.evaluation.samples_per_prompt,
-                adapter=adapter,
-                skip=len(before),
+                policy, prompts, how, seed=seed, stream="evaluation", samples=count, adapter=adapter, skip=done
             )
+            found[name] = {}
             for number, batch in enumerate(chain(before, batches)):
-                if number >= len(before):
+                if number >= done:
                     folder.append("responses.jsonl", {"policy": name, "responses": list(batch.items())})
                 found[name] |= batch
                 reach(sum(map(len, found.values())), name)
     return {name: [texts[row] for row in range(len(prompts))] for name, texts in found.items()}
 
 
-def _write_samples(
-    folder: RunFolder, rows: list[Row], responses: dict[str, list[list[str]]], measured: dict[str, Any]
-) -> None:
+def _with_baselines(
+    config: Config, rows: list[Row], sampled: dict[str, Texts], scorer: Scorer, readers: Readers
+) -> dict[str, Texts]:
+    """Return the responses, with those of the start filtered, and the best of its further samples."""
+    samples, sizes = config.evaluation.samples_per_prompt, config.evaluation.best_of
+    before, pool = ([row[part] for row in sampled["before"]] for part in (slice(samples), slice(samples, None)))
+    found: dict[str, Texts] = {"word_filter": word_filter(before, scorer.judge)}
+    if sizes and readers.score:
+        scores = readers.score(paired([row.prompt for row in rows], pool)).reshape(len(rows), -1)
+        found |= {f"best_of_{n}": best_of(pool, scores, n) for n in sizes}
+    return {"before": before, "after": sampled["after"]} | found | {n: t for n, t in sampled.items() if n != "before"}
+
+
+def _write_samples(folder: RunFolder, rows: list[Row], responses: dict[str, Texts], measured: Measured) -> None:
+    def shown(values: Mapping[str, Floats], i: int) -> dict[str, Any]:
+        return {policy: of_one[i].round(4).tolist() for policy, of_one in values.items()}
+
+    kept = [name for name in ("score", "facts") if name in measured.metrics["before"]]
+    by_name = {name: {policy: by[name] for policy, by in measured.metrics.items()} for name in kept}
     lines = []
     for i, row in enumerate(rows):
-        record = {
-            "id": row.id,
-            "dialogue": row.dialogue,
-            "reference": row.summary,
-            "civil_reference": row.civil_reference,
-            "responses": {policy: texts[i] for policy, texts in responses.items()},
-            "toxicity": {
-                judge: {policy: values[i].round(4).tolist() for policy, values in by.items()}
-                for judge, by in measured["toxicity"].items()
-            },
-            "score": {policy: by["score"][i].round(4).tolist() for policy, by in measured["metrics"].items()},
-        }
-        if row.facts is not None:
-            record["facts"] = {policy: by["facts"][i].tolist() for policy, by in measured["metrics"].items()}
+        record: dict[str, Any] = {"id": row.id, "dialogue": row.dialogue, "reference": row.summary}
+        record["civil_reference"] = row.civil_reference
+        record |= {"responses": {policy: texts[i] for policy, texts in responses.items()}}
+        record |= {"toxicity": {judge: shown(by, i) for judge, by in measured.toxicity.items()}}
+        record |= {name: shown(values, i) for name, values in by_name.items()}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     folder.write("samples.jsonl", "".join(lines))
 
 
-def _evaluation(
-    config: Config, rows: list[Row], responses: dict[str, list[list[str]]], measured: dict[str, Any]
-) -> dict[str, Any]:
-    baselines = [name for name in responses if name not in ("before", "after")]
-    judge = judge_name(config)
-    return {
-        "n_prompts": len(rows),
-        "samples_per_prompt": config.evaluation.samples_per_prompt,
-        "primary_judge": judge,
-        **comparison(measured, "after", config.evaluation, config.seed),
-        "two_by_two": two_by_two(*(measured["toxicity"][judge][side] for side in ("before", "after"))),
-        "splits": splits(rows, measured, judge, config.evaluation, config.seed),
-        "baselines": {name: comparison(measured, name, config.evaluation, config.seed) for name in baselines},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
-    }
+def needed_prompts(root: Path, drop: float) -> str:
+    """Return in words how many prompts would find a relative `drop` in toxicity, by what a measured run's start wrote.
+
+    Raises InputError when the run was not measured, or cannot tell.
+    """
+    folder, _ = RunFolder.open(root)
+    samples = [json.loads(line) for line in folder.need("samples.jsonl", "evaluate").read_bytes().splitlines()]
+    judge = folder.read_json("eval.json")["primary_judge"]
+    before = np.array([sample["toxicity"][judge]["before"] for sample in samples])
+    return (
+        f"to find a drop of {drop:.0%} in mean toxicity ({before.mean():.3f} by {judge}) with 80 % power at 5 %: "
+        f"{prompts_needed(before, drop)} prompts with {before.shape[1]} samples each; this run had {len(before)}"
+    )

@@ -1,10 +1,10 @@
 """Which reward, judge and policy does a config name?"""
 
-from __future__ import annotations
-
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import transformers
@@ -13,45 +13,46 @@ from accelerate import PartialState
 from detoxrl.config import Config, without_revision
 from detoxrl.data.rows import Row, read_rows
 from detoxrl.errors import require
-from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge
+from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge, remembered
+from detoxrl.evaluation.meaning import load_encoder
+from detoxrl.evaluation.measure import Pairs, Readers
+from detoxrl.evaluation.stats import Floats
 from detoxrl.hub import is_id, pinned
 from detoxrl.policy.adapters import start_of
 from detoxrl.reward_training import LABELS
-from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Texts, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
 from detoxrl.rewards.shaping import Reward
 from detoxrl.settings import changed, flatten
 from detoxrl.storage import reading
 from detoxrl.tracking import RunFolder
 
+_OTHERS = "evaluation.other_judges"
 # Settings that may name something on disk, and the words that never do.
-_PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge")
+_PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge",
+           "evaluation.encoder", "evaluation.nli", "evaluation.fluency", _OTHERS)  # fmt: skip
+_LABELLED = ("evaluation.fluency", _OTHERS)  # these say SOURCE=LABEL
 _RESERVED = ("embedded", "scratch", "alt-profanity-check")
 
 
-def _quieten_libraries() -> None:
-    # Progress bars and notices of others would tear ours apart; their errors still come through.
-    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+# Progress bars and notices of others would tear ours apart; their errors still come through.
+warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 
-_quieten_libraries()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scorer:
+class Scorer(NamedTuple):
     """What training maximises, and the same model as a judge where it is a classifier (not an independent one)."""
 
     reward: Reward
     judge: Judge | None
 
 
-def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) -> Scorer | None:
+def scorer(config: Config, folder: RunFolder | None, given: RewardFunction | None) -> Scorer | None:
     """Return the reward, tried on a few texts: a function that was given or named, else a classifier.
 
-    `embedded` is where the embedded classifier lies; before it is trained there is none, and None comes back.
+    Only a prepared run has a `folder` with the embedded classifier; without one None comes back in its place.
     Raises InputError when it does not fit.
     """
     name = config.reward.function
@@ -59,15 +60,15 @@ def scorer(config: Config, embedded: Path | None, given: RewardFunction | None) 
         reward = checked(load_function(str(name)) if given is None else given, str(name))
         reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
-    source = str(embedded) if config.reward.classifier == "embedded" else config.reward.classifier
-    labels = label_settings(config, "reward.classifier")
-    if config.reward.classifier == "embedded" and embedded is None:
+    source, labels = config.reward.classifier, label_settings(config, "reward.classifier")
+    if source == "embedded" and folder:
+        source = str(folder.need("reward", "prepare"))
+    elif source == "embedded":
         for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=False):
             rule = "is not what the embedded classifier calls it"
             require(label.lower() == right, setting, label, rule, f"say {right}")
         return None
-    kind = config.reward.score
-    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, kind)
+    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, config.reward.score)
     return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
 
 
@@ -81,20 +82,52 @@ def label_settings(config: Config, field: str) -> dict[str, str]:
 
 def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) -> Scorer:
     """Return the reward of a prepared run."""
-    wanted = config.reward.function is None and config.reward.classifier == "embedded"
-    found = scorer(config, folder.need("reward", "prepare") if wanted else None, given)
+    found = scorer(config, folder, given)
     assert found is not None
     return found
 
 
-def judge_of(config: Config) -> Judge:
-    """Return the primary judge."""
-    return load_judge(config.evaluation, PartialState().device)
+def judges_of(config: Config) -> dict[str, Judge]:
+    """Return the judges by name, the primary one first; each rates a text once."""
+    settings = config.evaluation
+    named = [(settings.primary_judge, settings.judge_label, "evaluation.primary_judge", "evaluation.judge_label")]
+    named += [(*_labelled(other), _OTHERS, _OTHERS) for other in settings.other_judges]
+    found: dict[str, Judge] = {}
+    for source, label, field, label_field in named:
+        name = f"{_called(source)} ({label})" if _called(source) in found else _called(source)
+        found[name] = remembered(load_judge(source, label, field, label_field, PartialState().device))
+    return found
 
 
-def judge_name(config: Config) -> str:
-    """Return what the primary judge is called in results: a folder's name without the path to it, or the hub id."""
-    path = Path(without_revision(config.evaluation.primary_judge))
+def readers_of(config: Config, scorer: Scorer | None) -> Readers:
+    """Return what reads responses beside judges: the reward, and what the evaluation's settings name."""
+    settings, device = config.evaluation, PartialState().device
+
+    def said(source: str, label: str, field: str) -> Callable[[Texts], Floats]:
+        return classifier_judge(load_classifier(source, field, {field: label}, device, probed=False))
+
+    def scores(pairs: Pairs) -> Floats:
+        assert scorer is not None
+        return scorer.reward([prompt for prompt, _ in pairs], [text for _, text in pairs]).double().numpy()
+
+    return Readers(
+        score=remembered(scores) if scorer else None,
+        encode=load_encoder(settings.encoder, device) if settings.encoder else None,
+        # Of a premise (a dialogue) and a hypothesis (a response) that do not fit the longer is cut.
+        entails=said(settings.nli, "entailment", "evaluation.nli") if settings.nli else None,
+        fluent=said(*_labelled(settings.fluency), "evaluation.fluency") if settings.fluency else None,
+    )
+
+
+def _labelled(value: str) -> tuple[str, str]:
+    """Return source and label of SOURCE=LABEL, as the settings' rules have it."""
+    source, _, label = value.rpartition("=")
+    return source, label
+
+
+def _called(source: str) -> str:
+    """Return what a judge is called in results: a folder's name without the path to it, or the hub id."""
+    path = Path(without_revision(source))
     return path.name if path.is_absolute() else str(path)
 
 
@@ -107,26 +140,25 @@ def rows_of(folder: RunFolder, split: str) -> list[Row]:
 
 def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:
     """Return the policy's base and the adapter it starts from: what sft made, else what the config names."""
-    own_base, own_start = folder / "base", folder / "start"
+    base, start = folder / "base", folder / "start"
     if config.sft.steps > 0:
         folder.need("base" if config.sft.full_weights else "start", "sft")
-    base = str(own_base.resolve()) if own_base.is_dir() else config.policy.base
-    if own_start.is_dir():
-        return base, own_start
-    return base, start_of(config.policy)
-
-
-def with_function(config: Config, given: RewardFunction | None) -> Config:
-    """Return the config with the name of a reward that was given in Python."""
-    if given is None:
-        return config
-    return replace(config, reward=replace(config.reward, function=function_name(given)))
+    named = str(base.resolve()) if base.is_dir() else config.policy.base
+    return named, start if start.is_dir() else start_of(config.policy)
 
 
 def sources(config: Config) -> dict[str, str]:
     """Return the settings that name data or a model which the run reads, with the path or hub id."""
-    flat, unused = flatten(asdict(config)), ["reward.classifier"] if config.reward.function else []
-    return {name: flat[name] for name in _PLACES if name not in unused and flat[name] not in (None, *_RESERVED)}
+    values, unused = _values(config), ["reward.classifier"] if config.reward.function else []
+    named = [name for name in values if name.partition(" ")[0] in _PLACES and name not in unused and values[name]]
+    found = {name: _labelled(values[name])[0] if name.startswith(_LABELLED) else values[name] for name in named}
+    return {name: source for name, source in found.items() if source not in _RESERVED}
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Return the settings by name, the other judges by numbered ones."""
+    flat = flatten(asdict(config))
+    return flat | {f"{_OTHERS} {i}": other for i, other in enumerate(flat.pop(_OTHERS))}
 
 
 def places(config: Config) -> dict[str, Path]:
@@ -136,12 +168,14 @@ def places(config: Config) -> dict[str, Path]:
     return {name: Path(source) for name, source in named.items() if Path(source).exists()}
 
 
-def absolute(config: Config) -> Config:
-    """Return the config with every path absolute, so that it means the same from any folder."""
+def absolute(config: Config, given: RewardFunction | None = None) -> Config:
+    """Return the config with every path absolute, and the name of a reward `given` in Python: the same anywhere."""
+    if given is not None:
+        config = changed(config, {"reward.function": function_name(given)})
     found = {name: str(path.resolve()) for name, path in places(config).items()}
     if "reward.function" in found:
         found["reward.function"] += f":{str(config.reward.function).rpartition(':')[2]}"
-    return changed(config, found)
+    return _with_sources(config, found)
 
 
 def with_revisions(config: Config, was: Config | None) -> Config:
@@ -149,9 +183,16 @@ def with_revisions(config: Config, was: Config | None) -> Config:
 
     Raises InputError for what the hub does not have.
     """
-    found, theirs = {}, sources(was) if was else {}
-    for name, source in sources(config).items():
-        if is_id(source):
-            known = theirs.get(name, "").startswith(f"{source}@")
-            found[name] = theirs[name] if known else pinned(source, name)
-    return changed(config, found)
+    theirs = sources(was) if was else {}
+    ids = {name: source for name, source in sources(config).items() if is_id(source)}
+    known = {name: theirs[name] for name, source in ids.items() if theirs.get(name, "").startswith(f"{source}@")}
+    return _with_sources(config, {name: known.get(name) or pinned(source, name) for name, source in ids.items()})
+
+
+def _with_sources(config: Config, found: dict[str, str]) -> Config:
+    """Return the config with other `sources`; labels stay."""
+    old = _values(config)
+    kept = {name: f"{found[name]}={_labelled(old[name])[1]}" for name in found if name.startswith(_LABELLED)}
+    new = found | kept
+    others = [new.pop(name, old[name]) for name in old if name.startswith(_OTHERS)]
+    return changed(config, new | {_OTHERS: others})

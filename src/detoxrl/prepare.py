@@ -1,9 +1,7 @@
 """What has to be there, and to fit, before a run begins?"""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,24 +10,25 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
 from detoxrl.cache import cached
 from detoxrl.config import Config
-from detoxrl.data.corpus import generate_rows
+from detoxrl.data.corpus import generate_rows, generate_utterances
 from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_prompts
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
-from detoxrl.data.utterances import generate_utterances
-from detoxrl.parts import judge_of, scorer
+from detoxrl.parts import judges_of, readers_of, scorer
 from detoxrl.policy.adapters import load_policy, make_policy, start_of
 from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
 from detoxrl.policy.policy import Policy
+from detoxrl.report.words import data_account
 from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import require_agreement
 from detoxrl.storage import filling, remove
+from detoxrl.subjects import try_policies
 from detoxrl.tracking import RunFolder, log, progress
 
 UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
@@ -45,31 +44,32 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
 
 
-def check(config: Config, given: RewardFunction | None = None, adapter: str | None = None) -> Prepared:
+def check(config: Config, given: RewardFunction | None = None, policies: Mapping[str, str] | None = None) -> Prepared:
     """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit.
 
-    `adapter` is a LoRA, or with full weights a model, that is to be measured.
+    With `policies` these are measured, and nothing is trained.
     """
-    judge_of(config)
+    judges_of(config)
+    readers_of(config, None)
     scorer(config, None, given)
     with log.status("reading and counting the rows"):
-        prepared = prepare_rows(config)
-    checked_policy(config, prepared, adapter)
+        prepared = prepare_rows(config, ("test",) if policies else SPLITS)
+    if policies:
+        try_policies(config.policy.base, start_of(config.policy), policies, config)
+    else:
+        checked_policy(config, prepared)
     return prepared
 
 
-def checked_policy(config: Config, prepared: Prepared, adapter: str | None = None) -> Policy:
-    """Return the policy that the run begins with. Raises InputError when it, or the `adapter` to measure, does not fit.
+def checked_policy(config: Config, prepared: Prepared) -> Policy:
+    """Return the policy that the run begins with. Raises InputError when it does not fit.
 
     A scratch base is not trained yet.
     """
     if config.policy.base == "scratch":
         base = scratch_base(prepared.tokenizer, config.seed)
         return make_policy(base, prepared.tokenizer, None, config.policy, config.seed)
-    given = Path(adapter) if adapter and not config.policy.full_weights else None
-    policy = load_policy(config.policy.base, start_of(config.policy) or given, config.policy, config.seed)
-    if adapter:
-        policy.weights.add("measured", Path(adapter))
+    policy = load_policy(config.policy.base, start_of(config.policy), config.policy, config.seed)
     tunes = config.sft.steps + config.sft.baseline_steps > 0 and prepared.account["summary_tokens"]
     require_positions(policy.model.config, config, prepared.account["summary_tokens"]["max"] if tunes else 0)
     require_agreement(policy, config.policy.base)
@@ -91,10 +91,10 @@ def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
     remove(folder / "checkpoints/prepare")
 
 
-def prepare_rows(config: Config) -> Prepared:
-    """Return the rows with their prompts, and the tokenizer that counted them. Raises InputError."""
+def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
+    """Return the rows with their prompts, and the tokenizer that counted them, for `uses`. Raises InputError."""
     tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
-    selection = _selection(config, tokenizer)
+    selection = _selection(config, tokenizer, uses)
     if tokenizer is None:
         some = selection.rows["train"][:4_000]
         prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in some]
@@ -113,14 +113,14 @@ def prepare_rows(config: Config) -> Prepared:
     return Prepared(rows=rows, account=account, tokenizer=tokenizer)
 
 
-def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Selection:
+def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None, uses: Sequence[str]) -> Selection:
     if config.data.source == "embedded":
         sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
         rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
         return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
     if tokenizer is not None and config.data.length_unit == "tokens":
-        return select(read_source(config.data), config, partial(token_lengths, tokenizer))
-    return select(read_source(config.data), config, lambda texts: [len(text) for text in texts])
+        return select(read_source(config.data), config, partial(token_lengths, tokenizer), uses)
+    return select(read_source(config.data), config, lambda texts: [len(text) for text in texts], uses)
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:
@@ -130,15 +130,14 @@ def _spread(lengths: Sequence[int]) -> dict[str, int]:
 
 def account_table(account: dict[str, Any]) -> Group:
     """Return what became of every row of the source, as a table for the screen, and what its prompts are like."""
-    splits = account["splits"]
+    account = data_account(account)
     cut = ", ".join(f"{n} of {split}" for split, n in account["truncated"].items() if n) or "none"
-    tokens = "prompt tokens: median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
-    table = Table("rows", box=SIMPLE_HEAD)
-    for split in splits:
-        table.add_column(split, justify="right")
-    for outcome in dict.fromkeys(outcome for counts in splits.values() for outcome in counts):
-        table.add_row(outcome, *(f"{counts.get(outcome, 0):,}" for counts in splits.values()))
-    table.add_row("in all", *(f"{sum(counts.values()):,}" for counts in splits.values()), style="bold")
+    spread = account["prompt_tokens"]
+    tokens = "prompt tokens: median {median}, 95 % up to {p95}, longest {max}".format(**spread) if spread else ""
+    table = Table("rows", *(Column(split, justify="right") for split in account["splits"]), box=SIMPLE_HEAD)
+    for outcome, counts in account["counts"].items():
+        table.add_row(outcome, *map("{:,}".format, counts))
+    table.add_row("in all", *map("{:,}".format, account["sums"]), style="bold")
     return Group(table, f"prompts cut to fit: {cut}; {tokens}")
 
 

@@ -1,7 +1,5 @@
 """Which settings go by a name?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +30,7 @@ _DIALOGSUM = {
     "rl.lr": 1.41e-5, "rl.value_lr": 1.41e-5, "rl.kl_coef": 0.2, "rl.kl_target": 6.0, "rl.kl_horizon": 10_000,
     "rl.validation_prompts": 64,
     "evaluation.primary_judge": "s-nlp/roberta_toxicity_classifier", "evaluation.judge_label": "toxic",
-    "evaluation.prompts": 200, "evaluation.samples_per_prompt": 2,
+    "evaluation.prompts": 200, "evaluation.samples_per_prompt": 2, "evaluation.best_of": (4,),
 }  # fmt: skip
 _LOWMEM = {"policy.bf16": True, "generation.batch_size": 8, "rl.steps": 20, "rl.microbatch_size": 2}
 _SAMSUM = {name: value for name, value in _DIALOGSUM.items() if not name.startswith("data.")} | {
@@ -46,27 +44,22 @@ _LONG = {
     "reward.normalise_on": 256, "reward.missing_eos_penalty": 1.0, "reward.empty_score": -5.0,
     "rl.steps": 200, "rl.batch_size": 64, "rl.minibatch_size": 16, "rl.epochs": 2, "rl.lr": 1e-4, "rl.value_lr": 1e-3,
     "rl.kl_coef": 0.05, "rl.kl_target": None, "rl.validate_every": 20, "rl.validation_prompts": 128,
-    "evaluation.prompts": 500,
+    "evaluation.prompts": 500, "evaluation.best_of": (4, 16),
 }  # fmt: skip
 _LARGE = {"policy.base": "google/flan-t5-large"}
-_TEN = "ten steps as in the course notebook, its mistakes put right"
-_MOVES = "settings meant to move it"
+_TEN, _MOVES = "ten steps as in the course notebook, its mistakes put right", "settings meant to move it"
 
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "quickstart": (
-        "embedded dialogues, a small T5 from scratch, a small hate classifier: no network, minutes on a CPU",
-        _QUICKSTART,
-    ),
+    "quickstart": ("embedded dialogues, a small T5 from scratch, a small hate classifier: no network, minutes on a CPU",
+                   _QUICKSTART),
     "own": ("your dialogues, model and classifier: LoRA on a model that is trained already, no warm start", _OWN),
     "dialogsum": (f"FLAN-T5 base on DialogSum, hate classifier: {_TEN}", _DIALOGSUM),
     "dialogsum-long": (f"the same data and model, {_MOVES}", _DIALOGSUM | _LONG),
-    "dialogsum-lowmem": (
-        "dialogsum with a bf16 base and small batches, twenty steps: for a laptop", _DIALOGSUM | _LOWMEM
-    ),
+    "dialogsum-lowmem": ("dialogsum with a bf16 base and small batches, twenty steps: for a laptop",
+                         _DIALOGSUM | _LOWMEM),
     "dialogsum-lowmem-long": (f"the same, {_MOVES}", _DIALOGSUM | _LOWMEM | _LONG),
-    "samsum-detoxify": (
-        "FLAN-T5 base on 500 dialogues of SAMSum, reward 1 - toxicity by toxic-bert, fifty steps", _SAMSUM
-    ),
+    "samsum-detoxify": ("FLAN-T5 base on 500 dialogues of SAMSum, reward 1 - toxicity by toxic-bert, fifty steps",
+                        _SAMSUM),
     "samsum-detoxify-long": (f"all of SAMSum, {_MOVES}", _SAMSUM | _LONG | {"data.limit": 24_000}),
     "dialogsum-large": (f"FLAN-T5 large on DialogSum: {_TEN}", _DIALOGSUM | _LARGE),
     "dialogsum-large-long": (f"the same data and model, {_MOVES}", _DIALOGSUM | _LARGE | _LONG),

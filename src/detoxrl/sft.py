@@ -1,9 +1,6 @@
 """How is a policy fine-tuned on reference texts?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config, SftConfig
-from detoxrl.data.rows import Row
+from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer, save_base, scratch_base
-from detoxrl.randomness import batch_indices, torch_seed
-from detoxrl.tracking import progress
+from detoxrl.policy.policy import Policy
+from detoxrl.randomness import batch_indices, permutation, torch_seed
+from detoxrl.rewards.shaping import Reward
+from detoxrl.rollout import by_row, sample_batches
+from detoxrl.tracking import log, progress
 
 _IGNORED = -100
+OF = 4
+"""Of so many responses the second baseline learns the best."""
 Pairs = Sequence[tuple[str, str]]
 """A prompt and its target each."""
 
@@ -42,7 +44,7 @@ def fine_tune(
     Linear warm-up to `config.lr`, then linear decay to 0. `on_step(done, loss)` gets the steps done and nats per token.
     Checkpoints go to `place`, and it goes on from what is there. Raises TrainingError when the loss is not finite.
     """
-    device = model.device
+    device, bf16 = model.device, config.bf16 and bf16_capable(model.device)
     inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
     weights = trainable(model)
     optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -56,7 +58,7 @@ def fine_tune(
             rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
             batch = _batch(tokenizer.pad_token_id, [inputs[i] for i in rows], [labels[i] for i in rows], device)
             torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
-            with autocast(device, config.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(**batch).loss
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
@@ -95,11 +97,6 @@ def bf16_capable(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """Return bfloat16 autocast when it is asked for and the hardware has it, else a context that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 and bf16_capable(device) else nullcontext()
-
-
 def _batch(pad: int, inputs: list[list[int]], labels: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
@@ -136,10 +133,35 @@ def civil_baseline(
 
     Checkpoints go to `place`.
     """
-    pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    _tune("civil baseline", policy.model, policy.tokenizer, pairs, sft, config.seed, place)
+    pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
+    _tune_baseline("civil baseline", config, policy, pairs, folder, place)
+
+
+def expert_baseline(
+    config: Config, rows: Sequence[Row], base: str, start: Path | None, reward: Reward, folder: Path, place: Path
+) -> None:
+    """Fine-tune the same start on the best by the reward of its own 4 responses to a prompt and save it to `folder`.
+
+    One round of expert iteration (Anthony et al. 2017): what the reward knows, without reinforcement learning. It sees
+    each prompt some four times. Checkpoints go to `place`.
+    """
+    policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
+    count = max(1, config.sft.baseline_steps * config.sft.batch_size // OF)
+    some = [rows[i] for i in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
+    prompts, how, seed, frozen = to_prompts(some), config.generation, config.seed, policy.reference
+    with log.status(f"sampling {OF} responses to each of {count} prompts"):
+        batches = sample_batches(policy, prompts, how, seed=seed, stream="expert", samples=OF, adapter=frozen)
+        texts = by_row(batches)
+        scores = reward([row.prompt for row in some for _ in range(OF)], [text for row in texts for text in row])
+    best = scores.reshape(-1, OF).argmax(1).tolist()
+    pairs = [(row.prompt, samples[pick]) for row, samples, pick in zip(some, texts, best, strict=True)]
+    _tune_baseline("best-of-4 baseline", config, policy, pairs, folder, place)
+
+
+def _tune_baseline(what: str, config: Config, policy: Policy, pairs: Pairs, folder: Path, place: Path) -> None:
+    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
+    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
     policy.save(folder)
 
 

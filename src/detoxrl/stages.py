@@ -3,34 +3,35 @@
 Every stage takes the run folder alone, so each can run in its own process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from detoxrl.cache import cached, tidy_cache
-from detoxrl.changes import begin_again, new_account, take_up
+from detoxrl.changes import also_measure, begin_again, new_account, take_up
 from detoxrl.config import Config
-from detoxrl.data.rows import SPLITS
+from detoxrl.data.rows import SPLITS, rows_to_jsonl
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
-from detoxrl.parts import absolute, base_and_start, judge_of, places, rows_of, run_scorer, with_function, with_revisions
+from detoxrl.parts import absolute, base_and_start, judges_of, places, readers_of, rows_of, run_scorer, with_revisions
 from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check
 from detoxrl.prepare import write as write_prepared
 from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
 from detoxrl.rewards.function import RewardFunction
-from detoxrl.settings import changed
-from detoxrl.sft import civil_baseline, warm_start
-from detoxrl.storage import copy_folder, filling, remove
+from detoxrl.sft import civil_baseline, expert_baseline, warm_start
+from detoxrl.storage import filling, remove
+from detoxrl.subjects import NOTHING, Subjects, config_to_measure, read_subjects, subjects_of, try_policies
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
+
+_MEASURED = ("evaluate", "report")
 
 
 def run(
@@ -57,7 +58,7 @@ def run(
 
 def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
     """Make the run folder: prompts in data/, and the embedded reward model in reward/."""
-    with _begun(root, config, overwrite, False, None):
+    with _begun(root, config, overwrite):
         pass
 
 
@@ -82,30 +83,53 @@ def evaluate(
     root: Path | str,
     config: Config | None = None,
     *,
-    adapter: Path | str | None = None,
+    policies: Mapping[str, Path | str] | None = None,
+    texts: Mapping[str, Path | str] | None = None,
     overwrite: bool = False,
     reward: RewardFunction | None = None,
 ) -> dict[str, Any]:
-    """Measure a policy before and after on held-out prompts, write the report, and return what eval.json holds.
+    """Measure policies side by side, write the report, and return what eval.json holds.
 
-    With `root` alone a trained run is measured again. With a config and a folder `adapter`, which detoxrl need not have
-    made, `root` becomes a new folder: before is the config's base, after the base with that LoRA, or with full weights
-    the model that is there.
+    With `root` alone a run is measured again, beside it the LoRAs and models in `policies` (by name) if there are any.
+    With a config `root` becomes a new folder: before is the config's start, after the first of `policies`, which
+    detoxrl need not have made; or before and after are what files of `texts` hold, and a single one is compared with
+    its summaries. Raises InputError for what does not fit, before anything is written.
     """
+    root, subjects = Path(root), subjects_of(policies, texts, config)
     if config is None:
-        require(adapter is None, "adapter", str(adapter), "needs the config of its base", "give config too")
-        for stage in ("evaluate", "report"):
-            again(Path(root), stage, reward)
-    else:
-        require(adapter is not None, "adapter", None, "is missing", "give the folder to measure")
-        config = changed(config, {"sft.steps": 0, "sft.baseline_steps": 0})
-        with _begun(Path(root), config, overwrite, False, reward, str(adapter)) as (folder, config):
-            copy_folder(Path(str(adapter)), folder / "adapter")
-            # Done, so that --resume does not begin to train.
-            folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
-            for stage in ("evaluate", "report"):
-                _make(stage, folder, config, reward)
-    return dict(RunFolder(Path(root)).read_json("eval.json"))
+        folder, config = RunFolder.open(root)
+        if subjects.policies:
+            try_policies(*base_and_start(folder, config), subjects.policies, config)
+            with folder.held():
+                also_measure(folder, config, subjects)
+        for stage in _MEASURED:
+            again(root, stage, reward)
+        return dict(folder.read_json("eval.json"))
+    begin, config = _begun_texts if subjects.texts else _begun, config_to_measure(config, subjects)
+    with begin(root, config, overwrite, subjects=subjects, reward=reward) as (folder, config):
+        # Done, so that --resume does not begin to train.
+        folder.write_json("seconds.json", {"prepare": 0.0} | folder.finished() | {"sft": 0.0, "train": 0.0})
+        for stage in _MEASURED:
+            _make(stage, folder, config, reward)
+    return dict(folder.read_json("eval.json"))
+
+
+@contextmanager
+def _begun_texts(
+    root: Path, config: Config, overwrite: bool, subjects: Subjects, reward: RewardFunction | None
+) -> Iterator[tuple[RunFolder, Config]]:
+    """Yield a new folder, held, with the rows of texts that are to be measured, and its config."""
+    require(reward is None, "reward", "", "cannot score texts without prompts", "leave it out")
+    config, folder = _new(root, absolute(config), overwrite, subjects), RunFolder(root)
+    rows = read_subjects(subjects, config)
+    judges_of(config)
+    readers_of(config, None)
+    account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
+    with folder.held():
+        folder.begin(config, new_account(config, asdict(subjects)), overwrite)
+        folder.write("data/test.jsonl", rows_to_jsonl(rows))
+        folder.write_json("rows.json", account)
+        yield folder, config
 
 
 @contextmanager
@@ -113,36 +137,42 @@ def _begun(
     root: Path,
     config: Config,
     overwrite: bool,
-    resume: bool,
-    reward: RewardFunction | None,
-    adapter: str | None = None,
+    resume: bool = False,
+    reward: RewardFunction | None = None,
+    subjects: Subjects = NOTHING,
     accept_changes: bool = False,
 ) -> Iterator[tuple[RunFolder, Config]]:
     """Yield a prepared folder, held, and its config: a new one, or the one to go on with."""
     started = time.perf_counter()
     recipe(config.recipe)  # the report repeats a run from its recipe, so it must be one
-    config = absolute(with_function(config, reward))
+    config = absolute(config, reward)
     folder, prepared = RunFolder(root), None
     going_on = resume and (root / "config.json").is_file()
     if going_on:
         config = with_revisions(config, RunFolder.open(root)[1])
     else:
-        RunFolder.refuse_unfit(root, overwrite)
-        config = with_revisions(config, None)
-        for part in (*places(config).values(), *map(Path, filter(None, [adapter]))):  # it would be deleted
-            inside = root.resolve() in (part.resolve(), *part.resolve().parents)
-            require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
-        prepared = check(config, reward, adapter)
+        config = _new(root, config, overwrite, subjects)
+        prepared = check(config, reward, subjects.policies)
     with folder.held():
         tidy_cache()
         if going_on:
             take_up(folder, config, reward, accept_changes)
         else:
-            folder.begin(config, new_account(config, adapter), overwrite)
+            folder.begin(config, new_account(config, asdict(subjects)), overwrite)
         if "prepare" not in folder.finished():
             with folder.timed("prepare", started):
-                write_prepared(folder, config, prepared or check(config, reward))
+                write_prepared(folder, config, prepared or check(config, reward, subjects.policies))
         yield folder, config
+
+
+def _new(root: Path, config: Config, overwrite: bool, subjects: Subjects) -> Config:
+    """Return the config of a new folder with its revisions. Raises InputError where it would replace what is needed."""
+    RunFolder.refuse_unfit(root, overwrite)
+    config = with_revisions(config, None)
+    for part in (*places(config).values(), *map(Path, (*subjects.policies.values(), *subjects.texts.values()))):
+        inside = root.resolve() in (part.resolve(), *part.resolve().parents)
+        require(not inside, "--run-dir", str(root), f"holds {part}, which the run needs", "name another folder")
+    return config
 
 
 def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
@@ -150,17 +180,23 @@ def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | 
         _REMAINING[name](folder, config, given, seconds)
 
 
-def _sft(folder: RunFolder, config: Config, *_: Any) -> None:
+def _sft(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:
     rows = rows_of(folder, "train")
     if config.sft.steps > 0:
         where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
         _fine_tuned(folder, config, where, partial(warm_start, config, rows, words))
-    if config.sft.baseline_steps > 0 and any(row.civil_reference for row in rows):
-        _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *base_and_start(folder, config)))
+    if config.sft.baseline_steps > 0:
+        start = base_and_start(folder, config)
+        if any(row.civil_reference for row in rows):
+            _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *start))
+        reward = run_scorer(folder, config, given).reward
+        _fine_tuned(folder, config, "expert", partial(expert_baseline, config, rows, *start, reward), keep=False)
     remove(folder / "checkpoints/sft")
 
 
-def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None]) -> None:
+def _fine_tuned(
+    folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None], keep: bool = True
+) -> None:
     def build(target: Path) -> None:
         place = folder / "checkpoints/sft" / name
         with filling(target) as temporary:
@@ -169,8 +205,8 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
 
     if (folder / name).is_dir():  # made before the run was stopped
         return
-    # Only what starts from nothing but the config is cached: a user's base may change behind its name.
-    if config.policy.base == "scratch":
+    # Only what starts from nothing but the config is cached: a user's base, or reward, may change behind its name.
+    if keep and config.policy.base == "scratch":
         rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
         ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
         cached(name, ingredients, folder / name, build)
@@ -181,7 +217,7 @@ def _fine_tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Pa
 def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:
     base, start = base_and_start(folder, config)
     policy = load_policy(base, start, config.policy, config.seed)
-    reward, judge = run_scorer(folder, config, given).reward, judge_of(config)
+    reward, judge = run_scorer(folder, config, given).reward, next(iter(judges_of(config).values()))
     train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
 
 

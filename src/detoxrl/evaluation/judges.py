@@ -1,46 +1,49 @@
 """Who says how toxic a text is?"""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from detoxrl.config import EvaluationConfig
 from detoxrl.errors import InputError
-from detoxrl.rewards.classifier import Classifier, load_classifier
+from detoxrl.evaluation.stats import Floats
+from detoxrl.rewards.classifier import Classifier, Texts, load_classifier
 
-Floats = npt.NDArray[np.float64]
 Judge = Callable[[Sequence[str]], Floats]
 """Toxicity in [0, 1] of each text, shape (N,)."""
+Item = TypeVar("Item", bound=Hashable)
 
 
-def once_each(judge: Judge) -> Judge:
-    """Return the judge that rates each distinct text once."""
+def remembered(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[Item]], Floats]:
+    """Return what rates each distinct item once, however often it is asked."""
+    known: dict[Item, float] = {}
 
-    def judged(texts: Sequence[str]) -> Floats:
-        distinct, where = np.unique(np.array(texts, dtype=object), return_inverse=True)
-        return judge(list(distinct))[where]
+    def rated(items: Sequence[Item]) -> Floats:
+        new = [item for item in dict.fromkeys(items) if item not in known]
+        if new:
+            known.update(zip(new, rate(new).tolist(), strict=True))
+        return np.array([known[item] for item in items])
 
-    return judged
+    return rated
 
 
-def classifier_judge(classifier: Classifier) -> Judge:
-    """Return the judge that a classifier's toxic label makes; the classifier itself rates each distinct text once."""
+def classifier_judge(classifier: Classifier) -> Callable[[Texts], Floats]:
+    """Return the judge that a classifier's toxic label makes; it reads pairs of texts too."""
     return lambda texts: classifier.toxicity(texts).double().numpy()
 
 
-def load_judge(config: EvaluationConfig, device: torch.device) -> Judge:
-    """Return the primary judge. Raises InputError when its package is missing, or its classifier does not fit."""
-    name, field = config.primary_judge, "evaluation.primary_judge"
-    if name != "alt-profanity-check":
-        return classifier_judge(load_classifier(name, field, {"evaluation.judge_label": config.judge_label}, device))
+def load_judge(source: str, label: str, setting: str, label_setting: str, device: torch.device) -> Judge:
+    """Return the judge that a setting names. Raises InputError when its package is missing, or its label does not fit.
+
+    `source` is `alt-profanity-check`, or the folder or hub id of a classifier whose `label` means toxic.
+    """
+    if source != "alt-profanity-check":
+        return classifier_judge(load_classifier(source, setting, {label_setting: label}, device))
     judge = profanity_judge()
     if judge is None:
-        raise InputError(field, name, "is not installed", "pip install 'detoxrl[offline]'")
+        raise InputError(setting, source, "is not installed", "pip install 'detoxrl[offline]'")
     return judge
 
 
@@ -52,4 +55,4 @@ def profanity_judge() -> Judge | None:
             from profanity_check import predict_prob
     except ImportError:
         return None
-    return once_each(lambda texts: np.asarray(predict_prob(list(texts)), dtype=np.float64))
+    return lambda texts: np.asarray(predict_prob(list(texts)), dtype=np.float64)

@@ -1,11 +1,10 @@
 """What goes into a spreadsheet, for reading and for blind rating?"""
 
-from __future__ import annotations
-
 import csv
 import io
 import random
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 # A spreadsheet would run a cell that starts with one of these as a formula.
@@ -19,10 +18,8 @@ def samples_sheet(samples: list[dict[str, Any]], judge: str) -> str:
     header += [f"{policy}_{what}" for policy in policies for what in ("response", "toxicity")]
     rows = []
     for sample in samples:
-        row = [sample["id"], sample["dialogue"], sample["reference"]]
-        for policy in policies:
-            row += [sample["responses"][policy][0], sample["toxicity"][judge][policy][0]]
-        rows.append(row)
+        rated = [(sample["responses"][policy][0], sample["toxicity"][judge][policy][0]) for policy in policies]
+        rows.append([sample["id"], sample["dialogue"], sample["reference"], *chain(*rated)])
     return _csv(header, rows)
 
 
@@ -45,16 +42,13 @@ def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
     draw = random.Random(f"blind {seed}")
     rated = differing(samples)
     draw.shuffle(rated)
-    sheet: list[Sequence[object]] = []
-    key: list[Sequence[object]] = []
+    sheet, key = list[Sequence[object]](), list[Sequence[object]]()
     for number, sample in enumerate(rated, start=1):
         sides = draw.sample(("before", "after"), 2)
         sheet.append([number, sample["dialogue"], *(sample["responses"][side][0] for side in sides), "", ""])
         key.append([number, sample["id"], *sides])
-    return (
-        _csv(["number", "dialogue", "left", "right", "more_civil", "better_summary"], sheet),
-        _csv(["number", "id", "left", "right"], key),
-    )
+    header = ["number", "dialogue", "left", "right", "more_civil", "better_summary"]
+    return _csv(header, sheet), _csv(["number", "id", "left", "right"], key)
 
 
 def differing(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,9 +61,7 @@ def _csv(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     sheet = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     sheet.writerow(header)
-    sheet.writerows([_inert(cell) for cell in row] for row in rows)
+    for row in rows:
+        formulas = [isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) for cell in row]
+        sheet.writerow(f"'{cell}" if runs else cell for cell, runs in zip(row, formulas, strict=True))
     return "\ufeff" + text.getvalue()
-
-
-def _inert(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell

@@ -1,16 +1,14 @@
 """What does the table on screen say at the end of a run?"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from detoxrl.report.words import changed_on_its_way, measured, number, signed
+from detoxrl.report.words import after_name, beside_baselines, changed_on_its_way, measured, number, signed
 
 
 def print_result(root: Path) -> None:
@@ -18,6 +16,12 @@ def print_result(root: Path) -> None:
     found = json.loads((root / "eval.json").read_text(encoding="utf-8"))
     console = Console(highlight=False)
     console.print(_table(found))
+    summary, baselines = beside_baselines(found, after_name(found))
+    if baselines:
+        console.print(_baselines(baselines))
+        console.print(summary)
+    for pair, how in found["agreement"].items():
+        console.print(f"{pair}: agree on {how['same_side']:.0%} of responses")
     for judge, result in found["toxicity"].items():
         removed = result["share_removed"]
         share = f", {removed:.0%} of what could be removed" if removed is not None else ""
@@ -35,17 +39,39 @@ def print_result(root: Path) -> None:
     console.print(f"next: open {root / 'report.html'} in a browser")
 
 
+def print_sweep(root: Path, found: dict[str, Any]) -> None:
+    """Print the combinations of a sweep and where its page is."""
+    caption = "after training, means over seeds; interval: 95 %, seeds and prompts resampled"
+    names = ("runs", "toxicity", "interval", found["measure"], "KL", "frontier")
+    columns = Column(overflow="fold"), *(Column(name, justify="right", no_wrap=True) for name in names)
+    table = Table(*columns, box=SIMPLE_HEAD, caption=caption, pad_edge=False)
+    table.add_row("start", "", number(found["start"][0]), "", number(found["start"][1]))
+    for label, one in found["combinations"].items():
+        cells = ["failed"]
+        if "kl" in one:
+            ends, star = " to ".join(map(number, one["interval"])), "yes" if one["frontier"] else ""
+            cells = [number(one["toxicity"][1]), ends, number(one["quality"][1]), number(one["kl"], 1), star]
+        table.add_row(label, f"{sum('error' not in run for run in one['runs'])}/{len(one['runs'])}", *cells)
+    Console(highlight=False).print(table)
+    print(f"numbers: {root / 'sweep.json'}\nnext: open {root / 'sweep.html'} in a browser")
+
+
 def _table(found: dict[str, Any]) -> Table:
     title = f"{found['n_prompts']} held-out prompts, {found['samples_per_prompt']} samples each"
-    caption = "change: after minus before, with its 95 % paired bootstrap interval"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    table.add_column("")
-    for name in ("before", "after", "change", "interval", *found["baselines"]):
-        table.add_column(name, justify="right", no_wrap=True)
-    others = [measured(baseline) for baseline in found["baselines"].values()]
+    caption = "change: after minus before, with its 95 % interval, paired by prompt"
+    names = (found["names"].get(name, name) for name in ("before", "after", "change", "interval"))
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    table = Table("", *columns, title=title, caption=caption, box=SIMPLE_HEAD)
     for label, one in measured(found).items():
         mean, low, high = (signed(one.difference[key], one.decimals) for key in ("mean", "low", "high"))
-        values = [one.before, one.after, *(other[label].after for other in others)]
-        before, after, *rest = (number(value, one.decimals) for value in values)
-        table.add_row(label, before, after, mean, f"{low} to {high}", *rest)
+        before, after = (number(value, one.decimals) for value in (one.before, one.after))
+        table.add_row(label, before, after, mean, f"{low} to {high}")
+    return table
+
+
+def _baselines(baselines: dict[str, dict[str, Any]]) -> Table:
+    columns = "", "toxicity", next(iter(baselines.values()))["quality_by"], "verdict"
+    table = Table(*columns, title="the same prompts without reinforcement learning", box=SIMPLE_HEAD)
+    for name, one in baselines.items():
+        table.add_row(name, number(one["toxicity"]["before"]), number(one["quality"]["before"]), one["verdict"])
     return table

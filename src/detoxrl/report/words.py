@@ -1,7 +1,7 @@
 """How does the report put a result into words and numbers?"""
 
-from __future__ import annotations
-
+import re
+from itertools import chain
 from typing import Any, NamedTuple
 
 # Name in eval.json: label, what it is, decimals, 1 where more is better, -1 where less is.
@@ -10,12 +10,24 @@ _QUALITY = {
     "facts": ("Facts kept", "share", 3, 1),
     "quarrel_reported": ("Quarrels reported", "share", 3, 1),
     "rouge_l": ("ROUGE-L", "to the civil reference where there is one", 3, 1),
+    "chrf": ("chrF", "to the civil reference where there is one", 3, 1),
+    "similarity": ("Similarity to the start", "to another response of the start", 3, 1),
+    "entailment": ("Entailed by the dialogue", "probability", 3, 1),
+    "fluency": ("Fluency", "probability", 3, 1),
+    "joint": ("Civil, similar and fluent (J)", "STA x SIM x FL", 3, 1),
+    "copied": ("Copied from the dialogue", "share of 4-word runs", 3, 0),
+    "distinct_1": ("Distinct words", "of a prompt's samples", 3, 1),
+    "distinct_2": ("Distinct word pairs", "of a prompt's samples", 3, 1),
     "length": ("Response length in words", "mean", 1, 0),
     "empty_rate": ("Empty responses", "share", 3, -1),
     "insult_rate": ("Insults the reward model knows", "share of responses", 3, -1),
     "insult_rate_unseen": ("Insults the reward model never saw", "share of responses", 3, -1),
 }
-_SYSTEMS = {"sft_civil": "Supervised on civil references"}
+_SYSTEMS = {
+    "word_filter": "Word filter",
+    "sft_civil": "Supervised on civil references",
+    "sft_best_of_4": "Supervised on the best of 4",
+}
 
 
 class Measure(NamedTuple):
@@ -44,7 +56,7 @@ class Measure(NamedTuple):
         """What the change is worth, in a word; empty without a detectable difference."""
         if self.direction and self.better:
             return "better" if self.direction == self.better else "worse"
-        return {1: "longer", -1: "shorter", 0: ""}[self.direction]
+        return {1: "more", -1: "less", 0: ""}[self.direction]
 
     @property
     def claim(self) -> str:
@@ -72,18 +84,16 @@ def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
     """Say in words what the primary judge found, and what it rests on: interval, prompts and samples."""
     judge = evaluation["primary_judge"]
     result = evaluation["toxicity"][judge]
-    difference = result["difference"]
-    decimals = 2 if abs(difference["mean"]) >= 0.05 else 3
-    before, after = (number(result[side]["mean"], decimals) for side in ("before", "after"))
-    change = {
-        "less toxic": f"fell from {before} to {after}",
-        "more toxic": f"rose from {before} to {after}",
-        "no detectable difference": f"was {before} before and {after} after",
-    }[result["verdict"]]
-    mean, low, high = (signed(difference[key], decimals) for key in ("mean", "low", "high"))
+    found = _by_judge(judge, result)
+    decimals = 2 if abs(found.difference["mean"]) >= 0.05 else 3
+    found = found._replace(decimals=decimals)
+    change = found.claim if found.direction else "was " + found.claim.replace(",", " and")
+    least = number(found.difference["detectable"], max(decimals, 3))
+    missed = "" if found.direction else f"; a change of {least} would have been found in 4 of 5 such measurements"
     size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
     claim = f"{result['verdict'].capitalize()}: mean toxicity by {judge} {change}"
-    return claim, f"(difference {mean}, 95 % interval {low} to {high}; {size})"
+    p = "< 0.001" if found.difference["p"] < 0.001 else f"= {found.difference['p']:.3f}"
+    return claim, f"({found.evidence}, p {p}; {size}{missed})"
 
 
 def changes(evaluation: dict[str, Any]) -> tuple[list[Measure], list[Measure]]:
@@ -95,19 +105,61 @@ def changes(evaluation: dict[str, Any]) -> tuple[list[Measure], list[Measure]]:
 
 def measured(system: dict[str, Any]) -> dict[str, Measure]:
     """Return every measure of one way of training by its label: toxicity by each judge, then quality."""
-    toxicity = [
-        Measure(f"Toxicity by {judge}", "in [0, 1]", 3, -1, r["before"]["mean"], r["after"]["mean"], r["difference"])
-        for judge, r in system["toxicity"].items()
-    ]
+    toxicity = [_by_judge(judge, result) for judge, result in system["toxicity"].items()]
     found = [(about, system["quality"][name]) for name, about in _QUALITY.items() if name in system["quality"]]
     quality = [Measure(*about, r["before"], r["after"], r["difference"]) for about, r in found]
     return {measure.label: measure for measure in (*toxicity, *quality)}
 
 
+def _by_judge(judge: str, r: dict[str, Any]) -> Measure:
+    label, what = f"Toxicity by {judge}", "in [0, 1]"
+    return Measure(label, what, 3, -1, r["before"]["mean"], r["after"]["mean"], r["difference"])
+
+
+def after_name(evaluation: dict[str, Any]) -> str:
+    """Return what "after" is called: the given name where something else than a run was measured."""
+    return str(evaluation["names"].get("after", "reinforcement learning"))
+
+
+def system_name(name: str) -> str:
+    """Return what the page calls a policy."""
+    return _SYSTEMS.get(name) or re.sub(r"^best_of_(\d+)$", r"Best of \1 by the reward", name)
+
+
 def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measure]]:
-    """Return what each way of training reached; `first` names the run's own, whose measures are the table's rows."""
-    baselines = {_SYSTEMS.get(name, name): measured(system) for name, system in evaluation["baselines"].items()}
+    """Return what each policy reached; `first` names the one that "after" is, whose measures are the table's rows."""
+    baselines = {system_name(name): measured(system) for name, system in evaluation["baselines"].items()}
     return {first: measured(evaluation)} | baselines
+
+
+def beside_baselines(evaluation: dict[str, Any], after: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Say in a sentence which baselines do as well as the policy `after`, or better.
+
+    Return with it, by their names, how each compares: "toxicity", "quality", and "verdict" in words.
+    """
+    words = {
+        "ahead": f"{after} does better",
+        "behind": f"does better than {after}",
+        "level": f"does as well as {after}",
+        "a trade": f"{after} is better in one of the two, this in the other",
+        "undecided": "too few prompts to tell",
+    }
+    found, named = {}, dict.fromkeys(words, "")
+    for name, one in evaluation["baselines"].items():
+        verdict = one["after"]["verdict"]
+        found[system_name(name)] = one["after"] | {"kl_bound": one.get("kl_bound"), "verdict": words[verdict]}
+        named[verdict] += f", {system_name(name)}"
+    enough, undecided = (named["behind"] + named["level"])[2:], named["undecided"][2:]
+    told = f"As good as {after}, or better: {enough}." if enough else f"None is shown to do as well as {after}."
+    return told + (f" Too few prompts to tell: {undecided}." if undecided else ""), found
+
+
+def data_account(rows: dict[str, Any]) -> dict[str, Any]:
+    """Return rows.json with "counts", each outcome's rows by source split, uses first, and their sums by split."""
+    splits = rows["splits"].values()
+    outcomes = sorted(dict.fromkeys(chain(*splits)), key=lambda outcome: not outcome.startswith("used"))
+    counts = {outcome: [split.get(outcome, 0) for split in splits] for outcome in outcomes}
+    return rows | {"counts": counts, "sums": [sum(split.values()) for split in splits]}
 
 
 def changed_on_its_way(evaluation: dict[str, Any]) -> list[str]:

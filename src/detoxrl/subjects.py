@@ -1,0 +1,119 @@
+"""What is measured side by side beside, or instead of, what a run trains?"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from detoxrl.config import Config
+from detoxrl.data.rows import Row
+from detoxrl.data.texts import read_texts
+from detoxrl.errors import require
+from detoxrl.hub import fetched_policy
+from detoxrl.policy.adapters import frozen_policy, load_policy
+from detoxrl.policy.backbone import require_positions
+from detoxrl.policy.policy import Policy
+from detoxrl.rollout import require_agreement
+from detoxrl.settings import changed
+
+TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
+"""Where a run keeps what it trained, by what that is called among the policies that are measured."""
+_TAKEN = {"before", "after", "word_filter", *TRAINED}
+# Texts that were written elsewhere need no model, so none is fetched.
+_NO_MODEL = {
+    "policy.base": "scratch", "policy.adapter": None, "data.source": "embedded", "data.length_unit": "characters",
+    "reward.classifier": "embedded", "reward.function": None, "sft.steps": 1, "sft.full_weights": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subjects:
+    """What a user named: policies or texts, each by the name that it has among what is measured."""
+
+    policies: Mapping[str, str] = field(default_factory=dict)
+    """Folder or hub id of a LoRA or a whole model."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Files of responses."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What a reader calls "before" and "after", where it is not the start and what was trained from it."""
+
+
+NOTHING = Subjects()
+
+
+def subjects_of(
+    policies: Mapping[str, Path | str] | None, texts: Mapping[str, Path | str] | None, config: Config | None
+) -> Subjects:
+    """Return what is to be measured in a new folder of `config`, or without one beside a run.
+
+    The first policy is "after", and "before" what the config starts from; of texts the first is "before", the second
+    "after"; a single file is compared with its summaries. Raises InputError for a name that is taken, and unless there
+    is the one or the other.
+    """
+    given, files = ({name: str(path) for name, path in (those or {}).items()} for those in (policies, texts))
+    for name in (*given, *files):
+        free = name not in _TAKEN and not name.startswith("best_of_")
+        require(free, "name", name, "is what something else is called", "choose another: NAME=PATH")
+    if config is None:
+        require(not files, "texts", list(files), "belong to no run", "give config too, and a new folder")
+        return Subjects(policies=given)
+    one = bool(given) != bool(files)
+    require(one, "policies", list(given), "or texts have to be given, and not both", "name what is to be measured")
+    if given:
+        after, *_ = given
+        names = {"before": config.policy.adapter or config.policy.base, "after": after}
+        return Subjects(policies={"after" if name == after else name: given[name] for name in given}, names=names)
+    before, after = [*files, *files][:2] if len(files) > 1 else ["its summaries", *files]
+    called = {before: "before", after: "after"}
+    by_side = {called.get(name, name): path for name, path in files.items()}
+    return Subjects(texts=by_side, names={"before": before, "after": after})
+
+
+def config_to_measure(config: Config, subjects: Subjects) -> Config:
+    """Return the config of a folder in which nothing is trained."""
+    nothing = {"sft.steps": 0, "sft.baseline_steps": 0, "policy.full_weights": False}
+    return changed(config, _NO_MODEL if subjects.texts else nothing)
+
+
+def try_policies(base: str, start: Path | None, given: Mapping[str, str], config: Config) -> None:
+    """Raise InputError unless each policy loads, and samples what it scores."""
+    for name, policy, _ in policies_of(base, start, {}, given, config):
+        require_positions(policy.model.config, config, 0)
+        require_agreement(policy, given.get(name, base))
+
+
+def read_subjects(subjects: Subjects, config: Config) -> list[Row]:
+    """Return the rows of the subjects' texts, each with its responses as `texts`. Raises InputError."""
+    rows, texts = read_texts(subjects.texts, config.data)
+    if "before" not in texts:
+        (path,), known = subjects.texts.values(), all(row.summary for row in rows)
+        remedy = "give a second file, or a summary for each row"
+        require(known, "--texts", path, "has nothing to be compared with", remedy)
+        texts = {"before": [[str(row.summary)] for row in rows]} | texts
+    return [replace(row, texts={name: by[i] for name, by in texts.items()}) for i, row in enumerate(rows)]
+
+
+def policies_of(
+    base: str, start: Path | None, trained: Mapping[str, Path], given: Mapping[str, str], config: Config
+) -> Iterator[tuple[str, Policy, str | None]]:
+    """Yield the policies to measure: a name, what samples, and by which adapter. The start comes first, as "before".
+
+    What was `trained` belongs to the base; of the `given` a LoRA does, and a whole model stands alone. Raises
+    InputError for one that does not fit.
+    """
+    device, whole = PartialState().device, config.policy.full_weights
+    places = {name: Path(fetched_policy(source, "--policy")) for name, source in given.items()}
+    loras = {name: place for name, place in places.items() if (place / "adapter_config.json").is_file()}
+    adapters = {**trained, **loras}
+    # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
+    begin = None if whole else start or next(iter(adapters.values()), None)
+    known = begin or (whole and trained)
+    policy = (load_policy(base, begin, config.policy, config.seed) if known else frozen_policy(base)).to(device)
+    yield "before", policy, policy.reference if start else None
+    for number, (name, place) in enumerate(adapters.items()):
+        policy.weights.add(f"measured{number}", place)
+        yield name, policy, f"measured{number}"
+    for name, place in places.items():
+        if name not in adapters:
+            yield name, frozen_policy(str(place), "--policy").to(device), None
