@@ -66,14 +66,15 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert result("runs/one")["toxicity"][JUDGE]["verdict"] == "more toxic"
     assert detoxrl(["evaluate", "--texts", "a=plain.txt", "b=plain.txt", "--run-dir", "runs/plain"]) == 0
     assert result("runs/plain")["toxicity"][JUDGE]["verdict"] == "no detectable difference"
-    assert "a change of 0.000 would have been found" in Path("runs/plain/report.html").read_text()
+    assert "would have been found" not in Path("runs/plain/report.html").read_text()  # no spread, nothing to tell from
+    assert result("runs/plain")["quality"].keys().isdisjoint({"copied", "similarity"})
 
 
 def test_an_encoder_an_nli_model_and_a_fluency_classifier_are_read_where_they_are_named(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("rude.jsonl", RUDE, dialogue=[f"We talk {i}." for i in range(30)])
-    write("civil.jsonl", CIVIL, dialogue=[f"We talk {i}." for i in range(30)])
+    for name, texts in (("rude.jsonl", RUDE), ("civil.jsonl", CIVIL)):
+        write(name, texts, dialogue=[f"We talk {i // 2}." for i in range(30)])
     copytree("classifier", "nli")
     config = json.loads(Path("nli/config.json").read_text())
     Path("nli/config.json").write_text(json.dumps(config | {"id2label": {"0": "neutral", "1": "entailment"}}))
@@ -90,6 +91,23 @@ def test_an_encoder_an_nli_model_and_a_fluency_classifier_are_read_where_they_ar
     # To a model that knows nothing but toxicity, texts are alike or opposite.
     assert (result("runs/texts")["quality"]["similarity"]["before"]) == pytest.approx(1, abs=1e-3)
     assert (result("runs/texts")["quality"]["similarity"]["after"]) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_file_of_several_samples_stands_beside_one_of_one_and_half_an_emoji_breaks_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("many.jsonl", ["ok \ud83d", *RUDE[1:]], id=[i // 3 for i in range(30)], summary=CIVIL)
+    Path("a=b").mkdir()
+    write("a=b/one.jsonl", CIVIL[:10], id=[*range(10)])
+    assert detoxrl(["evaluate", "--texts", "many.jsonl", "--run-dir", "runs/own"]) == 0
+    found = result("runs/own")
+    assert found["names"] == {"before": "its summaries", "after": "many.jsonl"}
+    assert found["baselines"]["word_filter"]["after"]["quality_by"] == "share with text"
+    assert "rouge_l" not in found["quality"]  # the summaries are what is compared with
+    words = ["one=a=b/one.jsonl", "many.jsonl", "--evaluation.other-judges", "classifier=hate"]
+    assert detoxrl(["evaluate", "--texts", *words, "--run-dir", "runs/both"]) == 0
+    assert "distinct_1" not in result("runs/both")["quality"]
+    assert "no independent judge" not in capsys.readouterr().out
 
 
 def test_rows_of_one_id_are_samples_of_one_prompt(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +157,7 @@ def test_policies_stand_beside_the_start_and_later_beside_a_run(
     [
         (
             ["--texts", "a=rude.jsonl", "b=short.jsonl"],
-            "'short.jsonl': and rude.jsonl differ in their prompts",
+            "'short.jsonl': and rude.jsonl differ in 21 of their prompts",
         ),
         (["--texts", "a=rude.jsonl", "b=none.jsonl"], r"--texts = 'none.jsonl': is no file"),
         (["--texts", "a=rude.jsonl", "b=mine.jsonl"], r"--texts = 'mine.jsonl': row 1 has no text under 'response'"),

@@ -162,7 +162,8 @@ def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
 def _named(flag: str, given: Given) -> dict[str, str]:
     """Return the paths that a flag gives by their names, which are the paths themselves where none was given."""
     words = given.get(flag, [])
-    found = {word.rpartition("=")[0] or word: word.rpartition("=")[2] for word in words}
+    pairs = [(word, "", word) if Path(word).exists() else word.partition("=") for word in words]
+    found = {name: path or name for name, _, path in pairs}
     require(len(found) == len(words), f"--{flag}", " ".join(words), "names one twice", "rename")
     return found
 

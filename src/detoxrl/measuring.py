@@ -17,6 +17,7 @@ from detoxrl.evaluation.measure import Measured, Readers, evaluation, measure, o
 from detoxrl.evaluation.stats import Floats, prompts_needed
 from detoxrl.parts import Scorer, base_and_start, judges_of, readers_of, rows_of, run_scorer
 from detoxrl.rewards.function import RewardFunction
+from detoxrl.rewards.shaping import wordless
 from detoxrl.rollout import sample_batches
 from detoxrl.storage import remove
 from detoxrl.subjects import TRAINED, policies_of
@@ -88,7 +89,8 @@ def _with_baselines(
     before, pool = ([row[part] for row in sampled["before"]] for part in (slice(samples), slice(samples, None)))
     found: dict[str, Texts] = {"word_filter": word_filter(before, scorer.judge)}
     if sizes and readers.score:
-        scores = readers.score(paired([row.prompt for row in rows], pool)).reshape(len(rows), -1)
+        pairs = paired([row.prompt for row in rows], pool)
+        scores = np.where(wordless([text for _, text in pairs]), -np.inf, readers.score(pairs)).reshape(len(rows), -1)
         found |= {f"best_of_{n}": best_of(pool, scores, n) for n in sizes}
     return {"before": before, "after": sampled["after"]} | found | {n: t for n, t in sampled.items() if n != "before"}
 

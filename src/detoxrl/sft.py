@@ -19,7 +19,7 @@ from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer, save_base, scratch_base
 from detoxrl.policy.policy import Policy
 from detoxrl.randomness import batch_indices, permutation, torch_seed
-from detoxrl.rewards.shaping import Reward
+from detoxrl.rewards.shaping import Reward, wordless
 from detoxrl.rollout import by_row, sample_batches
 from detoxrl.tracking import log, progress
 
@@ -153,7 +153,9 @@ def expert_baseline(
     with log.status(f"sampling {OF} responses to each of {count} prompts"):
         batches = sample_batches(policy, prompts, how, seed=seed, stream="expert", samples=OF, adapter=frozen)
         texts = by_row(batches)
-        scores = reward([row.prompt for row in some for _ in range(OF)], [text for row in texts for text in row])
+        said = [text for row in texts for text in row]
+        scores = reward([row.prompt for row in some for _ in range(OF)], said)
+    scores[wordless(said)] = -torch.inf  # saying nothing is no way to be civil here either
     best = scores.reshape(-1, OF).argmax(1).tolist()
     pairs = [(row.prompt, samples[pick]) for row, samples, pick in zip(some, texts, best, strict=True)]
     _tune_baseline("best-of-4 baseline", config, policy, pairs, folder, place)

@@ -14,6 +14,7 @@ from detoxrl.hub import fetched_policy
 from detoxrl.policy.adapters import frozen_policy, load_policy
 from detoxrl.policy.backbone import require_positions
 from detoxrl.policy.policy import Policy
+from detoxrl.policy.weights import POLICY
 from detoxrl.rollout import require_agreement
 from detoxrl.settings import changed
 
@@ -51,7 +52,9 @@ def subjects_of(
     "after"; a single file is compared with its summaries. Raises InputError for a name that is taken, and unless there
     is the one or the other.
     """
-    given, files = ({name: str(path) for name, path in (those or {}).items()} for those in (policies, texts))
+    # A policy is loaded again whenever the folder is measured, from wherever that is asked for.
+    given = {name: str(Path(p).resolve() if Path(p).exists() else p) for name, p in (policies or {}).items()}
+    files = {name: str(path) for name, path in (texts or {}).items()}
     for name in (*given, *files):
         free = name not in _TAKEN and not name.startswith("best_of_")
         require(free, "name", name, "is what something else is called", "choose another: NAME=PATH")
@@ -91,6 +94,7 @@ def read_subjects(subjects: Subjects, config: Config) -> list[Row]:
         remedy = "give a second file, or a summary for each row"
         require(known, "--texts", path, "has nothing to be compared with", remedy)
         texts = {"before": [[str(row.summary)] for row in rows]} | texts
+        rows = [replace(row, summary=None) for row in rows]  # no reference, where that is what is compared with
     return [replace(row, texts={name: by[i] for name, by in texts.items()}) for i, row in enumerate(rows)]
 
 
@@ -105,7 +109,7 @@ def policies_of(
     device, whole = PartialState().device, config.policy.full_weights
     places = {name: Path(fetched_policy(source, "--policy")) for name, source in given.items()}
     loras = {name: place for name, place in places.items() if (place / "adapter_config.json").is_file()}
-    adapters = {**trained, **loras}
+    adapters = trained if whole else {**trained, **loras}
     # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
     begin = None if whole else start or next(iter(adapters.values()), None)
     known = begin or (whole and trained)
@@ -115,5 +119,8 @@ def policies_of(
         policy.weights.add(f"measured{number}", place)
         yield name, policy, f"measured{number}"
     for name, place in places.items():
-        if name not in adapters:
+        if name in loras and whole:
+            lora = replace(config.policy, full_weights=False, adapter=None)
+            yield name, load_policy(base, place, lora, config.seed).to(device), POLICY
+        elif name not in adapters:
             yield name, frozen_policy(str(place), "--policy").to(device), None

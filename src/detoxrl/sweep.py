@@ -71,8 +71,9 @@ def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str],
     if begun:
         remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
         require(how["resume"] or how["overwrite"], "--run-dir", str(root), "exists already", remedy)
-        if not over and not seeds:
-            over, seeds = (folder.read_json("sweep.json")[name] for name in ("over", "seeds"))
+        if how["resume"] or not (over or seeds):
+            before = folder.read_json("sweep.json")
+            over, seeds = over or before["over"], seeds or before["seeds"]
     else:
         new = not root.is_dir() or not any(root.iterdir())
         require(new, "--run-dir", str(root), "is no folder of a sweep", "name another folder; nothing was deleted")

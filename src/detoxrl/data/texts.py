@@ -22,7 +22,7 @@ def read_texts(files: Mapping[str, str], config: DataConfig) -> tuple[list[Row],
     read = {name: _by_prompt(Path(path), config) for name, path in files.items()}
     for name, path in files.items():
         other = sorted(read[first].keys() ^ read[name].keys())
-        rule = f"and {files[first]} differ in their prompts, {other[0][:40]!r} for one" if other else ""
+        rule = f"and {files[first]} differ in {len(other)} of their prompts"
         remedy = "give files on the same prompts, by the same ids or in the same order"
         require(not other, "--texts", path, rule, remedy)
         sizes = {len(records) for records in read[name].values()}
@@ -35,7 +35,9 @@ def read_texts(files: Mapping[str, str], config: DataConfig) -> tuple[list[Row],
 
 def _by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
-    for number, record in enumerate(read_records(path, "--texts", lines=COLUMN), start=1):
+    for number, raw in enumerate(read_records(path, "--texts", lines=COLUMN), start=1):
+        # Half an emoji, cut by a limit on tokens, is no text that can be written.
+        record = {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in raw.items()}
         if not isinstance(record.get(COLUMN), str):
             rule, remedy = f"row {number} has no text under {COLUMN!r}", "give each row one"
             raise InputError("--texts", str(path), rule, remedy)

@@ -66,7 +66,8 @@ def _grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
 def response_metrics(row: Row, response: str) -> dict[str, float]:
     """Return every metric of one response; those that need a reference or facts only where the row has them."""
     metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
-    metrics["copied"] = copied(row.dialogue, response)
+    if row.dialogue:
+        metrics["copied"] = copied(row.dialogue, response)
     reference = row.civil_reference or row.summary
     if reference is not None:
         metrics["rouge_l"] = rouge_l(reference, response)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from detoxrl.report.words import after_name, beside_baselines, changed_on_its_way, measured, number, signed
+from detoxrl.tracking import REWARD_JUDGE
 
 
 def print_result(root: Path) -> None:
@@ -25,7 +26,7 @@ def print_result(root: Path) -> None:
     for judge, result in found["toxicity"].items():
         removed = result["share_removed"]
         share = f", {removed:.0%} of what could be removed" if removed is not None else ""
-        independent = "" if judge == found["primary_judge"] else " (the reward itself: no independent judge)"
+        independent = " (the reward itself: no independent judge)" if judge == REWARD_JUDGE else ""
         console.print(f"{judge}: [bold]{result['verdict']}[/bold]{share}{independent}")
     for line in changed_on_its_way(found):
         console.print(f"changed on its way: {line}")

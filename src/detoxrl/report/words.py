@@ -89,7 +89,8 @@ def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
     found = found._replace(decimals=decimals)
     change = found.claim if found.direction else "was " + found.claim.replace(",", " and")
     least = number(found.difference["detectable"], max(decimals, 3))
-    missed = "" if found.direction else f"; a change of {least} would have been found in 4 of 5 such measurements"
+    told = f"; a change of {least} would have been found in 4 of 5 such measurements"
+    missed = told if found.difference["detectable"] > 0 and not found.direction else ""
     size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
     claim = f"{result['verdict'].capitalize()}: mean toxicity by {judge} {change}"
     p = "< 0.001" if found.difference["p"] < 0.001 else f"= {found.difference['p']:.3f}"

@@ -25,11 +25,15 @@ def fit_normaliser(scores: torch.Tensor) -> Normaliser:
     return Normaliser(mean=float(scores.mean()), std=std if std > 1e-6 else 1.0)
 
 
+def wordless(texts: Sequence[str]) -> torch.Tensor:
+    """Return which texts say nothing: no letter, no digit; (B,) bool."""
+    return torch.tensor([not any(map(str.isalnum, text)) for text in texts])
+
+
 def shape_scores(
     raw: torch.Tensor, texts: Sequence[str], ended: torch.Tensor, normaliser: Normaliser, config: RewardConfig
 ) -> torch.Tensor:
     """Return scores (B,): normalised, clipped, less a penalty where EOS is missing, fixed where there is no word."""
     scores = ((raw - normaliser.mean) / normaliser.std).clamp(-config.clip, config.clip)
     scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype)
-    empty = torch.tensor([not any(map(str.isalnum, text)) for text in texts], device=scores.device)
-    return torch.where(empty, config.empty_score, scores)
+    return torch.where(wordless(texts).to(scores.device), config.empty_score, scores)
