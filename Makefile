@@ -12,7 +12,7 @@ test: .venv/test-installed
 	.venv/bin/ruff check src tests examples benchmarks
 	.venv/bin/ruff format --check src tests examples benchmarks
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 soak: .venv/test-installed
 	.venv/bin/python benchmarks/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
