@@ -71,9 +71,9 @@ def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str],
     if begun:
         remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
         require(how["resume"] or how["overwrite"], "--run-dir", str(root), "exists already", remedy)
-        if how["resume"] or not (over or seeds):
+        if not over and (how["resume"] or not seeds):
             before = folder.read_json("sweep.json")
-            over, seeds = over or before["over"], seeds or before["seeds"]
+            over, seeds = before["over"], seeds or before["seeds"]
     else:
         new = not root.is_dir() or not any(root.iterdir())
         require(new, "--run-dir", str(root), "is no folder of a sweep", "name another folder; nothing was deleted")
