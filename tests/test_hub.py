@@ -27,11 +27,12 @@ from detoxrl.config import DataConfig, PolicyConfig
 from detoxrl.data.rows import Row
 from detoxrl.data.sources import read_source
 from detoxrl.errors import InputError
-from detoxrl.hub import bytes_to_fetch, fetched, is_id, pinned
+from detoxrl.hub import bytes_to_fetch, fetched, fetched_policy, is_id, pinned
 from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base, load_tokenizer
 from detoxrl.recipes import recipe_names
 from detoxrl.rewards.classifier import load_classifier, several
+from detoxrl.subjects import subjects_of
 from hub import Hub, hub
 from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
@@ -143,6 +144,17 @@ def test_every_data_set_of_the_recipes_loads(served: Hub, folders: dict[str, Pat
 
 def texts(rows: list[Row]) -> list[tuple[str, str | None]]:
     return [(row.dialogue, row.summary) for row in rows]
+
+
+def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_kept_by_its_commit(served: Hub) -> None:
+    found = subjects_of({"lora": LORA, "model": SMALLEST}, None, None).policies
+    for name, weights in (("lora", "adapter_model.safetensors"), ("model", "model.safetensors")):
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", found[name])
+        folder = Path(fetched_policy(found[name], "--policy"))
+        assert (folder / weights).is_file()
+        assert folder.name == found[name].partition("@")[2]
+    with pytest.raises(InputError, match=r"--policy = 'me/nothing'"):
+        subjects_of({"it": "me/nothing"}, None, None)
 
 
 def test_a_lora_to_start_from_loads(served: Hub, folders: dict[str, Path]) -> None:

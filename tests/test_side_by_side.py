@@ -64,6 +64,10 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert detoxrl(["evaluate", "--texts", "rude.jsonl", "--run-dir", "runs/one"]) == 0
     assert result("runs/one")["names"] == {"before": "its summaries", "after": "rude.jsonl"}
     assert result("runs/one")["toxicity"][JUDGE]["verdict"] == "more toxic"
+    assert detoxrl(["evaluate", "own", "--texts", "rude.jsonl", "civil.jsonl", "--data.summary-column", "None",
+                    "--run-dir", "runs/bare"]) == 0  # fmt: skip
+    assert "chrf" not in result("runs/bare")["quality"]
+    assert "compared.csv" not in capsys.readouterr().out
     assert detoxrl(["evaluate", "--texts", "a=plain.txt", "b=plain.txt", "--run-dir", "runs/plain"]) == 0
     assert result("runs/plain")["toxicity"][JUDGE]["verdict"] == "no detectable difference"
     assert "would have been found" not in Path("runs/plain/report.html").read_text()  # no spread, nothing to tell from
@@ -149,6 +153,21 @@ def test_policies_stand_beside_the_start_and_later_beside_a_run(
     assert detoxrl(["evaluate", "runs/own", "--evaluation.other-judges", "classifier=hate"]) == 0
     assert [*result("runs/own")["toxicity"]] == [JUDGE, "classifier", "reward classifier"]
     assert "lora" in result("runs/own")["baselines"]
+    capsys.readouterr()
+
+
+def test_a_lora_stands_beside_a_run_of_full_weights(
+    place: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
+    disturb(moved)
+    moved.save(place / "lora")
+    assert detoxrl(own("--policy.full-weights", "--rl.steps", "1")) == 0
+    assert detoxrl(["evaluate", "runs/own", "--policy", "lora"]) == 0
+    lines = Path("runs/own/samples.jsonl").read_bytes().splitlines()
+    samples = [json.loads(line)["responses"] for line in lines]
+    assert any(sample["lora"] != sample["before"] for sample in samples)
+    assert any(sample["lora"] != sample["after"] for sample in samples)
     capsys.readouterr()
 
 

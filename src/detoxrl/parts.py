@@ -32,7 +32,7 @@ _OTHERS = "evaluation.other_judges"
 _PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge",
            "evaluation.encoder", "evaluation.nli", "evaluation.fluency", _OTHERS)  # fmt: skip
 _LABELLED = ("evaluation.fluency", _OTHERS)  # these say SOURCE=LABEL
-_RESERVED = ("embedded", "scratch", "alt-profanity-check")
+_RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
 
 
 # Progress bars and notices of others would tear ours apart; their errors still come through.

@@ -10,7 +10,7 @@ from detoxrl.config import Config
 from detoxrl.data.rows import Row
 from detoxrl.data.texts import read_texts
 from detoxrl.errors import require
-from detoxrl.hub import fetched_policy
+from detoxrl.hub import fetched_policy, is_id
 from detoxrl.policy.adapters import frozen_policy, load_policy
 from detoxrl.policy.backbone import require_positions
 from detoxrl.policy.policy import Policy
@@ -22,10 +22,8 @@ TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert
 """Where a run keeps what it trained, by what that is called among the policies that are measured."""
 _TAKEN = {"before", "after", "word_filter", *TRAINED}
 # Texts that were written elsewhere need no model, so none is fetched.
-_NO_MODEL = {
-    "policy.base": "scratch", "policy.adapter": None, "data.source": "embedded", "data.length_unit": "characters",
-    "reward.classifier": "embedded", "reward.function": None, "sft.steps": 1, "sft.full_weights": True,
-}  # fmt: skip
+_NO_MODEL = {"policy.base": "none", "policy.adapter": None, "data.source": "embedded", "reward.classifier": "embedded",
+             "reward.function": None}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,31 +50,42 @@ def subjects_of(
     "after"; a single file is compared with its summaries. Raises InputError for a name that is taken, and unless there
     is the one or the other.
     """
-    # A policy is loaded again whenever the folder is measured, from wherever that is asked for.
-    given = {name: str(Path(p).resolve() if Path(p).exists() else p) for name, p in (policies or {}).items()}
+    given = {name: str(path) for name, path in (policies or {}).items()}
     files = {name: str(path) for name, path in (texts or {}).items()}
     for name in (*given, *files):
         free = name not in _TAKEN and not name.startswith("best_of_")
         require(free, "name", name, "is what something else is called", "choose another: NAME=PATH")
     if config is None:
         require(not files, "texts", list(files), "belong to no run", "give config too, and a new folder")
-        return Subjects(policies=given)
+        return Subjects(policies=_lasting(given))
     one = bool(given) != bool(files)
     require(one, "policies", list(given), "or texts have to be given, and not both", "name what is to be measured")
     if given:
         after, *_ = given
         names = {"before": config.policy.adapter or config.policy.base, "after": after}
-        return Subjects(policies={"after" if name == after else name: given[name] for name in given}, names=names)
+        by_side = {"after" if name == after else name: path for name, path in _lasting(given).items()}
+        return Subjects(policies=by_side, names=names)
     before, after = [*files, *files][:2] if len(files) > 1 else ["its summaries", *files]
     called = {before: "before", after: "after"}
     by_side = {called.get(name, name): path for name, path in files.items()}
     return Subjects(texts=by_side, names={"before": before, "after": after})
 
 
+def _lasting(sources: Mapping[str, str]) -> dict[str, str]:
+    """Return what means the same policies from any folder and at any time: absolute paths, hub ids with a commit."""
+
+    def one(source: str) -> str:
+        if is_id(source):
+            return f"{source.partition('@')[0]}@{Path(fetched_policy(source, '--policy')).name}"
+        return str(Path(source).resolve() if Path(source).exists() else source)
+
+    return {name: one(source) for name, source in sources.items()}
+
+
 def config_to_measure(config: Config, subjects: Subjects) -> Config:
     """Return the config of a folder in which nothing is trained."""
     nothing = {"sft.steps": 0, "sft.baseline_steps": 0, "policy.full_weights": False}
-    return changed(config, _NO_MODEL if subjects.texts else nothing)
+    return changed(config, {**nothing, **(_NO_MODEL if subjects.texts else {})})
 
 
 def try_policies(base: str, start: Path | None, given: Mapping[str, str], config: Config) -> None:

@@ -36,7 +36,9 @@ def print_result(root: Path) -> None:
     # A model that was only evaluated has no adapter of ours.
     adapter = f"adapter: {root / 'adapter'}   " if (root / "adapter").is_dir() else ""
     console.print(f"{adapter}report: {root / 'report.html'}   numbers: {root / 'eval.json'}")
-    console.print(f"sheets in {root}: samples.csv, compared.csv   for blind raters: blind_sheet.csv")
+    # Texts that were written elsewhere have no rewards to be compared by.
+    sheets = ", ".join(name for name in ("samples.csv", "compared.csv") if (root / name).is_file())
+    console.print(f"sheets in {root}: {sheets}   for blind raters: blind_sheet.csv")
     console.print(f"next: open {root / 'report.html'} in a browser")
 
 
@@ -72,7 +74,7 @@ def _table(found: dict[str, Any]) -> Table:
 
 def _baselines(baselines: dict[str, dict[str, Any]]) -> Table:
     columns = "", "toxicity", next(iter(baselines.values()))["quality_by"], "verdict"
-    table = Table(*columns, title="the same prompts without reinforcement learning", box=SIMPLE_HEAD)
+    table = Table(*columns, title="beside it, on the same prompts", box=SIMPLE_HEAD)
     for name, one in baselines.items():
         table.add_row(name, number(one["toxicity"]["before"]), number(one["quality"]["before"]), one["verdict"])
     return table
