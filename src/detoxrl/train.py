@@ -74,6 +74,10 @@ def train(
             error.add_note(f"step {step} is kept: {go_on_with(folder.root)}")
             raise
 
+    def scored(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        with kept(step):
+            return reward(prompts, responses)
+
     def state() -> dict[str, Any]:
         return {"kl_coef": kl_coef, "best": best.seen(), "shown": shown}
 
@@ -94,37 +98,29 @@ def train(
             watch.lap("checkpoint")
             if last:
                 break
-            decay = 1 - step / rl.steps
-            for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
-                group["lr"] = peak * decay
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
-            rollout = collect(policy, batch, config.generation, seed=config.seed, step=step)
-            watch.lap("sample")
-            responses, mask = rollout.responses, rollout.responses.response_mask
-            with kept(step):
-                raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
-            scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
-            watch.lap("score")
-            rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)
-            advantages, returns = gae(rewards, responses.values, mask, rl.gamma, rl.lam)
-            critic = explained_variance(responses.values, returns, mask)
-            targets = Targets(advantages=whiten(advantages, mask), returns=returns)
-            updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
-            watch.lap("update")
-            statistics = rollout_statistics(rollout, raw, scores, rewards) | updates
-            statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": rl.lr * decay}
+            rollout, raw, statistics = ppo_step(
+                policy, accelerator, optimizer, scored, normaliser, batch, config, step, kl_coef, watch
+            )
             refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
                 kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
             warn(statistics, step)
-            folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(int(mask.sum())))
+            tokens = int(rollout.responses.response_mask.sum())
+            folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(tokens))
             keep_samples(folder, rollout, raw, step)
             reach(step + 1, f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
     checkpoints.forget(keep=1)
-    ended = folder.read_json("checkpoint.json")
-    if ended["stopped_step"] is not None:
-        log.print(f"train: stopped at step {ended['stopped_step']}: {rl.patience} validations in a row were no better")
+    _say_how_it_ended(folder, best, shown)
+
+
+def _say_how_it_ended(folder: RunFolder, best: BestCheckpoint, shown: str) -> None:
+    # Patience may end a run that was made longer where it stood, with no validation that would have written this.
+    ended = folder.read_json("checkpoint.json") | {"stopped_step": best.stopped_step}
+    folder.write_json("checkpoint.json", ended)
+    if best.stopped_step is not None:
+        log.print(f"train: stopped at step {best.stopped_step}: {best.rl.patience} validations in a row were no better")
     log.print(f"train: kept the policy of step {ended['kept_step']}; at the end {shown}")
     if ended["parted_step"] is not None:
         log.print(f"train: score and judge part at step {ended['parted_step']}: {_PARTED}")
@@ -171,6 +167,40 @@ def validation(
         score=float(reward([prompt.text for prompt in prompts], texts).mean()),
         kl=float(kl.mean()),
     )
+
+
+def ppo_step(
+    policy: Policy,
+    accelerator: Accelerator,
+    optimizer: Any,
+    reward: Reward,
+    normaliser: Normaliser,
+    prompts: list[Prompt],
+    config: Config,
+    step: int,
+    kl_coef: float,
+    watch: Watch,
+) -> tuple[Rollout, torch.Tensor, dict[str, float]]:
+    """Sample a response to each prompt, score them and update the policy; return rollout, raw scores and statistics."""
+    rl = config.rl
+    decay = 1 - step / rl.steps
+    for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
+        group["lr"] = peak * decay
+    rollout = collect(policy, prompts, config.generation, seed=config.seed, step=step)
+    watch.lap("sample")
+    responses, mask = rollout.responses, rollout.responses.response_mask
+    raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
+    scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
+    watch.lap("score")
+    rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, kl_coef)
+    advantages, returns = gae(rewards, responses.values, mask, rl.gamma, rl.lam)
+    critic = explained_variance(responses.values, returns, mask)
+    targets = Targets(advantages=whiten(advantages, mask), returns=returns)
+    updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
+    watch.lap("update")
+    statistics = rollout_statistics(rollout, raw, scores, rewards) | updates
+    statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": rl.lr * decay}
+    return rollout, raw, statistics
 
 
 @dataclass(frozen=True, kw_only=True)
