@@ -26,7 +26,6 @@ from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared
 from detoxrl.records import Encoded
 from detoxrl.rewards.classifier import TOKENS
-from detoxrl.rollout import rows_at_once
 from detoxrl.sft import bf16_capable
 
 _META = torch.device("meta")
@@ -168,7 +167,7 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
     texts = ordered[: max(2, round(0.95 * len(ordered)))][-config.generation.batch_size :]
     longest = min(length, (prepared.account["summary_tokens"] or {"p95": length})["p95"])
-    rows, some = (min(len(texts), n) for n in (config.rl.microbatch_size, rows_at_once(policy, length)))
+    rows, some = (min(len(texts), n) for n in (config.rl.microbatch_size, policy.rows_at_once(length)))
 
     def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
         few = Encoded(states=encoded.states[:n], mask=encoded.mask[:n])  # on meta no mask says what is padding

@@ -22,12 +22,28 @@ class Encoded:
     """(B, P, D) hidden states of the encoder; where there is none, (B, P) long token ids."""
     mask: torch.Tensor
     """(B, P) long, 1 = a token of the prompt."""
+    cross: torch.Tensor | None = None
+    """(L, 2, C, H, P', d) keys and values of cross-attention in L layers, P' >= P, where they are shared."""
+    rows: torch.Tensor | None = None
+    """(B,) long, which of the C rows of `cross` these are; None: B = C, in order."""
 
     def select(self, rows: torch.Tensor) -> Self:
-        """Return the rows named by an index or bool tensor, without the padding that none of them needs."""
+        """Return the rows named by an index or bool tensor, without the padding that none of them needs.
+
+        Keys and values are not copied.
+        """
         mask = self.mask[rows]
         needed = mask.any(0)
-        return replace(self, states=self.states[rows][:, needed], mask=mask[:, needed])
+        everything = torch.arange(len(self.mask), device=mask.device) if self.rows is None else self.rows
+        kept = None if self.cross is None else everything[rows]
+        return replace(self, states=self.states[rows][:, needed], mask=mask[:, needed], rows=kept)
+
+    def between(self, rows: slice) -> Self:
+        """Return consecutive rows of a whole batch, as `select`, without a copy of anything."""
+        needed = int(self.mask[rows].any(0).sum())  # padding is on one side
+        kept = slice(0, needed) if bool(self.mask[:, 0].all()) else slice(self.mask.shape[1] - needed, None)
+        cross = None if self.cross is None else self.cross[:, :, rows]
+        return replace(self, states=self.states[rows, kept], mask=self.mask[rows, kept], cross=cross)
 
 
 @dataclass(frozen=True, kw_only=True)

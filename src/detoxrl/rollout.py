@@ -1,6 +1,7 @@
 """How are prompts turned into responses?"""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,9 +11,6 @@ from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY
 from detoxrl.randomness import uniforms
 from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
-
-# Most logits of one pass that needs no gradient: 46 MiB in fp32, and some copies of it.
-_LOGITS = 12_000_000
 
 
 def draws(
@@ -43,7 +41,7 @@ def sample_batches(
     for start in range(skip * config.batch_size, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
         batch = [prompts[row] for row in rows]
-        encoded, found = policy.encode([prompt.text for prompt in batch], adapter), []
+        encoded, found = policy.shared(policy.encode([prompt.text for prompt in batch], adapter)), []
         for sample in range(samples):
             chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
             found.append(policy.decode(policy.sample(encoded, chances, config.temperature, adapter)))
@@ -74,51 +72,56 @@ def require_agreement(policy: Policy, base: str) -> None:
     require(gap < bound, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
 
 
-def rows_at_once(policy: Policy, length: int) -> int:
-    """Return how many responses of `length` tokens one pass without a gradient reads."""
-    words: int = policy.model.config.get_text_config().vocab_size
-    return max(1, _LOGITS // (length * words))
-
-
 def _scored(
-    policy: Policy, encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None
+    policy: Policy, encoded: Encoded, responses: Responses, temperature: float, adapter: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return teacher-forced log-probs (nats) and values, each (B, T), as many rows at once as keep logits small."""
-    chunks = torch.arange(len(ids), device=ids.device).split(rows_at_once(policy, ids.shape[1]))
-    parts = [policy.logprobs(encoded.select(rows), ids[rows], temperature, adapter) for rows in chunks]
-    return torch.cat([logprobs for logprobs, _, _ in parts]), torch.cat([values for _, _, values in parts])
+    length = int(responses.response_mask.sum(1).max())
+    found = torch.zeros(2, *responses.ids.shape, device=policy.device)
+    size = policy.rows_at_once(length)
+    for start in range(0, len(responses.ids), size):
+        rows = slice(start, start + size)
+        ids, mask = responses.ids[rows, :length], responses.response_mask[rows, :length]
+        logprobs, _, values = policy.logprobs(encoded.between(rows), ids, temperature, adapter, mask)
+        found[:, rows, :length] = torch.stack([logprobs, values])
+    return found[0], found[1]
 
 
 @torch.no_grad()
 def collect(
-    policy: Policy, prompts: list[Prompt], config: GenerationConfig, *, seed: int, step: int, stream: str = "rollout"
+    policy: Policy,
+    prompts: list[Prompt],
+    config: GenerationConfig,
+    *,
+    seed: int,
+    step: int,
+    stream: str = "rollout",
+    keep_cross: bool = True,
 ) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
-    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states. A base
-    in bfloat16 rounds otherwise while it samples than in the update, so there log-probs and values are computed again
-    as the update will.
+    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states, and with
+    `keep_cross` the update shares what cross-attention makes of them. A base in bfloat16 rounds otherwise while it
+    samples than in the update, so there log-probs and values are computed again as the update will.
     """
     ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
     encoded = policy.encode([prompt.text for prompt in ordered])
+    encoded = policy.shared(encoded) if keep_cross else encoded
     parts: list[Responses] = []
     ref = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)
     for start in range(0, len(ordered), config.batch_size):
-        batch = ordered[start : start + config.batch_size]
-        shared = encoded.select(torch.arange(start, start + len(batch), device=policy.device))
+        rows = slice(start, start + config.batch_size)
+        batch, shared = ordered[rows], encoded.between(rows)
+        shared = shared if keep_cross else policy.shared(shared)
         chances = draws(policy, seed, stream, step, batch, 0, config.max_new_tokens)
         part = policy.sample(shared, chances, config.temperature)
-        length = int(part.response_mask.sum(1).max())
-        ids, mask = part.ids[:, :length], part.response_mask[:, :length]
         if policy.model.dtype == torch.bfloat16:
-            logprobs, values = _scored(policy, shared, ids, config.temperature, POLICY)
-            part.logprobs[:, :length] = torch.where(mask, logprobs, 0.0)
-            part.values[:, :length] = torch.where(mask, values, 0.0)
+            logprobs, values = _scored(policy, shared, part, config.temperature, POLICY)
+            part = replace(part, logprobs=logprobs, values=values)
         parts.append(part)
         if policy.train_encoder:  # the policy's encoder has moved away from the reference's
             shared = policy.encode([prompt.text for prompt in batch], policy.reference)
-        scored, _ = _scored(policy, shared, ids, config.temperature, policy.reference)
-        ref[start : start + len(batch), :length] = torch.where(mask, scored, 0.0)
+        ref[rows], _ = _scored(policy, shared, part, config.temperature, policy.reference)
     responses = concatenate(parts)
     ref, texts = ref[:, : responses.ids.shape[1]].contiguous(), policy.decode(responses)
     return Rollout(prompts=ordered, encoded=encoded, responses=responses, texts=texts, ref_logprobs=ref)

@@ -254,7 +254,7 @@ def _losses(
     else:
         encoded = rollout.encoded.select(rows)
     ids = responses.ids[rows, :length]
-    new_logprobs, entropy, new_values = policy.logprobs(encoded, ids, config.generation.temperature)
+    new_logprobs, entropy, new_values = policy.logprobs(encoded, ids, config.generation.temperature, mask=mask)
     advantages, returns = targets.advantages[rows, :length], targets.returns[rows, :length]
     policy_sum, clipped = policy_loss(new_logprobs, logprobs, advantages, mask, rl.clip)
     value_sum = value_loss(new_values, responses.values[rows, :length], returns, mask, rl.value_clip)

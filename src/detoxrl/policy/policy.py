@@ -1,16 +1,22 @@
 """How does a policy read prompts, sample responses and give log-probs and values, whatever its architecture?"""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PreTrainedTokenizerBase
 
 from detoxrl.policy.backbone import end_tokens
-from detoxrl.policy.weights import POLICY, Weights
+from detoxrl.policy.linear import FastLinear
+from detoxrl.policy.plain import PlainDecoder
+from detoxrl.policy.t5 import T5Decoder, fits
+from detoxrl.policy.weights import POLICY, LoraWeights, Weights
 from detoxrl.records import Encoded, Responses
+
+# Most tokens, padding among them, that a CPU's encoder reads at once: more is no faster there, and wastes padding.
+_READ = 1024
+# Share of a batch at which the rows that ended leave it.
+_LEAVE = 0.75
 
 
 class Policy:
@@ -30,6 +36,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
+        self._decoder = T5Decoder if fits(weights) else PlainDecoder
         self.has_encoder: bool = self.model.config.is_encoder_decoder
         width = self.model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
@@ -47,6 +54,8 @@ class Policy:
         """Move model and value head to `device`."""
         for model in (*self.weights.models.values(), self.value_head):
             model.to(device)
+        if isinstance(self.weights, LoraWeights):
+            self.weights.packs.clear()
         return self
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -56,94 +65,90 @@ class Policy:
     def encode(self, prompts: Sequence[str], adapter: str | None = POLICY) -> Encoded:
         """Return what B prompts are to the decoder; unless the encoder trains, it serves all passes, without gradient.
 
-        A causal model's are padded on the left, so that a response follows its prompt without a gap.
+        The encoder reads a few at a time, which pads least when they come sorted by length. A causal model's prompts
+        are padded on the left, so that a response follows its prompt without a gap.
         """
         side = "right" if self.has_encoder else "left"
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side).to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if not self.has_encoder:
             return Encoded(states=ids, mask=mask)
-        with self.weights.using(adapter):
-            states = self.weights.active.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        return Encoded(states=states, mask=mask)
+        states = []
+        with self.weights.using(adapter), FastLinear():
+            encoder = self.weights.active.get_encoder()
+            for rows in _blocks(mask.sum(1).tolist(), _READ if self.device.type == "cpu" else 32 * _READ):
+                width = int(mask[rows].sum(1).max())
+                read = encoder(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).last_hidden_state
+                states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
+        return Encoded(states=torch.cat(states), mask=mask)
 
-    def _decode(self, encoded: Encoded, tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, n, V) and hidden states (B, n, D) that predict the tokens after `tokens` (B, m).
+    def shared(self, encoded: Encoded) -> Encoded:
+        """Return the prompts with all that sampling, reference and update would each compute of them alike.
 
-        Before any token of the response n is m + 1: the first prediction follows from the prompt alone. Later calls
-        on the same cache pass new tokens only, and n is m.
+        These are keys and values of cross-attention, where neither the encoder nor the weights below a LoRA train.
         """
-        seen = 0 if cache is None else cache.get_seq_length()
-        new = tokens.shape[1]
-        if seen == 0:
-            opening = encoded.states
-            if self.has_encoder:
-                opening = tokens.new_full((len(tokens), 1), self.model.config.decoder_start_token_id)
-            new, tokens = new + 1, torch.cat([opening, tokens], 1)
-        settings = {"past_key_values": cache, "use_cache": cache is not None, "output_hidden_states": True}
-        if self.has_encoder:
-            read = BaseModelOutput(last_hidden_state=encoded.states)
-            out = self.weights.active(
-                encoder_outputs=read, attention_mask=encoded.mask, decoder_input_ids=tokens, **settings
-            )
-            return out.logits, out.decoder_hidden_states[-1]
-        answered = seen + tokens.shape[1] - encoded.states.shape[1]
-        mask = torch.cat([encoded.mask, tokens.new_ones(len(tokens), answered)], 1)
-        # Positions count real tokens: counted by column, padding would shift what learned positions say.
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
-        out = self.weights.active(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=new, **settings
-        )
-        return out.logits[:, -new:], out.hidden_states[-1][:, -new:]
+        alike = isinstance(self.weights, LoraWeights) and not self.train_encoder
+        return self._decoder(self.weights, None).shared(encoded) if alike else encoded
 
     def logprobs(
-        self, encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None = POLICY
+        self,
+        encoded: Encoded,
+        ids: torch.Tensor,
+        temperature: float,
+        adapter: str | None = POLICY,
+        mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probs of `ids` (nats), entropies (nats) and values, each (B, T), teacher-forced.
 
-        The decoder is causal, so what stands after a response's last token changes nothing before it; no mask by
-        `!= pad` is made (T5's start token is its pad).
+        Outside `mask` (B, T), if there is one, they are 0, and no logits are made. The decoder is causal, so what
+        stands after a response's last token changes nothing before it; no mask by `!= pad` is made (T5's start token is
+        its pad).
         """
-        with self.weights.using(adapter):
-            logits, hidden = self._decode(encoded, ids[:, :-1], None)
-        # (B, T, V) is the largest thing there is, so no copy of it is made without need.
-        logits = logits.float() if temperature == 1 else logits.float() / temperature
-        all_logprobs = logits.log_softmax(-1)
-        chosen = all_logprobs.gather(-1, ids[..., None]).squeeze(-1)
-        entropy = -all_logprobs.detach().exp().mul_(all_logprobs.detach()).sum(-1)
-        return chosen, entropy, self._values(hidden.detach())
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        chosen, entropy, states = self._decoder(self.weights, adapter).logprobs(encoded, ids, mask, temperature)
+        nothing = torch.zeros(ids.shape, device=ids.device)
+        logprobs, entropies, values = (
+            nothing.masked_scatter(mask, found) for found in (chosen, entropy, self._values(states.detach()))
+        )
+        return logprobs, entropies, values
 
+    def rows_at_once(self, length: int) -> int:
+        """Return how many responses of `length` tokens one pass without a gradient reads well."""
+        return max(1, self._decoder.most_tokens(self.model.config) // length)
+
+    @torch.no_grad()
     def sample(
         self, encoded: Encoded, uniforms: torch.Tensor, temperature: float, adapter: str | None = POLICY
     ) -> Responses:
         """Return responses of up to T tokens, drawn by inverse CDF from `uniforms` (B, T) in [0, 1).
 
-        Row i depends on uniforms[i] and its prompt alone. Rows that sampled EOS leave the batch. Call it under no_grad.
+        Row i depends on uniforms[i] and its prompt alone. Rows that sampled EOS leave the batch, several at once.
         """
         zeros = torch.zeros_like(uniforms)
         ids = torch.full_like(zeros, self.pad, dtype=torch.long)
         out = Responses(ids=ids, response_mask=zeros.bool(), logprobs=zeros.clone(), values=zeros, ended=zeros.any(1))
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.has_encoder else DynamicCache()
-        alive = torch.arange(len(ids), device=self.device)
-        tokens, ends = ids[:, :0], torch.tensor(self.ends, device=self.device)
-        with self.weights.using(adapter):
-            for t in range(uniforms.shape[1]):
-                logits, hidden = self._decode(encoded, tokens, cache)
-                logprobs = (logits[:, -1].float() / temperature).log_softmax(-1)
-                tokens = draw(logprobs, uniforms[alive, t, None])
-                ids[alive, t] = tokens.squeeze(1)
-                out.response_mask[alive, t] = True
-                out.logprobs[alive, t] = logprobs.gather(1, tokens).squeeze(1)
-                out.values[alive, t] = self._values(hidden[:, -1])
-                going = ~torch.isin(tokens.squeeze(1), ends)
-                out.ended[alive] = ~going
-                if not going.all():
-                    alive, tokens = alive[going], tokens[going]
-                    if len(alive) == 0:
-                        break
-                    # Not `select`: the cache holds the prompts at their full width.
-                    encoded = replace(encoded, states=encoded.states[going], mask=encoded.mask[going])
-                    cache.batch_select_indices(going.nonzero().squeeze(1))
+        rows = torch.arange(len(ids), device=self.device)  # those that are still in the batch, some of them ended
+        steps, ends = self._decoder(self.weights, adapter).steps(encoded, ids.shape[1]), torch.tensor(self.ends)
+        tokens, ends = None, ends.to(self.device)
+        for t in range(ids.shape[1]):
+            logits, states = steps.next(tokens)
+            logprobs = (logits.float() / temperature).log_softmax(-1)
+            tokens = draw(logprobs, uniforms[rows, t, None])
+            counts = ~out.ended[rows]
+            some, those = rows[counts], tokens[counts]
+            out.ids[some, t] = those.squeeze(1)
+            out.response_mask[some, t] = True
+            out.logprobs[some, t] = logprobs.gather(1, tokens)[counts].squeeze(1)
+            out.values[some, t] = self._values(states[counts])
+            tokens = tokens.squeeze(1)
+            out.ended[rows] |= torch.isin(tokens, ends)
+            going = ~out.ended[rows]
+            left = int(going.sum())
+            if left == 0:
+                break
+            if left <= _LEAVE * len(rows):  # each leaving copies keys and values
+                rows, tokens = rows[going], tokens[going]
+                steps.keep(going)
         return out
 
     def decode(self, responses: Responses) -> list[str]:
@@ -155,6 +160,17 @@ class Policy:
         hidden = torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
         values: torch.Tensor = self.value_head(hidden)
         return values.squeeze(-1)
+
+
+def _blocks(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Yield consecutive rows that have at most `tokens` tokens when padded to the longest, or one row."""
+    start, longest = 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if row > start and longest * (row + 1 - start) > tokens:
+            yield slice(start, row)
+            start, longest = row, length
+    yield slice(start, len(lengths))
 
 
 def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

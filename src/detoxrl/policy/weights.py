@@ -29,6 +29,8 @@ class LoraWeights:
         still = model.config.is_encoder_decoder and not train_encoder
         self._frozen = [weight for path, weight in model.named_parameters() if still and ".encoder." in path]
         self._activate(POLICY)
+        self.packs: list[Any] = []
+        """What a decoder makes of the base's weights once, as they never change."""
         self.models: dict[str | None, Any] = {POLICY: model}
         self.active: Any = model.get_base_model()
         """The model to call; `using` says with which adapter."""

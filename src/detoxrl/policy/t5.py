@@ -1,0 +1,270 @@
+"""How does the decoder of a T5 run as fast as its matrices allow?
+
+Written out for T5 (Raffel et al. 2020), gated (FLAN-T5) or not, with a LoRA on any of its matrices. What a prompt means
+to cross-attention is computed once for sampling, reference and update. Attention is two plain products: on a CPU
+torch's fused one is slower for a single query, and with gradients (docs/performance.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch.nn.functional import embedding, rms_norm
+from transformers import T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+from detoxrl.policy.head import token_logprobs
+from detoxrl.policy.linear import linear, packed
+from detoxrl.policy.weights import LoraWeights, Weights
+from detoxrl.records import Encoded
+
+_Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight (out, in) and, where a LoRA changes it, its two factors (r, in) and (out, r), scaled."""
+
+    weight: torch.Tensor
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product for x (..., in)."""
+        return self.changed(linear(x, self.weight), x)
+
+    def changed(self, found: torch.Tensor, x: torch.Tensor, shape: _Product = lambda added: added) -> torch.Tensor:
+        """Return a product without the LoRA, `found`, with what the LoRA adds for x in the shape of `found`.
+
+        The LoRA computes in its own float32 whatever the weight is in.
+        """
+        if self.down is None or self.up is None:
+            return found
+        added = linear(linear(x.to(self.down.dtype), self.down), self.up)
+        return torch.add(found, shape(added), alpha=self.scale).to(found.dtype)
+
+
+class Layer(NamedTuple):
+    """The matrices and norms of one block: self-attention, cross-attention, feed-forward."""
+
+    own: tuple[Matrix, ...]
+    """Query, key, value and output of self-attention."""
+    cross: tuple[Matrix, ...]
+    """The same of cross-attention."""
+    wide: tuple[Matrix, ...]
+    narrow: Matrix
+    norms: tuple[torch.Tensor, ...]
+    activation: _Product
+
+    def feed_forward(self, wide: torch.Tensor, narrow: _Product) -> torch.Tensor:
+        """Return the layer's output for the widened states (..., n F), n = 2 where it is gated."""
+        gate, *rest = wide.chunk(len(self.wide), -1)
+        return narrow(self.activation(gate) * rest[0] if rest else self.activation(gate))
+
+
+def fits(weights: Weights) -> bool:
+    """Return whether the model is a T5 with nothing on its decoder but plain LoRAs."""
+    model = weights.active
+    if type(model) is not T5ForConditionalGeneration or type(model.lm_head) is not torch.nn.Linear:
+        return False
+    layers = [part for name, part in model.decoder.named_modules() if name.rpartition(".")[2] in _MATRICES]
+    plain = [type(part) is torch.nn.Linear for part in layers]
+    lora = [type(part) is LoraLinear and not part.lora_variant for part in layers]
+    return type(model.decoder.embed_tokens) is torch.nn.Embedding and all(map(max, plain, lora))
+
+
+_MATRICES = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
+
+
+def _matrix(module: Any, adapter: str | None) -> Matrix:
+    if type(module) is not LoraLinear:
+        return Matrix(module.weight)
+    lora: Any = module
+    if adapter not in lora.lora_A:
+        return Matrix(lora.base_layer.weight)
+    a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+    return Matrix(lora.base_layer.weight, a, b, lora.scaling[adapter])
+
+
+def _layer(block: Any, adapter: str | None) -> Layer:
+    own, cross, dense = block.layer
+    feed, matrix = dense.DenseReluDense, partial(_matrix, adapter=adapter)
+    own_qkvo, cross_qkvo = (
+        tuple(matrix(getattr(attention, name)) for name in ("q", "k", "v", "o"))
+        for attention in (own.SelfAttention, cross.EncDecAttention)
+    )
+    wide = (feed.wi_0, feed.wi_1) if isinstance(feed, T5DenseGatedActDense) else (feed.wi,)
+    norms = tuple(part.layer_norm.weight for part in (own, cross, dense))
+    return Layer(own_qkvo, cross_qkvo, tuple(map(matrix, wide)), matrix(feed.wo), norms, feed.act)
+
+
+class T5Decoder:
+    """The decoder under the weights of one name, as `Policy` wants it."""
+
+    def __init__(self, weights: Weights, adapter: str | None) -> None:
+        lora = isinstance(weights, LoraWeights)
+        model = weights.active if lora else weights.models[adapter]
+        self.packs: list[Any] | None = weights.packs if isinstance(weights, LoraWeights) else None
+        self.config, stack = model.config, model.decoder
+        self.layers = [_layer(block, adapter if lora else None) for block in stack.block]
+        self.embedding, self.head = stack.embed_tokens.weight, model.lm_head.weight
+        self.norm = stack.final_layer_norm.weight
+        self._position: Callable[[int, int], torch.Tensor] = stack.block[0].layer[0].SelfAttention.compute_bias
+        self.scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
+
+    @staticmethod
+    def most_tokens(config: Any) -> int:
+        """Return how many tokens of responses one pass without a gradient reads: more is no faster."""
+        return 1024
+
+    def shared(self, encoded: Encoded) -> Encoded:
+        """Return the prompts with the keys and values that cross-attention has for them without any LoRA."""
+        width = encoded.states.shape[1]
+        sizes = (len(encoded.states), self.config.num_heads, width, self.config.d_kv)
+        cross = encoded.states.new_empty(len(self.layers), 2, *sizes)
+        for into, layer in zip(cross, self.layers, strict=True):
+            for keys, matrix in zip(into, layer.cross[1:3], strict=True):
+                for some in torch.arange(sizes[0]).split(max(1, 2048 // width)):  # blocks that fit a cache
+                    rows = slice(int(some[0]), int(some[-1]) + 1)
+                    keys[rows] = self._heads(linear(encoded.states[rows], matrix.weight))
+        return replace(encoded, cross=cross)
+
+    def logprobs(
+        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D)."""
+        start = ids.new_full((len(ids), 1), self.config.decoder_start_token_id)
+        x = embedding(torch.cat([start, ids[:, :-1]], 1), self.embedding)
+        ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
+        bias = self._position(*ahead.shape).masked_fill(ahead, -torch.inf)
+        unread = self._unread(encoded, x)
+        for i, layer in enumerate(self.layers):
+            (q, k, v, o), n = layer.own, self._normed(x, layer.norms[0])
+            x = x + o(self._attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
+            (q, _, _, o), n = layer.cross, self._normed(x, layer.norms[1])
+            x = x + o(self._attend(self._heads(q(n)), *self.cross(i, encoded), unread))
+            n = self._normed(x, layer.norms[2])
+            x = x + layer.feed_forward(torch.cat([m(n) for m in layer.wide], -1), layer.narrow)
+        states = self._normed(x, self.norm)[mask]
+        chosen, entropy = token_logprobs(states * self.scale, self.head, ids[mask], temperature)
+        return chosen, entropy, states
+
+    def cross(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values (B, H, P, d) of layer i for the prompts."""
+
+        def found(which: int, matrix: Matrix) -> torch.Tensor:
+            if encoded.cross is None:
+                return self._heads(matrix(encoded.states))
+            base = encoded.cross[i, which, :, :, : encoded.states.shape[1]]
+            base = base if encoded.rows is None else base[encoded.rows]
+            return matrix.changed(base, encoded.states, self._heads)
+
+        _, keys, values, _ = self.layers[i].cross
+        return found(0, keys), found(1, values)
+
+    def steps(self, encoded: Encoded, length: int) -> "T5Steps":
+        """Return what samples up to `length` tokens after the prompts, one at a time."""
+        return T5Steps(self, encoded, length)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = rms_norm(x, weight.shape, weight, self.config.layer_norm_epsilon)
+        return normed
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        heads: torch.Tensor = x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
+        return heads
+
+    def _unread(self, encoded: Encoded, like: torch.Tensor) -> torch.Tensor | None:
+        """Return what keeps cross-attention from padding (B, 1, 1, P): 0 or -inf; None where there is none."""
+        padding = encoded.mask == 0
+        if padding.device.type != "meta" and not padding.any():
+            return None
+        return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (B, n, D) for queries (B, H, n, d); T5 does not scale its scores."""
+        scores = q @ k.transpose(-2, -1)
+        scores = scores if bias is None else scores + bias.to(scores.dtype)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class _Packs(NamedTuple):
+    """The products of one block with its weights alone, those of the same input together."""
+
+    qkv: _Product
+    o: _Product
+    cross_q: _Product
+    cross_o: _Product
+    wide: _Product
+    narrow: _Product
+
+
+def _groups(layer: Layer) -> tuple[tuple[Matrix, ...], ...]:
+    return layer.own[:3], layer.own[3:], layer.cross[:1], layer.cross[3:], layer.wide, (layer.narrow,)
+
+
+def _with_lora(product: _Product, matrices: tuple[Matrix, ...]) -> _Product:
+    """Return a product of stacked matrices with what their LoRAs add; without gradient, in the precision of x."""
+    dtype = matrices[0].weight.dtype
+    downs = [m.down for m in matrices if m.down is not None]
+    if not downs:
+        return product
+    ups = [downs[0].new_zeros(len(m.weight), 0) if m.up is None else m.up * m.scale for m in matrices]
+    down, up = torch.cat(downs).t().to(dtype).contiguous(), torch.block_diag(*ups).t().to(dtype).contiguous()
+    return lambda x: torch.addmm(product(x), x @ down, up)
+
+
+class T5Steps:
+    """Decodes a batch token by token: packed copies of the weights, and keys and values in place. Under no_grad."""
+
+    def __init__(self, decoder: T5Decoder, encoded: Encoded, length: int) -> None:
+        self.decoder, rows = decoder, len(encoded.states)
+        packs = decoder.packs or [
+            packed([decoder.head], rows),
+            *(_Packs(*(packed([m.weight for m in group], rows) for group in _groups(one))) for one in decoder.layers),
+        ]
+        if decoder.packs is not None:
+            decoder.packs[:] = packs
+        self._head, *bare = packs
+        self._products = [
+            _Packs(*map(_with_lora, pack, _groups(layer))) for pack, layer in zip(bare, decoder.layers, strict=True)
+        ]
+        self._cross = [decoder.cross(i, encoded) for i in range(len(decoder.layers))]
+        self._unread = decoder._unread(encoded, encoded.states)
+        self._bias = decoder._position(length, length)
+        heads, depth = decoder.config.num_heads, decoder.config.d_kv
+        self._own = encoded.states.new_empty(len(decoder.layers), 2, rows, heads, length, depth)
+        self._done = 0
+
+    def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, V) and states (B, D) that predict what follows `tokens` (B,); None: what comes first."""
+        decoder, t = self.decoder, self._done
+        if tokens is None:
+            start = decoder.config.decoder_start_token_id
+            tokens = torch.full((self._own.shape[2],), start, device=self._own.device)
+        bias, x = self._bias[:, :, t : t + 1, : t + 1], embedding(tokens, decoder.embedding)
+        for i, (layer, own, cross) in enumerate(zip(decoder.layers, self._own, self._cross, strict=True)):
+            by = self._products[i]
+            q, *new = by.qkv(decoder._normed(x, layer.norms[0])).unflatten(1, (3, len(own[0, 0]), -1)).unbind(1)
+            for kept, fresh in zip(own, new, strict=True):
+                kept[:, :, t] = fresh
+            keys, values = own[:, :, :, : t + 1]
+            x = x + by.o(decoder._attend(q[:, :, None], keys, values, bias)[:, 0])
+            q = by.cross_q(decoder._normed(x, layer.norms[1])).unflatten(1, (len(own[0, 0]), -1))
+            x = x + by.cross_o(decoder._attend(q[:, :, None], *cross, self._unread)[:, 0])
+            x = x + layer.feed_forward(by.wide(decoder._normed(x, layer.norms[2])), by.narrow)
+        self._done += 1
+        states = decoder._normed(x, decoder.norm)
+        return self._head(states * decoder.scale), states
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Leave out all rows but those of a bool tensor."""
+        self._own = self._own[:, :, rows]
+        self._cross = [(keys[rows], values[rows]) for keys, values in self._cross]
+        self._unread = None if self._unread is None else self._unread[rows]
