@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -138,6 +139,8 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, NewGELUActivation):
             model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
+    if model.dtype == torch.bfloat16 and PartialState().device.type == "cpu":
+        model.set_attn_implementation("eager")  # a CPU's fused attention takes bfloat16 as slowly as float32
     model.eval()
     return model
 

@@ -235,7 +235,8 @@ class T5Steps:
         self._products = [
             _Packs(*map(_with_lora, pack, _groups(layer))) for pack, layer in zip(bare, decoder.layers, strict=True)
         ]
-        self._cross = [decoder.cross(i, encoded) for i in range(len(decoder.layers))]
+        found = (decoder.cross(i, encoded) for i in range(len(decoder.layers)))
+        self._cross = [(keys.contiguous(), values.contiguous()) for keys, values in found]  # read for every token
         self._unread = decoder._unread(encoded, encoded.states)
         self._bias = decoder._position(length, length)
         heads, depth = decoder.config.num_heads, decoder.config.d_kv
