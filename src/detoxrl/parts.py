@@ -177,7 +177,7 @@ def absolute(config: Config, given: RewardFunction | None = None) -> Config:
 
 
 def with_revisions(config: Config, was: Config | None) -> Config:
-    """Return the config with a commit behind every hub id that names none: that of `was`, else as `pinned`."""
+    """Return the config with a commit behind every hub id that has none: `was`'s, else today's. Raises InputError."""
     theirs = sources(was) if was else {}
     ids = {name: source for name, source in sources(config).items() if is_id(source)}
     known = {name: theirs[name] for name, source in ids.items() if theirs.get(name, "").startswith(f"{source}@")}
