@@ -241,7 +241,6 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatc
         replace_name(source, target)
 
     monkeypatch.setattr(storage, "sync", note_sync)
-    monkeypatch.setattr(checkpoint, "sync", note_sync)
     monkeypatch.setattr(storage.os, "replace", note_replace)
     loop = Loop(tmp_path)
     loop.log.write_text("a line\n")

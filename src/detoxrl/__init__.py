@@ -23,18 +23,9 @@ _HOMES = {"Config": "config", "RewardFunction": "rewards.function", "evaluate": 
 _HOMES |= {"recipe": "recipes", "recipe_names": "recipes"}
 
 __all__ = [
-    "Config",
-    "DetoxrlError",
-    "InputError",
-    "RewardFunction",
-    "StorageError",
-    "TrainingError",
-    "__version__",
-    "evaluate",
-    "recipe",
-    "recipe_names",
-    "run",
-]
+    "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
+    "evaluate", "recipe", "recipe_names", "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

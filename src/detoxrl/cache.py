@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from detoxrl.storage import copy_folder, sweep
+from detoxrl.storage import copy, sweep
 from detoxrl.tracking import log
 
 # A change to any of these files changes what they train, so it changes the key.
@@ -32,19 +32,18 @@ def tidy_cache() -> None:
 def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> None:
     """Fill `destination` from the cache, and say so, or by `build(destination)`, which is kept.
 
-    The key covers the ingredients, the versions of the libraries, threads and bf16 of the machine, and detoxrl's own
-    training code.
+    The key covers the ingredients, versions of libraries, the machine's threads and bf16, and our own training code.
     """
     stored = cache_dir() / f"{what.replace(' ', '-')}-{_key(ingredients)}"
     if stored.is_dir():
-        copy_folder(stored, destination)
+        copy(stored, destination)
         log.print(f"{what}: trained before, taken from the cache")
         return
     build(destination)
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
         if not stored.is_dir():
-            copy_folder(destination, stored)
+            copy(destination, stored)
 
 
 def _key(ingredients: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from detoxrl.errors import StorageError, first_line
 from detoxrl.stopping import stopping
-from detoxrl.storage import copy_folder, file_digests, filling, remove, sync, write_text
+from detoxrl.storage import copy, file_digests, filling, remove
 from detoxrl.tracking import log
 
 SHARE = 0.02
@@ -39,7 +39,6 @@ class Checkpoints:
         self.folder, self.weights, self.optimizer, self.products = folder, weights, optimizer, products
         self._stop: Callable[[], type[KeyboardInterrupt] | None] = lambda: None
         self._ended = self._wait = 0.0
-        self._newest = -1
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -73,9 +72,8 @@ class Checkpoints:
         A step has one state, which is never written a second time: the only one there is would be away for a moment.
         """
         stop, started = self._stop(), time.monotonic()
-        if (now or stop or started - self._ended >= self._wait) and step != self._newest:
+        if (now or stop or started - self._ended >= self._wait) and not self._place(step).is_dir():
             self._write(step, state)
-            self._newest = step
             self._ended = time.monotonic()
             self._wait = (self._ended - started) / SHARE
         if stop:
@@ -85,6 +83,9 @@ class Checkpoints:
         """Delete all but the newest `keep`."""
         for place in self._places()[::-1][keep:]:
             remove(place)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _places(self) -> list[Path]:
         return sorted(self.folder.glob(f"step-{'[0-9]' * 8}"))
@@ -96,12 +97,12 @@ class Checkpoints:
             for name, tensor in of_one.items()
         }
         weights = {name: weight.detach().contiguous() for name, weight in self.weights.items()}
-        with filling(self.folder / f"step-{step:08d}") as place:
+        with filling(self._place(step)) as place:
             save_file(weights, place / "weights.safetensors")
             save_file(moments, place / "moments.safetensors")
             (place / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
             for product in self.products:
-                _copy(product, place / "products" / product.name)
+                copy(product, place / "products" / product.name)
             (place / "manifest.json").write_text(json.dumps(file_digests(place), indent=2), encoding="utf-8")
         self.forget(keep=_KEPT)
 
@@ -127,15 +128,5 @@ class Checkpoints:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
         for product in self.products:
-            _copy(place / "products" / product.name, product)
-        state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        self._newest = state["step"]
-        return state
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        copy_folder(source, target)
-    elif source.is_file():
-        sync(source)  # a log has been appended to since
-        write_text(target, source.read_text(encoding="utf-8"))
+            copy(place / "products" / product.name, product)
+        return dict(json.loads((place / "state.json").read_text(encoding="utf-8")))

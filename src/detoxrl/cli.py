@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -55,20 +55,12 @@ _DONE = {
 Given = dict[str, Any]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what does not fit."""
-
-    def error(self, message: str) -> NoReturn:
-        flag, _, rule = message.removeprefix("argument ").partition(": ")
-        raise InputError(flag, "", rule, f"see `{self.prog} --help`")
-
-
-def _parser(command: str, config: Config | None) -> _Parser:
+def _parser(command: str, config: Config | None) -> argparse.ArgumentParser:
     """Return what reads the words behind `command`, with a flag for every setting of `config`."""
     about = "\n".join(line for line in USAGE.splitlines() if line.startswith(f"  detoxrl {command} "))
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=f"detoxrl {command}", usage=argparse.SUPPRESS, description=about, allow_abbrev=False, add_help=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
     )  # fmt: skip
     add = parser.add_argument
     for word in _WORDS[command].split():
@@ -117,7 +109,10 @@ def _parse(command: str, words: Sequence[str]) -> tuple[Given, Given]:
             word = f"{bound.pop()}={word}"
         bound.append(word)
     parser = _parser(command, config)
-    found, unread = parser.parse_known_args(bound)
+    try:
+        found, unread = parser.parse_known_args(bound)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error.argument_name), "", error.message, f"see `{parser.prog} --help`") from None
     if unread:
         word, remedy = unread[0].partition("=")[0], "put a flag before it, or quote text with spaces"
         require(word.startswith("-"), "word", unread[0], "belongs to no flag", remedy)

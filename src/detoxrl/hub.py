@@ -1,7 +1,6 @@
 """How do models and data come from a hub, at a revision that is known afterwards?
 
-A hub id may say `name@revision`. What is fetched lies in the client library's own cache, so what was fetched once needs
-no network.
+A hub id may say `name@revision`. What is fetched stays in the client library's own cache, and needs no network again.
 """
 
 import errno
@@ -128,10 +127,12 @@ def _answered(source: str, field: str) -> Iterator[None]:
 
 def _trouble(error: BaseException, source: str, field: str) -> tuple[str, str]:
     """Return what is wrong, and what to do, when a hub gave not what it was asked for."""
-    hub, (error, status) = constants.ENDPOINT, _why(error)
+    if isinstance(error, errors.LocalEntryNotFoundError):  # what went wrong, not that the cache did not help then
+        error = error.__cause__ or error.__context__ or error
+    answer = error.response if isinstance(error, errors.HfHubHTTPError) else None
+    status, file = (None, "") if answer is None else (answer.status_code, str(answer.url).rpartition("/")[2])
     kind, nowhere, login = partial(isinstance, error), "is no file or folder here", "or run `hf auth login`"
-    uncached = f"{nowhere}, nor whole in the cache, and"
-    file = str(error.response.url).rpartition("/")[2] if isinstance(error, errors.HfHubHTTPError) else ""
+    hub, uncached = constants.ENDPOINT, f"{nowhere}, nor whole in the cache, and"
     convert = f"name one that does; `detoxrl convert {source} FOLDER` makes safetensors of a .bin"
     return next((rule, remedy) for holds, rule, remedy in (
         (kind(ValueError) and status is None, f"cannot be read as {hub} gives it: {first_line(error)}",
@@ -151,10 +152,3 @@ def _trouble(error: BaseException, source: str, field: str) -> tuple[str, str]:
         (True, f"{uncached} could not be fetched from {hub} ({first_line(error)})",
          "run it again when the network is back: what came whole is kept"),
     ) if holds)  # fmt: skip
-
-
-def _why(error: BaseException) -> tuple[BaseException, int | None]:
-    """Return what went wrong, not that the cache did not help then, and the status where a hub gave one."""
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        error = error.__cause__ or error.__context__ or error
-    return error, error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None

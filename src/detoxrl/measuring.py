@@ -27,10 +27,7 @@ from detoxrl.tracking import REWARD_JUDGE, RunFolder, progress
 def measure_run(
     folder: RunFolder, config: Config, given: RewardFunction | None, seconds: Callable[[], dict[str, float]]
 ) -> None:
-    """Write samples.jsonl, masked_words.json and eval.json of a held folder; goes on from responses.jsonl.
-
-    `seconds` returns what eval.json is to say of the stages.
-    """
+    """Write samples.jsonl, masked_words.json and eval.json, with `seconds()` in it; goes on from responses.jsonl."""
     rows, account = rows_of(folder, "test"), folder.read_json("run.json")
     texts = [row.texts for row in rows if row.texts]
     scorer = None if texts else run_scorer(folder, config, given)

@@ -34,7 +34,6 @@ _PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", 
 _LABELLED = ("evaluation.fluency", _OTHERS)  # these say SOURCE=LABEL
 _RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
 
-
 # Progress bars and notices of others would tear ours apart; their errors still come through.
 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
 huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -52,8 +51,7 @@ class Scorer(NamedTuple):
 def scorer(config: Config, folder: RunFolder | None, given: RewardFunction | None) -> Scorer | None:
     """Return the reward, tried on a few texts: a function that was given or named, else a classifier.
 
-    Only a prepared run has a `folder` with the embedded classifier; without one None comes back in its place.
-    Raises InputError when it does not fit.
+    The embedded one is in the `folder` of a prepared run; without a folder it is None. Raises InputError if unfit.
     """
     name = config.reward.function
     if given is not None or name is not None:
@@ -179,10 +177,7 @@ def absolute(config: Config, given: RewardFunction | None = None) -> Config:
 
 
 def with_revisions(config: Config, was: Config | None) -> Config:
-    """Return the config with a commit behind every hub id that names none: that of `was`, else today's.
-
-    Raises InputError for what the hub does not have.
-    """
+    """Return the config with a commit behind every hub id that has none: `was`'s, else today's. Raises InputError."""
     theirs = sources(was) if was else {}
     ids = {name: source for name, source in sources(config).items() if is_id(source)}
     known = {name: theirs[name] for name, source in ids.items() if theirs.get(name, "").startswith(f"{source}@")}

@@ -39,16 +39,12 @@ class Prepared:
     """What a run starts from: rows with their prompts, and the tokenizer that counted them."""
 
     rows: dict[str, list[Row]]
-    account: dict[str, Any]
-    """What became of every row of the source, how many prompts were cut, and lengths in tokens."""
+    account: dict[str, Any]  # What became of every row of the source, how many prompts were cut, lengths in tokens.
     tokenizer: PreTrainedTokenizerBase
 
 
 def check(config: Config, given: RewardFunction | None = None, policies: Mapping[str, str] | None = None) -> Prepared:
-    """Return what a run starts from; nothing is written. Raises InputError for whatever does not fit.
-
-    With `policies` these are measured, and nothing is trained.
-    """
+    """Return what a run, or a mere measurement of `policies`, starts from; writes nothing. Raises InputError."""
     judges_of(config)
     readers_of(config, None)
     scorer(config, None, given)
@@ -62,10 +58,7 @@ def check(config: Config, given: RewardFunction | None = None, policies: Mapping
 
 
 def checked_policy(config: Config, prepared: Prepared) -> Policy:
-    """Return the policy that the run begins with. Raises InputError when it does not fit.
-
-    A scratch base is not trained yet.
-    """
+    """Return the policy that the run begins with, a scratch base untrained. Raises InputError when it does not fit."""
     if config.policy.base == "scratch":
         base = scratch_base(prepared.tokenizer, config.seed)
         return make_policy(base, prepared.tokenizer, None, config.policy, config.seed)

@@ -1,7 +1,6 @@
 """Where does every random draw come from?
 
-Each draw is a function of (seed, stream, step, prompt id, sample index), so it depends neither on the batch a row
-sits in nor on how many processes share the work.
+Each draw is a function of (seed, stream, step, prompt id, sample index), not of a row's batch or the processes' number.
 """
 
 import hashlib

@@ -3,7 +3,6 @@
 Every stage takes the run folder alone, so each can run in its own process.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.sft import civil_baseline, expert_baseline, warm_start
-from detoxrl.storage import filling, remove
+from detoxrl.storage import digests, filling, remove
 from detoxrl.subjects import NOTHING, Subjects, config_to_measure, read_subjects, subjects_of, try_policies
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
@@ -46,8 +45,7 @@ def run(
     """Run every stage in a new folder, or with `resume` go on where it stopped, and return what eval.json holds.
 
     `reward` takes the place of the config's classifier. `accept_changes` goes on with a config or a machine by which
-    the run does not end as if it had never stopped. Raises InputError for what does not fit, before anything is
-    written.
+    the run does not end as if never stopped. Raises InputError for what does not fit, before anything is written.
     """
     with _begun(Path(root), config, overwrite, resume, reward, accept_changes=accept_changes) as (folder, config):
         for name in _REMAINING:
@@ -184,19 +182,17 @@ def _sft(folder: RunFolder, config: Config, given: RewardFunction | None, *_: An
     rows = rows_of(folder, "train")
     if config.sft.steps > 0:
         where, words = "base" if config.sft.full_weights else "start", folder / "tokenizer"
-        _fine_tuned(folder, config, where, partial(warm_start, config, rows, words))
+        _tuned(folder, config, where, partial(warm_start, config, rows, words))
     if config.sft.baseline_steps > 0:
         start = base_and_start(folder, config)
         if any(row.civil_reference for row in rows):
-            _fine_tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *start))
+            _tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *start))
         reward = run_scorer(folder, config, given).reward
-        _fine_tuned(folder, config, "expert", partial(expert_baseline, config, rows, *start, reward), keep=False)
+        _tuned(folder, config, "expert", partial(expert_baseline, config, rows, *start, reward), keep=False)
     remove(folder / "checkpoints/sft")
 
 
-def _fine_tuned(
-    folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None], keep: bool = True
-) -> None:
+def _tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Path, Path], None], keep: bool = True) -> None:
     def build(target: Path) -> None:
         place = folder / "checkpoints/sft" / name
         with filling(target) as temporary:
@@ -207,7 +203,7 @@ def _fine_tuned(
         return
     # Only what starts from nothing but the config is cached: a user's base, or reward, may change behind its name.
     if keep and config.policy.base == "scratch":
-        rows = hashlib.sha256((folder / "data/train.jsonl").read_bytes()).hexdigest()
+        rows = digests(folder / "data/train.jsonl")
         ingredients = [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
         cached(name, ingredients, folder / name, build)
     else:
@@ -221,8 +217,5 @@ def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: 
     train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
 
 
-def _report(folder: RunFolder, *_: Any) -> None:
-    build_report(folder.root)
-
-
-_REMAINING = dict(zip(STAGES[1:], (_sft, _train, measure_run, _report), strict=True))
+_MAKERS: tuple[Callable[..., object], ...] = (_sft, _train, measure_run, lambda folder, *_: build_report(folder.root))
+_REMAINING = dict(zip(STAGES[1:], _MAKERS, strict=True))

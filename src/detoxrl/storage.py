@@ -73,10 +73,14 @@ def filling(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder so that it is there whole or not at all."""
-    with filling(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+def copy(source: Path, target: Path) -> None:
+    """Copy a text file or a folder, where there is one, so that it is there whole or not at all."""
+    if source.is_dir():
+        with filling(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+    elif source.is_file():
+        sync(source)  # a log may have been appended to
+        write_text(target, source.read_text(encoding="utf-8"))
 
 
 def remove(path: Path) -> None:

@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from detoxrl.config import Config
 from detoxrl.data.rows import Row
-from detoxrl.data.texts import read_texts
+from detoxrl.data.sources import read_texts
 from detoxrl.errors import require
 from detoxrl.hub import fetched_policy, is_id
 from detoxrl.policy.adapters import frozen_policy, load_policy
@@ -18,8 +18,8 @@ from detoxrl.policy.weights import POLICY
 from detoxrl.rollout import require_agreement
 from detoxrl.settings import changed
 
+# Where a run keeps what it trained, by what that is called among the policies that are measured.
 TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
-"""Where a run keeps what it trained, by what that is called among the policies that are measured."""
 _TAKEN = {"before", "after", "word_filter", *TRAINED}
 # Texts that were written elsewhere need no model, so none is fetched.
 _NO_MODEL = {"policy.base": "none", "policy.adapter": None, "data.source": "embedded", "reward.classifier": "embedded",
@@ -30,12 +30,10 @@ _NO_MODEL = {"policy.base": "none", "policy.adapter": None, "data.source": "embe
 class Subjects:
     """What a user named: policies or texts, each by the name that it has among what is measured."""
 
-    policies: Mapping[str, str] = field(default_factory=dict)
-    """Folder or hub id of a LoRA or a whole model."""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Files of responses."""
+    policies: Mapping[str, str] = field(default_factory=dict)  # Folder or hub id of a LoRA or a whole model.
+    texts: Mapping[str, str] = field(default_factory=dict)  # Files of responses.
+    # What a reader calls "before" and "after", where it is not the start and what was trained from it.
     names: Mapping[str, str] = field(default_factory=dict)
-    """What a reader calls "before" and "after", where it is not the start and what was trained from it."""
 
 
 NOTHING = Subjects()
@@ -47,8 +45,7 @@ def subjects_of(
     """Return what is to be measured in a new folder of `config`, or without one beside a run.
 
     The first policy is "after", and "before" what the config starts from; of texts the first is "before", the second
-    "after"; a single file is compared with its summaries. Raises InputError for a name that is taken, and unless there
-    is the one or the other.
+    "after"; a single file is compared with its summaries. Raises InputError for a taken name, and for both or neither.
     """
     given = {name: str(path) for name, path in (policies or {}).items()}
     files = {name: str(path) for name, path in (texts or {}).items()}
@@ -112,8 +109,7 @@ def policies_of(
 ) -> Iterator[tuple[str, Policy, str | None]]:
     """Yield the policies to measure: a name, what samples, and by which adapter. The start comes first, as "before".
 
-    What was `trained` belongs to the base; of the `given` a LoRA does, and a whole model stands alone. Raises
-    InputError for one that does not fit.
+    What was `trained` belongs to the base, as a `given` LoRA does; a whole model stands alone. Raises InputError.
     """
     device, whole = PartialState().device, config.policy.full_weights
     places = {name: Path(fetched_policy(source, "--policy")) for name, source in given.items()}

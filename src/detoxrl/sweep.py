@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ _SIDES, _RESAMPLES = ("before", "after"), 2000
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the places of the (toxicity, quality) that no other beats: as good in both, better in one. Ties stay."""
-    found: list[int] = []
-    for place in sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1])):
-        best = points[found[-1]] if found else (inf, -inf)
-        if points[place][1] > best[1] or points[place] == best:
-            found.append(place)
-    return sorted(found)
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] <= other[0] and one[1] >= other[1]
+
+    return [place for place, point in enumerate(points) if not any(beats(other, point) for other in points)]
 
 
 def planned(config: Config, over: Sequence[str], seeds: Sequence[str]) -> dict[str, tuple[str, Config]]:

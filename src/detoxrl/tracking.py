@@ -70,10 +70,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[Self]:
-        """Keep other processes out of the folder, which is made if need be; a killed one's half-written files go.
-
-        Raises InputError when another process holds it, or when it cannot be made.
-        """
+        """Make the folder if need be, keep others out, sweep it. Raises InputError if it is held or cannot be made."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self / _LOCK).acquire(timeout=0)

@@ -83,10 +83,7 @@ def _draw_row(rng: random.Random, row_id: str, taken: set[tuple[str, ...]]) -> t
 
 
 def generate_utterances(seed: int, size: int) -> list[tuple[str, bool]]:
-    """Return `size` utterances, each with whether it is hateful; none holds an insult outside SEEN_INSULTS.
-
-    Half are hateful; some carry a speaker and some a civil sentence beside the one that decides.
-    """
+    """Return `size` utterances, each with whether it is hateful, as half are; no insult is outside SEEN_INSULTS."""
     rng = random.Random(f"utterances {seed}")
     return [_utterance(rng, hateful=rng.random() < 0.5) for _ in range(size)]
 

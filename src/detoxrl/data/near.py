@@ -4,6 +4,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from scipy.cluster.hierarchy import DisjointSet
+
 # Two texts are near when the sets of their word trigrams overlap by this much (Jaccard).
 THRESHOLD = 0.7
 # A run of letters and digits; in scripts without spaces, each character.
@@ -24,17 +26,14 @@ def near_groups(texts: Sequence[str]) -> list[int]:
     """
     sets = [shingles(text) for text in texts]
     counts = Counter(shingle for one in sets for shingle in one)
-    groups = [[i] for i in range(len(texts))]
+    groups = DisjointSet(range(len(texts)))
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i in sorted(range(len(texts)), key=lambda i: len(sets[i])):
         rarest = sorted(sets[i], key=lambda shingle: (counts[shingle], shingle))
         prefix = rarest[: int(len(rarest) * (1 - THRESHOLD)) + 1]
         for j in {j for shingle in prefix for j in holders[shingle]}:
-            if groups[i] is not groups[j] and len(sets[i] & sets[j]) >= THRESHOLD * len(sets[i] | sets[j]):
-                smaller, larger = sorted((groups[i], groups[j]), key=len)
-                larger += smaller
-                for k in smaller:
-                    groups[k] = larger
+            if not groups.connected(i, j) and len(sets[i] & sets[j]) >= THRESHOLD * len(sets[i] | sets[j]):
+                groups.merge(i, j)
         for shingle in prefix:
             holders[shingle].append(i)
-    return [group[0] for group in groups]
+    return [groups[i] for i in range(len(texts))]

@@ -24,13 +24,11 @@ class Row:
     id: str
     dialogue: str
     summary: str | None
-    prompt: str = ""
-    """What the policy reads: the template around the dialogue, which is cut where it is too long."""
+    prompt: str = ""  # What the policy reads: the template around the dialogue, which is cut where it is too long.
     topic: str | None = None
     facts: Facts | None = None
     civil_reference: str | None = None
-    texts: dict[str, list[str]] | None = None
-    """Responses by policy, where these were written elsewhere."""
+    texts: dict[str, list[str]] | None = None  # Responses by policy, where these were written elsewhere.
 
 
 _ROW = TypeAdapter(Row)
@@ -44,10 +42,7 @@ def token_lengths(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
 def with_prompts(
     rows: Sequence[Row], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Row], list[int]]:
-    """Return the rows with their prompts, none above `max_prompt_tokens`, and the lengths before any was cut.
-
-    Raises InputError when the template alone is longer.
-    """
+    """Return rows with prompts that fit, and the lengths before any cut. Raises InputError if the template does not."""
     prompts = [config.template.replace("{dialogue}", row.dialogue) for row in rows]
     lengths = token_lengths(tokenizer, prompts)
     for i, length in enumerate(lengths):

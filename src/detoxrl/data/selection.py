@@ -34,8 +34,7 @@ def select(
     """Return train, validation and test rows; what a source has not split is split here, by the seed.
 
     Dialogues that are the same, or nearly so, never stand on two sides. `lengths` measures dialogues by the config's
-    unit, `uses` says which splits there have to be. Raises InputError when too few rows are left for one, saying what
-    took them.
+    unit, `uses` says which splits there have to be. Raises InputError, with what took them, if one has too few rows.
     """
     roles = _roles(source, config, uses)
     rows = [row for split in roles for row in source[split]]

@@ -1,11 +1,10 @@
-"""Which rows do a user's file, folder or hub dataset hold?"""
+"""Which rows do a user's file, folder or hub dataset hold, and which responses that were written elsewhere?"""
 
 import csv
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from detoxrl.errors import InputError, first_line, require
 from detoxrl.hub import fetched, is_id
 
 Record = dict[str, Any]
+_RESPONSE = "response"  # the column of a text that a policy wrote elsewhere
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
@@ -49,12 +49,9 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_records(path: Path, field: str = "data.source", lines: str = "") -> list[Record]:
-    """Return what a data file holds, by column. Raises InputError, naming `field`, when it cannot be read.
-
-    With `lines`, the name of a column, each line of a .txt is a row.
-    """
-    reader = partial(_lines, column=lines) if path.suffix == ".txt" and lines else _reader(path)
+def read_records(path: Path, field: str = "data.source", lines: bool = False) -> list[Record]:
+    """Return a data file's rows; with `lines` each line of a .txt is a response. Raises InputError, naming `field`."""
+    reader = _lines if lines and path.suffix == ".txt" else _reader(path)
     if reader is None:
         raise InputError(field, str(path), "is of no known format", f"give one of {', '.join(_READERS)}")
     if not path.is_file():
@@ -73,9 +70,9 @@ def _reader(path: Path) -> Callable[[Path], Iterable[Record]] | None:
     return next((reader for ending, reader in _READERS.items() if path.name.lower().endswith(ending)), None)
 
 
-def _lines(path: Path, column: str) -> Iterator[Record]:
+def _lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as lines:
-        yield from ({column: line.rstrip("\n")} for line in lines)
+        yield from ({_RESPONSE: line.rstrip("\n")} for line in lines)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -92,7 +89,8 @@ def _json(path: Path) -> Iterator[Record]:
             raise ValueError(f"row {number}: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"row {number}: {type(found).__name__} where an object belongs")
-        yield found
+        # Half an emoji, cut by a limit on tokens, is no text that can be written: it becomes a replacement mark.
+        yield {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in found.items()}
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -154,8 +152,44 @@ def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
 
 
 def _text(record: Record, column: str, field: str, where: str) -> str:
-    """Return the text of a cell; Unicode that no file can hold becomes a replacement mark."""
     value = record.get(column)
     if not isinstance(value, str | None):
         raise InputError(field, column, f"holds {type(value).__name__}, not text, in {where}", "name a column of text")
-    return (value or "").encode("utf-8", "replace").decode("utf-8")
+    return value or ""
+
+
+def read_texts(files: Mapping[str, str], config: DataConfig) -> tuple[list[Row], dict[str, list[list[str]]]]:
+    """Return the rows of the first file, and the responses of each file in the order of those rows.
+
+    A file has a column `response`, or is a `.txt` with one on each line. Rows are matched by the config's id column,
+    else by the dialogue column, else by their number; rows that match in one file are samples of one prompt. Raises
+    InputError when a file has no such column, or not the prompts of the first.
+    """
+    first, *_ = files
+    read = {name: _by_prompt(Path(path), config) for name, path in files.items()}
+    for name, path in files.items():
+        other = sorted(read[first].keys() ^ read[name].keys())
+        rule = f"and {files[first]} differ in {len(other)} of their prompts"
+        remedy = "give files on the same prompts, by the same ids or in the same order"
+        require(not other, "--texts", path, rule, remedy)
+        sizes = {len(records) for records in read[name].values()}
+        rule = f"holds {min(sizes)} to {max(sizes)} responses a prompt"
+        require(len(sizes) == 1, "--texts", path, rule, "give as many for every prompt")
+    rows = []
+    for key, (record, *_) in read[first].items():
+        dialogue, summary = str(record.get(config.dialogue_column) or ""), record.get(config.summary_column or "")
+        rows.append(Row(id=key, dialogue=dialogue, summary=None if summary is None else str(summary), prompt=dialogue))
+    require(len(rows) >= 2, "--texts", files[first], "holds a single prompt", "give two or more")
+    return rows, {name: [[str(r[_RESPONSE]) for r in by[row.id]] for row in rows] for name, by in read.items()}
+
+
+def _by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for number, record in enumerate(read_records(path, "--texts", lines=True), start=1):
+        if not isinstance(record.get(_RESPONSE), str):
+            rule, remedy = f"row {number} has no text under {_RESPONSE!r}", "give each row one"
+            raise InputError("--texts", str(path), rule, remedy)
+        names = (config.id_column or "id", config.dialogue_column)
+        key = next((str(record[name]) for name in names if record.get(name) is not None), str(number))
+        found.setdefault(key, []).append(record)
+    return found

@@ -8,8 +8,7 @@ from detoxrl.data.phrases import SEEN_INSULTS
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.stats import Floats
 
-Texts = Sequence[Sequence[str]]
-"""N prompts with k responses each."""
+Texts = Sequence[Sequence[str]]  # N prompts with k responses each
 
 
 def toxic_alone(texts: Texts, judge: Judge) -> list[str]:
@@ -41,8 +40,5 @@ def best_of(pool: Texts, scores: Floats, n: int) -> list[list[str]]:
 
 
 def best_of_kl(n: int) -> float:
-    """Return the most, in nats, that best-of-n can stand from where it draws: log n - (n - 1) / n.
-
-    Stiennon et al. 2020, appendix G.3; a bound, as Beirami et al. 2024 show.
-    """
+    """Return the KL of best-of-n in nats (Stiennon et al. 2020, appendix G.3), a bound (Beirami et al. 2024)."""
     return math.log(n) - (n - 1) / n

@@ -11,8 +11,7 @@ from detoxrl.errors import InputError
 from detoxrl.evaluation.stats import Floats
 from detoxrl.rewards.classifier import Classifier, Texts, load_classifier
 
-Judge = Callable[[Sequence[str]], Floats]
-"""Toxicity in [0, 1] of each text, shape (N,)."""
+Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each text, shape (N,)
 Item = TypeVar("Item", bound=Hashable)
 
 

@@ -19,8 +19,7 @@ from detoxrl.evaluation.metrics import distinct, response_metrics
 from detoxrl.evaluation.stats import Floats, agreement, compare, compare_toxicity, old_summary
 from detoxrl.tracking import progress
 
-Pairs = Sequence[tuple[str, str]]
-"""Two texts each, (N,)."""
+Pairs = Sequence[tuple[str, str]]  # two texts each, (N,)
 _SPLIT = ("facts", "rouge_l", "insult_rate", "insult_rate_unseen")
 
 
@@ -28,23 +27,19 @@ _SPLIT = ("facts", "rouge_l", "insult_rate", "insult_rate_unseen")
 class Readers:
     """What reads responses beside judges; None where nothing was named."""
 
-    score: Callable[[Pairs], Floats] | None = None
-    """The reward: raw scores (N,) of (prompt, response) pairs."""
+    score: Callable[[Pairs], Floats] | None = None  # The reward: raw scores (N,) of (prompt, response) pairs.
     encode: Encode | None = None
+    # Probability in [0, 1] that dialogues entail responses, (N,) of (dialogue, response) pairs.
     entails: Callable[[Pairs], Floats] | None = None
-    """Probability in [0, 1] that dialogues entail responses, (N,) of (dialogue, response) pairs."""
     fluent: Judge | None = None
 
 
 class Measured(NamedTuple):
     """What was found, each (N, k) or, of a prompt's samples together, (N, 1)."""
 
-    toxicity: Mapping[str, Mapping[str, Floats]]
-    """By judge, the primary one first, and policy."""
-    metrics: Mapping[str, Mapping[str, Floats]]
-    """By policy and name."""
-    floor: Mapping[str, float | None]
-    """Mean toxicity of the civil references by judge; None without any."""
+    toxicity: Mapping[str, Mapping[str, Floats]]  # By judge, the primary one first, and policy.
+    metrics: Mapping[str, Mapping[str, Floats]]  # By policy and name.
+    floor: Mapping[str, float | None]  # Mean toxicity of the civil references by judge; None without any.
 
     @property
     def primary(self) -> str:
@@ -111,10 +106,7 @@ def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> dict[
     """Return what eval.json says of what was measured."""
     settings, toxicity = config.evaluation, measured.toxicity[measured.primary]
     bounds = {f"best_of_{n}": {"kl_bound": best_of_kl(n)} for n in settings.best_of}
-    both = {
-        name: np.concatenate([by[side].ravel() for side in ("before", "after")])
-        for name, by in measured.toxicity.items()
-    }
+    both = {name: np.concatenate((by["before"], by["after"]), axis=None) for name, by in measured.toxicity.items()}
     return {
         "n_prompts": len(rows),
         "samples_per_prompt": toxicity["before"].shape[1],
@@ -145,8 +137,7 @@ def comparison(measured: Measured, after: str, config: EvaluationConfig, seed: i
 def splits(rows: Sequence[Row], measured: Measured, config: EvaluationConfig, seed: int) -> dict[str, dict[str, Any]]:
     """Return toxicity by the primary judge and quality apart for prompts toxic or civil before, and by their insult.
 
-    A prompt was toxic before when any judge put any of its samples at 0.5 or above: what one judge overlooks would
-    otherwise count as civil.
+    A prompt was toxic before when any judge put any of its samples at 0.5 or above: what one overlooks is not civil.
     """
     toxic = np.any([(by["before"] >= 0.5).any(1) for by in measured.toxicity.values()], axis=0)
     parts = {"toxic before": toxic, "civil before": ~toxic}
@@ -197,8 +188,7 @@ def beside_baselines(measured: Measured, config: EvaluationConfig, seed: int) ->
 
     Quality is facts kept, else ROUGE-L, else similarity to the start, else the share with text. `verdict` is "ahead",
     "behind" or "level" for "after", "a trade" where each is better in one of the two, or "undecided": without a
-    detectable difference they are level only if the interval leaves "after" less than a fifth of what it gained over
-    the start.
+    detectable difference they are level only if the interval leaves "after" less than a fifth of its gain on the start.
     """
     toxicity, metrics = measured.toxicity[measured.primary], measured.metrics
     quality = next((name for name in ("facts", "rouge_l", "similarity") if name in metrics["after"]), "share with text")

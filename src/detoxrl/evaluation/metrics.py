@@ -81,10 +81,7 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
 
 
 def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
-    """Return the mean in [0, 1] by which checkpoints are held to account.
-
-    It is facts kept; without facts ROUGE-L; without references the share of responses that say anything.
-    """
+    """Return what checkpoints are held to account by, [0, 1]: mean facts kept, else ROUGE-L, else share with text."""
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]
     name = next((name for name in ("facts", "rouge_l") if all(name in metric for metric in metrics)), None)
     return sum(metric[name] if name else 1 - metric["empty_rate"] for metric in metrics) / len(metrics)

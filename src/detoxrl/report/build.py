@@ -29,10 +29,7 @@ _EXCERPT_CHARACTERS = 72
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write report.html and the sheets beside it; return the page's path.
-
-    Raises InputError when a stage before it has not run.
-    """
+    """Write report.html and the sheets beside it; return the page's path. Raises InputError if a stage has not run."""
     folder = RunFolder(run_dir)
     for name, stage in _INPUTS.items():
         folder.need(name, stage)
@@ -98,10 +95,7 @@ def _training(folder: RunFolder) -> dict[str, Any]:
 
 
 def repeat_command(config: dict[str, Any], measures: dict[str, Any]) -> str:
-    """Return the command line that gives this config: the recipe, the seed, and a flag for each changed setting.
-
-    Where nothing was trained it comes with the policies or texts that were measured.
-    """
+    """Return the command that gives this config, with what was measured, policies or texts, if nothing was trained."""
     defaults = flatten(json.loads(json.dumps(asdict(recipe(config["recipe"])))))  # as config.json holds them
     defaults["seed"] = config["seed"]
     words = [_flag(name.replace("_", "-"), value) for name, value in flatten(config).items() if value != defaults[name]]
@@ -138,10 +132,7 @@ def segments(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
 
 
 def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
-    """Return the samples, most improved first, each with an excerpt of its prompt and what `judge` says.
-
-    The scores are those of the first responses, in [0, 1]; "difference" is after minus before.
-    """
+    """Return the samples, most improved first, with an excerpt and `judge`'s scores [0, 1] of the first responses."""
     rows = []
     for sample in samples:
         # Cut between words only: half an insult would escape the mask.

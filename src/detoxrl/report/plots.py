@@ -1,7 +1,7 @@
 """How do curves and distributions become SVG that fits light and dark pages?"""
 
 import io
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -9,16 +9,13 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.typing import RcKeyType
-
 # Drawn in this colour, then rewritten to the page's own text colour, which differs between light and dark.
 _INK = "#010203"
 _BEFORE, _AFTER, _KEPT, _QUALITY = "#d9822b", "#2f8fb8", "#8f8f8f", "#3f9a77"
 # Inches: three panels fill the page's width, or two.
 _THIRD, _HALF = (3.5, 2.0), (5.4, 2.4)
 # Text stays text (small, searchable); the salt makes equal runs give equal files.
-_STYLE: "dict[RcKeyType, Any]" = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "detoxrl", "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
@@ -27,13 +24,12 @@ _STYLE: "dict[RcKeyType, Any]" = {
 
 
 class Curve(NamedTuple):
-    """One metric over the RL steps; `from_zero` starts its vertical axis at 0, `band` shows its error."""
+    """One metric over the RL steps; `from_zero` starts its vertical axis at 0."""
 
     key: str
     title: str
     note: str
     from_zero: bool = False
-    band: bool = False
 
 
 class Plot(NamedTuple):
@@ -46,7 +42,7 @@ class Plot(NamedTuple):
 
 CURVES = (
     Curve("score/mean", "Score", "of the reward, mean per rollout"),
-    Curve("validation/toxicity", "Validation toxicity", "judge mean; band: one standard error", True, True),
+    Curve("validation/toxicity", "Validation toxicity", "judge mean; band: one standard error", True),
     Curve("kl/reference", "KL to the reference", "nats per response", True),
     Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
     Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
@@ -146,8 +142,7 @@ def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> 
     points = [(row["step"], row[curve.key]) for row in metrics if curve.key in row]
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=_AFTER, linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=3.5)
-    if curve.band:
-        errors = [row[f"{curve.key}_error"] for row in metrics if curve.key in row]
+    if errors := [row[f"{curve.key}_error"] for row in metrics if f"{curve.key}_error" in row]:
         low, high = np.subtract(values, errors), np.add(values, errors)
         axes.fill_between(steps, low, high, color=_AFTER, alpha=0.18, linewidth=0)
     axes.axvline(kept_step, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))

@@ -134,10 +134,7 @@ def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measu
 
 
 def beside_baselines(evaluation: dict[str, Any], after: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Say in a sentence which baselines do as well as the policy `after`, or better.
-
-    Return with it, by their names, how each compares: "toxicity", "quality", and "verdict" in words.
-    """
+    """Say which baselines do as well as `after`, or better; return by name how each compares, the verdict in words."""
     words = {
         "ahead": f"{after} does better",
         "behind": f"does better than {after}",

@@ -72,10 +72,7 @@ def _module(name: str, where: str) -> ModuleType:
 
 
 def checked(function: RewardFunction, name: str) -> Reward:
-    """Return the function as a reward that refuses what is not one finite number for each response.
-
-    The reward raises InputError; what the function itself raises comes through as it is.
-    """
+    """Return the function as a reward that raises InputError for what is not one finite number for each response."""
 
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         returned = function(list(prompts), list(responses))
