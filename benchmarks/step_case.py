@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -104,5 +105,7 @@ def serve(step: Step, run: Callable[[int, Step], dict[str, Any]]) -> None:
     os.dup2(2, 1)
     for i, line in enumerate(chain(["{}"], sys.stdin)):  # the first is to warm up; the parent drops its row
         asked = step.changed(line)
-        row = run(i, asked) | {"peak_gib": peak_gib(), "step": asdict(asked)} | ({} if i else {"versions": versions()})
-        print(json.dumps(row), file=answers, flush=True)
+        before = time.process_time()
+        row = run(i, asked)
+        row |= {"processor_seconds": time.process_time() - before, "peak_gib": peak_gib(), "step": asdict(asked)}
+        print(json.dumps(row if i else row | {"versions": versions()}), file=answers, flush=True)

@@ -53,9 +53,10 @@ def summary(rows: Rows) -> dict[str, Any]:
     contestants = []
     for (name, dtype), some in groups.items():
         seconds, peak = _spread([row["seconds"] for row in some]), max(row["peak_gib"] for row in some)
+        processor = median(row["processor_seconds"] for row in some)
         tokens = some[0]["step"]["batch"] * some[0]["step"]["response"]
         one = {"contestant": name, "dtype": dtype, "seconds": seconds, "stages": _stages(some), "peak_gib": peak}
-        one |= {"tokens_per_second": tokens / seconds["median"], "rounds": len(some)}
+        one |= {"processor_seconds": processor, "tokens_per_second": tokens / seconds["median"], "rounds": len(some)}
         rated = [key for key in some[0] if key.endswith("GFLOP/s") or key in ("plain_seconds", "gflop")]
         contestants.append(one | {key: median(row[key] for row in some) for key in rated})
     pairs = [(one, (OURS, one[1]), "seconds") for one in groups if one[0].startswith("trl")]
@@ -73,14 +74,15 @@ def summary(rows: Rows) -> dict[str, Any]:
 
 def compare_table(found: dict[str, Any]) -> str:
     """Return the comparison in Markdown."""
-    lines = [f"| contestant | precision | s / step | {' | '.join(STAGES)} | tokens/s | peak GiB |",
-             f"|---|---|--:|{'--:|' * len(STAGES)}--:|--:|"]  # fmt: skip
+    lines = [f"| contestant | precision | s / step | {' | '.join(STAGES)} | processor s | tokens/s | peak GiB |",
+             f"|---|---|--:|{'--:|' * len(STAGES)}--:|--:|--:|"]  # fmt: skip
     for one in found["contestants"]:
         seconds = one["seconds"]
         stages = " | ".join(f"{one['stages'][stage]:.2f}" if stage in one["stages"] else "" for stage in STAGES)
         peak = "" if one["contestant"] == FLOOR else f"{one['peak_gib']:.1f}"
         took = f"{seconds['median']:.2f} ({seconds['low']:.2f} to {seconds['high']:.2f})"
-        row = (one["contestant"], one["dtype"], took, stages, f"{one['tokens_per_second']:.0f}", peak)
+        processor = "" if one["contestant"] == FLOOR else f"{one['processor_seconds']:.1f}"
+        row = (one["contestant"], one["dtype"], took, stages, processor, f"{one['tokens_per_second']:.0f}", peak)
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", "| ratio of seconds | median of rounds | range |", "|---|--:|---|"]
     for one in found["ratios"]:

@@ -10,7 +10,8 @@ the exact shapes of FLAN-T5 (base), with a LoRA of rank 32 on q and v, and of a 
 tokens, responses always 64, a step 16 of them in minibatches of 4, once.
 
 `compare`: each contestant is a process that keeps its models and makes a step when told. They take turns, one at a
-time, so that what else the machine does meets all of them. The floor (benchmarks/step_floor.py) takes its turn too.
+time, so that what else the machine does meets all of them; where processor time is far below threads times seconds,
+others were using it, and the clock tells little. The floor (benchmarks/step_floor.py) takes its turn too.
 `cost`: our own step, one size changed at a time, up and down the list of points by turns.
 """
 
@@ -104,7 +105,8 @@ def machine(threads: int) -> dict[str, Any]:
 def tell(row: dict[str, Any]) -> None:
     stages = "  ".join(f"{name} {seconds:.2f}" for name, seconds in row["stages"].items())
     what = row.get("contestant") or {"size": row["size"]} | row["step"]
-    print(f"{what} {row['dtype']}: {row['seconds']:.2f} s  ({stages})", file=sys.stderr, flush=True)
+    took = f"{row['seconds']:.2f} s, {row['processor_seconds']:.2f} s of processor time"
+    print(f"{what} {row['dtype']}: {took} ({stages})", file=sys.stderr, flush=True)
 
 
 def written(rows: Iterable[dict[str, Any]], file: Path) -> None:
