@@ -92,22 +92,20 @@ def rates(step: Step, t5: dict[str, Any], dtype: torch.dtype, seconds: float = 0
     return best
 
 
-def floor(work: dict[str, float], policy: float, reward: float) -> dict[str, float]:
-    """Return the seconds of each stage when the policy computes at one rate (FLOP/s) and the reward at another."""
-    return {stage: flop / (reward if stage == "score" else policy) for stage, flop in work.items()}
+def floor(work: dict[str, float], rate: float) -> dict[str, float]:
+    """Return the seconds of each stage at a rate (FLOP/s)."""
+    return {stage: flop / rate for stage, flop in work.items()}
 
 
 def stepper(given: Task, seconds: float = 0.4) -> Callable[[int, Step], dict[str, Any]]:
-    """Return what measures the rates and gives the floor; the reward computes in fp32, as ours does."""
+    """Return what measures the rates and gives the floor."""
     torch.set_num_threads(given.threads)
     t5, roberta = (json.loads((Path(given.models) / name / "config.json").read_text()) for name in ("policy", "reward"))
 
     def run(i: int, step: Step) -> dict[str, Any]:
         work = flops(step, t5, roberta)
         policy = rates(step, t5, DTYPES[given.dtype], seconds)
-        reward = policy if given.dtype == "fp32" else rates(step, t5, torch.float32, seconds)
-        stages = floor(work, max(policy.values()), max(reward.values()))
-        plain = floor(work, policy["plain"], reward["plain"])
+        stages, plain = floor(work, max(policy.values())), floor(work, policy["plain"])
         rated = {f"{name} GFLOP/s": rate / 1e9 for name, rate in policy.items()}
         return {"seconds": sum(stages.values()), "plain_seconds": sum(plain.values()), "stages": stages,
                 "gflop": sum(work.values()) / 1e9, **rated}  # fmt: skip

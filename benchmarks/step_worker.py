@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from transformers import RobertaConfig, RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from detoxrl.config import Config
+from detoxrl.memory import Room
 from detoxrl.parts import scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base
@@ -87,6 +88,7 @@ def settings(given: Task, step: Step) -> Config:
     changes = {
         "policy.base": f"{given.models}/policy", "policy.bf16": given.dtype == "bf16", "policy.lora_rank": 32,
         "policy.lora_targets": ("q", "v"), "reward.classifier": f"{given.models}/reward",
+        "reward.bf16": given.dtype == "bf16",
         "generation.max_new_tokens": step.response, "data.limit": max(step.prompts, step.batch),
         "rl.batch_size": step.batch, "rl.minibatch_size": step.minibatch, "rl.microbatch_size": step.minibatch,
         "rl.epochs": step.epochs, "rl.steps": STEPS, "rl.update_kl_limit": None,
@@ -110,6 +112,8 @@ def stepper(given: Task) -> Callable[[int, Step], dict[str, Any]]:
 
     parameters = sum(weight.numel() for name, weight in policy.model.named_parameters() if "lora_" not in name)
 
+    room = Room(microbatch_size=given.step.minibatch, keep_cross=True)  # what a run chooses where memory is free
+
     @lru_cache(maxsize=8)
     def data(tokens: int, count: int) -> list[Prompt]:
         return [Prompt(id=str(i), text=text) for i, text in enumerate(texts(vocabulary, tokens, count))]
@@ -120,7 +124,7 @@ def stepper(given: Task) -> Callable[[int, Step], dict[str, Any]]:
         watch = Watch()
         batch = [prompts[row] for row in batch_indices(config.seed, "prompts", i, step.batch, len(prompts))]
         rollout, _, _ = ppo_step(
-            policy, accelerator, optimizer, reward, Normaliser(), batch, config, i, config.rl.kl_coef, watch
+            policy, accelerator, optimizer, reward, Normaliser(), batch, config, i, config.rl.kl_coef, watch, room
         )
         seconds = time.perf_counter() - watch.started
         assert rollout.responses.response_mask.sum(1).tolist() == [step.response] * step.batch

@@ -14,7 +14,7 @@ FLOORS = [
     ("errors", "config", "settings", "recipes"),
     ("hub", "randomness", "records", "storage", "rl"),
     ("data", "policy", "rewards"),
-    ("stopping", "cache", "tracking", "rollout"),
+    ("stopping", "cache", "tracking", "rollout", "memory"),
     ("evaluation", "best", "checkpoint"),
     ("sft", "train", "reward_training", "step_metrics"),
     ("report",),

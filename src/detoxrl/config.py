@@ -117,6 +117,7 @@ class RewardConfig(_Section):
     score: Literal["logit", "log_odds", "log_probability", "probability", "not_toxicity"] = "logit"
     good_label: str | None = "nothate"  # The label that says civil; None: there is none, so civil is what is not toxic.
     toxic_label: str = "hate"  # The label that says toxic; its probability is the classifier's own toxicity.
+    bf16: bool = False  # Half the classifier's memory and time, in bfloat16: probabilities move by some 0.001.
     # Scores are shifted and scaled by the mean and std over this many reference responses; 0 turns it off.
     normalise_on: Annotated[int, _NOT_NEGATIVE] = 256
     clip: Annotated[float, _POSITIVE] = 10.0  # Normalised scores are clipped to +- this.
@@ -140,7 +141,8 @@ class RlConfig(_Section):
     steps: Annotated[int, _POSITIVE] = 40  # Rollouts, each followed by its updates.
     batch_size: Annotated[int, _POSITIVE, _SEVERAL] = 64  # Responses per rollout.
     minibatch_size: Annotated[int, _POSITIVE] = 16  # Responses per optimizer step.
-    microbatch_size: Annotated[int, _POSITIVE] = 16  # Responses per pass of an update; changes memory, not results.
+    # Responses per pass of an update, which changes memory, not results; None: as many as free memory allows.
+    microbatch_size: Annotated[int | None, _POSITIVE_OR_NONE] = None
     epochs: Annotated[int, _POSITIVE] = 2  # Passes over a rollout.
     lr: Annotated[float, _POSITIVE] = 5e-4  # Learning rate of the policy's weights, decaying linearly to 0.
     value_lr: Annotated[float, _POSITIVE] = 5e-3  # Learning rate of the value head.

@@ -16,6 +16,7 @@ from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
 from detoxrl.forecast import Cost, bare_policy, measured_speed, stage_costs, weight_bytes
 from detoxrl.hub import bytes_to_fetch
+from detoxrl.memory import free_bytes
 from detoxrl.parts import absolute, judges_of, label_settings, scorer, sources, with_revisions
 from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared, account_table, checked_policy, prepare_rows
@@ -63,7 +64,7 @@ def _first_step(policy: Policy, config: Config, prepared: Prepared) -> tuple[flo
 
     Raises InputError when one is not 0 up to rounding.
     """
-    prompts = to_prompts(prepared.rows["train"][: config.rl.microbatch_size])
+    prompts = to_prompts(prepared.rows["train"][: config.rl.minibatch_size])
     generation = replace(config.generation, max_new_tokens=min(16, config.generation.max_new_tokens))
     rollout = collect(policy, prompts, generation, seed=config.seed, step=0)
     responses, temperature, remedy = rollout.responses, config.generation.temperature, "name another base or adapter"
@@ -86,7 +87,7 @@ def _require_memory(costs: dict[str, Cost], device: torch.device) -> None:
         table.add_row(stage, f"{cost.seconds / 60:.1f} min", f"{cost.peak / 2**30:.1f} GiB")
     _OUT.print(table, f"in all: about {sum(cost.seconds for cost in costs.values()) / 60:.1f} min")
     peak, here = max(cost.peak for cost in costs.values()), psutil.Process().memory_info().rss  # which is part of it
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available + here
+    free = free_bytes(device) + (0 if device.type == "cuda" else here)
     remedy = "try --policy.bf16, a smaller --rl.microbatch-size or --generation.batch-size, or a smaller base"
     rule = f"is free, and the run wants about {peak / 2**30:.1f} GiB"
     require(peak < free, "memory", f"{free / 2**30:.1f} GiB", rule, remedy)

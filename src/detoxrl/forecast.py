@@ -167,7 +167,9 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
     texts = ordered[: max(2, round(0.95 * len(ordered)))][-config.generation.batch_size :]
     longest = min(length, (prepared.account["summary_tokens"] or {"p95": length})["p95"])
-    rows, some = (min(len(texts), n) for n in (config.rl.microbatch_size, policy.rows_at_once(length)))
+    rows, some = (
+        min(len(texts), n) for n in (config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length))
+    )
 
     def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
         few = Encoded(states=encoded.states[:n], mask=encoded.mask[:n])  # on meta no mask says what is padding

@@ -19,6 +19,7 @@ from detoxrl.evaluation.measure import Pairs, Readers
 from detoxrl.evaluation.stats import Floats
 from detoxrl.hub import is_id, pinned
 from detoxrl.policy.adapters import start_of
+from detoxrl.policy.backbone import suited
 from detoxrl.reward_training import LABELS
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Texts, load_classifier
 from detoxrl.rewards.function import RewardFunction, checked, function_name, load_function
@@ -67,6 +68,8 @@ def scorer(config: Config, folder: RunFolder | None, given: RewardFunction | Non
             require(label.lower() == right, setting, label, rule, f"say {right}")
         return None
     classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, config.reward.score)
+    if config.reward.bf16:
+        suited(classifier.model.bfloat16())
     return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
 
 

@@ -10,7 +10,7 @@ from detoxrl.settings import changed, nearest
 _HATE = "facebook/roberta-hate-speech-dynabench-r4-target"
 _QUICKSTART = {
     # lam = 1: the verb that decides whether an insult follows stands some 20 tokens before the score.
-    "rl.steps": 60, "rl.batch_size": 128, "rl.minibatch_size": 32, "rl.microbatch_size": 32, "rl.lam": 1.0,
+    "rl.steps": 60, "rl.batch_size": 128, "rl.minibatch_size": 32, "rl.lam": 1.0,
     "rl.kl_coef": 0.2, "rl.lr": 3e-4,
 }  # fmt: skip
 _OWN = {
@@ -26,13 +26,19 @@ _DIALOGSUM = {
     "sft.steps": 400, "sft.batch_size": 8, "sft.lr": 1e-3, "sft.full_weights": False, "sft.baseline_steps": 0,
     "reward.classifier": _HATE, "reward.normalise_on": 0,
     "generation.max_new_tokens": 64, "generation.batch_size": 16,
-    "rl.steps": 10, "rl.batch_size": 16, "rl.minibatch_size": 4, "rl.microbatch_size": 4, "rl.epochs": 1,
+    "rl.steps": 10, "rl.batch_size": 16, "rl.minibatch_size": 4, "rl.epochs": 1,
     "rl.lr": 1.41e-5, "rl.value_lr": 1.41e-5, "rl.kl_coef": 0.2, "rl.kl_target": 6.0, "rl.kl_horizon": 10_000,
     "rl.validation_prompts": 64,
     "evaluation.primary_judge": "s-nlp/roberta_toxicity_classifier", "evaluation.judge_label": "toxic",
     "evaluation.prompts": 200, "evaluation.samples_per_prompt": 2, "evaluation.best_of": (4,),
 }  # fmt: skip
-_LOWMEM = {"policy.bf16": True, "generation.batch_size": 8, "rl.steps": 20, "rl.microbatch_size": 2}
+_LOWMEM = {
+    "policy.bf16": True,
+    "reward.bf16": True,
+    "generation.batch_size": 8,
+    "rl.steps": 20,
+    "rl.microbatch_size": 2,
+}
 _SAMSUM = {name: value for name, value in _DIALOGSUM.items() if not name.startswith("data.")} | {
     "data.source": "knkarthick/samsum", "data.limit": 500, "sft.steps": 0,
     "reward.classifier": "unitary/toxic-bert", "reward.toxic_label": "toxic", "reward.good_label": None,

@@ -26,15 +26,14 @@ class Totals:
         self.first_error = 0.0
         self._pass_start = (0.0, 0.0)
 
-    def add(self, part: dict[str, Tensor], value_coef: float) -> Tensor:
-        """Count a microbatch in and return its loss, a sum over tokens."""
-        for name, value in part.items():
-            self.sums[name] += float(value.detach())
-        highest, lowest = float(part["ratio_max"]), float(part["ratio_min"])
-        self.ratio_max = max(self.ratio_max, highest)
-        if not self.norms:  # still in the first minibatch
-            self.first_error = max(self.first_error, highest - 1, 1 - lowest)
-        return part["policy"] + value_coef * part["value"]
+    def add(self, parts: list[dict[str, float]]) -> None:
+        """Count the microbatches of a minibatch in."""
+        for part in parts:
+            for name, value in part.items():
+                self.sums[name] += value
+            self.ratio_max = max(self.ratio_max, part["ratio_max"])
+            if not self.norms:  # still in the first minibatch
+                self.first_error = max(self.first_error, part["ratio_max"] - 1, 1 - part["ratio_min"])
 
     def pass_kl(self) -> float:
         """Return the mean k3 per token, in nats, since the last call."""

@@ -28,8 +28,8 @@ STAGES = ("prepare", "sft", "train", "evaluate", "report")
 PRODUCTS = {
     "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
     "sft": ("checkpoints/sft", "base", "start", "baseline", "expert"),
-    "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "metrics.jsonl",
-              "validation.jsonl", "rollouts.jsonl"),
+    "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "memory.json",
+              "metrics.jsonl", "validation.jsonl", "rollouts.jsonl"),
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
     "report": ("report.html", "samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"),
 }  # fmt: skip

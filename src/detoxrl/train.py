@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 
 from detoxrl.best import BestCheckpoint, Validation
 from detoxrl.checkpoint import Checkpoints, trainable
@@ -15,6 +16,7 @@ from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import validation_quality
+from detoxrl.memory import Room
 from detoxrl.policy.policy import Policy
 from detoxrl.randomness import batch_indices, permutation
 from detoxrl.records import Prompt, Rollout
@@ -63,6 +65,7 @@ def train(
     if not (folder / "normaliser.json").is_file():
         folder.write_json("normaliser.json", asdict(reference_normaliser(policy, reward, prompts, config)))
     normaliser = Normaliser(**folder.read_json("normaliser.json"))
+    room = Room.of(folder, policy, prompts, config)
 
     @contextmanager
     def kept(step: int) -> Iterator[None]:
@@ -100,8 +103,11 @@ def train(
                 break
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
             rollout, raw, statistics = ppo_step(
-                policy, accelerator, optimizer, scored, normaliser, batch, config, step, kl_coef, watch
+                policy, accelerator, optimizer, scored, normaliser, batch, config, step, kl_coef, watch, room
             )
+            if statistics["microbatch_size"] < room.microbatch_size:
+                room = replace(room, microbatch_size=int(statistics["microbatch_size"]))
+                room.keep(folder, rl.microbatch_size)
             refuse_nan(statistics, step)
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
@@ -180,13 +186,15 @@ def ppo_step(
     step: int,
     kl_coef: float,
     watch: Watch,
+    room: Room,
 ) -> tuple[Rollout, torch.Tensor, dict[str, float]]:
     """Sample a response to each prompt, score them and update the policy; return rollout, raw scores and statistics."""
     rl = config.rl
     decay = 1 - step / rl.steps
     for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
         group["lr"] = peak * decay
-    rollout = collect(policy, prompts, config.generation, seed=config.seed, step=step)
+    how = config.generation
+    rollout = collect(policy, prompts, how, seed=config.seed, step=step, keep_cross=room.keep_cross)
     watch.lap("sample")
     responses, mask = rollout.responses, rollout.responses.response_mask
     raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
@@ -196,7 +204,7 @@ def ppo_step(
     advantages, returns = gae(rewards, responses.values, mask, rl.gamma, rl.lam)
     critic = explained_variance(responses.values, returns, mask)
     targets = Targets(advantages=whiten(advantages, mask), returns=returns)
-    updates = update(policy, accelerator, optimizer, rollout, targets, config, step)
+    updates = update(policy, accelerator, optimizer, rollout, targets, config, step, room.microbatch_size)
     watch.lap("update")
     statistics = rollout_statistics(rollout, raw, scores, rewards) | updates
     statistics |= {"value/explained_variance": float(critic), "kl_coef": kl_coef, "lr": rl.lr * decay}
@@ -219,27 +227,40 @@ def update(
     targets: Targets,
     config: Config,
     step: int,
+    microbatch_size: int | None = None,
 ) -> dict[str, float]:
     """Make `epochs` passes of clipped updates over a rollout; return statistics over all its minibatches.
 
     Gradients are sums over microbatches divided by the minibatch's token count, so microbatches change memory only.
+    Where one does not fit into memory the minibatch begins again with microbatches half as large.
     """
     rl, rows = config.rl, len(rollout.texts)
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    totals = Totals()
+    totals, size = Totals(), microbatch_size or rl.microbatch_size or rl.minibatch_size
     for epoch in range(rl.epochs):
         order = torch.tensor(permutation(config.seed, f"minibatches {epoch}", step, rows), device=policy.device)
         for minibatch in order.split(rl.minibatch_size):
-            tokens = int(rollout.responses.response_mask[minibatch].sum())
-            for microbatch in minibatch.split(rl.microbatch_size):
-                loss = totals.add(_losses(policy, rollout, targets, microbatch, config), rl.value_coef)
-                accelerator.backward(loss / tokens)
+            minibatch = minibatch.sort().values  # rollouts are sorted by length, so little is padded
+            tokens, parts = int(rollout.responses.response_mask[minibatch].sum()), list[dict[str, float]]()
+            while not parts:
+                try:
+                    for microbatch in minibatch.split(size):
+                        part = _losses(policy, rollout, targets, microbatch, config)
+                        accelerator.backward((part["policy"] + rl.value_coef * part["value"]) / tokens)
+                        parts.append({name: float(value.detach()) for name, value in part.items()})
+                except RuntimeError as error:
+                    if size == 1 or not should_reduce_batch_size(error):
+                        raise
+                    size, parts = -(-size // 2), []
+                    optimizer.zero_grad()
+                    log.print(f"step {step}: out of memory, so an update reads {size} responses at once from here on")
+            totals.add(parts)
             totals.norms.append(float(accelerator.clip_grad_norm_(weights, rl.max_grad_norm)))
             optimizer.step()
             optimizer.zero_grad()
         if rl.update_kl_limit is not None and totals.pass_kl() > rl.update_kl_limit:
             break
-    return totals.metrics(epochs=epoch + 1)
+    return totals.metrics(epochs=epoch + 1) | {"microbatch_size": float(size)}
 
 
 def _losses(

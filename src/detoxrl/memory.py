@@ -1,0 +1,81 @@
+"""How much of a step fits into memory?"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import psutil
+import torch
+
+from detoxrl.config import Config
+from detoxrl.policy.policy import Policy
+from detoxrl.records import Prompt
+from detoxrl.tracking import RunFolder, log
+
+# Of the free memory a rollout's keys and values may take as much, and an update's activations twice that.
+_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What is chosen once of a run's use of memory, as it changes the last digits of its numbers, and nothing else."""
+
+    microbatch_size: int
+    """Responses per pass of an update."""
+    keep_cross: bool
+    """Whether the update shares what cross-attention makes of the prompts, or makes it again."""
+
+    @classmethod
+    def of(cls, folder: RunFolder, policy: Policy, prompts: list[Prompt], config: Config) -> Self:
+        """Return what the run goes by, or chooses now from what is free, and keep it in memory.json."""
+        asked = config.rl.microbatch_size
+        if (folder / "memory.json").is_file():
+            kept = folder.read_json("memory.json")
+            if kept.pop("asked") == asked:
+                return cls(**kept)
+        most = config.rl.minibatch_size
+        cross, activations = _bytes_per_response(policy, max(prompts, key=lambda prompt: len(prompt.text)), config)
+        free = _SHARE * free_bytes(policy.device)
+        room = cls(
+            microbatch_size=min(asked or max(1, int(2 * free / activations)), most),
+            keep_cross=cross * config.rl.batch_size < free,
+        )
+        if asked is None and room.microbatch_size < most:
+            log.print(f"train: an update reads {room.microbatch_size} of {most} responses at once, as memory allows")
+        room.keep(folder, asked)
+        return room
+
+    def keep(self, folder: RunFolder, asked: int | None) -> None:
+        """Write it to the run folder, with the setting it answers."""
+        folder.write_json("memory.json", {"asked": asked} | asdict(self))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that nobody uses."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tuple[int, int]:
+    """Return the bytes of a response's keys and values, and of what its update keeps for the way back."""
+    with torch.no_grad():
+        encoded = policy.shared(policy.encode([longest.text]))
+    known = {weight.untyped_storage().data_ptr() for weight in policy.model.parameters()}
+    shared = [] if encoded.cross is None else [encoded.cross]
+    known |= {tensor.untyped_storage().data_ptr() for tensor in shared}
+    seen: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unused(tensor: Any) -> Any:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, unused):
+        read = policy.encode([longest.text]) if policy.train_encoder else encoded
+        ids = torch.zeros(1, config.generation.max_new_tokens, dtype=torch.long, device=policy.device)
+        kept = policy.logprobs(read, ids, config.generation.temperature)  # alive, so that no address comes twice
+    del kept
+    return sum(tensor.nbytes for tensor in shared), max(1, sum(seen.values()))
