@@ -121,7 +121,7 @@ def policies_of(
     policy = (load_policy(base, begin, config.policy, config.seed) if known else frozen_policy(base)).to(device)
     yield "before", policy, policy.reference if start else None
     for number, (name, place) in enumerate(adapters.items()):
-        policy.weights.add(f"measured{number}", place)
+        policy.add(f"measured{number}", place)
         yield name, policy, f"measured{number}"
     for name, place in places.items():
         if name in loras and whole:

@@ -1,6 +1,7 @@
 """How does a policy read prompts, sample responses and give log-probs and values, whatever its architecture?"""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -57,6 +58,11 @@ class Policy:
         if isinstance(self.weights, LoraWeights):
             self.weights.packs.clear()
         return self
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load the weights in `folder` beside the others, frozen. Raises InputError and StorageError."""
+        self.weights.add(name, folder)
+        self._decoder = T5Decoder if fits(self.weights) else PlainDecoder
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the model's weights that training may change."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.nn.functional import embedding, rms_norm
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
@@ -67,14 +69,18 @@ class Layer(NamedTuple):
 
 
 def fits(weights: Weights) -> bool:
-    """Return whether the model is a T5 with nothing on its decoder but plain LoRAs."""
+    """Return whether the model is a T5 with nothing on its decoder, under any name, but plain LoRAs."""
     model = weights.active
     if type(model) is not T5ForConditionalGeneration or type(model.lm_head) is not torch.nn.Linear:
         return False
-    layers = [part for name, part in model.decoder.named_modules() if name.rpartition(".")[2] in _MATRICES]
-    plain = [type(part) is torch.nn.Linear for part in layers]
-    lora = [type(part) is LoraLinear and not part.lora_variant for part in layers]
-    return type(model.decoder.embed_tokens) is torch.nn.Embedding and all(map(max, plain, lora))
+
+    def known(name: str, part: Any) -> bool:
+        if name.rpartition(".")[2] not in _MATRICES:
+            return not isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        lora = type(part) is LoraLinear and not part.lora_variant and not any(part.lora_bias.values())
+        return lora or type(part) is torch.nn.Linear
+
+    return all(known(name, part) for name, part in model.decoder.named_modules())
 
 
 _MATRICES = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
