@@ -77,8 +77,7 @@ def test_an_old_lora_folder_becomes_the_start_and_the_reference(
     texts = [ROWS[0].prompt]
     assert not torch.allclose(policy.encode(texts).states, plain.encode(texts).states, atol=1e-3)
     kl, ratio = first_kl(policy)
-    assert kl < 1e-5
-    assert ratio < 1e-5
+    assert max(kl, ratio) < 3e-5  # it is scaled by 8, and its rounding too: 5e-6 to 1.2e-5 by which kernels multiply
 
 
 @pytest.mark.parametrize("full", [False, True])
