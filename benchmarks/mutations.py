@@ -53,7 +53,7 @@ TOLD = tuple(
 )
 TESTS = {
     "rl/*": ("tests/test_rl.py", "tests/test_oracle.py", "tests/test_golden.py"),
-    "policy/*": (*RUNS, "tests/test_oracle.py"),
+    "policy/*": ("tests/test_fast.py", *RUNS, "tests/test_oracle.py"),
     "rewards/*": ("tests/test_rewards.py", "tests/test_golden.py"),
     "step_metrics.py": ("tests/test_step_metrics.py", "tests/test_golden.py"),
     "rollout.py": RUNS,

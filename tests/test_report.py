@@ -549,8 +549,13 @@ def test_screen_table_names_measures_and_products(
     text = capsys.readouterr().out
     assert re.search(r"Reward score .* −1\.000 .* 2\.000 .* \+3\.000", text)
     assert ("adapter:" in text) == trained
-    assert "samples.csv" in text
+    assert "sheets in" in text
     assert "blind_sheet.csv" in text
+    for name in ("samples.csv", "compared.csv"):
+        assert name not in text
+        (run_dir / "run" / name).touch()
+        print_result(run_dir / "run")
+        assert name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
