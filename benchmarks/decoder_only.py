@@ -183,6 +183,13 @@ def report(runs: dict[str, list[Run]], seeds: Sequence[int]) -> None:
     print(statement("toxicity of the kept policy", both(lambda run: kept[run]["toxicity"]), bound))
     print(statement(f"facts lost at step {LAST}", both(lambda run: 1 - run.at(LAST, "quality")), MARGIN))
     print(statement("facts lost by the kept policy", both(lambda run: 1 - kept[run]["quality"]), MARGIN))
+    for run in every:
+        steps = run.seconds["step"]
+        if steps.max() > 2 * np.median(steps):
+            print(
+                f"- not to be trusted: {run.folder.name} was disturbed, a step took {steps.max():.1f} s",
+                file=sys.stderr,
+            )
     times = [b / a for a, b in zip(*both(lambda run: run.at(LAST, "seconds")), strict=True)]
     print(f"- everywhere took {', '.join(f'{one:.2f}' for one in times)} times the seconds of the decoder alone")
 
