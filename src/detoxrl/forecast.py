@@ -24,7 +24,6 @@ from detoxrl.policy.adapters import make_policy
 from detoxrl.policy.backbone import bare_base, scratch_base
 from detoxrl.policy.policy import Policy
 from detoxrl.prepare import Prepared
-from detoxrl.records import Encoded
 from detoxrl.rewards.classifier import TOKENS
 from detoxrl.sft import bf16_capable
 
@@ -172,16 +171,19 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     )
 
     def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
-        few = Encoded(states=encoded.states[:n], mask=encoded.mask[:n])  # on meta no mask says what is padding
+        cross = None if encoded.cross is None else encoded.cross[:, :, :n]
+        few = replace(encoded, states=encoded.states[:n], mask=encoded.mask[:n], cross=cross)
         return policy.logprobs(few, torch.zeros(n, tokens, dtype=torch.long, device=_META), temperature)
 
     def sampling(tokens: int) -> Cost:
         chances = torch.ones(len(texts), tokens, device=_META)
-        return _cost(speed, lambda: policy.sample(policy.encode(texts), chances, temperature), len(texts))
+        return _cost(
+            speed, lambda: policy.sample(policy.shared(policy.encode(texts)), chances, temperature), len(texts)
+        )
 
     with torch.no_grad():
         with Meter(speed):
-            encoded = policy.encode(texts)
+            encoded = policy.shared(policy.encode(texts))
         few, more = sampling(2), sampling(6)  # from there on each token adds the same
         again = 2 if config.policy.bf16 else 1  # log-probs of the rollout are computed again
         score = _cost(speed, lambda: scored(some, length), some / again)

@@ -10,6 +10,11 @@ from detoxrl.policy.linear import linear
 LOGITS = 4_000_000
 
 
+def counted(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return values (N, ...) of the N tokens of (B, T, ...) under the mask; without one, of all."""
+    return values.flatten(0, 1) if mask is None else values[mask]
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """d log p(y) / d logits = 1[y] - p needs p alone, so the slope by the states is made on the way there."""
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from detoxrl.policy.head import LOGITS
+from detoxrl.policy.head import LOGITS, counted
 from detoxrl.policy.linear import FastLinear
 from detoxrl.policy.weights import Weights
 from detoxrl.records import Encoded
@@ -60,15 +60,19 @@ class PlainDecoder:
             return out.logits[:, -new:], out.hidden_states[-1][:, -new:]
 
     def logprobs(
-        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D)."""
+        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D).
+
+        Without a mask all count.
+        """
         logits, hidden = self.predicted(encoded, ids[:, :-1], None)
         # Logits are the largest thing there is, so no copy of them is made without need.
-        logits = logits[mask].float() if temperature == 1 else logits[mask].float() / temperature
+        logits = counted(logits, mask).float()
+        logits = logits if temperature == 1 else logits / temperature
         every = logits.log_softmax(-1)
         entropy = -every.detach().exp().mul_(every.detach()).sum(-1)
-        return every.gather(-1, ids[mask][:, None]).squeeze(1), entropy, hidden[mask]
+        return every.gather(-1, counted(ids, mask)[:, None]).squeeze(1), entropy, counted(hidden, mask)
 
     def steps(self, encoded: Encoded, length: int) -> "PlainSteps":
         """Return what samples tokens after the prompts, one at a time."""

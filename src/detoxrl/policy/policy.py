@@ -75,15 +75,16 @@ class Policy:
         are padded on the left, so that a response follows its prompt without a gap.
         """
         side = "right" if self.has_encoder else "left"
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side).to(self.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+        lengths: list[int] = batch["attention_mask"].sum(1).tolist()
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         if not self.has_encoder:
             return Encoded(states=ids, mask=mask)
         states = []
         with self.weights.using(adapter), FastLinear():
             encoder = self.weights.active.get_encoder()
-            for rows in _blocks(mask.sum(1).tolist(), _READ if self.device.type == "cpu" else 32 * _READ):
-                width = int(mask[rows].sum(1).max())
+            for rows in _blocks(lengths, _READ if self.device.type == "cpu" else 32 * _READ):
+                width = max(lengths[rows])
                 read = encoder(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).last_hidden_state
                 states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
         return Encoded(states=torch.cat(states), mask=mask)
@@ -110,11 +111,10 @@ class Policy:
         stands after a response's last token changes nothing before it; no mask by `!= pad` is made (T5's start token is
         its pad).
         """
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         chosen, entropy, states = self._decoder(self.weights, adapter).logprobs(encoded, ids, mask, temperature)
-        nothing = torch.zeros(ids.shape, device=ids.device)
+        found, nothing = (chosen, entropy, self._values(states.detach())), torch.zeros(ids.shape, device=ids.device)
         logprobs, entropies, values = (
-            nothing.masked_scatter(mask, found) for found in (chosen, entropy, self._values(states.detach()))
+            one.view(ids.shape) if mask is None else nothing.masked_scatter(mask, one) for one in found
         )
         return logprobs, entropies, values
 
@@ -140,15 +140,15 @@ class Policy:
             logits, states = steps.next(tokens)
             logprobs = (logits.float() / temperature).log_softmax(-1)
             tokens = draw(logprobs, uniforms[rows, t, None])
-            counts = ~out.ended[rows]
-            some, those = rows[counts], tokens[counts]
-            out.ids[some, t] = those.squeeze(1)
-            out.response_mask[some, t] = True
-            out.logprobs[some, t] = logprobs.gather(1, tokens)[counts].squeeze(1)
-            out.values[some, t] = self._values(states[counts])
-            tokens = tokens.squeeze(1)
+            counts, chosen, tokens = ~out.ended[rows], logprobs.gather(1, tokens).squeeze(1), tokens.squeeze(1)
+            out.ids[rows, t] = torch.where(counts, tokens, self.pad)
+            out.response_mask[rows, t] = counts
+            out.logprobs[rows, t] = torch.where(counts, chosen, 0.0)
+            out.values[rows, t] = torch.where(counts, self._values(states), 0.0)
             out.ended[rows] |= torch.isin(tokens, ends)
             going = ~out.ended[rows]
+            if bool(going.all()):
+                continue
             left = int(going.sum())
             if left == 0:
                 break

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, rms_norm
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from detoxrl.policy.head import token_logprobs
+from detoxrl.policy.head import counted, token_logprobs
 from detoxrl.policy.linear import linear, packed
 from detoxrl.policy.weights import LoraWeights, Weights
 from detoxrl.records import Encoded
@@ -134,15 +134,18 @@ class T5Decoder:
         cross = encoded.states.new_empty(len(self.layers), 2, *sizes)
         for into, layer in zip(cross, self.layers, strict=True):
             for keys, matrix in zip(into, layer.cross[1:3], strict=True):
-                for some in torch.arange(sizes[0]).split(max(1, 2048 // width)):  # blocks that fit a cache
-                    rows = slice(int(some[0]), int(some[-1]) + 1)
+                size = max(1, 2048 // width)  # blocks that fit a cache
+                for rows in (slice(start, start + size) for start in range(0, len(keys), size)):
                     keys[rows] = self._heads(linear(encoded.states[rows], matrix.weight))
         return replace(encoded, cross=cross)
 
     def logprobs(
-        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor, temperature: float
+        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D)."""
+        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D).
+
+        Without a mask all count.
+        """
         start = ids.new_full((len(ids), 1), self.config.decoder_start_token_id)
         x = embedding(torch.cat([start, ids[:, :-1]], 1), self.embedding)
         ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
@@ -155,8 +158,8 @@ class T5Decoder:
             x = x + o(self._attend(self._heads(q(n)), *self.cross(i, encoded), unread))
             n = self._normed(x, layer.norms[2])
             x = x + layer.feed_forward(torch.cat([m(n) for m in layer.wide], -1), layer.narrow)
-        states = self._normed(x, self.norm)[mask]
-        chosen, entropy = token_logprobs(states * self.scale, self.head, ids[mask], temperature)
+        states = counted(self._normed(x, self.norm), mask)
+        chosen, entropy = token_logprobs(states * self.scale, self.head, counted(ids, mask), temperature)
         return chosen, entropy, states
 
     def cross(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
