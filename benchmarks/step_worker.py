@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from transformers import RobertaConfig, RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from detoxrl.config import Config
-from detoxrl.memory import Room
+from detoxrl.memory import Room, keep_freed
 from detoxrl.parts import scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import save_base
@@ -99,6 +99,7 @@ def settings(given: Task, step: Step) -> Config:
 def stepper(given: Task) -> Callable[[int, Step], dict[str, Any]]:
     """Load the models and return what makes one step with them."""
     torch.set_num_threads(given.threads)
+    keep_freed()  # as every stage of a run begins
     config = settings(given, given.step)
     accelerator, rl = Accelerator(), config.rl
     policy = load_policy(config.policy.base, None, config.policy, config.seed).to(accelerator.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,3 +140,25 @@ def test_a_run_keeps_the_halved_size(make_policy: Make, tmp_path: Path, monkeypa
     assert [record["microbatch_size"] for record in records] == [2, 2, 2]
     assert seen.count(4) == 1
     assert json.loads((tmp_path / "memory.json").read_text())["microbatch_size"] == 2
+
+
+def test_what_is_freed_stays_with_the_process_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    assert not memory.keep_freed()
+    code = """
+import resource, sys, torch
+from detoxrl.memory import keep_freed
+if sys.argv[1] == "keep" and not keep_freed():
+    print(-1); sys.exit()
+begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("keep", "leave")
+    ]
+    if faults[0] == -1:
+        pytest.skip("no glibc here")
+    assert faults[0] < faults[1] / 5

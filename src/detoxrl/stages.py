@@ -17,6 +17,7 @@ from detoxrl.config import Config
 from detoxrl.data.rows import SPLITS, rows_to_jsonl
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
+from detoxrl.memory import keep_freed
 from detoxrl.parts import absolute, base_and_start, judges_of, places, readers_of, rows_of, run_scorer, with_revisions
 from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check
@@ -174,6 +175,7 @@ def _new(root: Path, config: Config, overwrite: bool, subjects: Subjects) -> Con
 
 
 def _make(name: str, folder: RunFolder, config: Config, given: RewardFunction | None) -> None:
+    keep_freed()
     with folder.timed(name) as seconds:
         _REMAINING[name](folder, config, given, seconds)
 
