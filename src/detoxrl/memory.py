@@ -54,7 +54,7 @@ class Room:
 def keep_freed() -> bool:
     """Have the C library keep what is freed for what comes next, and return whether it will.
 
-    glibc gives blocks above 32 MB back at once and takes them anew, page by page, which was a tenth of a step's time.
+    glibc gives blocks above 32 MB back at once and takes them anew, page by page: some 5 % of a step's processor time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
