@@ -67,7 +67,7 @@ def summary(rows: Rows) -> dict[str, Any]:
     for one, other, key in pairs:
         if other in groups:
             found = [a["seconds"] / b[key] for a, b in zip(groups[one], groups[other], strict=False)]
-            plain = " (PyTorch's own linear)" if key == "plain_seconds" else ""
+            plain = " (PyTorch's own linear, feed-forward)" if key == "plain_seconds" else ""
             ratios.append({"of": " ".join(one), "to": " ".join(other) + plain} | _spread(found))
     return {"step": rows[0]["step"], "contestants": contestants, "ratios": ratios}
 
@@ -92,7 +92,7 @@ def compare_table(found: dict[str, Any]) -> str:
         if one["contestant"] == FLOOR:
             rates = ", ".join(f"{key.split()[0]} {one[key]:.0f}" for key in one if key.endswith("GFLOP/s"))
             best, plain = one["seconds"]["median"], one["plain_seconds"]
-            what = f"{best:.2f} s at the best rate, {plain:.2f} s at that of PyTorch's own linear layer"
+            what = f"{best:.2f} s at the best rate, {plain:.2f} s at that of PyTorch's own linear layer, feed-forward"
             lines.append(f"Floor in {one['dtype']}: {one['gflop']:.0f} GFLOP; {what} (GFLOP/s: {rates}).")
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
     versions = "; ".join(f"{name}: {', '.join(f'{part} {number}' for part, number in parts.items())}"

@@ -18,7 +18,7 @@ from conftest import Make, prompted_rows
 from detoxrl import rollout as rollout_module
 from detoxrl import train as train_module
 from detoxrl.config import Config
-from detoxrl.policy.plain import PlainDecoder
+from detoxrl.policy.plain import PlainNetwork
 from detoxrl.policy.policy import Policy
 from detoxrl.tracking import RunFolder
 from test_invariants import learn, loop_config, share_of_e
@@ -86,7 +86,7 @@ def test_dropout_in_the_update_shows_as_ratios_off_one(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = train_module._losses
-    policy._decoder = PlainDecoder  # type: ignore[assignment]  # T5's own here has no dropout to forget
+    policy._network = PlainNetwork  # type: ignore[assignment]  # T5's own here has no dropout to forget
 
     def in_train_mode(policy: Policy, *others: object) -> object:
         policy.model.train()

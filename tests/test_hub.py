@@ -444,7 +444,7 @@ def test_every_other_system_runs_by_its_name(
     assert set(found["as_older_systems"]["first 8"]["response"]) == {"before", "after", "human"}
     first = json.loads(Path("D/metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl/reference"]) < 1e-4
-    assert first["ratio/first_error"] < (1e-4 if "lowmem" not in name else 0.02)
+    assert first["ratio/first_error"] < (1e-4 if "lowmem" not in name else 0.1)
     capsys.readouterr()
 
 

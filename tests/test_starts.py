@@ -21,7 +21,7 @@ from detoxrl.policy.adapters import load_policy, start_of
 from detoxrl.policy.backbone import load_base
 from detoxrl.policy.policy import Policy
 from detoxrl.rl.kl import k1
-from detoxrl.rollout import collect, draws
+from detoxrl.rollout import collect
 from small_runs import contents, detoxrl
 
 ROWS = prompted_rows(0, {"train": 12})["train"]
@@ -214,13 +214,11 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
     assert responses.logprobs.dtype == rollout.ref_logprobs.dtype == torch.float32
     with torch.no_grad():
         again, _, values = policy.logprobs(rollout.encoded, responses.ids, 1.0, mask=mask)
-        sampled = policy.sample(rollout.encoded, draws(policy, 0, "gap", 0, rollout.prompts, 0, 24), 1.0)
-        scored, _, _ = policy.logprobs(rollout.encoded, sampled.ids, 1.0)
-    # The update begins with ratios of 1, since it was scored again; sampling itself may round otherwise.
-    assert torch.equal(again[mask], responses.logprobs[mask])
-    assert torch.equal(values[mask], responses.values[mask])
-    gap = (scored - sampled.logprobs)[sampled.response_mask].abs().max()
-    assert float(gap) < 0.1
+    # Old log-probs are those the tokens were drawn by, so the first ratios are importance weights near 1.
+    gap = (again - responses.logprobs)[mask].abs()
+    assert float(gap.max()) < 0.1
+    assert float(gap.mean()) < 0.02
+    torch.testing.assert_close(values[mask], responses.values[mask], rtol=0.1, atol=0.1)
 
 
 def test_scoring_few_rows_at_once_changes_no_log_prob(loaded: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

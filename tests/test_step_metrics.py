@@ -86,17 +86,19 @@ def test_no_statistic_may_be_other_than_a_number(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "highest", "told"),
+    ("error", "highest", "bf16", "told"),
     [
-        (0.01, 10.0, ""),
-        (0.011, 99.0, "step 3: ratios begin 0.011 off 1: sampling and update disagree, see docs/metrics.md"),
-        (0.0, 10.1, "step 3: a ratio of 10; a lower rl.lr may help"),
+        (0.01, 10.0, False, ""),
+        (0.011, 99.0, False, "step 3: ratios begin 0.011 off 1: sampling and update disagree, see docs/metrics.md"),
+        (0.0, 10.1, False, "step 3: a ratio of 10; a lower rl.lr may help"),
+        (0.2, 10.0, True, ""),
+        (0.21, 10.0, True, "step 3: ratios begin 0.21 off 1: sampling and update disagree, see docs/metrics.md"),
     ],
 )
 def test_ratios_that_no_healthy_step_has_are_told(
-    error: float, highest: float, told: str, capsys: pytest.CaptureFixture[str]
+    error: float, highest: float, bf16: bool, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warn({"ratio/first_error": error, "ratio/max": highest}, 3)
+    warn({"ratio/first_error": error, "ratio/max": highest}, 3, bf16)
     assert " ".join(capsys.readouterr().err.split()) == told
 
 

@@ -92,7 +92,7 @@ def test_the_floor_is_lowest_at_the_best_rate(models: Path) -> None:
     row = stepper(Task(models=str(models), step=TINY, threads=1), seconds=0.01)(0, TINY)
     assert 0 < row["seconds"] <= row["plain_seconds"]
     assert sum(row["stages"].values()) == pytest.approx(row["seconds"])
-    assert row["gflop"] / row["plain GFLOP/s"] == pytest.approx(row["plain_seconds"])
+    assert row["gflop"] / row["feed-forward GFLOP/s"] == pytest.approx(row["plain_seconds"])
 
 
 def row(contestant: str, dtype: str, turn: int, seconds: float, **others: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_ratios_are_of_steps_of_one_round(tmp_path: Path) -> None:
     assert ratios == {
         "trl per-prompt fp32 / detoxrl bf16": (10.0, 5.0, 15.0),
         "detoxrl bf16 / floor bf16": (4.0, 2.0, 8.0),
-        "detoxrl bf16 / floor bf16 (PyTorch's own linear)": (2.0, 1.0, 4.0),
+        "detoxrl bf16 / floor bf16 (PyTorch's own linear, feed-forward)": (2.0, 1.0, 4.0),
     }
     about = found | {"machine": {"cores": 2}, "versions": {"detoxrl": {"torch": "2"}}}
     assert "| trl per-prompt fp32 / detoxrl bf16 | 10.00 | 5.00 to 15.00 |" in compare_table(about)

@@ -185,8 +185,7 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
         with Meter(speed):
             encoded = policy.shared(policy.encode(texts))
         few, more = sampling(2), sampling(6)  # from there on each token adds the same
-        again = 2 if config.policy.bf16 else 1  # log-probs of the rollout are computed again
-        score = _cost(speed, lambda: scored(some, length), some / again)
+        score = _cost(speed, lambda: scored(some, length), some)
     seconds, peak = ((after - before) / 4 for before, after in zip(few, more, strict=True))
     respond = Cost(few.seconds + seconds * (longest - 2), few.peak + peak * (length - 2))
     learn = _cost(speed, lambda: torch.stack([part.sum() for part in scored(rows, longest)]).sum().backward(), rows)

@@ -1,7 +1,6 @@
 """How are prompts turned into responses?"""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -74,17 +73,16 @@ def require_agreement(policy: Policy, base: str) -> None:
 
 def _scored(
     policy: Policy, encoded: Encoded, responses: Responses, temperature: float, adapter: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return teacher-forced log-probs (nats) and values, each (B, T), as many rows at once as keep logits small."""
+) -> torch.Tensor:
+    """Return teacher-forced log-probs (nats) (B, T), as many rows at once as keep logits small."""
     length = int(responses.response_mask.sum(1).max())
-    found = torch.zeros(2, *responses.ids.shape, device=policy.device)
+    found = torch.zeros(responses.ids.shape, device=policy.device)
     size = policy.rows_at_once(length)
     for start in range(0, len(responses.ids), size):
         rows = slice(start, start + size)
         ids, mask = responses.ids[rows, :length], responses.response_mask[rows, :length]
-        logprobs, _, values = policy.logprobs(encoded.between(rows), ids, temperature, adapter, mask)
-        found[:, rows, :length] = torch.stack([logprobs, values])
-    return found[0], found[1]
+        found[rows, :length], _, _ = policy.logprobs(encoded.between(rows), ids, temperature, adapter, mask)
+    return found
 
 
 @torch.no_grad()
@@ -101,8 +99,8 @@ def collect(
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
     Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states, and with
-    `keep_cross` the update shares what cross-attention makes of them. A base in bfloat16 rounds otherwise while it
-    samples than in the update, so there log-probs and values are computed again as the update will.
+    `keep_cross` the update shares what cross-attention makes of them. Log-probs are those that tokens were drawn by: a
+    base in bfloat16 rounds otherwise while it samples than in the update, and the clipped ratio weighs that.
     """
     ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
     encoded = policy.encode([prompt.text for prompt in ordered])
@@ -115,13 +113,10 @@ def collect(
         shared = shared if keep_cross else policy.shared(shared)
         chances = draws(policy, seed, stream, step, batch, 0, config.max_new_tokens)
         part = policy.sample(shared, chances, config.temperature)
-        if policy.model.dtype == torch.bfloat16:
-            logprobs, values = _scored(policy, shared, part, config.temperature, POLICY)
-            part = replace(part, logprobs=logprobs, values=values)
         parts.append(part)
         if policy.train_encoder:  # the policy's encoder has moved away from the reference's
             shared = policy.encode([prompt.text for prompt in batch], policy.reference)
-        ref[rows], _ = _scored(policy, shared, part, config.temperature, policy.reference)
+        ref[rows] = _scored(policy, shared, part, config.temperature, policy.reference)
     responses = concatenate(parts)
     ref, texts = ref[:, : responses.ids.shape[1]].contiguous(), policy.decode(responses)
     return Rollout(prompts=ordered, encoded=encoded, responses=responses, texts=texts, ref_logprobs=ref)

@@ -75,10 +75,10 @@ def refuse_nan(statistics: dict[str, float], step: int) -> None:
             raise TrainingError(f"train stopped at step {step}: {name} is {value}; {remedy}")
 
 
-def warn(statistics: dict[str, float], step: int) -> None:
-    """Tell the user of ratios that no healthy step has."""
+def warn(statistics: dict[str, float], step: int, bf16: bool) -> None:
+    """Tell the user of ratios that no healthy step has, with a base in bfloat16 or in float32."""
     error, highest = statistics["ratio/first_error"], statistics["ratio/max"]
-    if error > 1e-2:
+    if error > (0.2 if bf16 else 1e-2):
         log.print(f"step {step}: ratios begin {error:.2g} off 1: sampling and update disagree, see docs/metrics.md")
     elif highest > 10:
         log.print(f"step {step}: a ratio of {highest:.0f}; a lower rl.lr may help")

@@ -112,7 +112,7 @@ def train(
             if rl.kl_target is not None:
                 kl = statistics["kl/reference"]
                 kl_coef = adapt_kl_coef(kl_coef, kl, rl.kl_target, rl.kl_horizon, rl.batch_size)
-            warn(statistics, step)
+            warn(statistics, step, config.policy.bf16)
             tokens = int(rollout.responses.response_mask.sum())
             folder.append("metrics.jsonl", {"step": step} | statistics | watch.metrics(tokens))
             keep_samples(folder, rollout, raw, step)

@@ -1,4 +1,4 @@
-"""How is any model of transformers' decoded, by its own forward pass?"""
+"""How does any model of transformers' read and write, by its own forward pass?"""
 
 from dataclasses import replace
 from typing import Any
@@ -13,8 +13,8 @@ from detoxrl.policy.weights import Weights
 from detoxrl.records import Encoded
 
 
-class PlainDecoder:
-    """The decoder under the weights of one name, as `Policy` wants it, whatever the architecture."""
+class PlainNetwork:
+    """A model under the weights of one name, as `Policy` wants it, whatever the architecture."""
 
     def __init__(self, weights: Weights, adapter: str | None) -> None:
         self.weights, self.adapter = weights, adapter
@@ -24,6 +24,12 @@ class PlainDecoder:
     def most_tokens(config: Any) -> int:
         """Return how many tokens of responses one pass without a gradient reads: their logits are all kept."""
         return 3 * LOGITS // int(config.get_text_config().vocab_size)
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's states (B, P, D) for prompts of tokens ids (B, P)."""
+        with self.weights.using(self.adapter), FastLinear():
+            states: torch.Tensor = self.weights.active.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+            return states
 
     def shared(self, encoded: Encoded) -> Encoded:
         """Return the prompts as they are: what a layer makes of them is the model's own business."""
@@ -82,7 +88,7 @@ class PlainDecoder:
 class PlainSteps:
     """Decodes a batch token by token, on the model's own cache."""
 
-    def __init__(self, decoder: PlainDecoder, encoded: Encoded) -> None:
+    def __init__(self, decoder: PlainNetwork, encoded: Encoded) -> None:
         self.decoder, self.encoded = decoder, encoded
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if decoder.has_encoder else DynamicCache()
 

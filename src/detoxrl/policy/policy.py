@@ -8,9 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from detoxrl.policy.backbone import end_tokens
-from detoxrl.policy.linear import FastLinear
-from detoxrl.policy.plain import PlainDecoder
-from detoxrl.policy.t5 import T5Decoder, fits
+from detoxrl.policy.plain import PlainNetwork
+from detoxrl.policy.t5 import T5Network, fits
 from detoxrl.policy.weights import POLICY, LoraWeights, Weights
 from detoxrl.records import Encoded, Responses
 
@@ -37,7 +36,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
-        self._decoder = T5Decoder if fits(weights) else PlainDecoder
+        self._network = T5Network if fits(weights) else PlainNetwork
         self.has_encoder: bool = self.model.config.is_encoder_decoder
         width = self.model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
@@ -62,7 +61,7 @@ class Policy:
     def add(self, name: str, folder: Path) -> None:
         """Load the weights in `folder` beside the others, frozen. Raises InputError and StorageError."""
         self.weights.add(name, folder)
-        self._decoder = T5Decoder if fits(self.weights) else PlainDecoder
+        self._network = T5Network if fits(self.weights) else PlainNetwork
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the model's weights that training may change."""
@@ -80,13 +79,11 @@ class Policy:
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         if not self.has_encoder:
             return Encoded(states=ids, mask=mask)
-        states = []
-        with self.weights.using(adapter), FastLinear():
-            encoder = self.weights.active.get_encoder()
-            for rows in _blocks(lengths, _READ if self.device.type == "cpu" else 32 * _READ):
-                width = max(lengths[rows])
-                read = encoder(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).last_hidden_state
-                states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
+        states, network = [], self._network(self.weights, adapter)
+        for rows in _blocks(lengths, _READ if self.device.type == "cpu" else 32 * _READ):
+            width = max(lengths[rows])
+            read = network.read(ids[rows, :width], mask[rows, :width])
+            states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
         return Encoded(states=torch.cat(states), mask=mask)
 
     def shared(self, encoded: Encoded) -> Encoded:
@@ -95,7 +92,7 @@ class Policy:
         These are keys and values of cross-attention, where neither the encoder nor the weights below a LoRA train.
         """
         alike = isinstance(self.weights, LoraWeights) and not self.train_encoder
-        return self._decoder(self.weights, None).shared(encoded) if alike else encoded
+        return self._network(self.weights, None).shared(encoded) if alike else encoded
 
     def logprobs(
         self,
@@ -111,7 +108,7 @@ class Policy:
         stands after a response's last token changes nothing before it; no mask by `!= pad` is made (T5's start token is
         its pad).
         """
-        chosen, entropy, states = self._decoder(self.weights, adapter).logprobs(encoded, ids, mask, temperature)
+        chosen, entropy, states = self._network(self.weights, adapter).logprobs(encoded, ids, mask, temperature)
         found, nothing = (chosen, entropy, self._values(states.detach())), torch.zeros(ids.shape, device=ids.device)
         logprobs, entropies, values = (
             one.view(ids.shape) if mask is None else nothing.masked_scatter(mask, one) for one in found
@@ -120,7 +117,7 @@ class Policy:
 
     def rows_at_once(self, length: int) -> int:
         """Return how many responses of `length` tokens one pass without a gradient reads well."""
-        return max(1, self._decoder.most_tokens(self.model.config) // length)
+        return max(1, self._network.most_tokens(self.model.config) // length)
 
     @torch.no_grad()
     def sample(
@@ -134,7 +131,7 @@ class Policy:
         ids = torch.full_like(zeros, self.pad, dtype=torch.long)
         out = Responses(ids=ids, response_mask=zeros.bool(), logprobs=zeros.clone(), values=zeros, ended=zeros.any(1))
         rows = torch.arange(len(ids), device=self.device)  # those that are still in the batch, some of them ended
-        steps, ends = self._decoder(self.weights, adapter).steps(encoded, ids.shape[1]), torch.tensor(self.ends)
+        steps, ends = self._network(self.weights, adapter).steps(encoded, ids.shape[1]), torch.tensor(self.ends)
         tokens, ends = None, ends.to(self.device)
         for t in range(ids.shape[1]):
             logits, states = steps.next(tokens)

@@ -1,11 +1,11 @@
-"""How does the decoder of a T5 run as fast as its matrices allow?
+"""How does a T5 run as fast as its matrices allow?
 
 Written out for T5 (Raffel et al. 2020), gated (FLAN-T5) or not, with a LoRA on any of its matrices. What a prompt means
 to cross-attention is computed once for sampling, reference and update. Attention is two plain products: on a CPU
 torch's fused one is slower for a single query, and with gradients (docs/performance.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,12 +42,12 @@ class Matrix:
     def changed(self, found: torch.Tensor, x: torch.Tensor, shape: _Product = lambda added: added) -> torch.Tensor:
         """Return a product without the LoRA, `found`, with what the LoRA adds for x in the shape of `found`.
 
-        The LoRA computes in its own float32 whatever the weight is in.
+        The LoRA computes in the precision of the weight; it is kept, and its gradient summed up, in float32.
         """
         if self.down is None or self.up is None:
             return found
-        added = linear(linear(x.to(self.down.dtype), self.down), self.up)
-        return torch.add(found, shape(added), alpha=self.scale).to(found.dtype)
+        added = linear(linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return torch.add(found, shape(added), alpha=self.scale)
 
 
 class Layer(NamedTuple):
@@ -62,14 +62,9 @@ class Layer(NamedTuple):
     norms: tuple[torch.Tensor, ...]
     activation: _Product
 
-    def feed_forward(self, wide: torch.Tensor, narrow: _Product) -> torch.Tensor:
-        """Return the layer's output for the widened states (..., n F), n = 2 where it is gated."""
-        gate, *rest = wide.chunk(len(self.wide), -1)
-        return narrow(self.activation(gate) * rest[0] if rest else self.activation(gate))
-
 
 def fits(weights: Weights) -> bool:
-    """Return whether the model is a T5 with nothing on its decoder, under any name, but plain LoRAs."""
+    """Return whether the model is a T5 with nothing on it, under any name, but plain LoRAs."""
     model = weights.active
     if type(model) is not T5ForConditionalGeneration or type(model.lm_head) is not torch.nn.Linear:
         return False
@@ -80,7 +75,8 @@ def fits(weights: Weights) -> bool:
         lora = type(part) is LoraLinear and not part.lora_variant and not any(part.lora_bias.values())
         return lora or type(part) is torch.nn.Linear
 
-    return all(known(name, part) for name, part in model.decoder.named_modules())
+    stacks = (*model.encoder.named_modules(), *model.decoder.named_modules())
+    return all(known(name, part) for name, part in stacks)
 
 
 _MATRICES = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
@@ -96,27 +92,39 @@ def _matrix(module: Any, adapter: str | None) -> Matrix:
     return Matrix(lora.base_layer.weight, a, b, lora.scaling[adapter])
 
 
-def _layer(block: Any, adapter: str | None) -> Layer:
-    own, cross, dense = block.layer
-    feed, matrix = dense.DenseReluDense, partial(_matrix, adapter=adapter)
-    own_qkvo, cross_qkvo = (
-        tuple(matrix(getattr(attention, name)) for name in ("q", "k", "v", "o"))
-        for attention in (own.SelfAttention, cross.EncDecAttention)
-    )
+def _qkvo(attention: Any, matrix: Callable[[Any], Matrix]) -> tuple[Matrix, ...]:
+    return tuple(matrix(getattr(attention, name)) for name in ("q", "k", "v", "o"))
+
+
+def _wide_narrow(feed: Any, matrix: Callable[[Any], Matrix]) -> tuple[tuple[Matrix, ...], Matrix]:
     wide = (feed.wi_0, feed.wi_1) if isinstance(feed, T5DenseGatedActDense) else (feed.wi,)
+    return tuple(map(matrix, wide)), matrix(feed.wo)
+
+
+def _layer(block: Any, matrix: Callable[[Any], Matrix]) -> Layer:
+    own, cross, dense = block.layer
     norms = tuple(part.layer_norm.weight for part in (own, cross, dense))
-    return Layer(own_qkvo, cross_qkvo, tuple(map(matrix, wide)), matrix(feed.wo), norms, feed.act)
+    wide, narrow = _wide_narrow(dense.DenseReluDense, matrix)
+    heads = _qkvo(own.SelfAttention, matrix), _qkvo(cross.EncDecAttention, matrix)
+    return Layer(*heads, wide, narrow, norms, dense.DenseReluDense.act)
 
 
-class T5Decoder:
-    """The decoder under the weights of one name, as `Policy` wants it."""
+def _feed_forward(wide: Sequence[torch.Tensor], narrow: _Product, activation: _Product) -> torch.Tensor:
+    """Return the layer's output for the widened states, each (..., F), two where it is gated."""
+    gate, *rest = wide
+    return narrow(activation(gate) * rest[0] if rest else activation(gate))
+
+
+class T5Network:
+    """A T5 under the weights of one name, as `Policy` wants it."""
 
     def __init__(self, weights: Weights, adapter: str | None) -> None:
         lora = isinstance(weights, LoraWeights)
         model = weights.active if lora else weights.models[adapter]
+        self._matrix = partial(_matrix, adapter=adapter if lora else None)
         self.packs: list[Any] | None = weights.packs if isinstance(weights, LoraWeights) else None
-        self.config, stack = model.config, model.decoder
-        self.layers = [_layer(block, adapter if lora else None) for block in stack.block]
+        self.config, stack, self.encoder = model.config, model.decoder, model.encoder
+        self.layers = [_layer(block, self._matrix) for block in stack.block]
         self.embedding, self.head = stack.embed_tokens.weight, model.lm_head.weight
         self.norm = stack.final_layer_norm.weight
         self._position: Callable[[int, int], torch.Tensor] = stack.block[0].layer[0].SelfAttention.compute_bias
@@ -126,6 +134,20 @@ class T5Decoder:
     def most_tokens(config: Any) -> int:
         """Return how many tokens of responses one pass without a gradient reads: more is no faster."""
         return 1024
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's states (B, P, D) for prompts of tokens ids (B, P)."""
+        x, length = embedding(ids, self.encoder.embed_tokens.weight), ids.shape[1]
+        bias, unread = self.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length), _unread(mask, x)
+        bias = bias if unread is None else bias + unread
+        for block in self.encoder.block:
+            own, dense = block.layer
+            (q, k, v, o), n = _qkvo(own.SelfAttention, self._matrix), self._normed(x, own.layer_norm.weight)
+            x = x + o(_attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
+            feed, n = dense.DenseReluDense, self._normed(x, dense.layer_norm.weight)
+            wide, narrow = _wide_narrow(feed, self._matrix)
+            x = x + _feed_forward([one(n) for one in wide], narrow, feed.act)
+        return self._normed(x, self.encoder.final_layer_norm.weight)
 
     def shared(self, encoded: Encoded) -> Encoded:
         """Return the prompts with the keys and values that cross-attention has for them without any LoRA."""
@@ -150,14 +172,14 @@ class T5Decoder:
         x = embedding(torch.cat([start, ids[:, :-1]], 1), self.embedding)
         ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
         bias = self._position(*ahead.shape).masked_fill(ahead, -torch.inf)
-        unread = self._unread(encoded, x)
+        unread = _unread(encoded.mask, x)
         for i, layer in enumerate(self.layers):
             (q, k, v, o), n = layer.own, self._normed(x, layer.norms[0])
-            x = x + o(self._attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
+            x = x + o(_attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
             (q, _, _, o), n = layer.cross, self._normed(x, layer.norms[1])
-            x = x + o(self._attend(self._heads(q(n)), *self.cross(i, encoded), unread))
+            x = x + o(_attend(self._heads(q(n)), *self.cross(i, encoded), unread))
             n = self._normed(x, layer.norms[2])
-            x = x + layer.feed_forward(torch.cat([m(n) for m in layer.wide], -1), layer.narrow)
+            x = x + _feed_forward([one(n) for one in layer.wide], layer.narrow, layer.activation)
         states = counted(self._normed(x, self.norm), mask)
         chosen, entropy = token_logprobs(states * self.scale, self.head, counted(ids, mask), temperature)
         return chosen, entropy, states
@@ -187,20 +209,20 @@ class T5Decoder:
         heads: torch.Tensor = x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
         return heads
 
-    def _unread(self, encoded: Encoded, like: torch.Tensor) -> torch.Tensor | None:
-        """Return what keeps cross-attention from padding (B, 1, 1, P): 0 or -inf; None where there is none."""
-        padding = encoded.mask == 0
-        if padding.device.type != "meta" and not padding.any():
-            return None
-        return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return (B, n, D) for queries (B, H, n, d); T5 does not scale its scores."""
-        scores = q @ k.transpose(-2, -1)
-        scores = scores if bias is None else scores + bias.to(scores.dtype)
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+def _unread(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+    """Return what keeps attention from padding (B, 1, 1, P): 0 or -inf; None where there is none."""
+    padding = mask == 0
+    if padding.device.type != "meta" and not padding.any():
+        return None
+    return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return (B, n, D) for queries (B, H, n, d); T5 does not scale its scores."""
+    scores = q @ k.transpose(-2, -1)
+    scores = scores if bias is None else scores + bias.to(scores.dtype)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 class _Packs(NamedTuple):
@@ -232,7 +254,7 @@ def _with_lora(product: _Product, matrices: tuple[Matrix, ...]) -> _Product:
 class T5Steps:
     """Decodes a batch token by token: packed copies of the weights, and keys and values in place. Under no_grad."""
 
-    def __init__(self, decoder: T5Decoder, encoded: Encoded, length: int) -> None:
+    def __init__(self, decoder: T5Network, encoded: Encoded, length: int) -> None:
         self.decoder, rows = decoder, len(encoded.states)
         packs = decoder.packs or [
             packed([decoder.head], rows),
@@ -246,12 +268,14 @@ class T5Steps:
         ]
         found = (decoder.cross(i, encoded) for i in range(len(decoder.layers)))
         self._cross = [(keys.contiguous(), values.contiguous()) for keys, values in found]  # read for every token
-        self._unread = decoder._unread(encoded, encoded.states)
+        self._unread = _unread(encoded.mask, encoded.states)
         self._bias = decoder._position(length, length)
         heads, depth = decoder.config.num_heads, decoder.config.d_kv
-        self._own = encoded.states.new_empty(len(decoder.layers), 2, rows, heads, length, depth)
+        # In fp32 whatever the weights are in: a CPU multiplies few rows of bfloat16 more slowly, and they are few.
+        self._own = self._bias.new_empty(len(decoder.layers), 2, rows, heads, length, depth, dtype=torch.float32)
         self._done = 0
 
+    @torch.inference_mode()
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, V) and states (B, D) that predict what follows `tokens` (B,); None: what comes first."""
         decoder, t = self.decoder, self._done
@@ -265,10 +289,11 @@ class T5Steps:
             for kept, fresh in zip(own, new, strict=True):
                 kept[:, :, t] = fresh
             keys, values = own[:, :, :, : t + 1]
-            x = x + by.o(decoder._attend(q[:, :, None], keys, values, bias)[:, 0])
+            x = x + by.o(_attend(q[:, :, None].float(), keys, values, bias)[:, 0].to(x.dtype))
             q = by.cross_q(decoder._normed(x, layer.norms[1])).unflatten(1, (len(own[0, 0]), -1))
-            x = x + by.cross_o(decoder._attend(q[:, :, None], *cross, self._unread)[:, 0])
-            x = x + layer.feed_forward(by.wide(decoder._normed(x, layer.norms[2])), by.narrow)
+            x = x + by.cross_o(_attend(q[:, :, None], *cross, self._unread)[:, 0])
+            wide = by.wide(decoder._normed(x, layer.norms[2])).chunk(len(layer.wide), -1)
+            x = x + _feed_forward(wide, by.narrow, layer.activation)
         self._done += 1
         states = decoder._normed(x, decoder.norm)
         return self._head(states * decoder.scale), states
