@@ -55,6 +55,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     "bart": ([*OWN, "--policy.base", "bart", "--policy.full-weights", "--policy.train-encoder"], []),
 }  # fmt: skip
 ADAPTERS = ("hub", "warm")
+MEASURED_AGAIN = ("hub", "gpt2")
 LOADING = """
 import importlib.abc, json, os, sys
 
@@ -191,6 +192,8 @@ def shared(
             moved = policy_of(run)
             disturb(moved)
             moved.save(run / "adapter")
+            if name in MEASURED_AGAIN:
+                assert detoxrl(["evaluate", f"runs/{name}"]) == 0
             policies[name] = does(policy_of(run))
             assert detoxrl(["export", f"runs/{name}", *how]) == 0, name
     _http.close_session()
@@ -225,6 +228,7 @@ def test_what_the_card_says_loads_the_policy_where_there_is_no_detoxrl(shared: S
     said = [ids[: len(mine)] for mine, ids in zip(ours["said"], theirs["said"], strict=True)]
     assert said == ours["said"]
     assert theirs["wrote"].strip()
+    assert "report is late" not in theirs["wrote"]  # the response, not the prompt
     how = {name: theirs["how"][name] for name in ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")}
     assert how == {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12}
 
@@ -257,6 +261,8 @@ def test_the_card_has_the_numbers_of_the_run_and_neither_texts_nor_places(shared
         for measure, one in found["quality"].items():
             expected[f"{measure}, {whose}"] = (measure, one[side])
     assert told == expected
+    if name in MEASURED_AGAIN:
+        assert found["quality"]["score"]["before"] != found["quality"]["score"]["after"]
     assert f"{found['n_prompts']} held-out prompts" in card.text
     assert f"{found['samples_per_prompt']} samples each" in card.text
     interval = found["toxicity"][found["primary_judge"]]["difference"]
