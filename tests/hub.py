@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import ModelCard
+
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_PUSH = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
 _FILE = re.compile(r"/(?:(datasets)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 REFUSALS = {
     "gated": (401, "GatedRepo"), "gated for this token": (403, "GatedRepo"), "not shown": (401, ""),
@@ -34,6 +39,11 @@ class Hub:
         self.main: dict[str, str] = {}
         self.commits: dict[str, dict[str, Path]] = {}
         self._faults: dict[tuple[str, str | None], str] = {}
+        self.writers: dict[str, str] = {}
+        """Whose name a token may write under."""
+        self.private: set[str] = set()
+        self.kept: Path | None = None
+        """Where what is pushed is kept."""
         for name, folder in folders.items():
             self.move(name, folder)
 
@@ -72,7 +82,63 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self.path.startswith(("/api/repos/create", "/api/validate-yaml")) and not _PUSH.fullmatch(self.path):
+            self._answer(content)
+            return
+        self.hub.requests.append(f"{self.command} {self.path}")
+        if self.path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif found := _PUSH.fullmatch(self.path):
+            name, what = found.groups()
+            if self._may_write(name):
+                (self._take if what == "commit" else self._plan)(name, content)
+        else:
+            self._create(json.loads(content))
+
+    def _may_write(self, name: str) -> bool:
+        """Return whether the token may write there; where it may not that is answered."""
+        owner = self.hub.writers.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        fault = self.hub.fault(name, None)
+        refusal = REFUSALS.get(str(fault)) or ((401, "") if owner is None else (403, ""))
+        if fault is None and owner == name.partition("/")[0]:
+            return True
+        self._refuse(*refusal)
+        return False
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if not self._may_write(name):
+            return
+        if name in self.hub.main:
+            self._send_json({"error": "there is one", "url": f"{self.hub.address}/{name}"}, 409)
+            return
+        assert self.hub.kept is not None
+        empty = self.hub.kept / name / "0"
+        empty.mkdir(parents=True)
+        (empty / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        self.hub.move(name, empty)
+        if asked.get("visibility") == "private":
+            self.hub.private.add(name)
+        self._send_json({"url": f"{self.hub.address}/{name}"})
+
+    def _plan(self, name: str, content: bytes) -> None:
+        """Ask for every file within the commit, as the hub does for small ones."""
+        files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                 for one in json.loads(content)["files"]]  # fmt: skip
+        self._send_json({"files": files})
+
+    def _take(self, name: str, content: bytes) -> None:
+        assert self.hub.kept is not None
+        target = self.hub.kept / name / str(len(self.hub.commits[name]))
+        shutil.copytree(self.hub.commits[name][self.hub.main[name]], target)
+        for line in map(json.loads, content.splitlines()):
+            if line["key"] == "deletedFile":
+                (target / line["value"]["path"]).unlink()
+            elif line["key"] == "file":
+                (target / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = self.hub.move(name, target)
+        self._send_json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
 
     def _answer(self, content: bytes = b"") -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -117,11 +183,15 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(content)["paths"]
             answer = [file for file in files if file["path"] in wanted]
         else:
-            siblings = [{"rfilename": file["path"]} for file in files]
-            answer = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings, "private": False,
-                      "gated": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
-        data = json.dumps(answer).encode()
-        self._send(200, {"Content-Type": "application/json", "Content-Length": len(data)}, data)
+            siblings, card = (
+                [{"rfilename": file["path"]} for file in files],
+                self.hub.commits[name][commit] / "README.md",
+            )
+            tags = (ModelCard.load(card).data.tags or []) if card.is_file() and not name.startswith("datasets/") else []
+            answer = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings,
+                      "private": name in self.hub.private, "gated": False, "tags": tags, "downloads": 0,
+                      "likes": 0}  # fmt: skip
+        self._send_json(answer)
 
     def _send_file(self, name: str, commit: str, inside: str) -> None:
         path = self.hub.commits[name][commit] / inside
@@ -141,6 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
         end = middle if fault == "cut" else len(data)
         status = 206 if "Content-Range" in headers else 200
         self._send(status, headers | {"Content-Length": len(data) - begin}, data[begin : max(begin, end)])
+
+    def _send_json(self, answer: Any, status: int = 200) -> None:
+        data = json.dumps(answer).encode()
+        self._send(status, {"Content-Type": "application/json", "Content-Length": len(data)}, data)
 
     def _refuse(self, status: int, code: str, commit: str = "") -> None:
         told = {"X-Error-Code": code, "X-Repo-Commit": commit}

@@ -18,9 +18,10 @@ FLOORS = [
     ("evaluation", "best", "checkpoint"),
     ("sft", "train", "reward_training", "step_metrics"),
     ("report",),
-    ("subjects", "parts", "changes", "prepare", "forecast", "doctor", "convert", "measuring", "stages", "sweep"),
+    ("subjects", "parts", "changes", "prepare", "forecast", "doctor", "convert", "measuring", "stages", "sweep", "card",
+     "sharing"),
     ("cli", "__init__", "__main__"),
-]
+]  # fmt: skip
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -61,13 +62,13 @@ def test_every_file_says_first_what_it_answers_and_stays_small() -> None:
         assert docstring, path
         assert docstring.splitlines()[0].endswith(("?", ".", "both", ":")), path
         assert len(path.read_text().splitlines()) <= 310, path
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 7680  # the plan was 6,500: docs/design.md
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 7940  # the plan was 6,500: docs/design.md
 
 
 def test_the_public_names_are_these_and_no_module_hides_one() -> None:
     assert detoxrl.__all__ == [
         "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
-        "evaluate", "recipe", "recipe_names", "run",
+        "evaluate", "export", "recipe", "recipe_names", "run",
     ]  # fmt: skip
     for path in MODULES:
         importlib.import_module(".".join(("detoxrl", *path.relative_to(PACKAGE).with_suffix("").parts)))

@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from detoxrl.errors import DetoxrlError, InputError, StorageError, TrainingError
     from detoxrl.recipes import recipe, recipe_names
     from detoxrl.rewards.function import RewardFunction
+    from detoxrl.sharing import export
     from detoxrl.stages import evaluate, run
 
 __version__ = "0.1.0"
 
 # Looked up on first use, so that `import detoxrl` does not import torch; an error's home is errors.
 _HOMES = {"Config": "config", "RewardFunction": "rewards.function", "evaluate": "stages", "run": "stages"}
-_HOMES |= {"recipe": "recipes", "recipe_names": "recipes"}
+_HOMES |= {"recipe": "recipes", "recipe_names": "recipes", "export": "sharing"}
 
 __all__ = [
     "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
-    "evaluate", "recipe", "recipe_names", "run",
+    "evaluate", "export", "recipe", "recipe_names", "run",
 ]  # fmt: skip
 
 

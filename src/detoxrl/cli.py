@@ -32,6 +32,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
   detoxrl evaluate RECIPE --policy [NAME=]PATH ...    any models or LoRAs beside the recipe's start
   detoxrl evaluate --texts [NAME=]FILE [NAME=]FILE    texts written elsewhere, the first is before
   detoxrl report RUN        write report.html
+  detoxrl export RUN        a LoRA, or --merged a model, with its card for others; --push OWNER/NAME to the hub
   detoxrl doctor RECIPE     foretell memory and time, then try every part; write nothing
   detoxrl convert FROM TO   make safetensors of an old model or LoRA with a .bin
   detoxrl recipes           list the recipes
@@ -44,7 +45,7 @@ Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
 _WORDS = {
     "run": "RECIPE", "sweep": "RECIPE", "prepare": "RECIPE", "sft": "RUN", "train": "RUN", "evaluate": "RUN-OR-RECIPE",
-    "report": "RUN", "doctor": "RECIPE", "convert": "FROM TO",
+    "report": "RUN", "export": "RUN", "doctor": "RECIPE", "convert": "FROM TO",
 }  # fmt: skip
 _DONE = {
     "prepare": "prepared {root}; next: detoxrl sft {root}",
@@ -81,6 +82,12 @@ def _parser(command: str, config: Config | None) -> argparse.ArgumentParser:
         for flag, text in (("--policy", "models or LoRAs beside the start"), ("--texts", "texts; the first is before")):
             add(flag, action="extend", nargs="+", metavar="[NAME=]PATH", help=text)
         add("--power", type=float, metavar="SHARE", help="say how many prompts would find such a drop: 0.2")
+    if command == "export":
+        add("--to", type=Path, metavar="DIR", help="folder to make; default RUN-export")
+        add("--push", metavar="OWNER/NAME", help="upload it to the hub, by the token in HF_TOKEN or of `hf auth login`")
+        texts = "a whole model where a LoRA would do", "let others not see what is pushed", "replace an earlier export"
+        for flag, text in zip(("--merged", "--private", "--overwrite"), texts, strict=True):
+            add(flag, action="store_true", help=text)
     if config and "RECIPE" in _WORDS[command]:
         _add_settings(parser, config)
     return parser
@@ -209,8 +216,20 @@ def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
             print(_DONE[command].format(root=root))
 
 
+def _export(name: str, given: Given) -> None:
+    require(name != "", "run folder", name, "is missing", "say `detoxrl export runs/NAME`")
+    with _kept(None):
+        from detoxrl.sharing import export
+
+        flags = {flag: flag in given for flag in ("merged", "private", "overwrite")}
+        made = export(name, to=given.get("to"), push=given.get("push"), **flags)
+    print(f"{made.what}: {made.folder}")
+    shared = f"; look at {made.address}" if made.address else ", then share it: --overwrite --push OWNER/NAME"
+    print(f"next: read {made.folder / 'README.md'}{shared}")
+
+
 @contextmanager
-def _kept(root: Path) -> Iterator[None]:
+def _kept(root: Path | None) -> Iterator[None]:
     """Say what is kept and how to go on when a run is stopped or the disk is full."""
     try:
         with stopping():
@@ -225,7 +244,9 @@ def _kept(root: Path) -> Iterator[None]:
         raise
 
 
-def _how_to_go_on(root: Path) -> str:
+def _how_to_go_on(root: Path | None) -> str:
+    if root is None:
+        return "nothing half made is left"
     command = "sweep" if (root / "sweep.json").is_file() else "run"
     if command == "run" and not (root / "config.json").is_file():
         return "nothing was written"
@@ -258,6 +279,8 @@ def _obey(command: str, settings: Given, given: Given) -> None:
         from detoxrl.convert import convert
 
         print(f"{given['TO']}: {convert(name, Path(given['TO']))}; next: name that folder where you named {name}")
+    elif command == "export":
+        _export(name, given)
     elif _WORDS[command] == "RECIPE" or subjects:
         require("power" not in given, "--power", given.get("power"), "does not go with evaluate RECIPE", "name a run")
         _on_recipe(command, name, settings, given)

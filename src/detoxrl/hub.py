@@ -82,6 +82,47 @@ def bytes_to_fetch(source: str, field: str) -> int:
     return sum(file.file_size or 0 for file in found if file.will_download)
 
 
+def push_token(name: str) -> str:
+    """Return the token to push `name` with. Raises InputError when there is none, or the name is no OWNER/NAME."""
+    fits = re.fullmatch(f"{_NAME}/{_NAME}", name, re.ASCII) and not re.search(r"--|\.\.|\.git$", name)
+    require(bool(fits), "--push", name, "is no name on a hub", "say OWNER/NAME in letters, digits, dots and dashes")
+    on, token = not constants.is_offline_mode(), huggingface_hub.get_token()
+    require(on, "--push", name, "needs the hub, and HF_HUB_OFFLINE is set", "unset it, or leave --push out")
+    require(bool(token), "--push", name, "needs a token, and there is none", "set HF_TOKEN, or run `hf auth login`")
+    return str(token)
+
+
+def pushed(folder: Path, name: str, token: str, private: bool, overwrite: bool) -> str:
+    """Upload a folder as the model repository `name` and return its address; `overwrite` replaces an earlier export.
+
+    Raises InputError, which never holds the token, when the hub does not take it.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        address = str(api.create_repo(name, private=private or None, exist_ok=overwrite))
+        there = api.model_info(name)
+        ours = {file.rfilename for file in there.siblings or []} <= {".gitattributes"} or "detoxrl" in (
+            there.tags or []
+        )
+        require(ours, "--push", name, "holds something else than an export of detoxrl", "choose another name")
+        rule, remedy = "is there already, and everybody can see it", "make it private there, or leave --private out"
+        require(bool(there.private) or not private, "--push", name, rule, remedy)
+        # Deleted is what an earlier export had and this one has not; the hub's history keeps it.
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export", delete_patterns="*")
+        return address
+    # Their messages may quote a header, and with it the token.
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+        by, better = f"was refused by {constants.ENDPOINT}:", "set HF_TOKEN to one that may write there"
+        rule, remedy = {
+            0: (f"could not be sent to {constants.ENDPOINT} ({type(error).__name__})", "try again later"),
+            401: (f"{by} the token is not valid", f"{better}, or run `hf auth login`"),
+            403: (f"{by} the token may not write there", f"{better}, or name an OWNER that is you"),
+            409: (f"{by} it exists already", "choose another name, or add --overwrite to replace an earlier export"),
+        }.get(status, (f"was answered by {constants.ENDPOINT} with status {status}", "try again later"))
+        raise InputError("--push", name, rule, remedy) from None
+
+
 def _begun(source: str, field: str) -> Path:
     """Return the folder of the commit that a hub id means now, with its settings or, of what is listed, whole."""
     if field in _LISTED:
