@@ -234,7 +234,7 @@ def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Mak
     loaded.sample = note  # type: ignore[method-assign, assignment]
     batches = list(sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x"))
     assert ([list(batch) for batch in batches], asked) == ([[2, 0, 1], [3]], [False, False])  # of like length
-    rest = sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", skip=1)
+    rest = sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", skip=3)
     assert list(rest) == batches[1:]
     assert all(first != second for first, second in two)
 

@@ -19,7 +19,7 @@ from detoxrl import train as train_module
 from detoxrl.cache import cached, tidy_cache
 from detoxrl.config import Config, RewardConfig
 from detoxrl.data.rows import to_prompts
-from detoxrl.errors import InputError, TrainingError
+from detoxrl.errors import TrainingError
 from detoxrl.policy.adapters import load_policy
 from detoxrl.policy.backbone import load_base, scratch_base, scratch_tokenizer
 from detoxrl.policy.policy import Policy
@@ -142,18 +142,15 @@ def test_every_second_of_a_step_goes_to_a_stage(bases: dict[str, Path], tmp_path
         assert record["tokens_per_second"] * record["seconds/step"] == pytest.approx(tokens, rel=1e-4)
 
 
-def test_the_policy_goes_where_accelerate_says_and_more_than_one_process_is_refused(
+def test_the_policy_goes_where_accelerate_says(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Elsewhere:
         """What accelerate says on another machine."""
 
-        num_processes, device = 2, torch.device("meta")
+        device = torch.device("meta")
 
     monkeypatch.setattr(train_module, "Accelerator", Elsewhere)
-    with pytest.raises(InputError, match="processes = 2: more than one is not supported"):
-        learn(tmp_path, bases["t5"], small_config())
-    Elsewhere.num_processes = 1
     moved: list[torch.device] = []
     monkeypatch.setattr(Policy, "to", lambda policy, device: moved.append(device))
     with pytest.raises(AttributeError):  # no such machine prepares an optimizer

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.errors import InputError, require
 from detoxrl.parts import judges_of, places, readers_of, run_scorer
@@ -42,6 +43,7 @@ def machine(config: Config) -> dict[str, Any]:
     device = PartialState().device
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     found = {
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if bf16 else ''}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -118,8 +120,9 @@ def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _machine_differences(account: dict[str, Any], config: Config) -> Differences:
-    was = account["machine"]
-    torch.set_num_threads(was.get("threads", torch.get_num_threads()))
+    was = {"processes": 1} | account["machine"]
+    if was["processes"] == processes.count():  # others share the cores otherwise
+        torch.set_num_threads(was.get("threads", torch.get_num_threads()))
     now = machine(config)
     return {name: (was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)}
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 
 from detoxrl import __version__
 from detoxrl.config import Config
-from detoxrl.errors import DetoxrlError, InputError, require
+from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
+from detoxrl.launching import launch, launched
 from detoxrl.recipes import recipe, recipe_names
 from detoxrl.settings import changed, config_from_json, flatten, help_texts, nearest
 from detoxrl.stopping import Terminated, go_on_with, stopping
@@ -41,6 +43,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
 RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
+Several processes: detoxrl run quickstart --num-processes 2, or torchrun --nproc-per-node 8 -m detoxrl run RECIPE
 `detoxrl COMMAND --help` lists its options, `detoxrl run RECIPE --help` every setting with its default as well.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
 _WORDS = {
@@ -71,6 +74,9 @@ def _parser(command: str, config: Config | None) -> argparse.ArgumentParser:
         add("--from", type=Path, metavar="FILE", help="begin with the settings in a run's config.json, not a recipe's")
         add("--run-dir", type=Path, metavar="DIR", help="run folder to make; default runs/RECIPE")
         add("--overwrite", action="store_true", help="replace an existing run folder")
+    if command in ("run", "sweep", "train", "evaluate"):
+        text = "share the work between N processes of this machine; over machines: torchrun -m detoxrl"
+        add("--num-processes", type=int, metavar="N", help=text)
     if command in ("run", "sweep"):
         add("--resume", action="store_true", help="go on with an existing one; with --run-dir no recipe is needed")
         text = "go on with other settings or another machine; the run then ends otherwise, and says so"
@@ -234,8 +240,9 @@ def _kept(root: Path | None) -> Iterator[None]:
     try:
         with stopping():
             yield
-    except KeyboardInterrupt as stop:
-        stop.add_note(_how_to_go_on(root))
+    except (KeyboardInterrupt, ProcessError) as stop:
+        if not getattr(stop, "__notes__", []):
+            stop.add_note(_how_to_go_on(root))
         raise
     except (OSError, SafetensorError) as error:
         # safetensors wraps the system's error in one of its own.
@@ -266,7 +273,14 @@ def _dispatch(words: Sequence[str]) -> None:
     else:
         remedy = nearest(command, [*_WORDS, "recipes", "help"], "see `detoxrl --help`")
         require(command in _WORDS, "command", command, "is not a command", remedy)
-        _obey(command, *_parse(command, words[1:]))
+        settings, given = _parse(command, words[1:])
+        number = given.pop("num_processes", 1)
+        require(number > 0, "--num-processes", number, "must be above 0", "give a whole number")
+        if number == 1 or launched() or "help" in given:
+            _obey(command, settings, given)
+        elif code := launch(words, number):
+            told = "the main process was ended by signal {}; what it kept is there, and --resume goes on"
+            sys.exit(code if code > 0 else _complain(told.format(-code), 1))
 
 
 def _obey(command: str, settings: Given, given: Given) -> None:
@@ -291,8 +305,14 @@ def _obey(command: str, settings: Given, given: Given) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 bad input, 130 and 143 stopped. Bugs keep their traceback."""
     try:
+        words = sys.argv[1:] if words is None else words
         with stopping():
-            _dispatch(sys.argv[1:] if words is None else words)
+            if launched():
+                from detoxrl.helping import led
+
+                led(partial(_dispatch, words))
+            else:
+                _dispatch(words)
     except DetoxrlError as error:
         code = 2 if isinstance(error, InputError) else 1
         sys.exit(_complain("; ".join([str(error), *getattr(error, "__notes__", [])]), code))
@@ -305,5 +325,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"detoxrl: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the main one speaks
+        print(f"detoxrl: {message}", file=sys.stderr)
     return code

@@ -20,6 +20,10 @@ class TrainingError(DetoxrlError):
     """A run that cannot go on (a NaN, say). The command line exits with 1."""
 
 
+class ProcessError(DetoxrlError):
+    """A process of a run over several that is gone. The command line exits with 1."""
+
+
 def require(condition: bool, field: str, value: object, rule: str, remedy: str) -> None:
     """Raise InputError unless `condition` holds."""
     if not condition:

@@ -1,13 +1,14 @@
 """How are policies measured on held-out prompts?"""
 
 import json
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
@@ -55,27 +56,48 @@ def measure_run(
 
 
 def _responses(folder: RunFolder, config: Config, rows: list[Row], given: Mapping[str, str]) -> dict[str, Texts]:
-    """Sample every policy on the same prompts with the same uniforms; of the start some more, to pick the best of."""
-    trained = {name: folder / place for name, place in TRAINED.items() if (folder / place).is_dir()}
-    names, prompts = {**trained, **given}, to_prompts(rows)
+    """Sample every policy on the same prompts with the same uniforms, from those on that are there."""
+    names = {name for name, place in TRAINED.items() if (folder / place).is_dir()} | {*given}
     require("after" in names, "run folder", str(folder.root), "has no adapter", "train it first")
-    known, seed, how = folder.whole_lines("responses.jsonl"), config.seed, config.generation
-    found: dict[str, dict[int, list[str]]] = {}
-    with progress("sample", (1 + len(names)) * len(prompts)) as reach:
-        for name, policy, adapter in policies_of(*base_and_start(folder, config), trained, given, config):
-            before = [dict(line["responses"]) for line in known if line["policy"] == name]
-            more = max(config.evaluation.best_of, default=0) if name == "before" else 0
-            count, done = config.evaluation.samples_per_prompt + more, len(before)
-            batches = sample_batches(
-                policy, prompts, how, seed=seed, stream="evaluation", samples=count, adapter=adapter, skip=done
-            )
-            found[name] = {}
-            for number, batch in enumerate(chain(before, batches)):
-                if number >= done:
-                    folder.append("responses.jsonl", {"policy": name, "responses": list(batch.items())})
-                found[name] |= batch
-                reach(sum(map(len, found.values())), name)
-    return {name: [texts[row] for row in range(len(prompts))] for name, texts in found.items()}
+    found: dict[str, dict[int, list[str]]] = defaultdict(dict)
+    for line in folder.whole_lines("responses.jsonl"):
+        found[line["policy"]] |= dict(line["responses"])
+    done = {name: len(texts) for name, texts in found.items()}
+    processes.tell("measure", folder, config, rows, given, done)
+    with progress("sample", (1 + len(names)) * len(rows)) as reach:
+        for name, batch in sampled(folder, config, rows, given, done):
+            folder.append("responses.jsonl", {"policy": name, "responses": list(batch.items())})
+            found[name] |= batch
+            reach(sum(map(len, found.values())), name)
+    return {name: [texts[row] for row in range(len(rows))] for name, texts in found.items()}
+
+
+def sampled(
+    folder: RunFolder, config: Config, rows: list[Row], given: Mapping[str, str], done: Mapping[str, int]
+) -> Iterator[tuple[str, dict[int, list[str]]]]:
+    """Yield each policy's name with batches of responses by row, without those `done`; all processes take part.
+
+    Of the start there are some more, to pick the best of.
+    """
+    trained = {name: folder / place for name, place in TRAINED.items() if (folder / place).is_dir()}
+    prompts, how, seed, count = to_prompts(rows), config.generation, config.seed, config.evaluation.samples_per_prompt
+    for name, policy, adapter in policies_of(*base_and_start(folder, config), trained, given, config):
+        samples, skip = (
+            count + (max(config.evaluation.best_of, default=0) if name == "before" else 0),
+            done.get(name, 0),
+        )
+        for batch in sample_batches(
+            policy,
+            prompts,
+            how,
+            seed=seed,
+            stream="evaluation",
+            samples=samples,
+            adapter=adapter,
+            skip=skip,
+            together=True,
+        ):
+            yield name, batch
 
 
 def _with_baselines(

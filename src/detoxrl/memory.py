@@ -1,6 +1,7 @@
 """How much of a step fits into memory, and what becomes of what is freed?"""
 
 import ctypes
+import os
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -63,10 +64,10 @@ def keep_freed() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that nobody uses."""
+    """Return the bytes of memory that nobody uses, on a CPU this process's part of them."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tuple[int, int]:

@@ -80,3 +80,9 @@ class Rollout:
     """B response texts, special tokens left out."""
     ref_logprobs: torch.Tensor
     """(B, T) nats, by the frozen reference."""
+    mine: torch.Tensor | None = None
+    """(b,) ascending, the rows that `encoded` holds, where several processes share the update; None: all of them."""
+
+    def encoded_at(self, rows: torch.Tensor) -> Encoded:
+        """Return what is encoded of some of the rows held here."""
+        return self.encoded.select(rows if self.mine is None else torch.searchsorted(self.mine, rows))

@@ -1,14 +1,18 @@
 """How are prompts turned into responses?"""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from itertools import chain
 
 import torch
+from torch.nn.functional import pad
 
-from detoxrl.config import GenerationConfig
+from detoxrl import processes
+from detoxrl.config import Config, GenerationConfig
 from detoxrl.errors import require
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY
-from detoxrl.randomness import uniforms
+from detoxrl.randomness import permutation, uniforms
 from detoxrl.records import Encoded, Prompt, Responses, Rollout, concatenate
 
 
@@ -31,20 +35,25 @@ def sample_batches(
     samples: int = 1,
     adapter: str | None = POLICY,
     skip: int = 0,
+    together: bool = False,
 ) -> Iterator[dict[int, list[str]]]:
     """Yield `samples` response texts for each prompt by its row, batch after batch; every prompt is encoded once.
 
-    A batch is of prompts of like length, so that little is padded. The first `skip` batches are left out.
+    A batch is of prompts of like length, so that little is padded. The first `skip` prompts of that order are left out.
+    `together` all processes sample a part of a batch that is larger by their number, and get the whole.
     """
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
-    for start in range(skip * config.batch_size, len(order), config.batch_size):
-        rows = order[start : start + config.batch_size]
+    size = config.batch_size * (processes.count() if together else 1)
+    for start in range(skip, len(order), size):
+        rows = order[start : start + size]
+        rows = processes.share(rows) if together else rows
         batch = [prompts[row] for row in rows]
         encoded, found = policy.shared(policy.encode([prompt.text for prompt in batch], adapter)), []
         for sample in range(samples):
             chances = draws(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
             found.append(policy.decode(policy.sample(encoded, chances, config.temperature, adapter)))
-        yield {row: list(texts) for row, texts in zip(rows, zip(*found, strict=True), strict=True)}
+        texts = dict(zip(rows, map(list, zip(*found, strict=True)), strict=True))
+        yield dict(chain(*(part.items() for part in processes.everyone(texts)))) if together else texts
 
 
 def by_row(batches: Iterable[dict[int, list[str]]]) -> list[list[str]]:
@@ -120,3 +129,45 @@ def collect(
     responses = concatenate(parts)
     ref, texts = ref[:, : responses.ids.shape[1]].contiguous(), policy.decode(responses)
     return Rollout(prompts=ordered, encoded=encoded, responses=responses, texts=texts, ref_logprobs=ref)
+
+
+def minibatches(config: Config, step: int, epoch: int, rows: int) -> list[list[int]]:
+    """Return the rows of each minibatch of a pass, ascending: rollouts are sorted by length, so little is padded."""
+    order, size = permutation(config.seed, f"minibatches {epoch}", step, rows), config.rl.minibatch_size
+    return [sorted(order[start : start + size]) for start in range(0, rows, size)]
+
+
+def deal(minibatches: Sequence[Sequence[int]], number: int) -> list[list[int]]:
+    """Return the rows of each of `number` processes, ascending: of each minibatch, and in all, as many or one more."""
+    order = [row for minibatch in minibatches for row in minibatch]
+    return [sorted(order[rank::number]) for rank in range(number)]
+
+
+def joined(
+    part: Rollout, prompts: list[Prompt], dealt: list[list[int]], config: GenerationConfig, pad_id: int
+) -> Rollout:
+    """Return the rollout of all prompts (sorted by length) in every process, of which each made its `dealt` part.
+
+    With one process that is all of it. What is encoded stays where it was made: it is by far the most, and no other
+    process needs it.
+    """
+    if len(dealt) == 1:
+        return part
+    own, device = part.responses, part.ref_logprobs.device
+    place = torch.tensor([row for rows in dealt for row in rows]).argsort()
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        x = pad(x, (0, config.max_new_tokens - x.shape[1])) if x.ndim == 2 else x
+        return torch.cat(processes.everyone(x.cpu()))[place].to(device)
+
+    tensors = {f.name: whole(getattr(own, f.name)) for f in fields(Responses)}
+    tensors["ids"] = tensors["ids"].where(tensors["response_mask"], pad_id)
+    responses, texts = concatenate([Responses(**tensors)]), list(chain(*processes.everyone(part.texts)))
+    return Rollout(
+        prompts=prompts,
+        encoded=part.encoded,
+        responses=responses,
+        texts=[texts[i] for i in place.tolist()],
+        ref_logprobs=whole(part.ref_logprobs)[:, : responses.ids.shape[1]].contiguous(),
+        mine=torch.tensor(processes.share(dealt)[0], device=device),
+    )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from detoxrl import processes
 from detoxrl.cache import cached, tidy_cache
 from detoxrl.changes import also_measure, begin_again, new_account, take_up
 from detoxrl.config import Config
@@ -64,6 +65,7 @@ def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
 def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report."""
     folder, config = RunFolder.open(root)
+    processes.require_led(config.rl.batch_size)
     with folder.held():
         if name in ("sft", "train"):
             for split in SPLITS:  # before anything is deleted
@@ -144,6 +146,7 @@ def _begun(
     """Yield a prepared folder, held, and its config: a new one, or the one to go on with."""
     started = time.perf_counter()
     recipe(config.recipe)  # the report repeats a run from its recipe, so it must be one
+    processes.require_led(config.rl.batch_size)
     config = absolute(config, reward)
     folder, prepared = RunFolder(root), None
     going_on = resume and (root / "config.json").is_file()
@@ -213,8 +216,10 @@ def _tuned(folder: RunFolder, config: Config, name: str, tune: Callable[[Path, P
 
 
 def _train(folder: RunFolder, config: Config, given: RewardFunction | None, *_: Any) -> None:
+    processes.tell("train", folder, config)
     base, start = base_and_start(folder, config)
     policy = load_policy(base, start, config.policy, config.seed)
+    processes.gather(lambda: None)  # the others have loaded theirs, or what hinders one is raised here
     reward, judge = run_scorer(folder, config, given).reward, next(iter(judges_of(config).values()))
     train_policy(folder, config, policy, reward, judge, rows_of(folder, "train"), rows_of(folder, "validation"))
 

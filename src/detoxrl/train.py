@@ -3,29 +3,30 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 
+from detoxrl import processes
 from detoxrl.best import BestCheckpoint, Validation
 from detoxrl.checkpoint import Checkpoints, trainable
-from detoxrl.config import Config
+from detoxrl.config import Config, RlConfig
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.errors import require
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import validation_quality
 from detoxrl.memory import Room
 from detoxrl.policy.policy import Policy
-from detoxrl.randomness import batch_indices, permutation
+from detoxrl.randomness import batch_indices
 from detoxrl.records import Prompt, Rollout
 from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import gae, token_rewards
 from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
-from detoxrl.rollout import by_row, collect, sample_batches
+from detoxrl.rollout import by_row, collect, deal, joined, minibatches, sample_batches
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.stopping import go_on_with
 from detoxrl.tracking import NOTHING_BETTER, PRODUCTS, RunFolder, log, progress
@@ -48,13 +49,8 @@ def train(
     KeyboardInterrupt; a reward that raises leaves a checkpoint of its step. Raises TrainingError when a logged number
     is not finite; the best policy so far stays. The last checkpoint stays too, for a run that is to be longer.
     """
-    rl, accelerator = config.rl, Accelerator()
-    one = accelerator.num_processes == 1
-    require(one, "processes", accelerator.num_processes, "more than one is not supported yet", "start a single one")
-    policy.to(accelerator.device)
-    learning = (policy.parameters(), rl.lr), (list(policy.value_head.parameters()), rl.value_lr)
-    groups = [{"params": weights, "lr": peak} for weights, peak in learning]
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
+    rl, reward = config.rl, processes.shared(reward)
+    accelerator, optimizer = learner(policy, rl)
     prompts, best = to_prompts(rows), BestCheckpoint(folder, rl)
     head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
     products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
@@ -62,7 +58,10 @@ def train(
     begun = checkpoints.restore() or {"step": 0, "kl_coef": rl.kl_coef, "best": [], "shown": ""}
     first, kl_coef, shown = begun["step"], begun["kl_coef"], begun["shown"]
     best.recall(begun["best"])
+    processes.tell("begin")
+    processes.begin_alike(optimizer)
     if not (folder / "normaliser.json").is_file():
+        processes.tell("normalise")
         folder.write_json("normaliser.json", asdict(reference_normaliser(policy, reward, prompts, config)))
     normaliser = Normaliser(**folder.read_json("normaliser.json"))
     room = Room.of(folder, policy, prompts, config)
@@ -91,6 +90,7 @@ def train(
             done = bool(best.series) and best.series[-1].step == step
             if (last or step % rl.validate_every == 0) and not done:
                 with kept(step):
+                    processes.tell("validate", step)
                     found = validation(policy, config, reward, judge, validation_rows, step)
                 refuse_nan({f"validation/{name}": value for name, value in asdict(found).items()}, step)
                 folder.append("validation.jsonl", asdict(found) | {"kept": best.offer(policy, found)})
@@ -102,6 +102,7 @@ def train(
             if last:
                 break
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
+            processes.tell("step", normaliser, step, kl_coef, watch, room)
             rollout, raw, statistics = ppo_step(
                 policy, accelerator, optimizer, scored, normaliser, batch, config, step, kl_coef, watch, room
             )
@@ -119,6 +120,15 @@ def train(
             reach(step + 1, f"score {statistics['score/mean']:.2f}  kl {statistics['kl/reference']:.2f}  {shown}")
     checkpoints.forget(keep=1)
     _say_how_it_ended(folder, best, shown)
+
+
+def learner(policy: Policy, rl: RlConfig) -> tuple[Accelerator, Any]:
+    """Move the policy to its device; return what knows that, and what updates weights and value head."""
+    accelerator = Accelerator()
+    policy.to(accelerator.device)
+    learning = (policy.parameters(), rl.lr), (list(policy.value_head.parameters()), rl.value_lr)
+    groups = [{"params": weights, "lr": peak} for weights, peak in learning]
+    return accelerator, accelerator.prepare(torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0))
 
 
 def _say_how_it_ended(folder: RunFolder, best: BestCheckpoint, shown: str) -> None:
@@ -139,7 +149,8 @@ def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Promp
     if config.reward.normalise_on == 0:
         return Normaliser()
     some, seed, start = prompts[: config.reward.normalise_on], config.seed, policy.reference
-    batches = sample_batches(policy, some, config.generation, seed=seed, stream="normaliser", adapter=start)
+    how = config.generation
+    batches = sample_batches(policy, some, how, seed=seed, stream="normaliser", adapter=start, together=True)
     scores = reward([prompt.text for prompt in some], [text for (text,) in by_row(batches)])
     if bool((scores == scores[0]).all()):
         what = f"all {len(scores)} responses of the start score {scores[0]:.3g}"
@@ -153,16 +164,18 @@ def validation(
     """Return how the policy does on the validation rows, one response each, without a step's effect on the draws.
 
     Every validation draws the same uniforms, so policies differ and luck does not. Prompts are read in batches, so that
-    no more encoder states are held than there are in a batch.
+    no more encoder states are held than there are in a batch. Several processes share them.
     """
     prompts, texts, kl = to_prompts(rows), [""] * len(rows), torch.zeros(len(rows))
     order, size = sorted(range(len(rows)), key=lambda row: len(prompts[row].text)), config.generation.batch_size
-    for batch in (order[start : start + size] for start in range(0, len(rows), size)):
+    mine, own = processes.share(order), list[tuple[int, str, float]]()
+    for batch in (mine[start : start + size] for start in range(0, len(mine), size)):
         some = [prompts[row] for row in batch]
         found = collect(policy, some, config.generation, seed=config.seed, step=0, stream="validation")
-        kl[batch] = k1(found.responses.logprobs, found.ref_logprobs).sum(1).cpu()
-        for row, text in zip(batch, found.texts, strict=True):
-            texts[row] = text
+        nats = k1(found.responses.logprobs, found.ref_logprobs).sum(1).tolist()
+        own += zip(batch, found.texts, nats, strict=True)
+    for row, text, distance in chain(*processes.everyone(own)):
+        texts[row], kl[row] = text, distance
     toxicity = judge(texts)
     return Validation(
         step=step,
@@ -193,8 +206,11 @@ def ppo_step(
     decay = 1 - step / rl.steps
     for group, peak in zip(optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
         group["lr"] = peak * decay
-    how = config.generation
-    rollout = collect(policy, prompts, how, seed=config.seed, step=step, keep_cross=room.keep_cross)
+    how, dealt = config.generation, deal(minibatches(config, step, 0, len(prompts)), processes.count())
+    prompts = sorted(prompts, key=lambda prompt: len(prompt.text))
+    some = [prompts[row] for row in processes.share(dealt)[0]]
+    rollout = collect(policy, some, how, seed=config.seed, step=step, keep_cross=room.keep_cross)
+    rollout = joined(rollout, prompts, dealt, how, policy.pad)
     watch.lap("sample")
     responses, mask = rollout.responses, rollout.responses.response_mask
     raw = reward([prompt.text for prompt in rollout.prompts], rollout.texts).to(accelerator.device)
@@ -231,20 +247,22 @@ def update(
 ) -> dict[str, float]:
     """Make `epochs` passes of clipped updates over a rollout; return statistics over all its minibatches.
 
-    Gradients are sums over microbatches divided by the minibatch's token count, so microbatches change memory only.
-    Where one does not fit into memory the minibatch begins again with microbatches half as large.
+    Gradients are sums over microbatches, and over the processes' rows, divided by the minibatch's token count, so
+    microbatches change memory only. Where one does not fit into memory a process begins its part of the minibatch again
+    with microbatches half as large.
     """
-    rl, rows = config.rl, len(rollout.texts)
+    rl = config.rl
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     totals, size = Totals(), microbatch_size or rl.microbatch_size or rl.minibatch_size
     for epoch in range(rl.epochs):
-        order = torch.tensor(permutation(config.seed, f"minibatches {epoch}", step, rows), device=policy.device)
-        for minibatch in order.split(rl.minibatch_size):
-            minibatch = minibatch.sort().values  # rollouts are sorted by length, so little is padded
+        passed = list[tuple[list[dict[str, float]], float]]()
+        for rows in minibatches(config, step, epoch, len(rollout.texts)):
+            minibatch = torch.tensor(rows, device=policy.device)
             tokens, parts = int(rollout.responses.response_mask[minibatch].sum()), list[dict[str, float]]()
-            while not parts:
+            mine = minibatch if rollout.mine is None else minibatch[torch.isin(minibatch, rollout.mine)]
+            while len(mine) and not parts:
                 try:
-                    for microbatch in minibatch.split(size):
+                    for microbatch in mine.split(size):
                         part = _losses(policy, rollout, targets, microbatch, config)
                         accelerator.backward((part["policy"] + rl.value_coef * part["value"]) / tokens)
                         parts.append({name: float(value.detach()) for name, value in part.items()})
@@ -254,10 +272,14 @@ def update(
                     size, parts = -(-size // 2), []
                     optimizer.zero_grad()
                     log.print(f"step {step}: out of memory, so an update reads {size} responses at once from here on")
-            totals.add(parts)
-            totals.norms.append(float(accelerator.clip_grad_norm_(weights, rl.max_grad_norm)))
+            processes.sum_gradients(weights)
+            passed.append((parts, float(accelerator.clip_grad_norm_(weights, rl.max_grad_norm))))
             optimizer.step()
             optimizer.zero_grad()
+        size = min(processes.everyone(size))
+        for minibatch_parts in zip(*processes.everyone(passed), strict=True):
+            totals.add([part for parts, _ in minibatch_parts for part in parts])
+            totals.norms.append(minibatch_parts[0][1])
         if rl.update_kl_limit is not None and totals.pass_kl() > rl.update_kl_limit:
             break
     return totals.metrics(epochs=epoch + 1) | {"microbatch_size": float(size)}
@@ -273,7 +295,7 @@ def _losses(
     if policy.train_encoder:
         encoded = policy.encode([rollout.prompts[row].text for row in rows.tolist()])
     else:
-        encoded = rollout.encoded.select(rows)
+        encoded = rollout.encoded_at(rows)
     ids = responses.ids[rows, :length]
     new_logprobs, entropy, new_values = policy.logprobs(encoded, ids, config.generation.temperature, mask=mask)
     advantages, returns = targets.advantages[rows, :length], targets.returns[rows, :length]

@@ -1,0 +1,166 @@
+"""What do several processes of one run do together?
+
+The main one leads: it runs a command as if it were alone, and tells the others when it wants help. What is told and
+gathered goes over gloo, which notices at once when a process is gone; gradients go over what suits the device.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from detoxrl.errors import DetoxrlError, ProcessError, first_line, require
+
+T = TypeVar("T")
+Scores = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
+# Longest wait for the main process, which may prepare, warm-start and judge for hours.
+_PATIENCE = timedelta(days=30)
+# What accelerate may be asked for that shards weights; its hooks fire in a model's forward, which we do not call.
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+@dataclass
+class _Here:
+    rank: int = 0
+    count: int = 1
+    talk: Any = None
+
+
+_here = _Here()
+
+
+class Relayed(Exception):
+    """What was done together failed somewhere, and the main process raises it."""
+
+
+def count() -> int:
+    """Return how many processes work on the run; 1 until `join`."""
+    return _here.count
+
+
+def join() -> bool:
+    """Meet the others that a launcher started, and return whether this is the main process.
+
+    Raises InputError when accelerate is to shard weights or counts otherwise, ProcessError when they do not meet.
+    """
+    set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_SHARDING, "CPU")}
+    for kind in _SHARDING:
+        rule = "would compute wrong numbers: each process needs all of the weights"
+        require(set_to[kind] == "false", "accelerate", kind, rule, "configure it for several GPUs without sharding")
+    with _connected():
+        state = PartialState(cpu=set_to["CPU"] == "true" or not torch.accelerator.is_available())
+        talk = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _here.rank, _here.count, _here.talk = state.process_index, state.num_processes, talk
+    return _here.rank == 0
+
+
+def require_led(batch_size: int) -> None:
+    """Raise InputError where processes were started but not joined, or are more than a step has work for."""
+    started, remedy = PartialState().num_processes, "say `torchrun -m detoxrl run`, with the reward in a file"
+    require(started == _here.count, "processes", started, "share what the command line does, alone", remedy)
+    rule = f"is below the number of processes, {started}"
+    require(started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo begins with a line of its source, and ends with advice.
+        reason = re.sub(r"^\[[^\]]*\] ", "", first_line(error)).partition(". ")[0]
+        raise ProcessError(f"a process of this run was lost: {reason}") from error
+
+
+def tell(*task: Any) -> None:
+    """Have the others do something, by what `told` returns there. The main process alone tells."""
+    if _here.count > 1:
+        same(task)
+
+
+def told() -> tuple[Any, ...]:
+    """Return what the main process tells next. Raises ProcessError when it is gone."""
+    return same(())
+
+
+def same(value: T) -> T:
+    """Return the main process's value in every process."""
+    found = [value]
+    with _connected():
+        dist.broadcast_object_list(found, src=0, group=_here.talk)
+    return found[0]
+
+
+def share(rows: Sequence[T]) -> list[T]:
+    """Return every so manieth row, which is this process's part; with fewer rows than processes some have the same."""
+    return list(rows[_here.rank :: _here.count] or rows[:1])
+
+
+def everyone(value: T) -> list[T]:
+    """Return the value that each process gives, by rank."""
+    found = [value] * _here.count
+    if _here.count > 1:
+        with _connected():
+            dist.all_gather_object(found, value, group=_here.talk)
+    return found
+
+
+def gather(make: Callable[[], T]) -> list[T]:
+    """Return what `make` returns in each process, by rank.
+
+    Where it raises a DetoxrlError in one of several, the main process raises that and the others Relayed.
+    """
+    found, fault = list[T](), None
+    try:
+        found.append(make())
+    except DetoxrlError as error:
+        if _here.count == 1:
+            raise
+        fault = type(error), str(error)
+    each = everyone((found, fault))
+    for failed in filter(None, (fault for _, fault in each)):
+        raise failed[0].__new__(*failed) if _here.rank == 0 else Relayed(failed[1])
+    return [value for some, _ in each for value in some]
+
+
+def shared(reward: Scores) -> Scores:
+    """Return a reward of which each process computes its part, and all get all."""
+
+    def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        found = torch.zeros(len(prompts))
+        for rank, part in enumerate(gather(lambda: reward(share(prompts), share(responses)).cpu())):
+            found[rank :: _here.count] = part[: len(found[rank :: _here.count])]
+        return found
+
+    return scores if _here.count > 1 else reward
+
+
+def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Replace the gradients of the weights by their sums over all processes; one without any counts as 0."""
+    if _here.count == 1:
+        return
+    flat = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights])
+    with _connected():
+        dist.all_reduce(flat)
+    for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = gradient.view_as(weight)
+
+
+def begin_alike(optimizer: Any) -> None:
+    """Give every process the weights and moments that the main one begins with."""
+    if _here.count == 1:
+        return
+    state, weights = optimizer.state_dict(), [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {i: {name: x.cpu() for name, x in one.items()} for i, one in state["state"].items()}
+    values, moments = same(([weight.detach().cpu() for weight in weights], moments))
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
+    optimizer.load_state_dict(state | {"state": moments})
