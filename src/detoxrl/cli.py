@@ -40,6 +40,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
 RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
+Watch a run: --track tensorboard, trackio or wandb behind run, sweep or train; else no tracker is imported or contacted.
 `detoxrl COMMAND --help` lists its options, `detoxrl run RECIPE --help` every setting with its default as well.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
 _WORDS = {
@@ -74,6 +75,8 @@ def _parser(command: str, config: Config | None) -> argparse.ArgumentParser:
         add("--resume", action="store_true", help="go on with an existing one; with --run-dir no recipe is needed")
         text = "go on with other settings or another machine; the run then ends otherwise, and says so"
         add("--accept-changes", action="store_true", help=text)
+    if command in ("run", "sweep", "train"):
+        add("--track", metavar="NAME", help="show it in tensorboard, trackio or wandb; --resume keeps it, none ends it")
     if command == "sweep":
         add("--over", action="extend", nargs="+", metavar="FIELD=VALUES", help="what to try: rl.kl-coef=0.05,0.2")
         add("--seeds", action="extend", type=lambda text: text.split(","), help="what to repeat each with: 0,1,2")
@@ -130,6 +133,7 @@ def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
     usual = {"sweep": "sweep", "evaluate": "texts" if "texts" in given else f"{config.recipe}-measured"}
     root = given.get("run_dir", Path("runs", usual.get(command, config.recipe)))
     how: Given = {flag: flag in given for flag in ("overwrite", "resume", "accept_changes")}
+    how["track"] = given.get("track")
     fits = not (how["overwrite"] and how["resume"])
     require(fits, "--resume", True, "does not go with --overwrite", "choose one of them")
     fits, remedy = how["resume"] or not how["accept_changes"], "add --resume, or leave it out"
@@ -187,7 +191,7 @@ def _defaults(command: str, name: str, given: Given) -> Config:
 def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
     """Do a stage of a run again, or measure the run otherwise than before."""
     require(name != "", "run folder", name, "is missing", f"say `detoxrl {command} runs/NAME`")
-    root, remedy = Path(name), "use --policy, --power or settings"
+    root, remedy, track = Path(name), "use --policy, --power or settings", given.pop("track", None)
     require(given.keys() <= {"power", "policy"}, "flags", " ".join(given), "do not go with a run that is there", remedy)
     with _kept(root):
         from detoxrl import measuring, stages
@@ -198,11 +202,11 @@ def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
             print(measuring.needed_prompts(root, given["power"]))
             return
         if settings:
-            stages.run(root, changed(RunFolder.open(root)[1], settings), resume=True)
+            stages.run(root, changed(RunFolder.open(root)[1], settings), resume=True, track=track)
         if "policy" in given:
             stages.evaluate(root, policies=_named("policy", given))
         if not settings and not given:
-            stages.again(root, command)
+            stages.again(root, command, track=track)
         if command == "report" or settings or given:
             print_result(root)
         else:
