@@ -25,7 +25,7 @@ soak: .venv/test-installed
 	touch $@
 
 .venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[offline,dev]'
+	$(PIP) -e '.[offline,track,dev]'
 	touch $@ .venv/demo-installed
 
 clean:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 # down a hundredfold (docs/log.md). It must be said before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No library reports of itself, and wandb copies nothing that is printed, unless the environment says otherwise.
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off"} | os.environ
 
 if TYPE_CHECKING:
     from detoxrl.config import Config

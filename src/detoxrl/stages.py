@@ -5,7 +5,7 @@ Every stage takes the run folder alone, so each can run in its own process.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from detoxrl.rewards.function import RewardFunction
 from detoxrl.sft import civil_baseline, expert_baseline, warm_start
 from detoxrl.storage import digests, filling, remove
 from detoxrl.subjects import NOTHING, Subjects, config_to_measure, read_subjects, subjects_of, try_policies
+from detoxrl.trackers import chosen, followed
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
 
@@ -43,15 +44,18 @@ def run(
     resume: bool = False,
     reward: RewardFunction | None = None,
     accept_changes: bool = False,
+    track: str | None = None,
 ) -> dict[str, Any]:
     """Run every stage in a new folder, or with `resume` go on where it stopped, and return what eval.json holds.
 
     `reward` takes the place of the config's classifier. `accept_changes` goes on with a config or a machine by which
-    the run does not end as if never stopped. Raises InputError for what does not fit, before anything is written.
+    the run does not end as if never stopped. `track` names a tracker that gets the metrics, "none" ends that; a run
+    that goes on keeps its own. Raises InputError for what does not fit, before anything is written.
     """
-    with _begun(Path(root), config, overwrite, resume, reward, accept_changes=accept_changes) as (folder, config):
-        for name in _REMAINING:
-            if name not in folder.finished():
+    root, track = Path(root), chosen(track, Path(root) if resume else None)
+    with _begun(root, config, overwrite, resume, reward, accept_changes=accept_changes) as (folder, config):
+        with followed(folder, config, track):
+            for name in (name for name in _REMAINING if name not in folder.finished()):
                 _make(name, folder, config, reward)
         return dict(folder.read_json("eval.json"))
 
@@ -62,10 +66,11 @@ def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
         pass
 
 
-def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
-    """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report."""
+def again(root: Path, name: str, reward: RewardFunction | None = None, track: str | None = None) -> None:
+    """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report; `track` as for `run`."""
     folder, config = RunFolder.open(root)
     processes.require_led(config.rl.batch_size)
+    track = chosen(track, root)
     with folder.held():
         if name in ("sft", "train"):
             for split in SPLITS:  # before anything is deleted
@@ -77,7 +82,8 @@ def again(root: Path, name: str, reward: RewardFunction | None = None) -> None:
         if name != "report":
             folder.discard(["responses.jsonl"] if name == "evaluate" else products_from(name))
             begin_again(folder, config, name)
-        _make(name, folder, config, reward)
+        with nullcontext() if name == "report" else followed(folder, config, track):
+            _make(name, folder, config, reward)
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from detoxrl.report.build import page, read_lines
 from detoxrl.report.plots import frontier_plot
 from detoxrl.report.table import print_sweep
 from detoxrl.settings import changed, config_to_json, flatten
+from detoxrl.trackers import chosen
 from detoxrl.tracking import RunFolder, log
 
 _SIDES, _RESAMPLES = ("before", "after"), 2000
@@ -61,7 +62,7 @@ def planned(config: Config, over: Sequence[str], seeds: Sequence[str]) -> dict[s
 def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str], **how: Any) -> None:
     """Run every combination of values with every seed in `root`; write sweep.json and sweep.html, print the table.
 
-    `how` is overwrite, resume and accept_changes of `stages.run`. With `resume` what is finished stays, and without
+    `how` is overwrite, resume, accept_changes, track of `stages.run`. With `resume` what is finished stays, and without
     `over` and `seeds` those of before are meant. A run that ends in a TrainingError is recorded, and the others go on.
     Raises InputError before anything is written for what does not fit, TrainingError when no run has a result.
     """
@@ -76,8 +77,11 @@ def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str],
         new = not root.is_dir() or not any(root.iterdir())
         require(new, "--run-dir", str(root), "is no folder of a sweep", "name another folder; nothing was deleted")
         RunFolder.refuse_unfit(root, overwrite=False)
+    if begun and how["resume"]:
+        how["track"] = how["track"] or folder.read_json("sweep.json").get("track")
+    chosen(how["track"])
     require(bool(over or seeds), "--over", "", "is missing", "say --over rl.kl-coef=0.05,0.2, or --seeds 0,1")
-    runs, found = planned(config, over, seeds), {"over": over, "seeds": seeds}
+    runs, found = planned(config, over, seeds), {"over": over, "seeds": seeds, "track": how["track"]}
     for one in () if begun else dict(runs.values()).values():  # what does not fit is found before hours have passed
         check(with_revisions(absolute(one), None))
     folder.write("base.json", config_to_json(config))

@@ -48,6 +48,7 @@ class RunFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.on_append: Callable[[], None] = lambda: None  # called after each line that `append` wrote
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -128,6 +129,7 @@ class RunFolder:
         rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in record.items()}
         with (self.root / name).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n")
+        self.on_append()
 
     def whole_lines(self, name: str) -> list[Any]:
         """Return the objects of a JSON-lines file, which is cut at the first line that is torn; no file holds none."""
