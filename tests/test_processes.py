@@ -131,8 +131,9 @@ def alone(place: Path, capfd: pytest.CaptureFixture[str]) -> Path:
 
 
 def test_two_processes_make_the_run_that_one_makes(place: Path, alone: Path) -> None:
-    code, told = shared_run(2, own(*WORDS, "--run-dir", "two"), place)
+    code, told = shared_run(2, own(*WORDS, "--run-dir", "two", "--track", "tensorboard"), place)
     assert code == 0, told
+    assert len([*(place / "two/tensorboard").iterdir()]) == 1  # the main one's
     same_run(alone, place / "two")
     assert json.loads((place / "two/run.json").read_text())["machine"]["processes"] == 2
     assert told.count("train: kept the policy of step") == 1  # the others are silent

@@ -19,7 +19,7 @@ from tensorboard.util import tensor_util
 from detoxrl import checkpoint
 from detoxrl.checkpoint import Checkpoints
 from detoxrl.errors import InputError
-from detoxrl.trackers import chosen, followed
+from detoxrl.trackers import chosen
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, own, same_end
 
@@ -32,12 +32,13 @@ def tensorboard(run: Path) -> tuple[Series, dict[str, dict[int, str]]]:
     found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     tags = found.Tags()
     numbers = {name: [(event.step, event.value) for event in found.Scalars(name)] for name in tags["scalars"]}
-    texts = {
-        name.removesuffix("/text_summary"): {
-            event.step: tensor_util.make_ndarray(event.tensor_proto)[0].decode() for event in found.Tensors(name)
-        }
-        for name in tags["tensors"]
-    }
+    texts: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in tags["tensors"]:
+        for event in found.Tensors(name):
+            assert event.step not in texts[name.removesuffix("/text_summary")], name
+            texts[name.removesuffix("/text_summary")][event.step] = tensor_util.make_ndarray(event.tensor_proto)[
+                0
+            ].decode()
     return numbers, texts
 
 
@@ -165,6 +166,8 @@ def test_training_that_begins_anew_is_a_new_run_and_none_ends_it(
     before = contents(place / "run/tensorboard")
     assert detoxrl(["train", "run"]) == 0
     assert contents(place / "run/tensorboard") == before
+    assert detoxrl(["train", "run", "--track", "tensorboard"]) == 0
+    same(tensorboard(place / "run")[0], place / "run")
     assert detoxrl(own(*WORDS, "--run-dir", "run", "--overwrite")) == 0
     assert not (place / "run/tensorboard").exists()  # another run, and nobody asked for a tracker of it
 
@@ -291,7 +294,7 @@ def test_wandb_offline_shows_the_same_and_a_run_goes_on_under_its_id(place: Path
 
     words = own(*WORDS, "--rl.steps", "5", "--run-dir", "run", "--track", "wandb")
     stopped = [sys.executable, "-m", "detoxrl", *words]
-    surroundings = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parent)}
+    surroundings = {**os.environ, "WANDB_MODE": "offline"}
     surroundings |= {"WANDB_CACHE_DIR": str(place / "cache"), "WANDB_DATA_DIR": str(place / "data")}
     ended = subprocess.run(
         stopped, env={**surroundings, "INTERRUPT_AT": "3"}, capture_output=True, text=True, timeout=3000, check=False
@@ -326,22 +329,11 @@ def test_wandb_offline_shows_the_same_and_a_run_goes_on_under_its_id(place: Path
 def test_wandb_without_a_login_is_one_line(place: Path) -> None:
     words = [sys.executable, "-m", "detoxrl", *own(*WORDS, "--run-dir", "run", "--track", "wandb")]
     hidden = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")}
-    hidden |= {"HOME": str(place), "NETRC": str(place / "none"), "PYTHONPATH": str(Path(__file__).parent)}
+    hidden |= {"HOME": str(place), "NETRC": str(place / "none")}
     ended = subprocess.run(words, env=hidden, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
     assert "--track = 'wandb': " in ended.stderr.splitlines()[-1]
     assert "set WANDB_MODE=offline" in ended.stderr.splitlines()[-1]
-
-
-def test_of_several_processes_one_has_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate import PartialState
-
-    from detoxrl.recipes import recipe
-
-    monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
-    with followed(RunFolder(tmp_path), recipe("quickstart"), "tensorboard"):
-        pass
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_is_gone_back_from_sends_nothing_twice(

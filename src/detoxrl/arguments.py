@@ -66,7 +66,7 @@ def parser_of(command: str, config: Config | None) -> argparse.ArgumentParser:
         add("--resume", action="store_true", help="go on with an existing one; with --run-dir no recipe is needed")
         text = "go on with other settings or another machine; the run then ends otherwise, and says so"
         add("--accept-changes", action="store_true", help=text)
-    if command in ("run", "sweep", "train"):
+    if command in ("run", "sweep", "train", "evaluate"):
         add("--track", metavar="NAME", help="show it in tensorboard, trackio or wandb; --resume keeps it, none ends it")
     if command == "sweep":
         add("--over", action="extend", nargs="+", metavar="FIELD=VALUES", help="what to try: rl.kl-coef=0.05,0.2")

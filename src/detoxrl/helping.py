@@ -49,6 +49,8 @@ def _help(tasks: Tasks) -> None:
     while (task := processes.told())[0] != "end":
         what, *given = task
         try:
+            if what in ("train", "measure"):
+                tasks = {"measure": tasks["measure"]}  # what was trained before is let go
             if what == "train":
                 tasks |= _training(*given)
             else:

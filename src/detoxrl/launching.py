@@ -36,7 +36,7 @@ def launch(words: Sequence[str], number: int) -> int:
         return subprocess.Popen(command, env={**os.environ, **named}, start_new_session=True)
 
     leader, *others = map(start, range(number))
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, lambda which, _: leader.send_signal(which))
     _wait(leader, others)
     for other in others:

@@ -70,7 +70,7 @@ def again(root: Path, name: str, reward: RewardFunction | None = None, track: st
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report; `track` as for `run`."""
     folder, config = RunFolder.open(root)
     processes.require_led(config.rl.batch_size)
-    track = chosen(track, root)
+    track = "none" if name == "report" else chosen(track, root)  # a report needs no tracker, installed or not
     with folder.held():
         if name in ("sft", "train"):
             for split in SPLITS:  # before anything is deleted

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from accelerate import PartialState
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from detoxrl.config import Config
@@ -25,7 +24,7 @@ from detoxrl.evaluation.measure import toxic_words
 from detoxrl.parts import judges_of
 from detoxrl.report.build import mask_pattern
 from detoxrl.settings import flatten, nearest
-from detoxrl.storage import digests, remove
+from detoxrl.storage import remove
 from detoxrl.tracking import RunFolder
 
 _FILE, _NAMES, _SAMPLES = "tracker.json", ("none", "tensorboard", "trackio", "wandb"), 100
@@ -46,13 +45,12 @@ def chosen(asked: str | None, root: Path | None = None) -> str:
 
 @contextmanager
 def followed(folder: RunFolder, config: Config, name: str) -> Iterator[None]:
-    """Let a tracker have what a held run has and what is made inside, however that ends; one of several processes does.
+    """Let a tracker have what a held run has and what is made inside, however that ends.
 
     Raises InputError when the tracker does not take the run.
     """
     if name == "none":
         remove(folder / _FILE)
-    if name == "none" or not PartialState().is_main_process:
         yield
         return
     with redirect_stdout(sys.stderr):  # stdout carries results
@@ -100,25 +98,26 @@ class _Tracker:
     def follow_result(self) -> None:
         """Send what eval.json says of quality and by the primary judge, and samples, unless that was sent."""
         folder, sent, sides = self.folder, self.kept["sent"], ("before", "after")
-        if "evaluate" not in folder.finished() or sent.get("eval.json") == digests(folder / "eval.json"):
+        if "evaluate" not in folder.finished():
             return
         found, step = folder.read_json("eval.json"), self.config.rl.steps
         judge, lines = found["primary_judge"], folder.whole_lines("samples.jsonl")[:_SAMPLES]
         numbers = flatten({"toxicity": found["toxicity"][judge], "quality": found["quality"]}, "eval.")
-        self._log({k.replace(".", "/"): v for k, v in numbers.items() if isinstance(v, float | int)}, step)
+        numbers = {k.replace(".", "/"): v for k, v in numbers.items() if isinstance(v, float | int)}
+        if sent.get("eval.json") == numbers:
+            return
+        self._log(numbers, step)
         rates = [{f"toxicity {side}": line["toxicity"][judge][side][0] for side in sides} for line in lines]
         texts = [{side: line["responses"][side][0] for side in sides} for line in lines]
         self._show("samples", [text | rate for text, rate in zip(texts, rates, strict=True)], step)
-        sent["eval.json"] = digests(folder / "eval.json")
+        sent["eval.json"] = numbers
         folder.write_json(_FILE, self.kept)
 
     def _newest(self) -> Path | None:
         return max((self.folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}"), default=None)
 
     def _log(self, values: dict[str, Any], step: int) -> None:
-        own = (
-            self.name == "wandb"
-        )  # it drops what comes for an earlier step than the last, so the axis is a value there
+        own = self.name == "wandb"  # it drops what comes for an earlier step, so the axis is a value there
         self.run.log(values | ({"step": step} if own else {}), None if own else step)
 
     def _show(self, name: str, rows: list[dict[str, Any]], step: int) -> None:

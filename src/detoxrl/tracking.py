@@ -50,6 +50,9 @@ class RunFolder:
         self.root = root
         self.on_append: Callable[[], None] = lambda: None  # called after each line that `append` wrote
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.root,)  # who is called after a line stays in this process
+
     def __truediv__(self, name: str) -> Path:
         return self.root / name
 
