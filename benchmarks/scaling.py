@@ -138,10 +138,10 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "foretell"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("words", nargs="*", default=["quickstart"])
-    given = parser.parse_args()
+    own, _, words = " ".join(sys.argv[1:]).partition(" -- ")
+    given = parser.parse_args(own.split())
     if given.what == "measure":
-        measure(given.threads, given.pairs, given.words)
+        measure(given.threads, given.pairs, words.split() or ["quickstart"])
     else:
         foretell(Assumed())
 
