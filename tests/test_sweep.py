@@ -202,9 +202,11 @@ def test_a_sweep_is_replaced_or_gone_on_with_on_request_only(runs: Runs, capfd: 
     assert "'runs/sweep': exists already; add --resume to go on, --overwrite to begin anew" in capfd.readouterr().err
     runs.asked.clear()
     assert detoxrl([*OVER[:2], "--over", "rl.kl-coef=0.5", "--resume"]) == 0
-    assert runs.asked == [("rl.kl_coef=0.5_seed=0", {"overwrite": False, "resume": True, "accept_changes": False})]
+    assert runs.asked == [
+        ("rl.kl_coef=0.5_seed=0", {"overwrite": False, "resume": True, "accept_changes": False, "track": None})
+    ]
     assert detoxrl([*OVER[:2], "--over=rl.kl-coef=0.5", "--overwrite", "--rl.steps=7"]) == 0
-    assert runs.asked[-1][1] == {"overwrite": True, "resume": False, "accept_changes": False}
+    assert runs.asked[-1][1] == {"overwrite": True, "resume": False, "accept_changes": False, "track": None}
     assert json.loads(Path("runs/sweep/base.json").read_text())["rl"]["steps"] == 7
 
 
