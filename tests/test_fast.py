@@ -527,10 +527,10 @@ def test_a_t5_in_bfloat16_agrees_within_its_rounding(make: Make) -> None:
     assert ours["logprobs"].dtype == torch.float32
     for name in ("logprobs", "entropies", "values"):
         assert (ours[name] - theirs[name]).abs().max() < 0.15
-        assert (ours[name] - fp32[name]).abs().max() < 0.1
+        assert (ours[name] - fp32[name]).abs().max() < 0.15
     names = [name for name in ours if "lora_" in name]
     flat = {i: torch.cat([x[name].float().flatten() for name in names]) for i, x in enumerate((ours, theirs, fp32))}
-    assert (flat[0] - flat[2]).norm() < 0.05 * flat[2].norm()
+    assert (flat[0] - flat[2]).norm() < 0.08 * flat[2].norm()  # of products in 8 bits
     assert {ours[name].dtype for name in names} == {torch.float32}
     with torch.no_grad():
         drawn = policy.sample(encoded, CHANCES, 1.0)

@@ -33,6 +33,7 @@ def led(command: Callable[[], None]) -> None:
     if processes.join():
         command()
         processes.tell("end")
+        processes.leave()
         return
     log.quiet = True
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process hears them too, and needs us to end its step
@@ -40,6 +41,7 @@ def led(command: Callable[[], None]) -> None:
     keep_freed()
     try:
         _help({"measure": lambda *given: deque(sampled(*given), maxlen=0)})
+        processes.leave()
     except ProcessError:
         time.sleep(1)  # whoever watches sees the main process end first, whose code and words say why
         raise

@@ -61,6 +61,11 @@ def join() -> bool:
     return _here.rank == 0
 
 
+def leave() -> None:
+    """Part from the others, once all is done: threads of the groups that are still there at exit may abort it."""
+    dist.destroy_process_group()
+
+
 def require_led(batch_size: int) -> None:
     """Raise InputError where processes were started but not joined, or are more than a step has work for."""
     started, remedy = PartialState().num_processes, "say `torchrun -m detoxrl run`, with the reward in a file"
