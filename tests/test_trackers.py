@@ -16,7 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from detoxrl import checkpoint
+from detoxrl import checkpoint, stages
 from detoxrl.checkpoint import Checkpoints
 from detoxrl.errors import InputError
 from detoxrl.trackers import chosen
@@ -143,6 +143,11 @@ def test_a_run_that_is_stopped_and_killed_is_one_series_without_a_step_twice(
     assert (kept["tracker"], kept["run"]) == ("tensorboard", begun["run"])
     assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0  # nothing new, nothing sent
     assert tensorboard(place / "run") == (numbers, texts)
+    for words in (["run", "--power", "0.2"], ["quickstart"]):
+        assert detoxrl(["evaluate", *words, "--track", "tensorboard"]) == 2
+    with monkeypatch.context() as gone:  # as where it is not installed
+        gone.setattr(stages, "chosen", lambda *_: pytest.fail("a report asks no tracker"))
+        assert detoxrl(["report", "run"]) == 0
     assert detoxrl(["evaluate", "run"]) == 0  # nothing else came of it
     assert tensorboard(place / "run") == (numbers, texts)
     untracked = place / "untracked"

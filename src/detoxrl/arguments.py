@@ -34,7 +34,7 @@ RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
 Several processes: detoxrl run quickstart --num-processes 2, or torchrun --nproc-per-node 8 -m detoxrl run RECIPE
-Watch a run: --track tensorboard, trackio or wandb behind run, sweep or train; else no tracker is imported or contacted.
+Watch a run: --track tensorboard, trackio or wandb behind run, sweep, train, evaluate RUN; else none is contacted.
 `detoxrl COMMAND --help` lists its options, `detoxrl run RECIPE --help` every setting with its default as well.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
 WORDS = {
