@@ -78,7 +78,7 @@ class PolicyConfig(_Section):
     lora_targets: Annotated[tuple[str, ...], _Rule(len, "must name a layer", "say q v, for example")] = ("q", "v")
     train_encoder: bool = False  # Also train the encoder; without it every prompt is encoded once.
     full_weights: bool = False  # Train the weights, not a LoRA; the reference is a copy of them. Wants a lower lr.
-    bf16: bool = False  # Half the memory: base and products in bfloat16; adapter, value head, log-probs, losses in fp32.
+    bf16: bool = False  # Half the memory: base, products in bfloat16; adapter, value head, log-probs, losses in fp32.
 
     def __post_init__(self) -> None:
         super().__post_init__()
