@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -43,6 +44,11 @@ from detoxrl.reward_training import train_reward_model
 transformers.utils.logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
 torch.set_num_threads(2)
+# A busy machine is no failure.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
 ENCODER_DECODERS = ("t5", "bart")

@@ -16,7 +16,7 @@ FLOORS = [
     ("data", "policy", "rewards"),
     ("stopping", "launching", "cache", "tracking", "rollout", "memory"),
     ("evaluation", "best", "checkpoint"),
-    ("sft", "train", "reward_training", "step_metrics"),
+    ("sft", "validation", "train", "reward_training", "step_metrics"),
     ("report",),
     ("subjects", "parts", "changes", "prepare", "forecast", "doctor", "convert", "measuring", "stages", "sweep", "card",
      "sharing", "helping", "trackers"),

@@ -252,7 +252,7 @@ def test_similarity_is_the_cosine_in_double_precision_and_never_negative(folders
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_similarity_of_any_vectors_is_in_range_and_symmetric(those: list[tuple[int, int]]) -> None:
     def encode(texts: object) -> np.ndarray:
         rows = np.array([those[int(text)] for text in texts], dtype=np.float64)  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ SOME = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" 
 
 
 @given(texts=SOME, tokens=st.integers(1, 600))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_neither_batch_nor_neighbours_change_a_probability(
     random_classifier: Classifier, texts: list[str], tokens: int
 ) -> None:

@@ -156,7 +156,7 @@ def test_rewards_whitening_and_losses_equal_their_twins(seed: int) -> None:
 
 
 @given(kl=st.floats(0, 100), target=st.floats(0.1, 50), size=st.integers(1, 512), horizon=st.integers(512, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_kl_controller_equals_its_twin(kl: float, target: float, size: int, horizon: int) -> None:
     ours = adapt_kl_coef(0.1, kl, target, horizon, size)
     assert ours == pytest.approx(twin.adapt_kl_coef(0.1, kl, target, horizon, size), rel=1e-10)
@@ -169,7 +169,7 @@ seeds = st.integers(0, 2**31)
 
 
 @given(seed=seeds, junk=st.floats(-1e6, 1e6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_stands_in_the_padding_never_matters(seed: int, junk: float) -> None:
     generator, _, mask = batch(seed)
     tensors = [normal(generator, mask) for _ in range(4)]
@@ -187,7 +187,7 @@ def test_what_stands_in_the_padding_never_matters(seed: int, junk: float) -> Non
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_permuting_the_batch_permutes_the_result(seed: int) -> None:
     generator, _, mask = batch(seed)
     tensors = [normal(generator, mask) for _ in range(4)]
@@ -212,7 +212,7 @@ def test_permuting_the_batch_permutes_the_result(seed: int) -> None:
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error(seed: int) -> None:
     generator, _, mask = batch(seed)
     rewards, values = normal(generator, mask) * mask, normal(generator, mask) * mask
@@ -225,7 +225,7 @@ def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error(seed: int
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gradient_at_ratio_one_is_reinforce(seed: int) -> None:
     generator, _, mask = batch(seed)
     old, advantages = normal(generator, mask), normal(generator, mask)
@@ -236,7 +236,7 @@ def test_gradient_at_ratio_one_is_reinforce(seed: int) -> None:
 
 
 @given(seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_masked_token_has_no_gradient_in_either_loss(seed: int) -> None:
     generator, _, mask = batch(seed)
     new, values = (normal(generator, mask).requires_grad_() for _ in range(2))

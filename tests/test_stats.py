@@ -26,7 +26,7 @@ from detoxrl.evaluation.stats import (
 from evaluation_statistics import SHAPES, Evaluation, Shares, evaluations, truth
 
 SCORES = arrays(np.float64, st.tuples(st.integers(1, 12), st.integers(1, 3)), elements=st.floats(0, 1, width=32))
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def difference(differences: Sequence[float], resamples: int = 20_000) -> Difference:

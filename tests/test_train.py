@@ -26,7 +26,8 @@ from detoxrl.policy.policy import Policy
 from detoxrl.rollout import by_row, collect, sample_batches
 from detoxrl.sft import fine_tune
 from detoxrl.tracking import RunFolder
-from detoxrl.train import reference_normaliser, train, validation
+from detoxrl.train import reference_normaliser, train
+from detoxrl.validation import Validator
 
 ROWS = prompted_rows(0, {"train": 64, "validation": 8})
 
@@ -38,6 +39,10 @@ def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor
 
 def no_judge(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.linspace(0.4, 0.6, len(texts))
+
+
+def no_score(prompts: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
+    return torch.zeros(len(texts))
 
 
 def learn(folder: Path, base: Path, config: Config, reward: object = share_of_e) -> list[dict[str, float]]:
@@ -173,9 +178,10 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 
 
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
-def test_validation_gives_each_row_its_text_and_measures_score_and_distance(make_policy: Make, name: str) -> None:
+def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
+    make_policy: Make, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, small, rows = make_policy(name, "loaded"), small_config(), ROWS["validation"]
-    disturb(policy)
     judged: list[str] = []
     scored: list[tuple[str, str]] = []
 
@@ -188,7 +194,13 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(make
         return torch.arange(len(texts)).float()
 
     config = replace(small, generation=replace(small.generation, batch_size=3))
-    found = validation(policy, config, reward, judge, rows, step=5)
+    validate = Validator(policy, config, rows)
+    validate(no_score, no_judge, 0)
+    disturb(policy)
+    encode = Mock(wraps=policy.encode)
+    monkeypatch.setattr(policy, "encode", encode)
+    found = validate(reward, judge, step=5)
+    assert encode.call_count == 0  # each prompt was read once
     assert len({len(row.prompt) for row in rows}) > 3  # batches of like length are not in the order of rows
     alone = [
         collect(policy, [prompt], config.generation, seed=config.seed, step=0, stream="validation")
@@ -202,6 +214,18 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(make
     distances = [float((one.responses.logprobs - one.ref_logprobs).sum()) for one in alone]
     assert found.kl == pytest.approx(np.mean(distances), rel=1e-4)
     assert found.kl > 0.5
+
+
+def test_validation_reads_prompts_again_where_the_encoder_trains(make_policy: Make) -> None:
+    policy = make_policy("t5", "loaded")
+    policy.train_encoder = True
+    validate = Validator(policy, small_config(), ROWS["validation"])
+    first = validate(no_score, no_judge, 0)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "encoder" in name and "lora" not in name:
+                weight.mul_(1.5)
+    assert validate(no_score, no_judge, 1).length != first.length
 
 
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

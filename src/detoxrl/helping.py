@@ -20,7 +20,8 @@ from detoxrl.policy.adapters import load_policy
 from detoxrl.randomness import batch_indices
 from detoxrl.rewards.shaping import Normaliser
 from detoxrl.tracking import RunFolder, log
-from detoxrl.train import learner, ppo_step, reference_normaliser, validation
+from detoxrl.train import learner, ppo_step, reference_normaliser
+from detoxrl.validation import Validator
 
 Tasks = dict[str, Callable[..., object]]
 
@@ -82,6 +83,6 @@ def _training(folder: RunFolder, config: Config) -> Tasks:
     return {
         "begin": partial(processes.begin_alike, optimizer),
         "normalise": partial(reference_normaliser, policy, reward, prompts, config),
-        "validate": partial(validation, policy, config, reward, lambda texts: np.zeros(len(texts)), validation_rows),
+        "validate": partial(Validator(policy, config, validation_rows), reward, lambda texts: np.zeros(len(texts))),
         "step": step,
     }

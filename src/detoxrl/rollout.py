@@ -104,15 +104,17 @@ def collect(
     step: int,
     stream: str = "rollout",
     keep_cross: bool = True,
+    encoded: Encoded | None = None,
 ) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
     Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states, and with
     `keep_cross` the update shares what cross-attention makes of them. Log-probs are those that tokens were drawn by: a
-    base in bfloat16 rounds otherwise while it samples than in the update, and the clipped ratio weighs that.
+    base in bfloat16 rounds otherwise while it samples than in the update, and the clipped ratio weighs that. `encoded`
+    is what an earlier call with the same prompts encoded.
     """
     ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
-    encoded = policy.encode([prompt.text for prompt in ordered])
+    encoded = encoded or policy.encode([prompt.text for prompt in ordered])
     encoded = policy.shared(encoded) if keep_cross else encoded
     parts: list[Responses] = []
     ref = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,25 +10,25 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 
 from detoxrl import processes
-from detoxrl.best import BestCheckpoint, Validation
+from detoxrl.best import BestCheckpoint
 from detoxrl.checkpoint import Checkpoints, trainable
 from detoxrl.config import Config, RlConfig
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.judges import Judge
-from detoxrl.evaluation.metrics import validation_quality
 from detoxrl.memory import Room
 from detoxrl.policy.policy import Policy
 from detoxrl.randomness import batch_indices
 from detoxrl.records import Prompt, Rollout
 from detoxrl.rewards.shaping import Normaliser, Reward, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import gae, token_rewards
-from detoxrl.rl.kl import adapt_kl_coef, k1, k3
+from detoxrl.rl.kl import adapt_kl_coef, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import whiten
 from detoxrl.rollout import by_row, collect, deal, joined, minibatches, sample_batches
 from detoxrl.step_metrics import Totals, Watch, keep_samples, refuse_nan, rollout_statistics, warn
 from detoxrl.stopping import go_on_with
 from detoxrl.tracking import NOTHING_BETTER, PRODUCTS, RunFolder, log, progress
+from detoxrl.validation import Validator
 
 _PARTED = "from there on the score is above the least toxic policy's, and toxicity above or quality below"
 
@@ -52,6 +51,7 @@ def train(
     rl, reward = config.rl, processes.shared(reward)
     accelerator, optimizer = learner(policy, rl)
     prompts, best = to_prompts(rows), BestCheckpoint(folder, rl)
+    validate = Validator(policy, config, validation_rows)
     head = {f"value_head.{name}": weight for name, weight in policy.value_head.named_parameters()}
     products = [folder / name for name in PRODUCTS["train"] if name != "checkpoints/train"]
     checkpoints = Checkpoints(folder / "checkpoints/train", trainable(policy.model) | head, optimizer, products)
@@ -91,7 +91,7 @@ def train(
             if (last or step % rl.validate_every == 0) and not done:
                 with kept(step):
                     processes.tell("validate", step)
-                    found = validation(policy, config, reward, judge, validation_rows, step)
+                    found = validate(reward, judge, step)
                 refuse_nan({f"validation/{name}": value for name, value in asdict(found).items()}, step)
                 folder.append("validation.jsonl", asdict(found) | {"kept": best.offer(policy, found)})
                 shown = f"validation toxicity {found.toxicity:.3f} quality {found.quality:.3f}"
@@ -156,36 +156,6 @@ def reference_normaliser(policy: Policy, reward: Reward, prompts: Sequence[Promp
         what = f"all {len(scores)} responses of the start score {scores[0]:.3g}"
         log.print(f"train: {what}; nothing is to be learnt here")
     return fit_normaliser(scores)
-
-
-def validation(
-    policy: Policy, config: Config, reward: Reward, judge: Judge, rows: Sequence[Row], step: int
-) -> Validation:
-    """Return how the policy does on the validation rows, one response each, without a step's effect on the draws.
-
-    Every validation draws the same uniforms, so policies differ and luck does not. Prompts are read in batches, so that
-    no more encoder states are held than there are in a batch. Several processes share them.
-    """
-    prompts, texts, kl = to_prompts(rows), [""] * len(rows), torch.zeros(len(rows))
-    order, size = sorted(range(len(rows)), key=lambda row: len(prompts[row].text)), config.generation.batch_size
-    mine, own = processes.share(order), list[tuple[int, str, float]]()
-    for batch in (mine[start : start + size] for start in range(0, len(mine), size)):
-        some = [prompts[row] for row in batch]
-        found = collect(policy, some, config.generation, seed=config.seed, step=0, stream="validation")
-        nats = k1(found.responses.logprobs, found.ref_logprobs).sum(1).tolist()
-        own += zip(batch, found.texts, nats, strict=True)
-    for row, text, distance in chain(*processes.everyone(own)):
-        texts[row], kl[row] = text, distance
-    toxicity = judge(texts)
-    return Validation(
-        step=step,
-        toxicity=float(toxicity.mean()),
-        toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
-        quality=validation_quality(rows, texts),
-        length=sum(len(text.split()) for text in texts) / len(texts),
-        score=float(reward([prompt.text for prompt in prompts], texts).mean()),
-        kl=float(kl.mean()),
-    )
 
 
 def ppo_step(
