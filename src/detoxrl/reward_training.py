@@ -15,16 +15,9 @@ LABELS = ("nothate", "hate")
 
 
 def train_reward_model(
-    utterances: Sequence[tuple[str, bool]],
-    folder: Path,
-    place: Path,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    on_step: Callable[[int, float], None],
-) -> None:
+    utterances: Sequence[tuple[str, bool]], folder: Path, place: Path, *, steps: int, batch_size: int, lr: float,
+    seed: int, on_step: Callable[[int, float], None],
+) -> None:  # fmt: skip
     """Train a small RoBERTa on (text, hateful) `utterances` and save it to `folder`; checkpoints go to `place`.
 
     Its labels are those of facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate.

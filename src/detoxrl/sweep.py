@@ -17,7 +17,6 @@ from detoxrl.evaluation.stats import two_stage_interval
 from detoxrl.parts import absolute, with_revisions
 from detoxrl.prepare import check
 from detoxrl.report.build import page, read_lines
-from detoxrl.report.plots import frontier_plot
 from detoxrl.report.table import print_sweep
 from detoxrl.settings import changed, config_to_json, flatten
 from detoxrl.trackers import chosen
@@ -97,6 +96,8 @@ def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str],
         results[label].append({"folder": name, "seed": one.seed} | outcome)
     whole = found | _summary(root, results)
     folder.write_json("sweep.json", whole)
+    from detoxrl.report.plots import frontier_plot  # here, as every command imports this file, and few matplotlib
+
     folder.write("sweep.html", page("sweep.html.j2", whole | {"plot": frontier_plot(whole)}))
     print_sweep(root, whole)
 

@@ -4,8 +4,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from scipy.cluster.hierarchy import DisjointSet
-
 # Two texts are near when the sets of their word trigrams overlap by this much (Jaccard).
 THRESHOLD = 0.7
 # A run of letters and digits; in scripts without spaces, each character.
@@ -24,6 +22,8 @@ def near_groups(texts: Sequence[str]) -> list[int]:
     Exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets that overlap by the threshold
     share one of the rarest few elements of each, so only texts that do are compared.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # here, as few commands compare texts
+
     sets = [shingles(text) for text in texts]
     counts = Counter(shingle for one in sets for shingle in one)
     groups = DisjointSet(range(len(texts)))

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
 from detoxrl.data.facts import facts_kept, quarrel_roles
@@ -19,14 +18,15 @@ class _Words:
         return re.findall(r"\w+", text.lower())
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words)
 _CHRF = CHRF()
 _SEEN, _UNSEEN = insult_pattern(SEEN_INSULTS), insult_pattern(UNSEEN_INSULTS)
 
 
 def rouge_l(reference: str, response: str) -> float:
     """Return ROUGE-L F1 in [0, 1] (Lin 2004), without stemming."""
-    return float(_ROUGE.score(reference, response)["rougeL"].fmeasure)
+    from rouge_score.rouge_scorer import RougeScorer  # here, as nltk comes along, most of a second
+
+    return float(RougeScorer(["rougeL"], tokenizer=_Words).score(reference, response)["rougeL"].fmeasure)
 
 
 def chrf(reference: str, response: str) -> float:

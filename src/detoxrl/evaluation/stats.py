@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr, t
+from scipy.special import stdtrit
 
 from detoxrl.errors import require
 
@@ -63,7 +63,7 @@ def _studentised_reach(differences: Floats, resamples: int, rng: np.random.Gener
         # A resample of equal differences has no t; where those are many, Student's t is what is left.
         spread = variances > 1e-9 * centred.var()
         drawn.append(np.where(spread, np.abs(means) / np.sqrt(np.where(spread, variances, 1) / freedom), 0))
-    return max(float(np.quantile(np.concatenate(drawn)[:resamples], 0.95)), float(t.ppf(0.975, freedom)))
+    return max(float(np.quantile(np.concatenate(drawn)[:resamples], 0.95)), float(stdtrit(freedom, 0.975)))
 
 
 def _sign_flip_p(differences: Floats, resamples: int, rng: np.random.Generator) -> float:
@@ -145,6 +145,8 @@ def agreement(toxicity: Mapping[str, Floats]) -> dict[str, dict[str, float | Non
 
 
 def _agreement(x: Floats, y: Floats) -> dict[str, float | None]:
+    from scipy.stats import spearmanr  # here, as it takes half a second to import
+
     toxic, too = x >= 0.5, y >= 0.5
     same = float((toxic == too).mean())
     chance = float(toxic.mean() * too.mean() + (1 - toxic.mean()) * (1 - too.mean()))

@@ -14,7 +14,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detoxrl.recipes import recipe
 from detoxrl.report import words
-from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, over_optimisation, toxicity_distributions
 from detoxrl.report.sheets import blind_sheets, compared_sheet, differing, samples_sheet
 from detoxrl.settings import flatten
 from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
@@ -63,6 +62,8 @@ def page(template: str, parts: dict[str, Any], masked: Sequence[str] = ()) -> st
 
 
 def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    from detoxrl.report.plots import toxicity_distributions  # here, as matplotlib takes half a second to import
+
     judge, after = evaluation["primary_judge"], words.after_name(evaluation)
     scores = {side: [score for s in samples for score in s["toxicity"][judge][side]] for side in ("before", "after")}
     rows = prompt_rows(samples, judge)
@@ -83,6 +84,8 @@ def _training(folder: RunFolder) -> dict[str, Any]:
     # A model that was only evaluated has no checkpoint: nothing was trained here.
     if not (folder / "checkpoint.json").is_file():
         return {"checkpoint": None}
+    from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, over_optimisation  # as above
+
     checkpoint, validations = folder.read_json("checkpoint.json"), read_lines(folder.need("validation.jsonl", "train"))
     metrics = read_lines(folder.need("metrics.jsonl", "train"))
     metrics += [{f"validation/{name}": value for name, value in found.items()} | found for found in validations]
