@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from detoxrl.config import Config, without_revision
 from detoxrl.data.rows import Row, read_rows
-from detoxrl.errors import require
-from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge, remembered
+from detoxrl.errors import InputError, require
+from detoxrl.evaluation.judges import Judge, classifier_judge, profanity_judge, remembered
 from detoxrl.evaluation.meaning import load_encoder
 from detoxrl.evaluation.measure import Pairs, Readers
 from detoxrl.evaluation.stats import Floats
@@ -89,14 +89,22 @@ def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) 
 
 
 def judges_of(config: Config) -> dict[str, Judge]:
-    """Return the judges by name, the primary one first; each rates a text once."""
+    """Return the judges by name, the primary one first; each rates a text once.
+
+    Raises InputError when the package of one is missing, or a classifier has no such label.
+    """
     settings = config.evaluation
     named = [(settings.primary_judge, settings.judge_label, "evaluation.primary_judge", "evaluation.judge_label")]
     named += [(*_labelled(other), _OTHERS, _OTHERS) for other in settings.other_judges]
     found: dict[str, Judge] = {}
     for source, label, field, label_field in named:
         name = f"{_called(source)} ({label})" if _called(source) in found else _called(source)
-        found[name] = remembered(load_judge(source, label, field, label_field, PartialState().device))
+        judge: Judge | None = profanity_judge() if source == "alt-profanity-check" else None
+        if source != "alt-profanity-check":
+            judge = classifier_judge(load_classifier(source, field, {label_field: label}, PartialState().device))
+        if judge is None:
+            raise InputError(field, source, "is not installed", "pip install 'detoxrl[offline]'")
+        found[name] = remembered(judge)
     return found
 
 
