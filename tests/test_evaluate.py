@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import prompted_rows
 from detoxrl.config import EvaluationConfig
-from detoxrl.evaluation.judges import Judge, load_judge
+from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.measure import Measured, Readers, comparison, measure, old_protocol, splits, toxic_words
 from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
 from detoxrl.evaluation.stats import (
@@ -24,13 +23,14 @@ from detoxrl.evaluation.stats import (
     verdict,
 )
 
-CPU = torch.device("cpu")
 ROWS = prompted_rows(0, {"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
 
 
 def profanity() -> Judge:
-    return load_judge("alt-profanity-check", "toxic", "evaluation.primary_judge", "evaluation.judge_label", CPU)
+    found = profanity_judge()
+    assert found is not None
+    return found
 
 
 def lengths(pairs: Sequence[tuple[str, str]]) -> Floats:

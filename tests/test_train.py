@@ -232,7 +232,7 @@ def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPa
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(sft_module, "load_policy", Mock())
     monkeypatch.setattr(sft_module, "_tune", lambda what, model, tokenizer, pairs, *_: seen.extend(pairs))
-    sft_module.civil_baseline(small_config(), ROWS["train"], "base", None, tmp_path, tmp_path)
+    sft_module.baseline(small_config(), ROWS["train"], None, "base", None, tmp_path, tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
 
 

@@ -59,14 +59,13 @@ def parser_of(command: str, config: Config | None) -> argparse.ArgumentParser:
         add("--from", type=Path, metavar="FILE", help="begin with the settings in a run's config.json, not a recipe's")
         add("--run-dir", type=Path, metavar="DIR", help="run folder to make; default runs/RECIPE")
         add("--overwrite", action="store_true", help="replace an existing run folder")
-    if command in ("run", "sweep", "train", "evaluate"):
-        text = "share the work between N processes of this machine; over machines: torchrun -m detoxrl"
-        add("--num-processes", type=int, metavar="N", help=text)
     if command in ("run", "sweep"):
         add("--resume", action="store_true", help="go on with an existing one; with --run-dir no recipe is needed")
         text = "go on with other settings or another machine; the run then ends otherwise, and says so"
         add("--accept-changes", action="store_true", help=text)
     if command in ("run", "sweep", "train", "evaluate"):
+        text = "share the work between N processes of this machine; over machines: torchrun -m detoxrl"
+        add("--num-processes", type=int, metavar="N", help=text)
         add("--track", metavar="NAME", help="show it in tensorboard, trackio or wandb; --resume keeps it, none ends it")
     if command == "sweep":
         add("--over", action="extend", nargs="+", metavar="FIELD=VALUES", help="what to try: rl.kl-coef=0.05,0.2")
@@ -78,9 +77,9 @@ def parser_of(command: str, config: Config | None) -> argparse.ArgumentParser:
     if command == "export":
         add("--to", type=Path, metavar="DIR", help="folder to make; default RUN-export")
         add("--push", metavar="OWNER/NAME", help="upload it to the hub, by the token in HF_TOKEN or of `hf auth login`")
-        texts = "a whole model where a LoRA would do", "let others not see what is pushed", "replace an earlier export"
-        for flag, text in zip(("--merged", "--private", "--overwrite"), texts, strict=True):
-            add(flag, action="store_true", help=text)
+        add("--merged", action="store_true", help="a whole model where a LoRA would do")
+        add("--private", action="store_true", help="let others not see what is pushed")
+        add("--overwrite", action="store_true", help="replace an earlier export")
     if config and "RECIPE" in WORDS[command]:
         _add_settings(parser, config)
     return parser

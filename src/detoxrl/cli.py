@@ -35,12 +35,12 @@ def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
     root = given.get("run_dir", Path("runs", usual.get(command, config.recipe)))
     how: Given = {flag: flag in given for flag in ("overwrite", "resume", "accept_changes")}
     how["track"] = given.get("track")
-    fits, remedy = command != "evaluate" or how["track"] is None, "leave it out, or name a run that trained"
-    require(fits, "--track", how["track"], "does not go with a recipe or texts that are measured", remedy)
+    fits = command != "evaluate" or how["track"] is None
+    require(fits, "--track", how["track"], "does not go with a recipe or texts that are measured", "leave it out")
     fits = not (how["overwrite"] and how["resume"])
     require(fits, "--resume", True, "does not go with --overwrite", "choose one of them")
-    fits, remedy = how["resume"] or not how["accept_changes"], "add --resume, or leave it out"
-    require(fits, "--accept-changes", True, "goes with --resume alone", remedy)
+    fits = how["resume"] or not how["accept_changes"]
+    require(fits, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
     with _kept(root):
         from detoxrl import doctor, stages, sweep
         from detoxrl.report.table import print_result
@@ -101,8 +101,7 @@ def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
         from detoxrl.report.table import print_result
         from detoxrl.tracking import RunFolder
 
-        other, remedy = "power" in given or "policy" in given, "leave it out: what the run is followed by is kept"
-        require(track is None or not other, "--track", track, "does not go with --power or --policy", remedy)
+        require(track is None or not given, "--track", track, "does not go with --power or --policy", "leave it out")
         if "power" in given:
             print(measuring.needed_prompts(root, given["power"]))
             return

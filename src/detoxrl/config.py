@@ -16,7 +16,6 @@ class _Rule(NamedTuple):
 
 
 _POSITIVE = _Rule(lambda value: 0 < value < inf, "must be above 0")
-_POSITIVE_OR_NONE = _POSITIVE._replace(holds=lambda value: value is None or 0 < value < inf)
 _NOT_NEGATIVE = _Rule(lambda value: 0 <= value < inf, "must be 0 or more", "give 0 or a larger value")
 _UNIT = _Rule(lambda value: 0 <= value <= 1, "must lie in [0, 1]", "give a value between 0 and 1")
 _SEVERAL = _Rule(lambda value: value >= 2, "must be 2 or more")
@@ -33,7 +32,8 @@ class _Section:
         for one in fields(self):  # type: ignore[arg-type]
             value = getattr(self, one.name)
             for rule in getattr(one.type, "__metadata__", ()):
-                require(bool(rule.holds(value)), f"{section}.{one.name}", value, rule.rule, rule.remedy)
+                holds = value is None or bool(rule.holds(value))  # None passes where the type has it
+                require(holds, f"{section}.{one.name}", value, rule.rule, rule.remedy)
 
 
 def without_revision(source: str) -> str:
@@ -83,12 +83,10 @@ class PolicyConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         bare, rule = self.adapter is None, "does not go with policy.full_weights"
-        remedy = "merge it into the base, or leave policy.full_weights out"
-        require(bare or not self.full_weights, "policy.adapter", self.adapter, rule, remedy)
-        remedy = "weights that train need fp32; leave one of them out"
-        require(not (self.full_weights and self.bf16), "policy.bf16", True, rule, remedy)
-        rule = "needs the base it was trained on"
-        require(bare or self.base != "scratch", "policy.adapter", self.adapter, rule, "set policy.base")
+        require(bare or not self.full_weights, "policy.adapter", self.adapter, rule, "merge it into the base")
+        require(not (self.full_weights and self.bf16), "policy.bf16", True, rule, "leave one of them out")
+        known = bare or self.base != "scratch"
+        require(known, "policy.adapter", self.adapter, "needs the base it was trained on", "set policy.base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +140,16 @@ class RlConfig(_Section):
     batch_size: Annotated[int, _POSITIVE, _SEVERAL] = 64  # Responses per rollout.
     minibatch_size: Annotated[int, _POSITIVE] = 16  # Responses per optimizer step.
     # Responses per pass of an update, which changes memory, not results; None: as many as free memory allows.
-    microbatch_size: Annotated[int | None, _POSITIVE_OR_NONE] = None
+    microbatch_size: Annotated[int | None, _POSITIVE] = None
     epochs: Annotated[int, _POSITIVE] = 2  # Passes over a rollout.
     lr: Annotated[float, _POSITIVE] = 5e-4  # Learning rate of the policy's weights, decaying linearly to 0.
     value_lr: Annotated[float, _POSITIVE] = 5e-3  # Learning rate of the value head.
     kl_coef: Annotated[float, _NOT_NEGATIVE] = 0.05  # Weight of the per-token KL to the reference in the reward.
     # KL in nats per response that an adaptive kl_coef aims at; None keeps kl_coef fixed.
-    kl_target: Annotated[float | None, _POSITIVE_OR_NONE] = None
+    kl_target: Annotated[float | None, _POSITIVE] = None
     kl_horizon: Annotated[int, _POSITIVE] = 2_000  # Responses over which the adaptive controller moves.
     # Mean k3 between policy and rollout per token at which a step's remaining epochs are skipped.
-    update_kl_limit: Annotated[float | None, _POSITIVE_OR_NONE] = 0.1
+    update_kl_limit: Annotated[float | None, _POSITIVE] = 0.1
     gamma: Annotated[float, _UNIT] = 1.0  # Discount.
     lam: Annotated[float, _UNIT] = 0.95  # Lambda of generalised advantage estimation.
     clip: Annotated[float, _POSITIVE] = 0.2  # Clip range of the ratio.
@@ -163,7 +161,7 @@ class RlConfig(_Section):
     # A checkpoint is kept only if validation quality (facts, or ROUGE-L without facts) fell by no more than this.
     quality_margin: Annotated[float, _NOT_NEGATIVE] = 0.005
     # Training ends when so many validations in a row brought no better checkpoint; None: it never does.
-    patience: Annotated[int | None, _POSITIVE_OR_NONE] = None
+    patience: Annotated[int | None, _POSITIVE] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,7 +184,7 @@ class EvaluationConfig(_Section):
     encoder: str | None = None
     nli: str | None = None  # Folder or hub id of a model that says whether a dialogue entails a response.
     # SOURCE=LABEL: a classifier and its label for fluent text; with it civil x similar x fluent is measured.
-    fluency: Annotated[str | None, _LABELLED._replace(holds=lambda one: one is None or "=" in one)] = None
+    fluency: Annotated[str | None, _LABELLED._replace(holds=lambda one: "=" in one)] = None
     # Baselines without training: the best of so many samples of the start, by the reward; none turns them off.
     best_of: Annotated[tuple[int, ...], _SIZES] = (4, 16)
     bootstrap: Annotated[int, _POSITIVE] = 10_000  # Resamples behind each interval.
@@ -212,19 +210,17 @@ class Config:
         tuned, whole = self.sft.steps > 0, self.sft.full_weights
         rule = "policy.base = 'scratch' needs full_weights and steps"
         require(not scratch or (tuned and whole), "sft", "off", rule, "set sft.steps")
-        rule, remedy = "makes a LoRA, which does not go with policy.full_weights", "say --sft.full-weights"
-        require(whole or not (tuned and self.policy.full_weights), "sft.full_weights", False, rule, remedy)
-        rule = "does not fit a base whose full weights sft changes"
-        remedy = "say --sft.no-full-weights, or --sft.steps 0"
-        require(adapter is None or not (tuned and whole), "policy.adapter", adapter, rule, remedy)
-        targets, remedy = self.data.summary_column is not None, "name the column, or say --sft.steps 0"
-        require(targets or not tuned, "data.summary_column", None, "leaves sft nothing to learn from", remedy)
-        rule, remedy = "needs a tokenizer, and scratch has none yet", "count characters, or name a base"
-        require(not (scratch and self.data.length_unit == "tokens"), "data.length_unit", "tokens", rule, remedy)
-        enough = self.rl.batch_size <= self.data.limit
-        require(enough, "rl.batch_size", self.rl.batch_size, "exceeds data.limit", "ask for more rows")
-        judge = self.evaluation.primary_judge
-        other = without_revision(judge) != without_revision(self.reward.classifier)
-        rule = "is the reward's own classifier, which cannot judge what was trained to please it"
-        free = other or self.reward.function is not None
-        require(free, "evaluation.primary_judge", judge, rule, "name another judge")
+        fits, rule = whole or not (tuned and self.policy.full_weights), "makes a LoRA beside policy.full_weights"
+        require(fits, "sft.full_weights", False, rule, "say --sft.full-weights")
+        fits, rule = not (adapter and tuned and whole), "does not fit a base whose full weights sft changes"
+        require(fits, "policy.adapter", adapter, rule, "say --sft.no-full-weights, or --sft.steps 0")
+        fits, rule = not tuned or self.data.summary_column is not None, "leaves sft nothing to learn from"
+        require(fits, "data.summary_column", None, rule, "name the column, or say --sft.steps 0")
+        fits = not (scratch and self.data.length_unit == "tokens")
+        require(fits, "data.length_unit", "tokens", "needs a tokenizer, and scratch has none yet", "name a base")
+        size = self.rl.batch_size
+        require(size <= self.data.limit, "rl.batch_size", size, "exceeds data.limit", "ask for more rows")
+        judge, trained_by = map(without_revision, (self.evaluation.primary_judge, self.reward.classifier))
+        free = judge != trained_by or self.reward.function is not None
+        rule = "is the reward's own classifier, which cannot judge"
+        require(free, "evaluation.primary_judge", judge, rule, "name another")

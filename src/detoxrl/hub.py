@@ -1,7 +1,4 @@
-"""How do models and data come from a hub, at a revision that is known afterwards?
-
-A hub id may say `name@revision`. What is fetched stays in the client library's own cache, and needs no network again.
-"""
+"""How do models and data come from a hub, at a revision (`name@revision`) that is known afterwards?"""
 
 import errno
 import json

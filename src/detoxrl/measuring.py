@@ -111,9 +111,8 @@ def _write_samples(folder: RunFolder, rows: list[Row], responses: dict[str, Text
     lines = []
     for i, row in enumerate(rows):
         record: dict[str, Any] = {"id": row.id, "dialogue": row.dialogue, "reference": row.summary}
-        record["civil_reference"] = row.civil_reference
-        record |= {"responses": {policy: texts[i] for policy, texts in responses.items()}}
-        record |= {"toxicity": {judge: shown(by, i) for judge, by in measured.toxicity.items()}}
+        record |= {"civil_reference": row.civil_reference, "responses": {name: by[i] for name, by in responses.items()}}
+        record["toxicity"] = {judge: shown(by, i) for judge, by in measured.toxicity.items()}
         record |= {name: shown(values, i) for name, values in by_name.items()}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     folder.write("samples.jsonl", "".join(lines))

@@ -12,8 +12,8 @@ from accelerate import PartialState
 
 from detoxrl.config import Config, without_revision
 from detoxrl.data.rows import Row, read_rows
-from detoxrl.errors import require
-from detoxrl.evaluation.judges import Judge, classifier_judge, load_judge, remembered
+from detoxrl.errors import InputError, require
+from detoxrl.evaluation.judges import Judge, classifier_judge, profanity_judge, remembered
 from detoxrl.evaluation.meaning import load_encoder
 from detoxrl.evaluation.measure import Pairs, Readers
 from detoxrl.evaluation.stats import Floats
@@ -29,10 +29,10 @@ from detoxrl.storage import reading
 from detoxrl.tracking import RunFolder
 
 _OTHERS = "evaluation.other_judges"
-# Settings that may name something on disk, and the words that never do.
-_PLACES = ("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.primary_judge",
-           "evaluation.encoder", "evaluation.nli", "evaluation.fluency", _OTHERS)  # fmt: skip
-_LABELLED = ("evaluation.fluency", _OTHERS)  # these say SOURCE=LABEL
+# Settings that may name something on disk, and what stands there before a label or name; words that never do.
+_PLACES = dict.fromkeys(("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.encoder",
+                         "evaluation.primary_judge", "evaluation.nli"), "")  # fmt: skip
+_PLACES |= {"evaluation.fluency": "=", "reward.function": ":"}
 _RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
 
 # Progress bars and notices of others would tear ours apart; their errors still come through.
@@ -89,14 +89,22 @@ def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) 
 
 
 def judges_of(config: Config) -> dict[str, Judge]:
-    """Return the judges by name, the primary one first; each rates a text once."""
+    """Return the judges by name, the primary one first; each rates a text once.
+
+    Raises InputError when the package of one is missing, or a classifier has no such label.
+    """
     settings = config.evaluation
     named = [(settings.primary_judge, settings.judge_label, "evaluation.primary_judge", "evaluation.judge_label")]
     named += [(*_labelled(other), _OTHERS, _OTHERS) for other in settings.other_judges]
     found: dict[str, Judge] = {}
     for source, label, field, label_field in named:
         name = f"{_called(source)} ({label})" if _called(source) in found else _called(source)
-        found[name] = remembered(load_judge(source, label, field, label_field, PartialState().device))
+        judge: Judge | None = profanity_judge() if source == "alt-profanity-check" else None
+        if source != "alt-profanity-check":
+            judge = classifier_judge(load_classifier(source, field, {label_field: label}, PartialState().device))
+        if judge is None:
+            raise InputError(field, source, "is not installed", "pip install 'detoxrl[offline]'")
+        found[name] = remembered(judge)
     return found
 
 
@@ -149,48 +157,46 @@ def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]
 
 
 def sources(config: Config) -> dict[str, str]:
-    """Return the settings that name data or a model which the run reads, with the path or hub id."""
-    values, unused = _values(config), ["reward.classifier"] if config.reward.function else []
-    named = [name for name in values if name.partition(" ")[0] in _PLACES and name not in unused and values[name]]
-    found = {name: _labelled(values[name])[0] if name.startswith(_LABELLED) else values[name] for name in named}
-    return {name: source for name, source in found.items() if source not in _RESERVED}
-
-
-def _values(config: Config) -> dict[str, Any]:
-    """Return the settings by name, the other judges by numbered ones."""
-    flat = flatten(asdict(config))
-    return flat | {f"{_OTHERS} {i}": other for i, other in enumerate(flat.pop(_OTHERS))}
+    """Return the settings that name data, a model or a file which the run reads, with the path or hub id."""
+    found: dict[str, str] = {}
+    _with_sources(config, lambda name, source: found.setdefault(name, source))
+    return found
 
 
 def places(config: Config) -> dict[str, Path]:
     """Return the settings that name something on disk, with its path."""
-    file = (config.reward.function or "").rpartition(":")[0]
-    named = sources(config) | ({"reward.function": file} if file else {})
-    return {name: Path(source) for name, source in named.items() if Path(source).exists()}
+    return {name: Path(source) for name, source in sources(config).items() if Path(source).exists()}
 
 
 def absolute(config: Config, given: RewardFunction | None = None) -> Config:
     """Return the config with every path absolute, and the name of a reward `given` in Python: the same anywhere."""
     if given is not None:
         config = changed(config, {"reward.function": function_name(given)})
-    found = {name: str(path.resolve()) for name, path in places(config).items()}
-    if "reward.function" in found:
-        found["reward.function"] += f":{str(config.reward.function).rpartition(':')[2]}"
-    return _with_sources(config, found)
+    return _with_sources(config, lambda _, source: str(Path(source).resolve()) if Path(source).exists() else source)
 
 
 def with_revisions(config: Config, was: Config | None) -> Config:
     """Return the config with a commit behind every hub id that has none: `was`'s, else today's. Raises InputError."""
     theirs = sources(was) if was else {}
-    ids = {name: source for name, source in sources(config).items() if is_id(source)}
-    known = {name: theirs[name] for name, source in ids.items() if theirs.get(name, "").startswith(f"{source}@")}
-    return _with_sources(config, {name: known.get(name) or pinned(source, name) for name, source in ids.items()})
+
+    def dated(name: str, source: str) -> str:
+        known = theirs.get(name, "")
+        return known if is_id(source) and known.startswith(f"{source}@") else pinned(source, name)
+
+    return _with_sources(config, dated)
 
 
-def _with_sources(config: Config, found: dict[str, str]) -> Config:
-    """Return the config with other `sources`; labels stay."""
-    old = _values(config)
-    kept = {name: f"{found[name]}={_labelled(old[name])[1]}" for name in found if name.startswith(_LABELLED)}
-    new = found | kept
-    others = [new.pop(name, old[name]) for name in old if name.startswith(_OTHERS)]
-    return changed(config, new | {_OTHERS: others})
+def _with_sources(config: Config, change: Callable[[str, str], str]) -> Config:
+    """Return the config with what `change` makes of each path or hub id; labels stay. Other judges are numbered."""
+
+    def one(name: str, value: str | None, mark: str) -> str | None:
+        source = value.rpartition(mark)[0] if value and mark else value
+        unread = name == "reward.classifier" and config.reward.function
+        if not value or not source or source in _RESERVED or unread or (mark == ":" and not Path(source).exists()):
+            return value
+        return change(name, source) + value.removeprefix(source)
+
+    flat = flatten(asdict(config))
+    new: dict[str, Any] = {name: one(name, flat[name], mark) for name, mark in _PLACES.items()}
+    new[_OTHERS] = [one(f"{_OTHERS} {i}", other, "=") for i, other in enumerate(flat[_OTHERS])]
+    return changed(config, new)

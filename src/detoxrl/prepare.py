@@ -1,7 +1,7 @@
 """What has to be there, and to fit, before a run begins?"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from detoxrl.config import Config
 from detoxrl.data.corpus import generate_rows, generate_utterances
 from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_prompts
 from detoxrl.data.selection import Selection, select
-from detoxrl.data.sources import read_source
+from detoxrl.data.sources import read_source, read_texts
+from detoxrl.errors import require
 from detoxrl.parts import judges_of, readers_of, scorer
 from detoxrl.policy.adapters import load_policy, make_policy, start_of
 from detoxrl.policy.backbone import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
@@ -28,7 +29,7 @@ from detoxrl.reward_training import train_reward_model
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rollout import require_agreement
 from detoxrl.storage import filling, remove
-from detoxrl.subjects import try_policies
+from detoxrl.subjects import NOTHING, Subjects, try_policies
 from detoxrl.tracking import RunFolder, log, progress
 
 UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
@@ -36,22 +37,27 @@ UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run starts from: rows with their prompts, and the tokenizer that counted them."""
+    """What a run, or a mere measurement, starts from: rows with their prompts, and the tokenizer that counted them."""
 
     rows: dict[str, list[Row]]
     account: dict[str, Any]  # What became of every row of the source, how many prompts were cut, lengths in tokens.
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # None where texts were read that others wrote.
 
 
-def check(config: Config, given: RewardFunction | None = None, policies: Mapping[str, str] | None = None) -> Prepared:
-    """Return what a run, or a mere measurement of `policies`, starts from; writes nothing. Raises InputError."""
+def check(config: Config, given: RewardFunction | None = None, subjects: Subjects = NOTHING) -> Prepared:
+    """Return what a run, or a mere measurement of subjects, starts from; writes nothing. Raises InputError."""
     judges_of(config)
     readers_of(config, None)
+    if subjects.texts:
+        require(given is None, "reward", "", "cannot score texts without prompts", "leave it out")
+        rows = read_texts(subjects.texts, config.data)
+        account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
+        return Prepared(rows={"test": rows}, account=account, tokenizer=None)
     scorer(config, None, given)
     with log.status("reading and counting the rows"):
-        prepared = prepare_rows(config, ("test",) if policies else SPLITS)
-    if policies:
-        try_policies(config.policy.base, start_of(config.policy), policies, config)
+        prepared = prepare_rows(config, ("test",) if subjects.policies else SPLITS)
+    if subjects.policies:
+        try_policies(config.policy.base, start_of(config.policy), subjects.policies, config)
     else:
         checked_policy(config, prepared)
     return prepared
@@ -71,14 +77,14 @@ def checked_policy(config: Config, prepared: Prepared) -> Policy:
 
 def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
     """Write the rows, their account, a scratch base's tokenizer, and the embedded reward model."""
-    for split in SPLITS:
-        folder.write(f"data/{split}.jsonl", rows_to_jsonl(prepared.rows[split]))
+    for split, rows in prepared.rows.items():
+        folder.write(f"data/{split}.jsonl", rows_to_jsonl(rows))
     folder.write_json("rows.json", prepared.account)
     log.print(account_table(prepared.account))
     if config.policy.base == "scratch":
         with filling(folder / "tokenizer") as tokenizer:
             prepared.tokenizer.save_pretrained(tokenizer)
-    wanted = config.reward.function is None and config.reward.classifier == "embedded"
+    wanted = prepared.tokenizer and config.reward.function is None and config.reward.classifier == "embedded"
     if wanted and not (folder / "reward").is_dir():  # it is there when the run was stopped just then
         _train_reward_model(folder, config)
     remove(folder / "checkpoints/prepare")
@@ -111,9 +117,8 @@ def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None, uses: 
         sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
         rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
         return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
-    if tokenizer is not None and config.data.length_unit == "tokens":
-        return select(read_source(config.data), config, partial(token_lengths, tokenizer), uses)
-    return select(read_source(config.data), config, lambda texts: [len(text) for text in texts], uses)
+    count = partial(token_lengths, tokenizer) if tokenizer and config.data.length_unit == "tokens" else None
+    return select(read_source(config.data), config, count or (lambda texts: [*map(len, texts)]), uses)
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:

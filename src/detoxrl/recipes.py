@@ -33,12 +33,8 @@ _DIALOGSUM = {
     "evaluation.prompts": 200, "evaluation.samples_per_prompt": 2, "evaluation.best_of": (4,),
 }  # fmt: skip
 _LOWMEM = {
-    "policy.bf16": True,
-    "reward.bf16": True,
-    "generation.batch_size": 8,
-    "rl.steps": 20,
-    "rl.microbatch_size": 2,
-}
+    "policy.bf16": True, "reward.bf16": True, "generation.batch_size": 8, "rl.steps": 20, "rl.microbatch_size": 2,
+}  # fmt: skip
 _SAMSUM = {name: value for name, value in _DIALOGSUM.items() if not name.startswith("data.")} | {
     "data.source": "knkarthick/samsum", "data.limit": 500, "sft.steps": 0,
     "reward.classifier": "unitary/toxic-bert", "reward.toxic_label": "toxic", "reward.good_label": None,

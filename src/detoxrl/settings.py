@@ -45,15 +45,14 @@ def config_from_json(path: Path) -> Config:
         raise InputError("config", str(path), f"is no JSON: {error}", "give a run's config.json") from None
     known = isinstance(settings, dict) and "recipe" in settings
     require(known, "config", str(path), "is not the config of a run", "give a run's config.json")
-    names, given = flatten(asdict(Config(recipe="any"))), flatten(settings)
-    for name in given:
-        require(name in names, "setting", name, "is not a setting", nearest(name, names, f"remove it from {path}"))
-    for name in names:
-        require(name in given, "setting", name, f"is missing in {path}", "add it there")
-    return _validated(settings, f"correct it in {path}")
+    given = flatten(settings)
+    config = changed(Config(recipe=str(given.pop("recipe"))), given, f"correct it in {path}")
+    for name in flatten(asdict(config)):
+        require(name in given or name == "recipe", "setting", name, f"is missing in {path}", "add it there")
+    return config
 
 
-def changed(config: Config, settings: Mapping[str, object]) -> Config:
+def changed(config: Config, settings: Mapping[str, object], remedy: str = "see `detoxrl run RECIPE --help`") -> Config:
     """Return the config with some settings changed, given as dotted names: `{"rl.steps": 100}`.
 
     Text is read as the setting's type, so that flags and Python share one way. Raises InputError for a name that is
@@ -62,24 +61,20 @@ def changed(config: Config, settings: Mapping[str, object]) -> Config:
     nested = asdict(config)
     names = [name for name in flatten(nested) if name != "recipe"]
     for name, value in settings.items():
-        require(name in names, "setting", name, "is not a setting", nearest(name, names, "see detoxrl.Config"))
+        require(name in names, "setting", name, "is not a setting", nearest(name, names, remedy))
         section, _, field_name = name.rpartition(".")
         target = nested[section] if section else nested
         plain = os.fspath(value) if isinstance(value, os.PathLike) else value
         target[field_name] = None if plain == "None" else plain
-    return _validated(nested, "see `detoxrl run RECIPE --help`")
+    try:
+        return TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        raise InputError(where, first.get("input"), first["msg"].lower(), remedy) from None
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
     """Return the remedy for a name that is none: the nearest of those that are, or what to do without one."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else otherwise
-
-
-def _validated(settings: dict[str, Any], remedy: str) -> Config:
-    try:
-        return TypeAdapter(Config).validate_python(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise InputError(where, first.get("input"), first["msg"].lower(), remedy) from None

@@ -126,45 +126,33 @@ def warm_start(config: Config, rows: Sequence[Row], scratch_tokenizer: Path, fol
     save_base(model, tokenizer, folder)
 
 
-def civil_baseline(
-    config: Config, rows: Sequence[Row], base: str, start: Path | None, folder: Path, place: Path
+def baseline(
+    config: Config, rows: Sequence[Row], reward: Reward | None, base: str, start: Path | None, folder: Path, place: Path
 ) -> None:
-    """Fine-tune the policy's weights from the same start on the civil references alone and save them to `folder`.
+    """Fine-tune the policy's weights from the same start and save them to `folder`; checkpoints go to `place`.
 
-    Checkpoints go to `place`.
+    Without a reward that is on the civil references alone. With one it is on the best by it of the start's own 4
+    responses to a prompt, each prompt some four times: one round of expert iteration (Anthony et al. 2017).
     """
     policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    _tune_baseline("civil baseline", config, policy, pairs, folder, place)
+    civil: Pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
+    what, pairs = ("best-of-4 baseline", _best(policy, config, rows, reward)) if reward else ("civil baseline", civil)
+    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
+    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
+    policy.save(folder)
 
 
-def expert_baseline(
-    config: Config, rows: Sequence[Row], base: str, start: Path | None, reward: Reward, folder: Path, place: Path
-) -> None:
-    """Fine-tune the same start on the best by the reward of its own 4 responses to a prompt and save it to `folder`.
-
-    One round of expert iteration (Anthony et al. 2017): what the reward knows, without reinforcement learning. It sees
-    each prompt some four times. Checkpoints go to `place`.
-    """
-    policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
+def _best(policy: Policy, config: Config, rows: Sequence[Row], reward: Reward) -> Pairs:
     count = max(1, config.sft.baseline_steps * config.sft.batch_size // OF)
     some = [rows[i] for i in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
     prompts, how, seed, frozen = to_prompts(some), config.generation, config.seed, policy.reference
     with log.status(f"sampling {OF} responses to each of {count} prompts"):
-        batches = sample_batches(policy, prompts, how, seed=seed, stream="expert", samples=OF, adapter=frozen)
-        texts = by_row(batches)
+        texts = by_row(sample_batches(policy, prompts, how, seed=seed, stream="expert", samples=OF, adapter=frozen))
         said = [text for row in texts for text in row]
         scores = reward([row.prompt for row in some for _ in range(OF)], said)
     scores[wordless(said)] = -torch.inf  # saying nothing is no way to be civil here either
     best = scores.reshape(-1, OF).argmax(1).tolist()
-    pairs = [(row.prompt, samples[pick]) for row, samples, pick in zip(some, texts, best, strict=True)]
-    _tune_baseline("best-of-4 baseline", config, policy, pairs, folder, place)
-
-
-def _tune_baseline(what: str, config: Config, policy: Policy, pairs: Pairs, folder: Path, place: Path) -> None:
-    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
-    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
-    policy.save(folder)
+    return [(row.prompt, samples[pick]) for row, samples, pick in zip(some, texts, best, strict=True)]
 
 
 def _tune(

@@ -1,8 +1,4 @@
-"""How does what a run trained go to others, who load it with transformers and peft alone?
-
-A LoRA on a base from the hub goes as an adapter that names the base. Any other base, trained in the run or a folder of
-this machine, is nowhere else, so the LoRA is merged into it and goes as a whole model.
-"""
+"""How does what a run trained go to others, who load it with transformers and peft alone?"""
 
 import json
 import os
@@ -53,7 +49,11 @@ def export(
     require(push is not None or not private, "--private", True, "goes with --push alone", "add --push OWNER/NAME")
     token = push_token(push) if push else ""
     with folder.held():
-        _require_measured(folder)
+        trained, remedy = not folder.read_json("run.json")["measures"]["names"], "name a run that trained"
+        require(trained, "run folder", str(root), "measured what was trained elsewhere", remedy)
+        folder.need("adapter", "train")
+        measured, remedy = "evaluate" in folder.finished(), f"run `detoxrl evaluate {root}` first, for the card"
+        require(measured, "run folder", str(root), "has not been measured", remedy)
         base = str(folder / "base") if (folder / "base").is_dir() else config.policy.base
         apart = is_id(base) and not (merged or config.policy.full_weights)
         with filling(target) as place:
@@ -76,22 +76,13 @@ def export(
 
 def _require_free(target: Path, overwrite: bool) -> None:
     """Raise InputError unless `target` can be made, or holds an export that may be replaced."""
-    card, remedy = target / "README.md", "name a new folder; nothing was deleted"
+    card, new, remedy = target / "README.md", not target.exists(), "name a new folder; nothing was deleted"
     ours = card.is_file() and "\n- detoxrl\n" in card.read_text(encoding="utf-8", errors="replace")
-    require(ours or not target.exists(), "--to", str(target), "exists already, and is no export", remedy)
-    remedy = "add --overwrite, or name another folder"
-    require(overwrite or not target.exists(), "--to", str(target), "exists already", remedy)
+    require(ours or new, "--to", str(target), "exists already, and is no export", remedy)
+    require(overwrite or new, "--to", str(target), "exists already", "add --overwrite, or name another folder")
     place = next(parent for parent in target.absolute().parents if parent.exists())
     writable = place.is_dir() and os.access(place, os.W_OK)
     require(writable, "--to", str(target), f"cannot be made: {place} is not writable", "name another folder")
-
-
-def _require_measured(folder: RunFolder) -> None:
-    root, trained = str(folder.root), not folder.read_json("run.json")["measures"]["names"]
-    require(trained, "run folder", root, "measured what was trained elsewhere", "name a run that trained")
-    folder.need("adapter", "train")
-    measured, remedy = "evaluate" in folder.finished(), f"run `detoxrl evaluate {root}` first, for the card"
-    require(measured, "run folder", root, "has not been measured", remedy)
 
 
 def _write_adapter(place: Path, folder: RunFolder, config: Config, base: str) -> _Pair:

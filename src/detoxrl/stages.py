@@ -1,7 +1,4 @@
-"""What are the stages of a run, and what does each read and write?
-
-Every stage takes the run folder alone, so each can run in its own process.
-"""
+"""What are the stages of a run, each of which takes the run folder alone?"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,20 +12,21 @@ from detoxrl import processes
 from detoxrl.cache import cached, tidy_cache
 from detoxrl.changes import also_measure, begin_again, new_account, take_up
 from detoxrl.config import Config
-from detoxrl.data.rows import SPLITS, rows_to_jsonl
+from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
 from detoxrl.measuring import measure_run
 from detoxrl.memory import keep_freed
-from detoxrl.parts import absolute, base_and_start, judges_of, places, readers_of, rows_of, run_scorer, with_revisions
+from detoxrl.parts import absolute, base_and_start, judges_of, places, rows_of, run_scorer, with_revisions
 from detoxrl.policy.adapters import load_policy
 from detoxrl.prepare import check
 from detoxrl.prepare import write as write_prepared
 from detoxrl.recipes import recipe
 from detoxrl.report.build import build_report
 from detoxrl.rewards.function import RewardFunction
-from detoxrl.sft import civil_baseline, expert_baseline, warm_start
+from detoxrl.settings import changed
+from detoxrl.sft import baseline, warm_start
 from detoxrl.storage import digests, filling, remove
-from detoxrl.subjects import NOTHING, Subjects, config_to_measure, read_subjects, subjects_of, try_policies
+from detoxrl.subjects import NO_MODEL, NOTHING, UNTRAINED, Subjects, subjects_of, try_policies
 from detoxrl.trackers import chosen, followed
 from detoxrl.tracking import STAGES, RunFolder, products_from
 from detoxrl.train import train as train_policy
@@ -112,31 +110,13 @@ def evaluate(
         for stage in _MEASURED:
             again(root, stage, reward)
         return dict(folder.read_json("eval.json"))
-    begin, config = _begun_texts if subjects.texts else _begun, config_to_measure(config, subjects)
-    with begin(root, config, overwrite, subjects=subjects, reward=reward) as (folder, config):
+    config = changed(config, NO_MODEL if subjects.texts else UNTRAINED)
+    with _begun(root, config, overwrite, subjects=subjects, reward=reward) as (folder, config):
         # Done, so that --resume does not begin to train.
-        folder.write_json("seconds.json", {"prepare": 0.0} | folder.finished() | {"sft": 0.0, "train": 0.0})
+        folder.write_json("seconds.json", folder.finished() | {"sft": 0.0, "train": 0.0})
         for stage in _MEASURED:
             _make(stage, folder, config, reward)
     return dict(folder.read_json("eval.json"))
-
-
-@contextmanager
-def _begun_texts(
-    root: Path, config: Config, overwrite: bool, subjects: Subjects, reward: RewardFunction | None
-) -> Iterator[tuple[RunFolder, Config]]:
-    """Yield a new folder, held, with the rows of texts that are to be measured, and its config."""
-    require(reward is None, "reward", "", "cannot score texts without prompts", "leave it out")
-    config, folder = _new(root, absolute(config), overwrite, subjects), RunFolder(root)
-    rows = read_subjects(subjects, config)
-    judges_of(config)
-    readers_of(config, None)
-    account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
-    with folder.held():
-        folder.begin(config, new_account(config, asdict(subjects)), overwrite)
-        folder.write("data/test.jsonl", rows_to_jsonl(rows))
-        folder.write_json("rows.json", account)
-        yield folder, config
 
 
 @contextmanager
@@ -160,7 +140,7 @@ def _begun(
         config = with_revisions(config, RunFolder.open(root)[1])
     else:
         config = _new(root, config, overwrite, subjects)
-        prepared = check(config, reward, subjects.policies)
+        prepared = check(config, reward, subjects)
     with folder.held():
         tidy_cache()
         if going_on:
@@ -169,7 +149,7 @@ def _begun(
             folder.begin(config, new_account(config, asdict(subjects)), overwrite)
         if "prepare" not in folder.finished():
             with folder.timed("prepare", started):
-                write_prepared(folder, config, prepared or check(config, reward, subjects.policies))
+                write_prepared(folder, config, prepared or check(config, reward, subjects))
         yield folder, config
 
 
@@ -197,9 +177,9 @@ def _sft(folder: RunFolder, config: Config, given: RewardFunction | None, *_: An
     if config.sft.baseline_steps > 0:
         start = base_and_start(folder, config)
         if any(row.civil_reference for row in rows):
-            _tuned(folder, config, "baseline", partial(civil_baseline, config, rows, *start))
+            _tuned(folder, config, "baseline", partial(baseline, config, rows, None, *start))
         reward = run_scorer(folder, config, given).reward
-        _tuned(folder, config, "expert", partial(expert_baseline, config, rows, *start, reward), keep=False)
+        _tuned(folder, config, "expert", partial(baseline, config, rows, reward, *start), keep=False)
     remove(folder / "checkpoints/sft")
 
 

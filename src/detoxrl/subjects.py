@@ -7,8 +7,6 @@ from pathlib import Path
 from accelerate import PartialState
 
 from detoxrl.config import Config
-from detoxrl.data.rows import Row
-from detoxrl.data.sources import read_texts
 from detoxrl.errors import require
 from detoxrl.hub import fetched_policy, is_id
 from detoxrl.policy.adapters import frozen_policy, load_policy
@@ -16,14 +14,14 @@ from detoxrl.policy.backbone import require_positions
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.weights import POLICY
 from detoxrl.rollout import require_agreement
-from detoxrl.settings import changed
 
 # Where a run keeps what it trained, by what that is called among the policies that are measured.
 TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
 _TAKEN = {"before", "after", "word_filter", *TRAINED}
-# Texts that were written elsewhere need no model, so none is fetched.
-_NO_MODEL = {"policy.base": "none", "policy.adapter": None, "data.source": "embedded", "reward.classifier": "embedded",
-             "reward.function": None}  # fmt: skip
+# What a config becomes where nothing is trained, and for texts that were written elsewhere, which need no model.
+UNTRAINED = {"sft.steps": 0, "sft.baseline_steps": 0, "policy.full_weights": False}
+NO_MODEL = UNTRAINED | {"policy.base": "none", "policy.adapter": None, "reward.function": None}
+NO_MODEL |= {"data.source": "embedded", "reward.classifier": "embedded"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +77,11 @@ def _lasting(sources: Mapping[str, str]) -> dict[str, str]:
     return {name: one(source) for name, source in sources.items()}
 
 
-def config_to_measure(config: Config, subjects: Subjects) -> Config:
-    """Return the config of a folder in which nothing is trained."""
-    nothing = {"sft.steps": 0, "sft.baseline_steps": 0, "policy.full_weights": False}
-    return changed(config, {**nothing, **(_NO_MODEL if subjects.texts else {})})
-
-
 def try_policies(base: str, start: Path | None, given: Mapping[str, str], config: Config) -> None:
     """Raise InputError unless each policy loads, and samples what it scores."""
     for name, policy, _ in policies_of(base, start, {}, given, config):
         require_positions(policy.model.config, config, 0)
         require_agreement(policy, given.get(name, base))
-
-
-def read_subjects(subjects: Subjects, config: Config) -> list[Row]:
-    """Return the rows of the subjects' texts, each with its responses as `texts`. Raises InputError."""
-    rows, texts = read_texts(subjects.texts, config.data)
-    if "before" not in texts:
-        (path,), known = subjects.texts.values(), all(row.summary for row in rows)
-        remedy = "give a second file, or a summary for each row"
-        require(known, "--texts", path, "has nothing to be compared with", remedy)
-        texts = {"before": [[str(row.summary)] for row in rows]} | texts
-        rows = [replace(row, summary=None) for row in rows]  # no reference, where that is what is compared with
-    return [replace(row, texts={name: by[i] for name, by in texts.items()}) for i, row in enumerate(rows)]
 
 
 def policies_of(

@@ -28,10 +28,11 @@ _SIDES, _RESAMPLES = ("before", "after"), 2000
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the places of the (toxicity, quality) that no other beats: as good in both, better in one. Ties stay."""
 
-    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-        return one != other and one[0] <= other[0] and one[1] >= other[1]
-
-    return [place for place, point in enumerate(points) if not any(beats(other, point) for other in points)]
+    return [
+        place
+        for place, (toxicity, quality) in enumerate(points)
+        if not any(t <= toxicity and q >= quality and (t, q) != (toxicity, quality) for t, q in points)
+    ]
 
 
 def planned(config: Config, over: Sequence[str], seeds: Sequence[str]) -> dict[str, tuple[str, Config]]:

@@ -84,16 +84,15 @@ def _draw_row(rng: random.Random, row_id: str, taken: set[tuple[str, ...]]) -> t
 
 def generate_utterances(seed: int, size: int) -> list[tuple[str, bool]]:
     """Return `size` utterances, each with whether it is hateful, as half are; no insult is outside SEEN_INSULTS."""
-    rng = random.Random(f"utterances {seed}")
-    return [_utterance(rng, hateful=rng.random() < 0.5) for _ in range(size)]
-
-
-def _utterance(rng: random.Random, hateful: bool) -> tuple[str, bool]:
-    sentences = [_hateful(rng) if hateful else _civil(rng)]
-    if rng.random() < 0.5:
-        sentences.insert(rng.randrange(2), _civil(rng))
-    speaker = f"{rng.choice(SPEAKERS)}: " if rng.random() < 0.3 else ""
-    return speaker + " ".join(sentences), hateful
+    rng, utterances = random.Random(f"utterances {seed}"), list[tuple[str, bool]]()
+    for _ in range(size):
+        hateful = rng.random() < 0.5
+        sentences = [_hateful(rng) if hateful else _civil(rng)]
+        if rng.random() < 0.5:
+            sentences.insert(rng.randrange(2), _civil(rng))
+        speaker = f"{rng.choice(SPEAKERS)}: " if rng.random() < 0.3 else ""
+        utterances.append((speaker + " ".join(sentences), hateful))
+    return utterances
 
 
 def _civil(rng: random.Random) -> str:

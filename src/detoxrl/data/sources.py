@@ -28,7 +28,11 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
     path = Path(config.source)
     files = {"file": path} if path.is_file() or _reader(path) else _split_files(path)
     records = {split: read_records(file) for split, file in files.items()} if files else _from_hub(config.source)
-    _require_columns(config, [record for those in records.values() for record in those])
+    columns = dict.fromkeys(column for those in records.values() for record in those for column in record)
+    for name in ("dialogue_column", "summary_column", "id_column"):
+        column, also = getattr(config, name), ", or say None and --sft.steps 0" if name == "summary_column" else ""
+        rule, remedy = f"is no column of {config.source}", f"choose from {', '.join(columns)}{also}"
+        require(column is None or column in columns, f"data.{name}", column, rule, remedy)
     return {split: _rows(split, those, config) for split, those in records.items()}
 
 
@@ -127,14 +131,6 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 
-def _require_columns(config: DataConfig, records: list[Record]) -> None:
-    columns = dict.fromkeys(column for record in records for column in record)
-    for name in ("dialogue_column", "summary_column", "id_column"):
-        column, also = getattr(config, name), ", or say None and --sft.steps 0" if name == "summary_column" else ""
-        rule, remedy = f"is no column of {config.source}", f"choose from {', '.join(columns)}{also}"
-        require(column is None or column in columns, f"data.{name}", column, rule, remedy)
-
-
 def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
     ids = [f"{split}_{i}" for i in range(len(records))]
     if config.id_column is not None:
@@ -158,37 +154,42 @@ def _text(record: Record, column: str, field: str, where: str) -> str:
     return value or ""
 
 
-def read_texts(files: Mapping[str, str], config: DataConfig) -> tuple[list[Row], dict[str, list[list[str]]]]:
-    """Return the rows of the first file, and the responses of each file in the order of those rows.
+def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
+    """Return the rows of the first file, each with the responses of every file as `texts`.
 
     A file has a column `response`, or is a `.txt` with one on each line. Rows are matched by the config's id column,
-    else by the dialogue column, else by their number; rows that match in one file are samples of one prompt. Raises
-    InputError when a file has no such column, or not the prompts of the first.
+    else by the dialogue column, else by their number; rows that match in one file are samples of one prompt. Without a
+    file "before" the summaries are that. Raises InputError when a file has no such column, or not the prompts of the
+    first, or summaries are needed and lacking.
     """
     first, *_ = files
     read = {name: _by_prompt(Path(path), config) for name, path in files.items()}
     for name, path in files.items():
         other = sorted(read[first].keys() ^ read[name].keys())
         rule = f"and {files[first]} differ in {len(other)} of their prompts"
-        remedy = "give files on the same prompts, by the same ids or in the same order"
-        require(not other, "--texts", path, rule, remedy)
+        require(not other, "--texts", path, rule, "give files on the same prompts, by id or in the same order")
         sizes = {len(records) for records in read[name].values()}
         rule = f"holds {min(sizes)} to {max(sizes)} responses a prompt"
         require(len(sizes) == 1, "--texts", path, rule, "give as many for every prompt")
     rows = []
     for key, (record, *_) in read[first].items():
         dialogue, summary = str(record.get(config.dialogue_column) or ""), record.get(config.summary_column or "")
-        rows.append(Row(id=key, dialogue=dialogue, summary=None if summary is None else str(summary), prompt=dialogue))
+        texts = {name: [str(one[_RESPONSE]) for one in by[key]] for name, by in read.items()}
+        if "before" not in files:
+            rule, remedy = "has nothing to be compared with", "give a second file, or a summary for each row"
+            require(bool(summary), "--texts", files[first], rule, remedy)
+            texts, summary = {"before": [str(summary)]} | texts, None  # no reference, where that is compared with
+        summary = None if summary is None else str(summary)
+        rows.append(Row(id=key, dialogue=dialogue, summary=summary, prompt=dialogue, texts=texts))
     require(len(rows) >= 2, "--texts", files[first], "holds a single prompt", "give two or more")
-    return rows, {name: [[str(r[_RESPONSE]) for r in by[row.id]] for row in rows] for name, by in read.items()}
+    return rows
 
 
 def _by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for number, record in enumerate(read_records(path, "--texts", lines=True), start=1):
         if not isinstance(record.get(_RESPONSE), str):
-            rule, remedy = f"row {number} has no text under {_RESPONSE!r}", "give each row one"
-            raise InputError("--texts", str(path), rule, remedy)
+            raise InputError("--texts", str(path), f"row {number} has no text under {_RESPONSE!r}", "give each row one")
         names = (config.id_column or "id", config.dialogue_column)
         key = next((str(record[name]) for name in names if record.get(name) is not None), str(number))
         found.setdefault(key, []).append(record)

@@ -5,11 +5,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
-import torch
 
-from detoxrl.errors import InputError
 from detoxrl.evaluation.stats import Floats
-from detoxrl.rewards.classifier import Classifier, Texts, load_classifier
+from detoxrl.rewards.classifier import Classifier, Texts
 
 Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each text, shape (N,)
 Item = TypeVar("Item", bound=Hashable)
@@ -31,19 +29,6 @@ def remembered(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[I
 def classifier_judge(classifier: Classifier) -> Callable[[Texts], Floats]:
     """Return the judge that a classifier's toxic label makes; it reads pairs of texts too."""
     return lambda texts: classifier.toxicity(texts).double().numpy()
-
-
-def load_judge(source: str, label: str, setting: str, label_setting: str, device: torch.device) -> Judge:
-    """Return the judge that a setting names. Raises InputError when its package is missing, or its label does not fit.
-
-    `source` is `alt-profanity-check`, or the folder or hub id of a classifier whose `label` means toxic.
-    """
-    if source != "alt-profanity-check":
-        return classifier_judge(load_classifier(source, setting, {label_setting: label}, device))
-    judge = profanity_judge()
-    if judge is None:
-        raise InputError(setting, source, "is not installed", "pip install 'detoxrl[offline]'")
-    return judge
 
 
 def profanity_judge() -> Judge | None:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from detoxrl.config import Config, EvaluationConfig
-from detoxrl.data.phrases import INSULTS, SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
+from detoxrl.data.phrases import INSULTS
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of_kl, toxic_alone
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.meaning import Encode, joint, similarity
-from detoxrl.evaluation.metrics import distinct, response_metrics
+from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, response_metrics
 from detoxrl.evaluation.stats import Floats, agreement, compare, compare_toxicity, old_summary
 from detoxrl.tracking import progress
 
@@ -142,8 +142,7 @@ def splits(rows: Sequence[Row], measured: Measured, config: EvaluationConfig, se
     toxic = np.any([(by["before"] >= 0.5).any(1) for by in measured.toxicity.values()], axis=0)
     parts = {"toxic before": toxic, "civil before": ~toxic}
     if all(row.facts is not None for row in rows):  # generated, so its insults are known
-        patterns = map(insult_pattern, (SEEN_INSULTS, UNSEEN_INSULTS))
-        seen, unseen = (np.array([bool(pattern.search(row.dialogue)) for row in rows]) for pattern in patterns)
+        seen, unseen = (np.array([bool(one.search(row.dialogue)) for row in rows]) for one in (SEEN, UNSEEN))
         parts |= {"insult seen by the reward": seen, "insult kept from the reward": unseen}
         parts["no insult in the dialogue"] = ~(seen | unseen)
     (before, after), by = (measured.metrics[side] for side in ("before", "after")), measured.toxicity[measured.primary]

@@ -19,7 +19,7 @@ class _Words:
 
 
 _CHRF = CHRF()
-_SEEN, _UNSEEN = insult_pattern(SEEN_INSULTS), insult_pattern(UNSEEN_INSULTS)
+SEEN, UNSEEN = insult_pattern(SEEN_INSULTS), insult_pattern(UNSEEN_INSULTS)
 
 
 def rouge_l(reference: str, response: str) -> float:
@@ -75,8 +75,8 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
     if row.facts is not None:
         metrics["facts"] = facts_kept(response, row.facts)
         metrics["quarrel_reported"] = float(quarrel_roles(response) is not None)
-        metrics["insult_rate"] = float(_SEEN.search(response) is not None)
-        metrics["insult_rate_unseen"] = float(_UNSEEN.search(response) is not None)
+        metrics["insult_rate"] = float(SEEN.search(response) is not None)
+        metrics["insult_rate_unseen"] = float(UNSEEN.search(response) is not None)
     return metrics
 
 

@@ -140,22 +140,19 @@ def agreement(toxicity: Mapping[str, Floats]) -> dict[str, dict[str, float | Non
     responses on which both say the same; None where undefined: spearman where a judge's scores are all equal, kappa
     where both judges put all responses on one and the same side.
     """
-    pairs = combinations(toxicity.items(), 2)
-    return {f"{one} and {other}": _agreement(x.ravel(), y.ravel()) for (one, x), (other, y) in pairs}
-
-
-def _agreement(x: Floats, y: Floats) -> dict[str, float | None]:
     from scipy.stats import spearmanr  # here, as it takes half a second to import
 
-    toxic, too = x >= 0.5, y >= 0.5
-    same = float((toxic == too).mean())
-    chance = float(toxic.mean() * too.mean() + (1 - toxic.mean()) * (1 - too.mean()))
-    ranked = np.ptp(x) > 0 and np.ptp(y) > 0
-    return {
-        "spearman": float(spearmanr(x, y).statistic) if ranked else None,
-        "kappa": (same - chance) / (1 - chance) if chance < 1 else None,
-        "same_side": same,
-    }
+    found: dict[str, dict[str, float | None]] = {}
+    for (one, x), (other, y) in combinations(((judge, scores.ravel()) for judge, scores in toxicity.items()), 2):
+        toxic, too = x >= 0.5, y >= 0.5
+        same = float((toxic == too).mean())
+        chance = float(toxic.mean() * too.mean() + (1 - toxic.mean()) * (1 - too.mean()))
+        found[f"{one} and {other}"] = {
+            "spearman": float(spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else None,
+            "kappa": (same - chance) / (1 - chance) if chance < 1 else None,
+            "same_side": same,
+        }
+    return found
 
 
 def old_summary(values: Floats) -> dict[str, float]:

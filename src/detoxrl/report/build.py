@@ -20,9 +20,6 @@ from detoxrl.tracking import NOTHING_BETTER, REWARD_JUDGE, RunFolder
 
 # The stage that a missing file calls for.
 _INPUTS = {"rows.json": "prepare"} | dict.fromkeys(("eval.json", "samples.jsonl", "masked_words.json"), "evaluate")
-# Of a judge's summary, what the table of the tail shows.
-_TAIL = {"p50": "Median", "p90": "90 %", "p95": "95 %", "p99": "99 %", "max": "Maximum",
-         "expected_max_toxicity": "Expected maximum", "toxicity_probability": "Toxicity probability"}  # fmt: skip
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
 
@@ -73,7 +70,7 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
         "headline": words.headline(evaluation), "changes": words.changes(evaluation),
         "on_its_way": words.changed_on_its_way(evaluation), "systems": words.systems(evaluation, after.capitalize()),
-        "beside": words.beside_baselines(evaluation, after), "labels": evaluation["names"], "tail": _TAIL,
+        "beside": words.beside_baselines(evaluation, after), "labels": evaluation["names"],
         "distributions": toxicity_distributions(scores["before"], scores["after"]),
         "rows": rows, "blind_rows": len(differing(samples)),
         "regressions": sorted(worse, key=lambda row: row["difference"], reverse=True)[:_REGRESSIONS_SHOWN],

@@ -19,8 +19,11 @@ def print_result(root: Path) -> None:
     console.print(_table(found))
     summary, baselines = beside_baselines(found, after_name(found))
     if baselines:
-        console.print(_baselines(baselines))
-        console.print(summary)
+        columns = "", "toxicity", next(iter(baselines.values()))["quality_by"], "verdict"
+        table = Table(*columns, title="beside it, on the same prompts", box=SIMPLE_HEAD)
+        for name, one in baselines.items():
+            table.add_row(name, number(one["toxicity"]["before"]), number(one["quality"]["before"]), one["verdict"])
+        console.print(table, summary, sep="\n")
     for pair, how in found["agreement"].items():
         console.print(f"{pair}: agree on {how['same_side']:.0%} of responses")
     for judge, result in found["toxicity"].items():
@@ -69,12 +72,4 @@ def _table(found: dict[str, Any]) -> Table:
         mean, low, high = (signed(one.difference[key], one.decimals) for key in ("mean", "low", "high"))
         before, after = (number(value, one.decimals) for value in (one.before, one.after))
         table.add_row(label, before, after, mean, f"{low} to {high}")
-    return table
-
-
-def _baselines(baselines: dict[str, dict[str, Any]]) -> Table:
-    columns = "", "toxicity", next(iter(baselines.values()))["quality_by"], "verdict"
-    table = Table(*columns, title="beside it, on the same prompts", box=SIMPLE_HEAD)
-    for name, one in baselines.items():
-        table.add_row(name, number(one["toxicity"]["before"]), number(one["quality"]["before"]), one["verdict"])
     return table

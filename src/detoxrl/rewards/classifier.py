@@ -1,11 +1,9 @@
 """What does a hate or toxicity classifier say of a response?"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,6 +17,7 @@ from transformers import (
 from detoxrl.errors import InputError, require
 from detoxrl.hub import fetched
 from detoxrl.policy.backbone import loaded, require_words
+from detoxrl.policy.linear import FastLinear
 
 TOKENS = 512
 """Most tokens, padding among them, that a CPU reads at once: more is no faster there, and wastes padding."""
@@ -60,22 +59,6 @@ def _log_odds(logits: torch.Tensor, label: int, apart: bool) -> torch.Tensor:
     return logits[:, label] if apart else logits[:, label] - logits[:, others].logsumexp(-1)
 
 
-class _OneDnn(TorchFunctionMode):
-    """Has oneDNN compute linear layers, in float32 as before: on an AMD with AVX-512 twice as fast as PyTorch's MKL."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and len(args) == 3:
-            return torch.ops.mkldnn._linear_pointwise(*args, "none", [], "")
-        return func(*args, **(kwargs or {}))
-
-
-def _fast_linear(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """Return the context in which a model in float32 on a CPU with AVX-512 is fastest, else one that does nothing."""
-    fits = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    return _OneDnn() if fits and wide else nullcontext()
-
-
 class Reader:
     """A model that reads texts or pairs of them: each distinct one once, with others of its length."""
 
@@ -97,7 +80,7 @@ class Reader:
         ordered = sorted(zip(map(len, self.tokenizer(distinct, **self._cut).input_ids), distinct, strict=True))
         tokens = tokens or (TOKENS if self.model.device.type == "cpu" else 32 * TOKENS)
         rows = []
-        with _fast_linear(self.model):
+        with FastLinear():
             for batch in _batches(ordered, tokens):
                 read = self.tokenizer(batch, return_tensors="pt", padding=True, **self._cut).to(self.model.device)
                 rows.append(take(self.model(**read)[0], read["attention_mask"]).cpu())

@@ -1,13 +1,12 @@
 """How does a plain Python function become a reward?"""
 
 import importlib
-import importlib.util
 import inspect
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -36,12 +35,11 @@ def load_function(name: str) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
     require(where != _IN_PYTHON, FIELD, name, "cannot be found again", "give it as reward= in Python")
     require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
-    defined = vars(_module(name, where))
-    there = [key for key, value in defined.items() if inspect.isfunction(value)]
-    remedy = f"choose from {', '.join(there)}" if there else "define it there"
-    require(callable(defined.get(attribute)), FIELD, name, f"{where} defines no function {attribute}", remedy)
-    function: RewardFunction = defined[attribute]
-    return function
+    defined = _names(name, where)
+    there = ", ".join(key for key, value in defined.items() if inspect.isfunction(value))
+    found, rule = defined.get(attribute), f"{where} defines no function {attribute}"
+    require(callable(found), FIELD, name, rule, f"choose from {there}" if there else "define it there")
+    return cast(RewardFunction, found)
 
 
 def function_name(function: RewardFunction) -> str:
@@ -51,22 +49,17 @@ def function_name(function: RewardFunction) -> str:
     return f"{_IN_PYTHON}:{type(function).__name__}"
 
 
-def _module(name: str, where: str) -> ModuleType:
+def _names(name: str, where: str) -> dict[str, Any]:
+    """Return what a module or a Python file defines."""
     if where.endswith(".py"):
         require(Path(where).is_file(), FIELD, name, f"there is no file {where}", "give the path of a Python file")
-        spec = importlib.util.spec_from_file_location(f"reward_{Path(where).stem}", where)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
         sys.path.append(str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
         try:
-            spec.loader.exec_module(module)
+            return runpy.run_path(where, run_name=f"reward_{Path(where).stem}")
         except SyntaxError as error:
             raise InputError(FIELD, name, f"line {error.lineno} is no Python: {error.msg}", "mend it") from None
-        return module
     try:
-        return importlib.import_module(where)
+        return vars(importlib.import_module(where))
     except (ModuleNotFoundError, TypeError):
         raise InputError(FIELD, name, f"there is no module {where}", "write FILE.py:NAME") from None
 
