@@ -66,12 +66,12 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def require_led(batch_size: int) -> None:
-    """Raise InputError where processes were started but not joined, or are more than a step has work for."""
+def require_led(batch_size: int | None) -> None:
+    """Raise InputError where processes were started but not joined, or are more than the rows of a step there is."""
     started, remedy = PartialState().num_processes, "say `torchrun -m detoxrl run`, with the reward in a file"
     require(started == _here.count, "processes", started, "share what the command line does, alone", remedy)
     rule = f"is below the number of processes, {started}"
-    require(started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
+    require(batch_size is None or started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
 
 
 @contextmanager
