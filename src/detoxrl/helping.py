@@ -14,11 +14,12 @@ from detoxrl.config import Config
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import ProcessError
 from detoxrl.measuring import sampled
-from detoxrl.memory import keep_freed
+from detoxrl.memory import Room, keep_freed
 from detoxrl.parts import base_and_start, rows_of, run_scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.randomness import batch_indices
 from detoxrl.rewards.shaping import Normaliser
+from detoxrl.step_metrics import Watch
 from detoxrl.tracking import RunFolder, log
 from detoxrl.train import learner, ppo_step, reference_normaliser, validation
 
@@ -75,9 +76,9 @@ def _training(folder: RunFolder, config: Config) -> Tasks:
     accelerator, optimizer = learner(policy, config.rl)
     prompts, size = to_prompts(rows), config.rl.batch_size
 
-    def step(normaliser: Normaliser, number: int, *rest: Any) -> None:
+    def step(normaliser: Normaliser, number: int, kl_coef: float, room: Room) -> None:
         batch = [prompts[i] for i in batch_indices(config.seed, "prompts", number, size, len(prompts))]
-        ppo_step(policy, accelerator, optimizer, reward, normaliser, batch, config, number, *rest)
+        ppo_step(policy, accelerator, optimizer, reward, normaliser, batch, config, number, kl_coef, Watch(), room)
 
     return {
         "begin": partial(processes.begin_alike, optimizer),
