@@ -48,14 +48,18 @@ def count() -> int:
 def join() -> bool:
     """Meet the others that a launcher started, and return whether this is the main process.
 
-    Raises InputError when accelerate is to shard weights or counts otherwise, ProcessError when they do not meet.
+    Raises InputError when accelerate is to shard weights or there are too few GPUs, ProcessError when they do not meet.
     """
     set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_SHARDING, "CPU")}
     for kind in _SHARDING:
         rule = "would compute wrong numbers: each process needs all of the weights"
         require(set_to[kind] == "false", "accelerate", kind, rule, "configure it for several GPUs without sharding")
+    on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
+    number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    rule = f"is above the number of GPUs of this machine, {most}"
+    require(on_cpu or number <= most, "LOCAL_WORLD_SIZE", number, rule, "start fewer, or set ACCELERATE_USE_CPU=true")
     with _connected():
-        state = PartialState(cpu=set_to["CPU"] == "true" or not torch.accelerator.is_available())
+        state = PartialState(cpu=on_cpu)
         talk = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _here.rank, _here.count, _here.talk = state.process_index, state.num_processes, talk
     return _here.rank == 0
