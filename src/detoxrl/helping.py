@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.data.rows import to_prompts
-from detoxrl.errors import ProcessError
 from detoxrl.measuring import sampled
 from detoxrl.memory import Room, keep_freed
 from detoxrl.parts import base_and_start, rows_of, run_scorer
@@ -24,6 +24,7 @@ from detoxrl.tracking import RunFolder, log
 from detoxrl.train import learner, ppo_step, reference_normaliser, validation
 
 Tasks = dict[str, Callable[..., object]]
+_ALWAYS: Tasks = {"measure": lambda *given: deque(sampled(*given), maxlen=0), "threads": torch.set_num_threads}
 
 
 def led(command: Callable[[], None]) -> None:
@@ -32,30 +33,35 @@ def led(command: Callable[[], None]) -> None:
     Raises what `processes.join` and the command raise; in the others ProcessError when the main one is gone.
     """
     if processes.join():
-        command()
-        processes.tell("end")
-        processes.leave()
+        try:
+            command()
+            processes.tell("end")
+        finally:
+            processes.leave()
         return
     log.quiet = True
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process hears them too, and needs us to end its step
         signal.signal(number, signal.SIG_IGN)
     keep_freed()
     try:
-        _help({"measure": lambda *given: deque(sampled(*given), maxlen=0)})
+        _help()
+    except Exception as error:
+        processes.blame(error)
         processes.leave()
-    except ProcessError:
         time.sleep(1)  # whoever watches sees the main process end first, whose code and words say why
         raise
+    processes.leave()
 
 
-def _help(tasks: Tasks) -> None:
+def _help() -> None:
+    tasks = _ALWAYS
     while (task := processes.told())[0] != "end":
         what, *given = task
         try:
             if what in ("train", "measure"):
-                tasks = {"measure": tasks["measure"]}  # what was trained before is let go
+                tasks = _ALWAYS  # what was trained before is let go
             if what == "train":
-                tasks |= _training(*given)
+                tasks = _ALWAYS | _training(*given)
             else:
                 tasks[what](*given)
         except processes.Relayed:  # the main process has the error itself, and may go on to something else

@@ -5,6 +5,7 @@ gathered goes over gloo, which notices at once when a process is gone; gradients
 """
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class _Here:
     rank: int = 0
     count: int = 1
     talk: Any = None
+    words: Any = None  # where a helper that fails leaves word of why
 
 
 _here = _Here()
@@ -61,13 +63,22 @@ def join() -> bool:
     with _connected():
         state = PartialState(cpu=on_cpu)
         talk = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    _here.rank, _here.count, _here.talk = state.process_index, state.num_processes, talk
+        words = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # type: ignore[attr-defined]
+    _here.rank, _here.count, _here.talk, _here.words = state.process_index, state.num_processes, talk, words
     return _here.rank == 0
 
 
 def leave() -> None:
-    """Part from the others, once all is done: threads of the groups that are still there at exit may abort it."""
+    """Part from the others, who notice: threads of the groups that are still there at exit may abort it."""
     dist.destroy_process_group()
+
+
+def blame(error: Exception) -> None:
+    """Leave word of what ends this process; the main one raises it as it finds this one gone."""
+    if not isinstance(error, ProcessError):
+        what = f"process {_here.rank} of this run failed: {type(error).__name__}: {first_line(error)}"
+        told = error if isinstance(error, DetoxrlError) else ProcessError(what)
+        _here.words.set("failed", pickle.dumps((type(told), str(told))))
 
 
 def require_led(batch_size: int | None) -> None:
@@ -83,6 +94,9 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _here.rank == 0 and _here.words is not None and _here.words.check(["failed"]):
+            kind, told = pickle.loads(_here.words.get("failed"))
+            raise kind.__new__(kind, told) from error
         # gloo begins with a line of its source, and ends with advice.
         reason = re.sub(r"^\[[^\]]*\] ", "", first_line(error)).partition(". ")[0]
         raise ProcessError(f"a process of this run was lost: {reason}") from error
@@ -130,12 +144,12 @@ def gather(make: Callable[[], T]) -> list[T]:
     try:
         found.append(make())
     except DetoxrlError as error:
-        if _here.count == 1:
-            raise
-        fault = type(error), str(error)
-    each = everyone((found, fault))
-    for failed in filter(None, (fault for _, fault in each)):
-        raise failed[0].__new__(*failed) if _here.rank == 0 else Relayed(failed[1])
+        fault = error
+    each = everyone((found, (type(fault), str(fault)) if fault else None))
+    if fault and _here.rank == 0:
+        raise fault
+    for kind, told in filter(None, (failed for _, failed in each)):
+        raise kind.__new__(kind, told) if _here.rank == 0 else Relayed(told)
     return [value for some, _ in each for value in some]
 
 
@@ -157,6 +171,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
         return
     flat = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights])
     with _connected():
+        dist.barrier(group=_here.talk)  # NCCL would wait for a process that has failed; gloo notices
         dist.all_reduce(flat)
     for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
         weight.grad = gradient.view_as(weight)
