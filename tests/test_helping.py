@@ -12,6 +12,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -190,10 +191,10 @@ def test_the_share_of_a_process_decides_whether_keys_and_values_are_kept(
     make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, policy = RunFolder(tmp_path), make_policy("t5", "loaded")
-    config = loop_config(batch_size=8, minibatch_size=8, microbatch_size=1)
+    config = loop_config(batch_size=10, minibatch_size=5, microbatch_size=1)
     cross, _ = memory._bytes_per_response(policy, PROMPTS[3], config)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 3 * cross + 4)  # a quarter of it holds three
-    for count, kept in ((1, False), (2, False), (3, True), (1, False)):  # chosen anew for another number
+    for count, kept in ((1, False), (3, False), (4, True), (1, False)):  # chosen anew for another number
         monkeypatch.setattr(processes, "_here", processes._Here(count=count))
         assert Room.of(folder, policy, PROMPTS, config).keep_cross is kept
 
@@ -219,10 +220,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_rows_of_a_step_bound_processes_that_train_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(processes, "PartialState", lambda: type("Nine", (), {"num_processes": 9}))
     monkeypatch.setattr(processes, "_here", processes._Here(count=9))
-    folder = RunFolder(tmp_path)
-    monkeypatch.setattr(RunFolder, "open", lambda root: (folder, loop_config(batch_size=8, minibatch_size=4)))
+    folder, config = RunFolder(tmp_path), loop_config(batch_size=8, minibatch_size=4)
+    config = replace(config, policy=replace(config.policy, base=str(tmp_path)))
+    monkeypatch.setattr(RunFolder, "open", lambda root: (folder, config))
     with pytest.raises(InputError, match=r"rl.batch_size = 8: is below the number of processes, 9"):
         stages.again(tmp_path, "train")
+    with pytest.raises(InputError, match=r"rl.batch_size = 8: "):
+        stages.prepare(tmp_path, config)
+    monkeypatch.setattr(stages, "_new", lambda *_: refuse())
+    with pytest.raises(InputError, match="no folder here"):
+        stages.evaluate(tmp_path, config, policies={"other": tmp_path})
     monkeypatch.setattr(stages, "_make", lambda name, *_: made.append(name))
     made = list[str]()
     stages.again(tmp_path, "report")
