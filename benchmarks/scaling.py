@@ -113,6 +113,7 @@ def foretell_step(a: Assumed, processes: int, rows: int) -> dict[str, float]:
     reduce = a.epochs * a.minibatches * ring if processes > 1 else 0.0
     gathered = rows * (21.0 * a.most + 600)
     talk = gathered / a.gloo_wire + 12 * 2 * (processes - 1) * a.gloo_hop if processes > 1 else 0.0
+    talk += a.epochs * a.minibatches * float(np.ceil(np.log2(processes))) * a.gloo_hop  # They meet before each sum.
     whole = sample + seconds + reduce + talk
     return {"sample": sample, "update": seconds, "reduce": reduce, "talk": talk, "step": whole,
             "gradient MB": gradients / 1e6, "gathered MB": gathered / 1e6}  # fmt: skip

@@ -122,7 +122,9 @@ def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
 def _machine_differences(account: dict[str, Any], config: Config) -> Differences:
     was = {"processes": 1} | account["machine"]
     if was["processes"] == processes.count():  # others share the cores otherwise
-        torch.set_num_threads(was.get("threads", torch.get_num_threads()))
+        threads = was.get("threads", torch.get_num_threads())
+        torch.set_num_threads(threads)
+        processes.tell("threads", threads)
     now = machine(config)
     return {name: (was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)}
 

@@ -8,22 +8,24 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.data.rows import to_prompts
-from detoxrl.errors import ProcessError
 from detoxrl.measuring import sampled
-from detoxrl.memory import keep_freed
+from detoxrl.memory import Room, keep_freed
 from detoxrl.parts import base_and_start, rows_of, run_scorer
 from detoxrl.policy.adapters import load_policy
 from detoxrl.randomness import batch_indices
 from detoxrl.rewards.shaping import Normaliser
+from detoxrl.step_metrics import Watch
 from detoxrl.tracking import RunFolder, log
 from detoxrl.train import learner, ppo_step, reference_normaliser
 from detoxrl.validation import Validator
 
 Tasks = dict[str, Callable[..., object]]
+_ALWAYS: Tasks = {"measure": lambda *given: deque(sampled(*given), maxlen=0), "threads": torch.set_num_threads}
 
 
 def led(command: Callable[[], None]) -> None:
@@ -32,30 +34,35 @@ def led(command: Callable[[], None]) -> None:
     Raises what `processes.join` and the command raise; in the others ProcessError when the main one is gone.
     """
     if processes.join():
-        command()
-        processes.tell("end")
-        processes.leave()
+        try:
+            command()
+            processes.tell("end")
+        finally:
+            processes.leave()
         return
     log.quiet = True
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process hears them too, and needs us to end its step
         signal.signal(number, signal.SIG_IGN)
     keep_freed()
     try:
-        _help({"measure": lambda *given: deque(sampled(*given), maxlen=0)})
+        _help()
+    except Exception as error:
+        processes.blame(error)
         processes.leave()
-    except ProcessError:
         time.sleep(1)  # whoever watches sees the main process end first, whose code and words say why
         raise
+    processes.leave()
 
 
-def _help(tasks: Tasks) -> None:
+def _help() -> None:
+    tasks = _ALWAYS
     while (task := processes.told())[0] != "end":
         what, *given = task
         try:
             if what in ("train", "measure"):
-                tasks = {"measure": tasks["measure"]}  # what was trained before is let go
+                tasks = _ALWAYS  # what was trained before is let go
             if what == "train":
-                tasks |= _training(*given)
+                tasks = _ALWAYS | _training(*given)
             else:
                 tasks[what](*given)
         except processes.Relayed:  # the main process has the error itself, and may go on to something else
@@ -76,9 +83,9 @@ def _training(folder: RunFolder, config: Config) -> Tasks:
     accelerator, optimizer = learner(policy, config.rl)
     prompts, size = to_prompts(rows), config.rl.batch_size
 
-    def step(normaliser: Normaliser, number: int, *rest: Any) -> None:
+    def step(normaliser: Normaliser, number: int, kl_coef: float, room: Room) -> None:
         batch = [prompts[i] for i in batch_indices(config.seed, "prompts", number, size, len(prompts))]
-        ppo_step(policy, accelerator, optimizer, reward, normaliser, batch, config, number, *rest)
+        ppo_step(policy, accelerator, optimizer, reward, normaliser, batch, config, number, kl_coef, Watch(), room)
 
     return {
         "begin": partial(processes.begin_alike, optimizer),

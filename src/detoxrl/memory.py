@@ -9,6 +9,7 @@ from typing import Any, Self
 import psutil
 import torch
 
+from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.policy.policy import Policy
 from detoxrl.records import Prompt
@@ -33,14 +34,14 @@ class Room:
         asked = config.rl.microbatch_size
         if (folder / "memory.json").is_file():
             kept = folder.read_json("memory.json")
-            if kept.pop("asked") == asked:
+            if (kept.pop("asked"), kept.pop("processes", 1)) == (asked, processes.count()):
                 return cls(**kept)
         most = config.rl.minibatch_size
         cross, activations = _bytes_per_response(policy, max(prompts, key=lambda prompt: len(prompt.text)), config)
         free = _SHARE * free_bytes(policy.device)
         room = cls(
             microbatch_size=min(asked or max(1, int(2 * free / activations)), most),
-            keep_cross=cross * config.rl.batch_size < free,
+            keep_cross=cross * -(-config.rl.batch_size // processes.count()) < free,  # each keeps its share's
         )
         if asked is None and room.microbatch_size < most:
             log.print(f"train: an update reads {room.microbatch_size} of {most} responses at once, as memory allows")
@@ -48,8 +49,8 @@ class Room:
         return room
 
     def keep(self, folder: RunFolder, asked: int | None) -> None:
-        """Write it to the run folder, with the setting it answers."""
-        folder.write_json("memory.json", {"asked": asked} | asdict(self))
+        """Write it to the run folder, with what it answers."""
+        folder.write_json("memory.json", {"asked": asked, "processes": processes.count()} | asdict(self))
 
 
 def keep_freed() -> bool:

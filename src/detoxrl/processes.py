@@ -5,6 +5,7 @@ gathered goes over gloo, which notices at once when a process is gone; gradients
 """
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class _Here:
     rank: int = 0
     count: int = 1
     talk: Any = None
+    words: Any = None  # where a helper that fails leaves word of why
 
 
 _here = _Here()
@@ -48,30 +50,43 @@ def count() -> int:
 def join() -> bool:
     """Meet the others that a launcher started, and return whether this is the main process.
 
-    Raises InputError when accelerate is to shard weights or counts otherwise, ProcessError when they do not meet.
+    Raises InputError when accelerate is to shard weights or there are too few GPUs, ProcessError when they do not meet.
     """
     set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_SHARDING, "CPU")}
     for kind in _SHARDING:
         rule = "would compute wrong numbers: each process needs all of the weights"
         require(set_to[kind] == "false", "accelerate", kind, rule, "configure it for several GPUs without sharding")
+    on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
+    number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    rule = f"is above the number of GPUs of this machine, {most}"
+    require(on_cpu or number <= most, "LOCAL_WORLD_SIZE", number, rule, "start fewer, or set ACCELERATE_USE_CPU=true")
     with _connected():
-        state = PartialState(cpu=set_to["CPU"] == "true" or not torch.accelerator.is_available())
+        state = PartialState(cpu=on_cpu)
         talk = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    _here.rank, _here.count, _here.talk = state.process_index, state.num_processes, talk
+        words = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # type: ignore[attr-defined]
+    _here.rank, _here.count, _here.talk, _here.words = state.process_index, state.num_processes, talk, words
     return _here.rank == 0
 
 
 def leave() -> None:
-    """Part from the others, once all is done: threads of the groups that are still there at exit may abort it."""
+    """Part from the others, who notice: threads of the groups that are still there at exit may abort it."""
     dist.destroy_process_group()
 
 
-def require_led(batch_size: int) -> None:
-    """Raise InputError where processes were started but not joined, or are more than a step has work for."""
+def blame(error: Exception) -> None:
+    """Leave word of what ends this process; the main one raises it as it finds this one gone."""
+    if not isinstance(error, ProcessError):
+        what = f"process {_here.rank} of this run failed: {type(error).__name__}: {first_line(error)}"
+        told = error if isinstance(error, DetoxrlError) else ProcessError(what)
+        _here.words.set("failed", pickle.dumps((type(told), str(told))))
+
+
+def require_led(batch_size: int | None) -> None:
+    """Raise InputError where processes were started but not joined, or are more than the rows of a step there is."""
     started, remedy = PartialState().num_processes, "say `torchrun -m detoxrl run`, with the reward in a file"
     require(started == _here.count, "processes", started, "share what the command line does, alone", remedy)
     rule = f"is below the number of processes, {started}"
-    require(started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
+    require(batch_size is None or started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
 
 
 @contextmanager
@@ -79,6 +94,9 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if _here.rank == 0 and _here.words is not None and _here.words.check(["failed"]):
+            kind, told = pickle.loads(_here.words.get("failed"))
+            raise kind.__new__(kind, told) from error
         # gloo begins with a line of its source, and ends with advice.
         reason = re.sub(r"^\[[^\]]*\] ", "", first_line(error)).partition(". ")[0]
         raise ProcessError(f"a process of this run was lost: {reason}") from error
@@ -126,12 +144,12 @@ def gather(make: Callable[[], T]) -> list[T]:
     try:
         found.append(make())
     except DetoxrlError as error:
-        if _here.count == 1:
-            raise
-        fault = type(error), str(error)
-    each = everyone((found, fault))
-    for failed in filter(None, (fault for _, fault in each)):
-        raise failed[0].__new__(*failed) if _here.rank == 0 else Relayed(failed[1])
+        fault = error
+    each = everyone((found, (type(fault), str(fault)) if fault else None))
+    if fault and _here.rank == 0:
+        raise fault
+    for kind, told in filter(None, (failed for _, failed in each)):
+        raise kind.__new__(kind, told) if _here.rank == 0 else Relayed(told)
     return [value for some, _ in each for value in some]
 
 
@@ -153,6 +171,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
         return
     flat = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights])
     with _connected():
+        dist.barrier(group=_here.talk)  # NCCL would wait for a process that has failed; gloo notices
         dist.all_reduce(flat)
     for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
         weight.grad = gradient.view_as(weight)

@@ -102,7 +102,7 @@ def train(
             if last:
                 break
             batch = [prompts[i] for i in batch_indices(config.seed, "prompts", step, rl.batch_size, len(prompts))]
-            processes.tell("step", normaliser, step, kl_coef, watch, room)
+            processes.tell("step", normaliser, step, kl_coef, room)
             rollout, raw, statistics = ppo_step(
                 policy, accelerator, optimizer, scored, normaliser, batch, config, step, kl_coef, watch, room
             )
