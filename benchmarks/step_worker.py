@@ -53,7 +53,7 @@ def make_models(folder: Path, size: str) -> None:
     labels = dict(enumerate(("nothate", "hate")))
     roberta = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, id2label=labels,
                             label2id={label: i for i, label in labels.items()}, **reward)  # fmt: skip
-    torch.manual_seed(0)  # the same classifier beside every policy: random labels may come out reversed, which is refused
+    torch.manual_seed(0)  # one classifier beside every policy: a random label may come out reversed, which is refused
     RobertaForSequenceClassification(roberta).save_pretrained(folder / "reward")
     words.save_pretrained(folder / "reward")
 
