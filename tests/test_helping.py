@@ -38,7 +38,14 @@ def forked(command: Callable[[], object], number: int = 2) -> list[str]:
     pipes = [context.Pipe(duplex=False) for _ in range(number)]
 
     def work(rank: int) -> None:
-        named = {**place, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "RANK": rank, "LOCAL_RANK": rank}
+        named = {
+            **place,
+            "WORLD_SIZE": number,
+            "LOCAL_WORLD_SIZE": number,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "OMP_NUM_THREADS": 1,
+        }
         os.environ |= {name: str(value) for name, value in named.items()}
         torch.set_num_threads(1)  # threads of the parent's pool are not here
         PartialState._reset_state()
