@@ -7,10 +7,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# What is computed here is tiny: a second thread, on a core that another worker uses, takes time and gives none.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +45,30 @@ from detoxrl.reward_training import train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # A busy machine is no failure.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
+
+# The files that take longest, so that no worker begins one when the other is done.
+LONGEST = (
+    "resume", "processes", "cli", "invariants", "own", "export", "checkpoint", "bandit", "train", "hub", "trackers",
+    "examples", "real_data",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist keep the order of files; its own begins with those of most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 TARGETS = {"t5": ("q", "v"), "bart": ("q_proj", "v_proj"), "gpt2": ("c_attn",), "llama": ("q_proj", "v_proj")}
 ENCODER_DECODERS = ("t5", "bart")
@@ -94,6 +114,30 @@ def _llama(vocab: int) -> LlamaForCausalLM:
 
 
 TINY: dict[str, Callable[[int], PreTrainedModel]] = {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let all workers share what is trained on the spot, in a cache that goes with the session."""
+    root = tmp_path_factory.getbasetemp()
+    os.environ["DETOXRL_CACHE"] = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawings() -> Iterator[None]:
+    """Leave out what reports draw, which takes a third of a small run. A module that looks at it overrides this."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("learning_curves", "over_optimisation", "toxicity_distributions"):
+            patch.setattr(f"detoxrl.report.plots.{name}", lambda *_: [])
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let this test compute on two threads, as users do."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

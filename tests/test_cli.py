@@ -18,6 +18,8 @@ from detoxrl.errors import InputError
 from detoxrl.recipes import recipe
 from detoxrl.settings import flatten
 from detoxrl.tracking import RunFolder
+from forked import forked
+from small_runs import detoxrl as detoxrl_here
 from small_runs import same_end, without_timings
 
 SMALL = [
@@ -29,8 +31,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def detoxrl(*words: str, cwd: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DETOXRL_CACHE": str(cache or cwd / "cache"), "COLUMNS": "120"}
+def detoxrl(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning:detoxrl", "-m", "detoxrl", *words],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
@@ -121,10 +123,10 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
     }  # fmt: skip
 
 
-def test_stages_in_their_own_processes_give_the_same_run(place: Path, run: Path, tmp_path: Path) -> None:
+def test_stages_in_their_own_processes_give_the_same_run(run: Path, tmp_path: Path) -> None:
     for command in (["prepare", "quickstart", *SMALL, "--run-dir", "staged"], ["sft", "staged"], ["train", "staged"],
                     ["evaluate", "staged"], ["report", "staged"]):  # fmt: skip
-        result = detoxrl(*command, cwd=tmp_path, cache=place / "cache")
+        result = forked(command, tmp_path)
         assert result.returncode == 0, result.stderr
     staged = tmp_path / "staged"
     assert records(staged / "validation.jsonl") == records(run / "validation.jsonl")
@@ -145,11 +147,13 @@ def test_the_adapter_loads_on_the_base_with_peft_and_generates(run: Path) -> Non
     assert torch.is_tensor(model.generate(**prompt, max_new_tokens=5))
 
 
-def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Path) -> None:
+def test_an_existing_run_is_not_touched_without_being_asked(
+    place: Path, run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (run / "eval.json").read_bytes()
-    result = detoxrl("run", "quickstart", *SMALL, cwd=place)
-    assert result.returncode == 2
-    assert "exists already; add --resume to go on, --overwrite to begin anew" in result.stderr
+    monkeypatch.chdir(place)
+    assert detoxrl_here(["run", "quickstart", *SMALL]) == 2
+    assert "exists already; add --resume to go on, --overwrite to begin anew" in capfd.readouterr().err
     assert (run / "eval.json").read_bytes() == before
 
 
@@ -159,7 +163,6 @@ def test_an_existing_run_is_not_touched_without_being_asked(place: Path, run: Pa
         (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; did you mean quickstart?"),
         (["run"], "recipe = '': is missing"),
         (["fly"], "command = 'fly': is not a command"),
-        (["train", "nowhere"], "run folder = 'nowhere': holds no config.json"),
         (["train"], "run folder = '': is missing; say `detoxrl train runs/NAME`"),
         (["run", "quickstart", "--rl.batch-size", "1"], "rl.batch_size = 1: must be 2 or more"),
         (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
@@ -175,13 +178,13 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_out_of_order_names_the_one_to_run_first(place: Path, tmp_path: Path) -> None:
-    assert (
-        detoxrl("prepare", "quickstart", *SMALL, "--run-dir", "r", cwd=tmp_path, cache=place / "cache").returncode == 0
-    )
-    result = detoxrl("train", "r", cwd=tmp_path, cache=place / "cache")
-    assert result.returncode == 2
-    assert "has not finished sft; run `detoxrl sft r` first, or go on with --resume" in result.stderr
+def test_a_stage_out_of_order_names_the_one_to_run_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert detoxrl_here(["prepare", "quickstart", *SMALL, "--run-dir", "r"]) == 0
+    assert detoxrl_here(["train", "r"]) == 2
+    assert "has not finished sft; run `detoxrl sft r` first, or go on with --resume" in capfd.readouterr().err
 
 
 def test_help_is_quick_because_it_imports_no_torch() -> None:
@@ -232,16 +235,15 @@ cli.main(sys.argv[2:])
 
 
 def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache"), "COLUMNS": "120"}
+    environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache")}
     words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
     for deadly in (
         "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:4",
         "detoxrl.measuring:sample_batches:2",
     ):  # fmt: skip
-        command = [sys.executable, "-c", KILLED, deadly, *words]
-        killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300, check=False)
+        killed = forked([deadly, *words], tmp_path, environment, KILLED)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-    ended = detoxrl("run", "--resume", "--run-dir", "broken", cwd=tmp_path, cache=tmp_path / "cache")
+    ended = forked(["run", "--resume", "--run-dir", "broken"], tmp_path, environment)
     assert ended.returncode == 0, ended.stderr
     assert "warm start" not in ended.stderr  # only what was left was done
     same_end(run, tmp_path / "broken")

@@ -183,7 +183,6 @@ def shared(
     policies = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setenv("DETOXRL_CACHE", str(place / "trained"))
         pointing(patch, tmp_path_factory.mktemp("cache"))(served.address)
         for name, (words, how) in RUNS.items():
             run = place / "runs" / name

@@ -46,6 +46,7 @@ def drifts(golden: list[dict[str, float]], found: list[dict[str, float]]) -> dic
     }
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("name", "kind"), [("t5", "loaded"), ("gpt2", "full")])
 def test_the_golden_run_has_not_drifted(name: str, kind: str, make_policy: Make, tmp_path: Path) -> None:
     small = small_config()

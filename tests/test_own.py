@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -323,6 +323,7 @@ BAD_INPUT = [
     (nothing, ["prepare", "own", "--resume"], r"flag = '--resume': is not known to `detoxrl prepare`; see"),
     (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
     (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
+    (nothing, ["train", "nowhere"], r"run folder = 'nowhere': holds no config\.json"),
     (nothing, own("--reward.function", "broken.py:f"), r"line 2 is no Python: "),
     (nothing, own("--reward.function", "rewards.py:words"), r"returned list, not numbers; return one finite num"),
     (nothing, own("--reward.classifier", "embedded", "--reward.good-label", "nice"),
@@ -369,19 +370,20 @@ def test_a_full_disk_is_exit_1_with_what_was_kept(
     assert told.startswith("detoxrl: the disk is full; runs/own keeps adapter, checkpoint.json, config.json, data")
 
 
-@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "data/test.jsonl", "seconds.json"])
-def test_a_torn_file_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_torn_file_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert detoxrl(own()) == 0
-    weights = place / "runs/own" / name
-    weights.write_bytes(weights.read_bytes()[:-100])
-    command = ["evaluate", "runs/own"] if name.startswith("adapter") else ["run", "--resume", "--run-dir", "runs/own"]
-    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
-    if name == "seconds.json":
-        weights.write_text("{")
-    if name == "data/test.jsonl":
-        command = ["evaluate", "runs/own"]
-    assert detoxrl(command) == 1
-    assert "is broken: " in capfd.readouterr().err.splitlines()[-1]
+    (place / "runs/own").rename("whole")
+    again, resumed = ["evaluate", "runs/own"], ["run", "--resume", "--run-dir", "runs/own"]
+    for name, command in (
+        ("adapter/adapter_model.safetensors", again), ("data/test.jsonl", again), ("seconds.json", resumed),
+    ):  # fmt: skip
+        torn = Path(copytree("whole", "runs/own"), name)
+        RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0})
+        torn.write_bytes(b"{" if name == "seconds.json" else torn.read_bytes()[:-100])
+        assert detoxrl(command) == 1
+        told = capfd.readouterr().err.splitlines()[-1]
+        assert "is broken: " in told, name
+        rmtree("runs/own")
 
 
 # Reward functions

@@ -24,6 +24,11 @@ from detoxrl.settings import flatten
 JUDGE = "alt-profanity-check"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drawings() -> None:
+    """Reports are drawn here."""
+
+
 class _Visible(HTMLParser):
     """Collects the text a reader sees, one string per element and one per table row."""
 

@@ -22,7 +22,32 @@ from detoxrl.stopping import Terminated, stopping
 from detoxrl.tracking import RunFolder
 from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
+WORDS = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
 
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], reward_folder: Path) -> Path:
+    """A place with a run of three steps in runs/own, and a copy of all in which a test may do what it likes."""
+    folder = tmp_path_factory.mktemp("once") / "there"
+    folder.mkdir()
+    make_place(folder, bases, reward_folder)
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(folder)
+        assert detoxrl(WORDS) == 0
+    return Path(copytree(folder, folder.with_name("kept")))
+
+
+@pytest.fixture
+def finished(once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of three steps, as it was then; runs name their parts by path, so it is always in the same place."""
+    folder = once.with_name("there")
+    rmtree(folder, ignore_errors=True)
+    copytree(once, folder)
+    monkeypatch.chdir(folder)
+    return folder / "runs/own"
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,10 +113,9 @@ def test_patience_ends_a_run_as_if_it_had_reached_its_steps_and_a_stop_changes_n
 
 
 def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
-    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    place = finished.parents[1]
     real, left = train.validation, [2]
 
     def failing(*given: object) -> object:
@@ -102,53 +126,50 @@ def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
 
     with monkeypatch.context() as fail:
         fail.setattr(train, "validation", failing)
-        assert detoxrl([*words, "--run-dir", "broken"]) == 2
+        assert detoxrl([*WORDS, "--run-dir", "broken"]) == 2
     assert "failed late; mend it; step 2 is kept: go on with" in capfd.readouterr().err
     assert max(steps_kept(place / "broken")) == 2
     assert [line["step"] for line in without_timings(place / "broken/validation.jsonl")] == [0, 1]
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
-    same_end(place / "whole", place / "broken")
+    same_end(finished, place / "broken")
 
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_reward_that_fails_leaves_the_state_before_its_step(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
-    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    place = finished.parents[1]
     monkeypatch.setenv("FAIL_AT", str(2 + step))  # 0 is the probe, 1 the normaliser
-    assert detoxrl([*words, "--run-dir", "broken"]) == 2
+    assert detoxrl([*WORDS, "--run-dir", "broken"]) == 2
     monkeypatch.delenv("FAIL_AT")
     assert max(steps_kept(place / "broken")) == step
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
     for name in ("metrics.jsonl", "validation.jsonl", "rollouts.jsonl"):
-        assert without_timings(place / "broken" / name) == without_timings(place / "whole" / name), name
+        assert without_timings(place / "broken" / name) == without_timings(finished / name), name
     capfd.readouterr()
 
 
 def test_resuming_does_only_what_is_left_and_refuses_other_settings(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert detoxrl(own()) == 0
-    adapter = (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns
-    RunFolder(place / "runs/own").write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
-    assert detoxrl(own("--resume")) == 0
-    assert (place / "runs/own/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
+    adapter = (finished / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+    RunFolder(finished).write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    assert detoxrl([*WORDS, "--resume"]) == 0
+    assert (finished / "adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
-    assert detoxrl(own("--resume", "--data.min-length", "2")) == 2
+    assert detoxrl([*WORDS, "--resume", "--data.min-length", "2"]) == 2
     told = "data.min_length = 2: differs from the run's 1, and prepare was begun with that; leave it out"
     assert told in capfd.readouterr().err
 
 
 def test_sigterm_is_exit_143_with_a_checkpoint_and_the_line_that_goes_on(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = own("--reward.function", "rewards.py:brevity")
-    assert detoxrl([*words, "--run-dir", "whole"]) == 0
+    place = finished.parents[1]
     monkeypatch.setenv("STOP_BY", "SIGTERM")
     monkeypatch.setenv("INTERRUPT_AT", "2")
     earlier = signal.getsignal(signal.SIGTERM)
-    assert detoxrl([*words, "--run-dir", "broken"]) == 143
+    assert detoxrl([*WORDS, "--run-dir", "broken"]) == 143
     assert signal.getsignal(signal.SIGTERM) is earlier
     told = capfd.readouterr().err.splitlines()[-1]
     assert told.startswith("detoxrl: terminated; broken keeps adapter, ")
@@ -156,7 +177,7 @@ def test_sigterm_is_exit_143_with_a_checkpoint_and_the_line_that_goes_on(
     assert max(steps_kept(place / "broken")) == 1
     monkeypatch.delenv("INTERRUPT_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
-    same_end(place / "whole", place / "broken")
+    same_end(finished, place / "broken")
 
 
 def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
@@ -199,34 +220,12 @@ def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
 # Longer runs, other settings, other machines
 
 
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], reward_folder: Path) -> Path:
-    """A place with a run of three steps in runs/own, and a copy of all in which a test may do what it likes."""
-    folder = tmp_path_factory.mktemp("once") / "there"
-    folder.mkdir()
-    make_place(folder, bases, reward_folder)
-    with pytest.MonkeyPatch.context() as there:
-        there.chdir(folder)
-        assert detoxrl(own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")) == 0
-    return Path(copytree(folder, folder.with_name("kept")))
-
-
-@pytest.fixture
-def finished(once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run of three steps, as it was then; runs name their parts by path, so it is always in the same place."""
-    folder = once.with_name("there")
-    rmtree(folder, ignore_errors=True)
-    copytree(once, folder)
-    monkeypatch.chdir(folder)
-    return folder / "runs/own"
-
-
 RESUME = ["run", "--resume", "--run-dir", "runs/own"]
 ACCEPT = [*RESUME, "--accept-changes"]
 
 
 def test_a_finished_run_is_made_longer_on_request_and_says_so(
-    finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    once: Path, finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = finished.parents[1]
     before = contents(finished)
@@ -245,8 +244,7 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     assert "rl.steps" in (finished / "report.html").read_text().split("not that of a run that never stopped")[1][:300]
     finished.rename(place / "longer")
     # The same again, but killed on its way: it ends the same.
-    words = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
-    assert detoxrl(words) == 0
+    copytree(once / "runs/own", finished)
     monkeypatch.setenv("INTERRUPT_AT", "2")
     assert detoxrl([*ACCEPT, "--rl.steps", "5"]) == 130
     assert not (finished / "eval.json").exists()
@@ -429,11 +427,10 @@ def test_what_is_killed_while_it_makes_room_can_go_on(
     place = finished.parents[1]
     finished.rename(place / "whole")
     copytree(place / "whole", finished)
-    same = ["--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1"]
     with monkeypatch.context() as deadly:
         killing(deadly, tracking, "remove", calls)
         with pytest.raises(Killed):
-            detoxrl(own(*same, "--overwrite") if words[0] == "run" else words)
+            detoxrl([*WORDS, "--overwrite"] if words[0] == "run" else words)
     assert detoxrl(RESUME) == 0
     same_end(place / "whole", finished)
 

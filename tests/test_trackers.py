@@ -21,6 +21,7 @@ from detoxrl.checkpoint import Checkpoints
 from detoxrl.errors import InputError
 from detoxrl.trackers import chosen
 from detoxrl.tracking import RunFolder
+from forked import forked
 from small_runs import contents, detoxrl, own, same_end
 
 WORDS = ["--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1", "--rl.validate-every", "2"]
@@ -160,7 +161,8 @@ def test_a_run_that_is_stopped_and_killed_is_one_series_without_a_step_twice(
 def test_training_that_begins_anew_is_a_new_run_and_none_ends_it(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert detoxrl(own(*WORDS, "--run-dir", "run", "--track", "tensorboard")) == 0
+    words = [*WORDS, "--rl.steps", "2"]
+    assert detoxrl(own(*words, "--run-dir", "run", "--track", "tensorboard")) == 0
     first = json.loads((place / "run/tracker.json").read_text())
     assert detoxrl(["train", "run"]) == 0
     assert json.loads((place / "run/tracker.json").read_text())["run"] != first["run"]
@@ -173,7 +175,7 @@ def test_training_that_begins_anew_is_a_new_run_and_none_ends_it(
     assert contents(place / "run/tensorboard") == before
     assert detoxrl(["train", "run", "--track", "tensorboard"]) == 0
     same(tensorboard(place / "run")[0], place / "run")
-    assert detoxrl(own(*WORDS, "--run-dir", "run", "--overwrite")) == 0
+    assert detoxrl(own(*words, "--run-dir", "run", "--overwrite")) == 0
     assert not (place / "run/tensorboard").exists()  # another run, and nobody asked for a tracker of it
 
 
@@ -217,7 +219,7 @@ def test_a_tracker_that_is_none_names_the_nearest_and_a_folder_is_no_package(
 
 
 ALONE = """
-import socket, sys
+import json, socket, sys
 sys.path.insert(0, {tests!r})
 asked = []
 
@@ -227,21 +229,22 @@ def told(event, given):
 
 sys.addaudithook(told)
 from detoxrl import cli
-try:
-    cli.main(sys.argv[1:])
-except SystemExit as end:
-    assert not end.code, end.code
+for words in json.loads(sys.argv[1]):
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        assert not end.code, end.code
 heads = {{name.partition(".")[0] for name in sys.modules}}
 print("HEARD", sorted(heads & {{"tensorboard", "tensorboardX", "trackio", "wandb", "gradio", "gradio_client"}}), asked)
 """
 
 
-def alone(words: list[str], **environment: str) -> str:
-    """Run a command in a process of its own; return what it printed, in the end what it imported and contacted."""
+def alone(*commands: list[str], **environment: str) -> str:
+    """Run commands in a process of their own; return what it printed, in the end what it imported and contacted."""
     code = ALONE.format(tests=str(Path(__file__).parent))
     surroundings = {**os.environ, "COLUMNS": "120", **environment}
     ended = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", code, json.dumps(commands)],
         env=surroundings,
         capture_output=True,
         text=True,
@@ -253,8 +256,7 @@ def alone(words: list[str], **environment: str) -> str:
 
 
 def test_without_the_flag_no_tracker_is_imported_and_nothing_is_contacted(place: Path) -> None:
-    assert alone(own(*WORDS, "--run-dir", "run")).splitlines()[-1] == "HEARD [] []"
-    assert alone(["evaluate", "run"]).splitlines()[-1] == "HEARD [] []"
+    assert alone(own(*WORDS, "--run-dir", "run"), ["evaluate", "run"]).splitlines()[-1] == "HEARD [] []"
 
 
 def test_trackio_shows_the_same_on_this_machine_alone(place: Path) -> None:
@@ -298,15 +300,11 @@ def test_wandb_offline_shows_the_same_and_a_run_goes_on_under_its_id(place: Path
     from wandb.proto.wandb_internal_pb2 import Record
 
     words = own(*WORDS, "--rl.steps", "5", "--run-dir", "run", "--track", "wandb")
-    stopped = [sys.executable, "-m", "detoxrl", *words]
     surroundings = {**os.environ, "WANDB_MODE": "offline"}
     surroundings |= {"WANDB_CACHE_DIR": str(place / "cache"), "WANDB_DATA_DIR": str(place / "data")}
-    ended = subprocess.run(
-        stopped, env={**surroundings, "INTERRUPT_AT": "3"}, capture_output=True, text=True, timeout=3000, check=False
-    )
+    ended = forked(words, place, {**surroundings, "INTERRUPT_AT": "3"})
     assert ended.returncode == 130, ended.stderr
-    again = [sys.executable, "-m", "detoxrl", "run", "--resume", "--run-dir", "run"]
-    ended = subprocess.run(again, env=surroundings, capture_output=True, text=True, timeout=3000, check=False)
+    ended = forked(["run", "--resume", "--run-dir", "run"], place, surroundings)
     assert ended.returncode == 0, ended.stderr
     assert "wandb" not in ended.stdout
     files = sorted((place / "run/wandb").glob("offline-run-*/*.wandb"))
@@ -332,10 +330,10 @@ def test_wandb_offline_shows_the_same_and_a_run_goes_on_under_its_id(place: Path
 
 
 def test_wandb_without_a_login_is_one_line(place: Path) -> None:
-    words = [sys.executable, "-m", "detoxrl", *own(*WORDS, "--run-dir", "run", "--track", "wandb")]
+    words = own(*WORDS, "--run-dir", "run", "--track", "wandb")
     hidden = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")}
     hidden |= {"HOME": str(place), "NETRC": str(place / "none")}
-    ended = subprocess.run(words, env=hidden, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    ended = forked(words, place, hidden)
     assert ended.returncode == 2, ended.stderr
     assert "--track = 'wandb': " in ended.stderr.splitlines()[-1]
     assert "set WANDB_MODE=offline" in ended.stderr.splitlines()[-1]

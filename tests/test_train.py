@@ -61,21 +61,30 @@ def learning_config() -> Config:
     return replace(small, rl=rl)
 
 
+@pytest.fixture(scope="module")
+def learned(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, float]]]:
+    """The metrics of trainings without a KL penalty, by their seed."""
+    configs = [replace(learning_config(), seed=seed) for seed in (0, 1, 2)]
+    return [learn(tmp_path_factory.mktemp("learned"), bases["t5"], config) for config in configs]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_policy_learns_a_toy_reward(bases: dict[str, Path], tmp_path: Path, seed: int) -> None:
+def test_the_policy_learns_a_toy_reward(learned: list[list[dict[str, float]]], seed: int) -> None:
     # Without learning (lr 1e-9) a batch never got above 0.12 in 40 steps; learning levels off at 0.43.
-    records = learn(tmp_path, bases["t5"], replace(learning_config(), seed=seed))
+    records = learned[seed]
     scores = [record["score/mean"] for record in records]
     assert np.mean(scores[:2]) < 0.12
     assert np.mean(scores[-3:]) > 0.27
     assert records[-1]["kl/reference"] > 0.1
 
 
-def test_without_a_reason_to_move_the_kl_penalty_holds_the_policy(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_without_a_reason_to_move_the_kl_penalty_holds_the_policy(
+    learned: list[list[dict[str, float]]], bases: dict[str, Path], tmp_path: Path
+) -> None:
     free = learning_config()
     held = replace(free, rl=replace(free.rl, kl_coef=5.0))
-    moved = [record["kl/reference"] for record in learn(tmp_path / "a", bases["t5"], free)]
-    kept = [record["kl/reference"] for record in learn(tmp_path / "b", bases["t5"], held)]
+    moved = [record["kl/reference"] for record in learned[free.seed]]
+    kept = [record["kl/reference"] for record in learn(tmp_path, bases["t5"], held)]
     assert abs(kept[-1]) < 0.3 * moved[-1]
 
 
