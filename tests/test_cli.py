@@ -238,7 +238,7 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
     environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache")}
     words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
     for deadly in (
-        "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:4",
+        "detoxrl.reward_training:batch_indices:60", "detoxrl.sft:batch_indices:12", "detoxrl.train:collect:2",
         "detoxrl.measuring:sample_batches:2",
     ):  # fmt: skip
         killed = forked([deadly, *words], tmp_path, environment, KILLED)

@@ -11,7 +11,7 @@ from shutil import copytree, rmtree
 import pytest
 import torch
 
-from detoxrl import checkpoint, evaluate, sft, stages, tracking, train
+from detoxrl import checkpoint, evaluate, sft, stages, tracking
 from detoxrl.checkpoint import Checkpoints
 from detoxrl.data.corpus import generate_utterances
 from detoxrl.errors import InputError
@@ -20,6 +20,7 @@ from detoxrl.reward_training import train_reward_model
 from detoxrl.settings import config_from_json
 from detoxrl.stopping import Terminated, stopping
 from detoxrl.tracking import RunFolder
+from detoxrl.validation import Validator
 from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
 WORDS = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
@@ -116,7 +117,7 @@ def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = finished.parents[1]
-    real, left = train.validation, [2]
+    real, left = Validator.__call__, [2]
 
     def failing(*given: object) -> object:
         left[0] -= 1
@@ -125,7 +126,7 @@ def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
         return real(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as fail:
-        fail.setattr(train, "validation", failing)
+        fail.setattr(Validator, "__call__", failing)
         assert detoxrl([*WORDS, "--run-dir", "broken"]) == 2
     assert "failed late; mend it; step 2 is kept: go on with" in capfd.readouterr().err
     assert max(steps_kept(place / "broken")) == 2
