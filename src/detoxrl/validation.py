@@ -27,11 +27,8 @@ class Validator:
 
     def __init__(self, policy: Policy, config: Config, rows: Sequence[Row]) -> None:
         self.policy, self.config, self.rows, self.prompts = policy, config, rows, to_prompts(rows)
-        order, size = (
-            sorted(range(len(rows)), key=lambda row: len(self.prompts[row].text)),
-            config.generation.batch_size,
-        )
-        mine = processes.share(order)
+        size = config.generation.batch_size
+        mine = processes.share(sorted(range(len(rows)), key=lambda row: len(self.prompts[row].text)))
         self._batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         self._read: dict[int, Encoded] = {}
 
