@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 
 from detoxrl import processes
 from detoxrl.config import Config
@@ -82,6 +83,7 @@ def sampled(
     trained = {name: folder / place for name, place in TRAINED.items() if (folder / place).is_dir()}
     prompts, how, seed, count = to_prompts(rows), config.generation, config.seed, config.evaluation.samples_per_prompt
     for name, policy, adapter in policies_of(*base_and_start(folder, config), trained, given, config):
+        policy.to(PartialState().device)
         samples = count + (max(config.evaluation.best_of, default=0) if name == "before" else 0)
         part: dict[str, Any] = {"samples": samples, "adapter": adapter, "skip": done.get(name, 0)}
         for batch in sample_batches(policy, prompts, how, seed=seed, stream="evaluation", together=True, **part):

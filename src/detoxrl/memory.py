@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 
 from detoxrl import processes
 from detoxrl.config import Config
@@ -75,14 +76,14 @@ def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tupl
     """Return the bytes of a response's keys and values, and of what its update keeps for the way back."""
     with torch.no_grad():
         encoded = policy.shared(policy.encode([longest.text]))
-    known = {weight.untyped_storage().data_ptr() for weight in policy.model.parameters()}
+    whole = [weight for weight in policy.model.parameters() if not isinstance(weight, DTensor)]
     shared = [] if encoded.cross is None else [encoded.cross]
-    known |= {tensor.untyped_storage().data_ptr() for tensor in shared}
-    seen: dict[int, int] = {}
+    known = {tensor.untyped_storage()._cdata for tensor in (*whole, *shared)}
+    seen: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        if (storage := tensor.untyped_storage()).data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if (storage := tensor.untyped_storage())._cdata not in known:
+            seen[storage._cdata] = storage
         return tensor
 
     def unused(tensor: Any) -> Any:
@@ -91,6 +92,8 @@ def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tupl
     with torch.autograd.graph.saved_tensors_hooks(count, unused):
         read = policy.encode([longest.text]) if policy.train_encoder else encoded
         ids = torch.zeros(1, config.generation.max_new_tokens, dtype=torch.long, device=policy.device)
-        kept = policy.logprobs(read, ids, config.generation.temperature)  # alive, so that no address comes twice
+        kept = policy.logprobs(read, ids, config.generation.temperature)
+    # Counted at the end, when a block that was gathered from all processes takes no room any more.
+    activations = sum(storage.nbytes() for storage in seen.values())
     del kept
-    return sum(tensor.nbytes for tensor in shared), max(1, sum(seen.values()))
+    return sum(tensor.nbytes for tensor in shared), max(1, activations)

@@ -12,19 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 
+from detoxrl.config import Config
 from detoxrl.errors import DetoxrlError, ProcessError, first_line, require
 
 T = TypeVar("T")
 Scores = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
 # Longest wait for the main process, which may prepare, warm-start and judge for hours.
 _PATIENCE = timedelta(days=30)
-# What accelerate may be asked for that shards weights; its hooks fire in a model's forward, which we do not call.
-_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+# What accelerate may be asked for that shards weights beside FSDP, in ways that are not known here.
+_UNKNOWN = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+# What processes that hold the base together do together, in the order in which one waits for another.
+_TURNS = ("read", "decode", "read to learn", "decode to learn", "back", "meet")
 
 
 @dataclass
@@ -33,6 +37,8 @@ class _Here:
     count: int = 1
     talk: Any = None
     words: Any = None  # where a helper that fails leaves word of why
+    sharding: FullyShardedDataParallelPlugin | None = None
+    stand_in: Callable[[], Callable[[str], None] | None] = lambda: None
 
 
 _here = _Here()
@@ -47,15 +53,25 @@ def count() -> int:
     return _here.count
 
 
+def sharding() -> FullyShardedDataParallelPlugin | None:
+    """Return how accelerate was asked to shard a base over the processes; None: each holds all of it."""
+    return _here.sharding
+
+
 def join() -> bool:
     """Meet the others that a launcher started, and return whether this is the main process.
 
-    Raises InputError when accelerate is to shard weights or there are too few GPUs, ProcessError when they do not meet.
+    Raises InputError when accelerate is to shard weights in a way that is not known here, or there are too few GPUs,
+    ProcessError when they do not meet.
     """
-    set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_SHARDING, "CPU")}
-    for kind in _SHARDING:
-        rule = "would compute wrong numbers: each process needs all of the weights"
-        require(set_to[kind] == "false", "accelerate", kind, rule, "configure it for several GPUs without sharding")
+    set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_UNKNOWN, "FSDP", "CPU")}
+    for kind in _UNKNOWN:
+        require(set_to[kind] == "false", "accelerate", kind, "is not known here", "use FSDP, version 2, or none")
+    if set_to["FSDP"] == "true":
+        version = os.environ.get("FSDP_VERSION", "1")
+        require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
+        _here.sharding = FullyShardedDataParallelPlugin()
+        os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
     on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
     number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     rule = f"is above the number of GPUs of this machine, {most}"
@@ -70,6 +86,7 @@ def join() -> bool:
 
 def leave() -> None:
     """Part from the others, who notice: threads of the groups that are still there at exit may abort it."""
+    _here.talk = None  # or its threads stay
     dist.destroy_process_group()
 
 
@@ -81,12 +98,22 @@ def blame(error: Exception) -> None:
         _here.words.set("failed", pickle.dumps((type(told), str(told))))
 
 
-def require_led(batch_size: int | None) -> None:
-    """Raise InputError where processes were started but not joined, or are more than the rows of a step there is."""
+def require_led(config: Config, trains: bool) -> None:
+    """Raise InputError where processes were started but not joined, or cannot do together what they are to do."""
     started, remedy = PartialState().num_processes, "say `torchrun -m detoxrl run`, with the reward in a file"
     require(started == _here.count, "processes", started, "share what the command line does, alone", remedy)
-    rule = f"is below the number of processes, {started}"
-    require(batch_size is None or started <= batch_size, "rl.batch_size", batch_size, rule, "start fewer, or raise it")
+    size, rule = config.rl.batch_size, f"is below the number of processes, {started}"
+    require(not trains or started <= size, "rl.batch_size", size, rule, "start fewer, or raise it")
+    apart = _here.sharding is None or not config.policy.full_weights
+    require(apart, "policy.full_weights", True, "does not go with FSDP: only a frozen base is sharded", "train a LoRA")
+
+
+def require_whole(config: Config, tuned: bool) -> None:
+    """Raise InputError where a base that is sharded is to be fine-tuned, which the main process does alone."""
+    for name, steps in (("steps", config.sft.steps), ("baseline_steps", config.sft.baseline_steps)):
+        remedy = "give 0, or run `detoxrl prepare` and `detoxrl sft` in one process and go on with FSDP"
+        alone = _here.sharding is None or tuned or steps == 0
+        require(alone, f"sft.{name}", steps, "needs the whole base in one process, so not FSDP", remedy)
 
 
 @contextmanager
@@ -94,12 +121,40 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise  # memory that is full, for one
         if _here.rank == 0 and _here.words is not None and _here.words.check(["failed"]):
             kind, told = pickle.loads(_here.words.get("failed"))
             raise kind.__new__(kind, told) from error
         # gloo begins with a line of its source, and ends with advice.
         reason = re.sub(r"^\[[^\]]*\] ", "", first_line(error)).partition(". ")[0]
         raise ProcessError(f"a process of this run was lost: {reason}") from error
+
+
+def stand_in_by(method: Callable[[str], None]) -> None:
+    """Have a method of what is alive make the passes of each kind that other processes make and this one does not."""
+    _here.stand_in = WeakMethod(method)
+
+
+@contextmanager
+def turn(want: str) -> Iterator[None]:
+    """Do the block once all processes are about to; until then this one makes the passes that others wait for.
+
+    Where each holds all of the base, that is at once. Raises ProcessError when one is gone.
+    """
+    with _connected():
+        while _here.sharding is not None and (kind := _earliest(want)) != want:
+            stand_in = _here.stand_in()
+            assert stand_in is not None, kind
+            stand_in(kind)
+        yield
+
+
+def _earliest(want: str) -> str:
+    """Return what of all that processes want is done first."""
+    found = torch.tensor(_TURNS.index(want))
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=_here.talk)
+    return _TURNS[int(found)]
 
 
 def tell(*task: Any) -> None:
@@ -116,7 +171,7 @@ def told() -> tuple[Any, ...]:
 def same(value: T) -> T:
     """Return the main process's value in every process."""
     found = [value]
-    with _connected():
+    with turn("meet"):
         dist.broadcast_object_list(found, src=0, group=_here.talk)
     return found[0]
 
@@ -130,7 +185,7 @@ def everyone(value: T) -> list[T]:
     """Return the value that each process gives, by rank."""
     found = [value] * _here.count
     if _here.count > 1:
-        with _connected():
+        with turn("meet"):
             dist.all_gather_object(found, value, group=_here.talk)
     return found
 
@@ -170,7 +225,7 @@ def sum_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     if _here.count == 1:
         return
     flat = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights])
-    with _connected():
+    with turn("meet"):
         dist.barrier(group=_here.talk)  # NCCL would wait for a process that has failed; gloo notices
         dist.all_reduce(flat)
     for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):

@@ -67,7 +67,7 @@ def prepare(root: Path, config: Config, overwrite: bool = False) -> None:
 def again(root: Path, name: str, reward: RewardFunction | None = None, track: str | None = None) -> None:
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report; `track` as for `run`."""
     folder, config = RunFolder.open(root)
-    processes.require_led(config.rl.batch_size if name == "train" else None)
+    processes.require_led(config, name == "train")
     track = "none" if name == "report" else chosen(track, root)  # a report needs no tracker, installed or not
     with folder.held():
         if name in ("sft", "train"):
@@ -132,10 +132,11 @@ def _begun(
     """Yield a prepared folder, held, and its config: a new one, or the one to go on with."""
     started = time.perf_counter()
     recipe(config.recipe)  # the report repeats a run from its recipe, so it must be one
-    processes.require_led(config.rl.batch_size if subjects == NOTHING else None)
+    processes.require_led(config, subjects == NOTHING)
     config = absolute(config, reward)
     folder, prepared = RunFolder(root), None
     going_on = resume and (root / "config.json").is_file()
+    processes.require_whole(config, going_on and "sft" in folder.finished())
     if going_on:
         config = with_revisions(config, RunFolder.open(root)[1])
     else:

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
-
 from detoxrl.config import Config
 from detoxrl.errors import require
 from detoxrl.hub import fetched_policy, is_id
@@ -89,16 +87,17 @@ def policies_of(
 ) -> Iterator[tuple[str, Policy, str | None]]:
     """Yield the policies to measure: a name, what samples, and by which adapter. The start comes first, as "before".
 
-    What was `trained` belongs to the base, as a `given` LoRA does; a whole model stands alone. Raises InputError.
+    What was `trained` belongs to the base, as a `given` LoRA does; a whole model stands alone. They are where they were
+    loaded, not on the device. Raises InputError.
     """
-    device, whole = PartialState().device, config.policy.full_weights
+    whole = config.policy.full_weights
     places = {name: Path(fetched_policy(source, "--policy")) for name, source in given.items()}
     loras = {name: place for name, place in places.items() if (place / "adapter_config.json").is_file()}
     adapters = trained if whole else {**trained, **loras}
     # Without an adapter to start from, before is the bare base, and no fresh adapter is needed to ask it.
     begin = None if whole else start or next(iter(adapters.values()), None)
     known = begin or (whole and trained)
-    policy = (load_policy(base, begin, config.policy, config.seed) if known else frozen_policy(base)).to(device)
+    policy = load_policy(base, begin, config.policy, config.seed) if known else frozen_policy(base)
     yield "before", policy, policy.reference if start else None
     for number, (name, place) in enumerate(adapters.items()):
         policy.add(f"measured{number}", place)
@@ -106,6 +105,6 @@ def policies_of(
     for name, place in places.items():
         if name in loras and whole:
             lora = replace(config.policy, full_weights=False, adapter=None)
-            yield name, load_policy(base, place, lora, config.seed).to(device), POLICY
+            yield name, load_policy(base, place, lora, config.seed), POLICY
         elif name not in adapters:
-            yield name, frozen_policy(str(place), "--policy").to(device), None
+            yield name, frozen_policy(str(place), "--policy"), None

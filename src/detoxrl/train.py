@@ -234,10 +234,12 @@ def update(
                 try:
                     for microbatch in mine.split(size):
                         part = _losses(policy, rollout, targets, microbatch, config)
-                        accelerator.backward((part["policy"] + rl.value_coef * part["value"]) / tokens)
+                        with processes.turn("back"):
+                            accelerator.backward((part["policy"] + rl.value_coef * part["value"]) / tokens)
                         parts.append({name: float(value.detach()) for name, value in part.items()})
                 except RuntimeError as error:
-                    if size == 1 or not should_reduce_batch_size(error):
+                    # Others wait for the passes of one that shares the base, so it cannot begin again.
+                    if size == 1 or processes.sharding() is not None or not should_reduce_batch_size(error):
                         raise
                     size, parts = -(-size // 2), []
                     optimizer.zero_grad()

@@ -7,8 +7,10 @@ from typing import Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from detoxrl import processes
 from detoxrl.policy.backbone import end_tokens
 from detoxrl.policy.plain import PlainNetwork
+from detoxrl.policy.sharded import ShardedNetwork, StandIn, shard
 from detoxrl.policy.t5 import T5Network, fits
 from detoxrl.policy.weights import POLICY, LoraWeights, Weights
 from detoxrl.records import Encoded, Responses
@@ -36,7 +38,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
-        self._network = T5Network if fits(weights) else PlainNetwork
+        self._stand_in: StandIn | None = None
+        self._network = self._fitting()
         self.has_encoder: bool = self.model.config.is_encoder_decoder
         width = self.model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
@@ -51,8 +54,17 @@ class Policy:
         return self.value_head.weight.device
 
     def to(self, device: torch.device) -> Self:
-        """Move model and value head to `device`."""
-        for model in (*self.weights.models.values(), self.value_head):
+        """Move models and value head to `device`; where processes share a base, this one's part of it.
+
+        Raises InputError where the base cannot be shared.
+        """
+        self.value_head.to(device)
+        if processes.sharding() is not None:
+            shard(self.weights, device)
+            self._stand_in, self._network = StandIn(self.weights, device), ShardedNetwork
+            processes.stand_in_by(self._stand_in.stand_in)
+            return self
+        for model in self.weights.models.values():
             model.to(device)
         if isinstance(self.weights, LoraWeights):
             self.weights.packs.clear()
@@ -61,7 +73,12 @@ class Policy:
     def add(self, name: str, folder: Path) -> None:
         """Load the weights in `folder` beside the others, frozen. Raises InputError and StorageError."""
         self.weights.add(name, folder)
-        self._network = T5Network if fits(self.weights) else PlainNetwork
+        self._network = self._fitting()
+
+    def _fitting(self) -> type[T5Network] | type[PlainNetwork]:
+        if self._stand_in is not None:
+            return ShardedNetwork
+        return T5Network if fits(self.weights) else PlainNetwork
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the model's weights that training may change."""
@@ -80,7 +97,10 @@ class Policy:
         if not self.has_encoder:
             return Encoded(states=ids, mask=mask)
         states, network = [], self._network(self.weights, adapter)
-        for rows in _blocks(lengths, _READ if self.device.type == "cpu" else 32 * _READ):
+        most = _READ if self.device.type == "cpu" else 32 * _READ
+        if torch.is_grad_enabled() and self._stand_in is not None:
+            most = sum(lengths) * len(lengths)  # the way back leads through the encoder once, as where others stand in
+        for rows in _blocks(lengths, most):
             width = max(lengths[rows])
             read = network.read(ids[rows, :width], mask[rows, :width])
             states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))

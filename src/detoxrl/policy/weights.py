@@ -26,8 +26,8 @@ class LoraWeights:
     def __init__(self, model: PeftModel, reference: str | None, train_encoder: bool) -> None:
         self.model: Any = model
         self.reference = reference
-        still = model.config.is_encoder_decoder and not train_encoder
-        self._frozen = [weight for path, weight in model.named_parameters() if still and ".encoder." in path]
+        self._still = model.config.is_encoder_decoder and not train_encoder
+        self._thawed: dict[str, list[Any]] = {}
         self._activate(POLICY)
         self.packs: list[Any] = []
         """What a decoder makes of the base's weights once, as they never change."""
@@ -52,7 +52,10 @@ class LoraWeights:
     def _activate(self, name: str) -> None:
         # peft thaws the adapter that it makes active, and freezes the others; an encoder's part trains only if asked.
         self.model.base_model.set_adapter(name)
-        for weight in self._frozen:
+        if self._still and name not in self._thawed:
+            weights = self.model.named_parameters()
+            self._thawed[name] = [weight for path, weight in weights if weight.requires_grad and ".encoder." in path]
+        for weight in self._thawed.get(name, ()):
             weight.requires_grad_(False)
 
     def add(self, name: str, folder: Path) -> None:
@@ -77,8 +80,9 @@ class FullWeights:
         if model.config.is_encoder_decoder and not train_encoder:
             model.get_encoder().requires_grad_(False)  # and with it the embeddings that the decoder shares
         shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-        start = copy.deepcopy(model, shared)
-        self.models: dict[str | None, Any] = {POLICY: model, None: start.requires_grad_(False)}
+        trains = any(weight.requires_grad for weight in model.parameters())
+        start = copy.deepcopy(model, shared).requires_grad_(False) if trains else model
+        self.models: dict[str | None, Any] = {POLICY: model, None: start}
         self.active: Any = model
 
     @contextmanager
