@@ -1,10 +1,12 @@
 """How much is lost when processes share a run? Measured here, and foretold for a model of 11 billion weights.
 
     python benchmarks/scaling.py measure --threads 2 --pairs 3 -- quickstart --rl.steps 8 --rl.batch-size 64
+    python benchmarks/scaling.py shard --threads 2 --pairs 3 -- quickstart --rl.steps 8 --rl.batch-size 64
     python benchmarks/scaling.py foretell
 
 `measure` trains the same run with one process of T threads and with two of T/2, in turn: the cores are the same, so
-1 is what sharing costs nothing. Words behind `--` are those of `detoxrl prepare`.
+1 is what sharing costs nothing. `shard` trains it with two that hold the base each, and with two that hold it together
+under FSDP. Words behind `--` are those of `detoxrl prepare`.
 """
 
 from __future__ import annotations
@@ -24,34 +26,39 @@ import numpy as np
 from scipy.stats import binom, norm
 
 STAGES = ("sample", "score", "update", "step")
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def detoxrl(threads: int, *words: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def detoxrl(threads: int, *words: str, **variables: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **variables}
     subprocess.run([sys.executable, "-m", "detoxrl", *words], env=environment, check=True, capture_output=True)
 
 
-def trained(prepared: Path, folder: Path, threads: int, number: int) -> dict[str, float]:
+def trained(prepared: Path, folder: Path, threads: int, number: int, **variables: str) -> dict[str, float]:
     """Return the mean seconds of a step by stage, the first step left out, in `number` processes."""
     copytree(prepared, folder)
-    detoxrl(threads, "train", str(folder), "--num-processes", str(number))
+    detoxrl(threads, "train", str(folder), "--num-processes", str(number), **variables)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
     return {stage: float(np.mean([line[f"seconds/{stage}"] for line in lines])) for stage in STAGES}
 
 
-def measure(threads: int, pairs: int, words: Sequence[str]) -> None:
-    """Print the seconds of each stage with one and two processes, and their ratio, over alternated runs."""
-    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+def measure(threads: int, pairs: int, words: Sequence[str], shard: bool) -> None:
+    """Print the seconds of each stage in the two ways to compare, and their ratio, over alternated runs."""
+    ways = [(f"1 x {threads} threads", 1, {}), (f"2 x {threads // 2} threads", 2, {})]
+    if shard:
+        ways = [("2, each holds the base", 2, {}), ("2 hold it together", 2, FSDP)]
+    found: list[list[dict[str, float]]] = [[], []]
     with tempfile.TemporaryDirectory() as place:
         prepared = Path(place, "prepared")
         detoxrl(threads, "prepare", *words, "--run-dir", str(prepared))
         detoxrl(threads, "sft", str(prepared))
         for pair in range(pairs):
-            for number in (1, 2) if pair % 2 == 0 else (2, 1):
-                found[number].append(trained(prepared, Path(place, f"{pair}-{number}"), threads, number))
-    print(f"| seconds a step | 1 x {threads} threads | 2 x {threads // 2} threads | efficiency |\n|---|---:|---:|---:|")
+            for way in (0, 1) if pair % 2 == 0 else (1, 0):
+                _, number, variables = ways[way]
+                found[way].append(trained(prepared, Path(place, f"{pair}-{way}"), threads, number, **variables))
+    print(f"| seconds a step | {ways[0][0]} | {ways[1][0]} | ratio |\n|---|---:|---:|---:|")
     for stage in STAGES:
-        one, two = (np.array([run[stage] for run in found[number]]) for number in (1, 2))
+        one, two = (np.array([run[stage] for run in of_way]) for of_way in found)
         ratios = one / two
         spread = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
         print(f"| {stage} | {np.median(one):.3f} | {np.median(two):.3f} | {spread} |")
@@ -136,15 +143,15 @@ def foretell(a: Assumed) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "foretell"))
+    parser.add_argument("what", choices=("measure", "shard", "foretell"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--pairs", type=int, default=3)
     own, _, words = " ".join(sys.argv[1:]).partition(" -- ")
     given = parser.parse_args(own.split())
-    if given.what == "measure":
-        measure(given.threads, given.pairs, words.split() or ["quickstart"])
-    else:
+    if given.what == "foretell":
         foretell(Assumed())
+    else:
+        measure(given.threads, given.pairs, words.split() or ["quickstart"], given.what == "shard")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def machine(config: Config) -> dict[str, Any]:
     bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     found = {
         "processes": processes.count(),
+        "sharded": processes.sharding() is not None,
         "threads": torch.get_num_threads(),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if bf16 else ''}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -120,7 +121,7 @@ def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _machine_differences(account: dict[str, Any], config: Config) -> Differences:
-    was = {"processes": 1} | account["machine"]
+    was = {"processes": 1, "sharded": False} | account["machine"]
     if was["processes"] == processes.count():  # others share the cores otherwise
         threads = was.get("threads", torch.get_num_threads())
         torch.set_num_threads(threads)

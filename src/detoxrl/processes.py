@@ -70,7 +70,9 @@ def join() -> bool:
     if set_to["FSDP"] == "true":
         version = os.environ.get("FSDP_VERSION", "1")
         require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
-        _here.sharding = FullyShardedDataParallelPlugin()
+        _here.sharding = how = FullyShardedDataParallelPlugin()
+        rule, remedy = "is not known here", "leave it out; a smaller --rl.microbatch-size saves memory too"
+        require(not how.activation_checkpointing, "fsdp_activation_checkpointing", "true", rule, remedy)
         os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
     on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
     number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
