@@ -62,13 +62,9 @@ def together(words: list[str], number: int = 2) -> str:
 @pytest.mark.parametrize(
     ("name", "number", "words"),
     [
-        ("t5", 2, ["--rl.microbatch-size", "1"]),  # in its second epoch the processes have other numbers of them
-        ("t5", 2, ["--policy.train-encoder", "--rl.steps", "1"]),
-        (
-            "gpt2",  # two rows a minibatch, so that one of three processes has none
-            3,
-            ["--policy.lora-targets", "c_attn", "--data.max-prompt-tokens", "200", "--rl.minibatch-size", "2"],
-        ),
+        ("t5", 2, ["--rl.minibatch-size", "2"]),  # in its second epoch they have other numbers of rows
+        ("t5", 3, ["--policy.train-encoder", "--rl.steps", "1"]),  # two rows for one of them, one for the others
+        ("gpt2", 2, ["--rl.minibatch-size", "1", "--policy.lora-targets", "c_attn", "--data.max-prompt-tokens", "200"]),
     ],
 )
 def test_processes_that_share_the_base_make_the_run_of_one(
@@ -80,6 +76,7 @@ def test_processes_that_share_the_base_make_the_run_of_one(
     assert small_runs.detoxrl([*words, "--run-dir", one]) == 0
     assert together([*words, "--run-dir", several], number) == "None"
     same_run(place / one, place / several)
+    assert json.loads(Path(several, "run.json").read_text())["machine"]["sharded"] is True
 
 
 def test_a_base_in_bfloat16_gives_the_bits_that_it_gives_two_processes_that_hold_it_each(
@@ -175,20 +172,25 @@ def test_the_main_process_passes_alone_while_others_wait_and_counts_what_it_will
 
     policy = make()
     with plainly(policy):
-        assert sharded_beside(bytes_of, make) == bytes_of(policy)
+        expected = bytes_of(policy)
+    assert sharded_beside(bytes_of, make) == expected
+    assert sum(weight.nbytes for weight in policy.parameters()) < int(expected.strip("()").split(", ")[1])
 
 
 def test_an_update_that_finds_no_memory_ends(make_policy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, config = make_policy("t5", "fresh"), loop_config(minibatch_size=4)
     rollout = rollout_of(policy)
 
-    def full(*_: object) -> NoReturn:
+    def full(*given: object) -> NoReturn:
+        tried.append(given)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
+    tried = list[object]()
     monkeypatch.setattr("detoxrl.train._losses", full)
     monkeypatch.setattr(processes, "sharding", lambda: object())
     with pytest.raises(RuntimeError, match="can't allocate"):
         run_update(policy, config, rollout)
+    assert len(tried) == 1
 
 
 def test_a_process_that_goes_amid_a_pass_and_one_that_fails_there_are_one_line(
@@ -212,6 +214,18 @@ def test_a_process_that_goes_amid_a_pass_and_one_that_fails_there_are_one_line(
         assert ended == "ProcessError in _connected: process 1 of this run failed: ValueError: sizes do not match"
     monkeypatch.setattr(StandIn, "stand_in", die)
     assert sharded_beside(read, make).startswith("ProcessError in _connected: a process of this run was lost: ")
+
+
+@pytest.mark.parametrize("base", ["t5", "gpt2"])
+def test_a_stand_in_passes_where_the_others_do_and_leaves_no_trace(make_policy: Make, base: str) -> None:
+    policy = make_policy(base, "fresh", encoder=base == "t5")
+    stand = StandIn(policy.weights, policy.device)
+    kinds = ["read", "read to learn"] if policy.has_encoder else []
+    for kind in (*kinds, "decode", "decode to learn", "back"):
+        stand.stand_in(kind)
+    gradients = [weight.grad for weight in policy.parameters()]
+    assert gradients
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_a_policy_is_loaded_beside_a_sharded_one(bases: dict[str, Path], tmp_path: Path) -> None:

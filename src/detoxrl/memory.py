@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import psutil
 import torch
-from torch.distributed.tensor import DTensor
 
 from detoxrl import processes
 from detoxrl.config import Config
@@ -76,9 +75,8 @@ def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tupl
     """Return the bytes of a response's keys and values, and of what its update keeps for the way back."""
     with torch.no_grad():
         encoded = policy.shared(policy.encode([longest.text]))
-    whole = [weight for weight in policy.model.parameters() if not isinstance(weight, DTensor)]
     shared = [] if encoded.cross is None else [encoded.cross]
-    known = {tensor.untyped_storage()._cdata for tensor in (*whole, *shared)}
+    known = {tensor.untyped_storage()._cdata for tensor in (*policy.model.parameters(), *shared)}
     seen: dict[int, torch.UntypedStorage] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
