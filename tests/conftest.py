@@ -54,8 +54,8 @@ hypothesis.settings.load_profile("any machine")
 
 # The files that take longest, so that no worker begins one when the other is done.
 LONGEST = (
-    "resume", "processes", "cli", "invariants", "own", "export", "checkpoint", "bandit", "train", "hub", "trackers",
-    "examples", "real_data",
+    "resume", "processes", "cli", "invariants", "own", "export", "checkpoint", "bandit", "train", "sharded", "hub",
+    "trackers", "examples", "real_data",
 )  # fmt: skip
 
 

@@ -85,11 +85,11 @@ def alike(one: object, other: object) -> None:
         assert one == other
 
 
-def same_run(one: Path, other: Path) -> None:
-    """Fail unless two runs sampled the same texts, made the same updates and measured the same."""
-    for name in ("rollouts.jsonl", "metrics.jsonl", "validation.jsonl", "samples.jsonl"):
+def same_run(one: Path, other: Path, measured: bool = True) -> None:
+    """Fail unless two runs sampled the same texts, made the same updates and measured the same, if they did."""
+    for name in ("rollouts.jsonl", "metrics.jsonl", "validation.jsonl", *(["samples.jsonl"] * measured)):
         alike(without_timings(one / name), without_timings(other / name))
-    for name in ("eval.json", "checkpoint.json", "normaliser.json"):
+    for name in ("checkpoint.json", "normaliser.json", *(["eval.json"] * measured)):
         found = [json.loads((run / name).read_text()) for run in (one, other)]
         for each in found:
             each.pop("seconds", None)

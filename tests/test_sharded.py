@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from typing import NoReturn
 
 import pytest
@@ -71,11 +72,15 @@ def test_processes_that_share_the_base_make_the_run_of_one(
     place: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, number: int, words: list[str]
 ) -> None:
     monkeypatch.setattr("detoxrl.policy.policy._READ", 300)  # so that an encoder reads a prompt at a time
-    one, several = (f"{name}{len(words)}-{count}" for count in ("one", number))
     words = own(*WORDS, "--policy.base", str(bases[name]), *words)
-    assert small_runs.detoxrl([*words, "--run-dir", one]) == 0
-    assert together([*words, "--run-dir", several], number) == "None"
-    same_run(place / one, place / several)
+    one, several = (f"{name}{number}-{which}" for which in ("one", "several"))
+    assert small_runs.detoxrl(["prepare", *words[1:], "--run-dir", one]) == 0
+    copytree(one, several)
+    for stage in ("sft", "train"):
+        assert small_runs.detoxrl([stage, one]) == 0
+    assert small_runs.detoxrl(["sft", several]) == 0
+    assert together(["train", several], number) == "None"
+    same_run(place / one, place / several, measured=False)
     assert json.loads(Path(several, "run.json").read_text())["machine"]["sharded"] is True
 
 
