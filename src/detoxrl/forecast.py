@@ -166,9 +166,8 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
     texts = ordered[: max(2, round(0.95 * len(ordered)))][-config.generation.batch_size :]
     longest = min(length, (prepared.account["summary_tokens"] or {"p95": length})["p95"])
-    rows, some = (
-        min(len(texts), n) for n in (config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length))
-    )
+    most = config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length)
+    rows, some = (min(len(texts), n) for n in most)
 
     def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
         cross = None if encoded.cross is None else encoded.cross[:, :, :n]
