@@ -205,7 +205,8 @@ def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     if config.sft.full_weights:  # they train in fp32
         policy = bare_policy(replace(config, policy=replace(config.policy, bf16=False)), prepared.tokenizer)
         policy.model.requires_grad_(True)
-    prompt, summary = (prepared.account[f"{name}_tokens"]["p95"] for name in ("prompt", "summary"))
+    prompt = prepared.account["prompt_tokens"]["p95"]
+    summary = (prepared.account["summary_tokens"] or {"p95": config.generation.max_new_tokens})["p95"]
     lengths = (prompt, summary) if policy.model.config.is_encoder_decoder else (prompt + summary,) * 2
     read, labels = (torch.ones(config.sft.batch_size, n, dtype=torch.long, device=_META) for n in lengths)
     whole = weight_bytes(policy.model)
