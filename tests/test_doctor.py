@@ -154,6 +154,8 @@ def test_memory_and_time_grow_with_what_is_asked_for(place: Path) -> None:
     assert cost(**{"generation.max_new_tokens": 4000})["train"].peak > plain["train"].peak
     assert cost(**{"rl.epochs": 4})["train"].seconds > plain["train"].seconds
     assert cost(**{"sft.steps": 5})["sft"].seconds > 0
+    # A baseline on the start's own responses needs no summary.
+    assert cost(**{"data.summary_column": None, "sft.baseline_steps": 5})["sft"].seconds > 0
 
 
 def test_the_doctor_says_what_a_run_takes_and_that_it_would_work_and_writes_nothing(

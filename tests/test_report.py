@@ -368,14 +368,16 @@ def test_optional_parts_may_be_missing(run_dir: Path) -> None:
 def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) -> None:
     for name in ("checkpoint.json", "metrics.jsonl", "validation.jsonl"):
         (run_dir / name).unlink()
-    names = {"before": "some-base", "after": "their-lora"}
+    names = {"before": "some-base", "after": "their-LoRA"}
     write(run_dir, "eval.json", EVALUATION | {"names": names})
     write(run_dir, "run.json", {"measures": {"policies": {"after": "x/y"}, "texts": {}, "names": names}})
     text = visible(built(run_dir))
-    assert "Before is some-base, after is their-lora." in text
+    assert "Before is some-base, after is their-LoRA." in text
+    assert "Was their-LoRA needed?" in text
+    assert text.lower().count("their-lora") == text.count("their-LoRA")  # as it was given, capitals too
     assert "None is shown to do as well" not in text
     assert "detoxrl evaluate quickstart --seed 7" in text
-    assert "--policy their-lora=x/y" in text
+    assert "--policy their-LoRA=x/y" in text
     assert "Learning curves" not in text
     assert "einforcement" not in text
 

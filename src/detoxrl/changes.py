@@ -51,9 +51,8 @@ def machine(config: Config) -> dict[str, Any]:
     }
     found |= {name: version(name) for name in ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")}
     # The rows of data.source are in the run, and what only measures changes no step of it.
-    decides = [name for name in places(config) if name != "data.source" and _decides(name) != "evaluate"]
-    parts = {name: path for name, path in places(config).items() if name in decides}
-    return found | {f"content of {name}": digests(path) for name, path in parts.items()}
+    parts = {name: path for name, path in places(config).items() if name != "data.source"}
+    return found | {f"content of {name}": digests(path) for name, path in parts.items() if _decides(name) != "evaluate"}
 
 
 def take_up(folder: RunFolder, asked: Config, given: RewardFunction | None, accept: bool) -> None:

@@ -166,9 +166,8 @@ def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
     texts = ordered[: max(2, round(0.95 * len(ordered)))][-config.generation.batch_size :]
     longest = min(length, (prepared.account["summary_tokens"] or {"p95": length})["p95"])
-    rows, some = (
-        min(len(texts), n) for n in (config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length))
-    )
+    most = config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length)
+    rows, some = (min(len(texts), n) for n in most)
 
     def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
         cross = None if encoded.cross is None else encoded.cross[:, :, :n]
@@ -206,7 +205,8 @@ def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) ->
     if config.sft.full_weights:  # they train in fp32
         policy = bare_policy(replace(config, policy=replace(config.policy, bf16=False)), prepared.tokenizer)
         policy.model.requires_grad_(True)
-    prompt, summary = (prepared.account[f"{name}_tokens"]["p95"] for name in ("prompt", "summary"))
+    prompt = prepared.account["prompt_tokens"]["p95"]
+    summary = (prepared.account["summary_tokens"] or {"p95": config.generation.max_new_tokens})["p95"]
     lengths = (prompt, summary) if policy.model.config.is_encoder_decoder else (prompt + summary,) * 2
     read, labels = (torch.ones(config.sft.batch_size, n, dtype=torch.long, device=_META) for n in lengths)
     whole = weight_bytes(policy.model)

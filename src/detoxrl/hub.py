@@ -98,9 +98,8 @@ def pushed(folder: Path, name: str, token: str, private: bool, overwrite: bool) 
     try:
         address = str(api.create_repo(name, private=private or None, exist_ok=overwrite))
         there = api.model_info(name)
-        ours = {file.rfilename for file in there.siblings or []} <= {".gitattributes"} or "detoxrl" in (
-            there.tags or []
-        )
+        files, tags = {file.rfilename for file in there.siblings or []}, there.tags or []
+        ours = files <= {".gitattributes"} or "detoxrl" in tags
         require(ours, "--push", name, "holds something else than an export of detoxrl", "choose another name")
         rule, remedy = "is there already, and everybody can see it", "make it private there, or leave --private out"
         require(bool(there.private) or not private, "--push", name, rule, remedy)

@@ -18,14 +18,11 @@ class Prompt:
 class Encoded:
     """What B prompts of up to P tokens are to the decoder: sampling, reference, values and every epoch share it."""
 
-    states: torch.Tensor
-    """(B, P, D) hidden states of the encoder; where there is none, (B, P) long token ids."""
-    mask: torch.Tensor
-    """(B, P) long, 1 = a token of the prompt."""
+    states: torch.Tensor  # (B, P, D) hidden states of the encoder; where there is none, (B, P) long token ids.
+    mask: torch.Tensor  # (B, P) long, 1 = a token of the prompt.
+    # (L, 2, C, H, P', d) keys and values of cross-attention in L layers, P' >= P, where they are shared.
     cross: torch.Tensor | None = None
-    """(L, 2, C, H, P', d) keys and values of cross-attention in L layers, P' >= P, where they are shared."""
-    rows: torch.Tensor | None = None
-    """(B,) long, which of the C rows of `cross` these are; None: B = C, in order."""
+    rows: torch.Tensor | None = None  # (B,) long, which of the C rows of `cross` these are; None: B = C, in order.
 
     def select(self, rows: torch.Tensor) -> Self:
         """Return the rows named by an index or bool tensor, without the padding that none of them needs.
@@ -50,16 +47,11 @@ class Encoded:
 class Responses:
     """B sampled responses of up to T tokens; positions outside `response_mask` hold pad and 0."""
 
-    ids: torch.Tensor
-    """(B, T) long."""
-    response_mask: torch.Tensor
-    """(B, T) bool, True = counts: every sampled token, EOS too, nothing after it."""
-    logprobs: torch.Tensor
-    """(B, T) nats, at sampling."""
-    values: torch.Tensor
-    """(B, T) value head, at sampling."""
-    ended: torch.Tensor
-    """(B,) bool: EOS was sampled."""
+    ids: torch.Tensor  # (B, T) long.
+    response_mask: torch.Tensor  # (B, T) bool, True = counts: every sampled token, EOS too, nothing after it.
+    logprobs: torch.Tensor  # (B, T) nats, at sampling.
+    values: torch.Tensor  # (B, T) value head, at sampling.
+    ended: torch.Tensor  # (B,) bool: EOS was sampled.
 
 
 def concatenate(parts: list[Responses]) -> Responses:
@@ -76,12 +68,10 @@ class Rollout:
     prompts: list[Prompt]
     encoded: Encoded
     responses: Responses
-    texts: list[str]
-    """B response texts, special tokens left out."""
-    ref_logprobs: torch.Tensor
-    """(B, T) nats, by the frozen reference."""
+    texts: list[str]  # B response texts, special tokens left out.
+    ref_logprobs: torch.Tensor  # (B, T) nats, by the frozen reference.
+    # (b,) ascending, the rows that `encoded` holds, where several processes share the update; None: all of them.
     mine: torch.Tensor | None = None
-    """(b,) ascending, the rows that `encoded` holds, where several processes share the update; None: all of them."""
 
     def encoded_at(self, rows: torch.Tensor) -> Encoded:
         """Return what is encoded of some of the rows held here."""

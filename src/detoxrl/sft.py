@@ -24,10 +24,8 @@ from detoxrl.rollout import by_row, sample_batches
 from detoxrl.tracking import log, progress
 
 _IGNORED = -100
-OF = 4
-"""Of so many responses the second baseline learns the best."""
-Pairs = Sequence[tuple[str, str]]
-"""A prompt and its target each."""
+OF = 4  # Of so many responses the second baseline learns the best.
+Pairs = Sequence[tuple[str, str]]  # A prompt and its target each.
 
 
 def fine_tune(

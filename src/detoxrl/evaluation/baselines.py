@@ -34,9 +34,8 @@ def best_of(pool: Texts, scores: Floats, n: int) -> list[list[str]]:
     Stiennon et al. 2020, section 4.3; the groups do not overlap, so its responses are independent draws.
     """
     picks = scores[:, : scores.shape[1] // n * n].reshape(len(scores), -1, n).argmax(2)
-    return [
-        [row[group * n + pick] for group, pick in enumerate(chosen)] for row, chosen in zip(pool, picks, strict=True)
-    ]
+    beside = zip(pool, picks, strict=True)
+    return [[row[group * n + pick] for group, pick in enumerate(chosen)] for row, chosen in beside]
 
 
 def best_of_kl(n: int) -> float:

@@ -69,8 +69,9 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
     return {
         "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
         "headline": words.headline(evaluation), "changes": words.changes(evaluation),
-        "on_its_way": words.changed_on_its_way(evaluation), "systems": words.systems(evaluation, after.capitalize()),
-        "beside": words.beside_baselines(evaluation, after), "labels": evaluation["names"],
+        "on_its_way": words.changed_on_its_way(evaluation), "labels": evaluation["names"], "after": after,
+        "systems": words.systems(evaluation, evaluation["names"].get("after", after.capitalize())),
+        "beside": words.beside_baselines(evaluation, after),
         "distributions": toxicity_distributions(scores["before"], scores["after"]),
         "rows": rows, "blind_rows": len(differing(samples)),
         "regressions": sorted(worse, key=lambda row: row["difference"], reverse=True)[:_REGRESSIONS_SHOWN],

@@ -5,11 +5,12 @@ microbatch never changes the update.
 """
 
 import torch
+from torch import Tensor
 
 
 def policy_loss(
-    new_logprobs: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """Return the clipped surrogate summed over tokens, a scalar, and where clipping bit (B, T) bool.
 
     Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, with its sign turned to a loss.
@@ -20,9 +21,7 @@ def policy_loss(
     return torch.where(mask, torch.maximum(plain, clipped), 0.0).sum(), clipped > plain
 
 
-def value_loss(
-    new_values: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
-) -> torch.Tensor:
+def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
     """Return half the clipped squared error of the values summed over tokens, a scalar.
 
     The worse of the clipped and the plain error: Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
@@ -32,7 +31,7 @@ def value_loss(
     return 0.5 * torch.where(mask, worse, 0.0).sum()
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Return 1 - Var(returns - values) / Var(returns) over tokens, a scalar: 1 is a perfect critic, 0 a constant."""
     kept = returns[mask]
     return 1 - (kept - values[mask]).var(correction=0) / kept.var(correction=0).clamp_min(1e-12)
