@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file
 
 import small_runs
+from conftest import small_config
 from detoxrl import processes
 from detoxrl.errors import InputError
 from detoxrl.rollout import deal
@@ -216,21 +218,24 @@ def test_rows_are_dealt_once_and_evenly(size: int, count: int, number: int, rand
         assert max(shares) - min(shares) <= 1
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_weights_in_pieces_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_ways_to_shard_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(InputError, match=f"accelerate = '{kind}': would compute wrong numbers"):
+    with pytest.raises(InputError, match=f"accelerate = '{kind}': is not known here; use FSDP, version 2, or none"):
         processes.join()
 
 
 def test_more_processes_than_rows_and_processes_that_nobody_leads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config()
     monkeypatch.setattr(processes, "PartialState", lambda: type("Nine", (), {"num_processes": 9}))
     with pytest.raises(InputError, match="processes = 9: share what the command line does, alone; say `torchrun"):
-        processes.require_led(8)
+        processes.require_led(config, trains=False)
     monkeypatch.setattr(processes, "_here", processes._Here(count=9))
+    eight, nine = (replace(config, rl=replace(config.rl, batch_size=n, minibatch_size=1)) for n in (8, 9))
     with pytest.raises(InputError, match=r"rl.batch_size = 8: is below the number of processes, 9"):
-        processes.require_led(8)
-    processes.require_led(9)
+        processes.require_led(eight, trains=True)
+    processes.require_led(eight, trains=False)
+    processes.require_led(nine, trains=True)
 
 
 def test_a_process_with_nothing_to_do_does_what_another_does(monkeypatch: pytest.MonkeyPatch) -> None:

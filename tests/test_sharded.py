@@ -292,6 +292,15 @@ def test_unknown_blocks_and_other_ways_to_shard_are_refused(place: Path, monkeyp
     with pytest.raises(InputError, match=r"fsdp_version = '1': is not known here; say --fsdp_version 2"):
         processes.join()
     monkeypatch.setenv("FSDP_VERSION", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "_here", processes._Here())
+        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+        with pytest.raises(InputError, match=r"fsdp_activation_checkpointing = 'true': is not known here; leave it"):
+            processes.join()
+        patch.setenv("FSDP_AUTO_WRAP_POLICY", "BY_MAGIC")
+        with pytest.raises(InputError, match=r"accelerate = 'FSDP': Invalid auto wrap policy: BY_MAGIC"):
+            processes.join()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which joining takes back
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Nothing")
     told = together(own(*WORDS, "--run-dir", "unknown"))

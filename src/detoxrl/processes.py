@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 
 from detoxrl.config import Config
-from detoxrl.errors import DetoxrlError, ProcessError, first_line, require
+from detoxrl.errors import DetoxrlError, InputError, ProcessError, first_line, require
 
 T = TypeVar("T")
 Scores = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
@@ -70,7 +70,12 @@ def join() -> bool:
     if set_to["FSDP"] == "true":
         version = os.environ.get("FSDP_VERSION", "1")
         require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
-        _here.sharding = how = FullyShardedDataParallelPlugin()
+        try:
+            _here.sharding = how = FullyShardedDataParallelPlugin()
+        except ValueError as error:
+            raise InputError(
+                "accelerate", "FSDP", first_line(error), "say it otherwise in `accelerate config`"
+            ) from error
         rule, remedy = "is not known here", "leave it out; a smaller --rl.microbatch-size saves memory too"
         require(not how.activation_checkpointing, "fsdp_activation_checkpointing", "true", rule, remedy)
         os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
