@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from detoxrl.policy.plain import PlainNetwork
 from detoxrl.policy.policy import Policy
 from detoxrl.policy.sharded import StandIn
 from small_runs import make_place, own
-from test_fast import plainly
+from test_fast import lora_folder, plainly
 from test_helping import forked
 from test_invariants import PROMPTS, TEXTS, loop_config, rollout_of, run_update
 from test_processes import alike, same_run
@@ -267,6 +268,41 @@ def test_a_policy_is_loaded_beside_a_sharded_one(bases: dict[str, Path], tmp_pat
     assert abs(expected[0] - expected[1]) > 0.1
 
 
+def test_what_was_sharded_is_gone_when_the_next_is(bases: dict[str, Path]) -> None:
+    def made() -> weakref.ref[torch.nn.Module]:
+        policy = load_policy(str(bases["t5"]), None, PolicyConfig(base="t5"), 0).to(torch.device("cpu"))
+        return weakref.ref(next(one for one in policy.model.modules() if isinstance(one, FSDPModule)))
+
+    def command() -> str:
+        gc.disable()
+        first = made()
+        made()
+        return str(first())
+
+    assert forked(command)[0] == "None"
+
+
+def test_an_adapter_that_is_more_than_a_plain_lora_trains_and_is_measured(place: Path, bases: dict[str, Path]) -> None:
+    lora_folder(bases["t5"], place / "more", use_dora=True, modules_to_save=["layer_norm"])
+    words = own(*WORDS, "--policy.base", str(bases["t5"]), "--policy.adapter", "more", "--rl.steps", "1")
+    assert together([*words, "--run-dir", "with-more"]) == "None"
+    assert json.loads(Path("with-more/eval.json").read_text())["n_prompts"] == 8
+
+
+def test_blocks_within_blocks_are_sharded_from_within(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "T5Block,T5Attention")
+
+    def make() -> Policy:
+        return load_policy(str(bases["t5"]), None, PolicyConfig(base="t5"), 0)
+
+    def read(policy: Policy) -> str:
+        with torch.no_grad():
+            return str(float(policy.encode(TEXTS).states.abs().sum()))
+
+    assert float(sharded_beside(read, make)) == pytest.approx(float(read(make())), rel=1e-5)
+
+
 def test_a_frozen_model_is_there_once(bases: dict[str, Path]) -> None:
     policy = frozen_policy(str(bases["t5"]))
     assert len({id(model) for model in policy.weights.models.values()}) == 1
@@ -294,9 +330,12 @@ def test_unknown_blocks_and_other_ways_to_shard_are_refused(place: Path, monkeyp
     monkeypatch.setenv("FSDP_VERSION", "2")
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_here", processes._Here())
-        patch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-        with pytest.raises(InputError, match=r"fsdp_activation_checkpointing = 'true': is not known here; leave it"):
-            processes.join()
+        for name, value in (("activation_checkpointing", "true"), ("offload_params", "true"),
+                            ("reshard_after_forward", "false")):  # fmt: skip
+            with monkeypatch.context() as one:
+                one.setenv(f"FSDP_{name.upper()}", value)
+                with pytest.raises(InputError, match=f"fsdp_{name} = '{value}': is not known here; leave it out"):
+                    processes.join()
         patch.setenv("FSDP_AUTO_WRAP_POLICY", "BY_MAGIC")
         with pytest.raises(InputError, match=r"accelerate = 'FSDP': Invalid auto wrap policy: BY_MAGIC"):
             processes.join()
@@ -304,4 +343,16 @@ def test_unknown_blocks_and_other_ways_to_shard_are_refused(place: Path, monkeyp
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Nothing")
     told = together(own(*WORDS, "--run-dir", "unknown"))
-    assert "fsdp_transformer_cls_to_wrap = 'Nothing': names no block of a T5ForConditionalGeneration; leave it" in told
+    assert "fsdp_transformer_cls_to_wrap = 'Nothing': names no block of a T5ForConditionalGeneration; name the" in told
+
+
+def test_neither_sft_nor_doctor_nor_a_sweep_begins_with_a_base_in_pieces(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = own(*WORDS, "--sft.baseline-steps", "3")
+    assert small_runs.detoxrl(["prepare", *tuned[1:], "--run-dir", "untuned"]) == 0
+    assert "sft.baseline_steps = 3: needs the whole base" in together(["sft", "untuned"])
+    assert "accelerate = 'FSDP': is not for the doctor" in together(["doctor", *own()[1:]])
+    swept = ["sweep", *tuned[1:], "--seeds", "0,1", "--run-dir", "swept"]
+    assert "sft.baseline_steps = 3: needs the whole base" in together(swept)
+    assert not Path("swept").exists()

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
+from detoxrl import processes
 from detoxrl.config import Config
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
@@ -33,6 +34,10 @@ def doctor(root: Path, config: Config) -> None:
 
     Raises InputError for what does not fit: labels, memory, disk, a policy that does not start at its reference.
     """
+    whole = processes.sharding() is None
+    require(
+        whole, "accelerate", "FSDP", "is not for the doctor, who tries a whole base", "run it in one process without"
+    )
     config = with_revisions(absolute(config), None)
     with log.status("reading rows and shapes"):
         prepared, found = prepare_rows(config), sources(config)

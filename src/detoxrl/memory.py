@@ -33,8 +33,8 @@ class Room:
         """Return what the run goes by, or chooses now from what is free, and keep it in memory.json."""
         asked = config.rl.microbatch_size
         if (folder / "memory.json").is_file():
-            kept = folder.read_json("memory.json")
-            if (kept.pop("asked"), kept.pop("processes", 1)) == (asked, processes.count()):
+            kept = {"processes": 1, "sharded": False} | folder.read_json("memory.json")
+            if {name: kept.pop(name) for name in _question(asked)} == _question(asked):
                 return cls(**kept)
         most = config.rl.minibatch_size
         cross, activations = _bytes_per_response(policy, max(prompts, key=lambda prompt: len(prompt.text)), config)
@@ -50,7 +50,12 @@ class Room:
 
     def keep(self, folder: RunFolder, asked: int | None) -> None:
         """Write it to the run folder, with what it answers."""
-        folder.write_json("memory.json", {"asked": asked, "processes": processes.count()} | asdict(self))
+        folder.write_json("memory.json", _question(asked) | asdict(self))
+
+
+def _question(asked: int | None) -> dict[str, Any]:
+    """Return what a choice answers, for which it holds."""
+    return {"asked": asked, "processes": processes.count(), "sharded": processes.sharding() is not None}
 
 
 def keep_freed() -> bool:

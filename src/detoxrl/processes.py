@@ -27,6 +27,12 @@ Scores = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
 _PATIENCE = timedelta(days=30)
 # What accelerate may be asked for that shards weights beside FSDP, in ways that are not known here.
 _UNKNOWN = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+# Of FSDP's settings, by their variables, those that may only be as they are when left out.
+_ONLY = {
+    "fsdp_activation_checkpointing": "false",
+    "fsdp_offload_params": "false",
+    "fsdp_reshard_after_forward": "true",  # or a block is there in some processes and gathered in others
+}
 # What processes that hold the base together do together, in the order in which one waits for another.
 _TURNS = ("read", "decode", "read to learn", "decode to learn", "back", "meet")
 
@@ -71,13 +77,15 @@ def join() -> bool:
         version = os.environ.get("FSDP_VERSION", "1")
         require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
         try:
-            _here.sharding = how = FullyShardedDataParallelPlugin()
+            _here.sharding = FullyShardedDataParallelPlugin()
         except ValueError as error:
             raise InputError(
                 "accelerate", "FSDP", first_line(error), "say it otherwise in `accelerate config`"
             ) from error
-        rule, remedy = "is not known here", "leave it out; a smaller --rl.microbatch-size saves memory too"
-        require(not how.activation_checkpointing, "fsdp_activation_checkpointing", "true", rule, remedy)
+        remedy = "leave it out; a smaller --rl.microbatch-size saves memory too"
+        for name, usual in _ONLY.items():
+            value = os.environ.get(name.upper(), usual).lower()
+            require(value == usual, name, value, "is not known here", remedy)
         os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
     on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
     number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
@@ -112,7 +120,7 @@ def require_led(config: Config, trains: bool) -> None:
     size, rule = config.rl.batch_size, f"is below the number of processes, {started}"
     require(not trains or started <= size, "rl.batch_size", size, rule, "start fewer, or raise it")
     apart = _here.sharding is None or not config.policy.full_weights
-    require(apart, "policy.full_weights", True, "does not go with FSDP: only a frozen base is sharded", "train a LoRA")
+    require(apart, "policy.full_weights", True, "does not go with FSDP: only a frozen base is sharded", "do without")
 
 
 def require_whole(config: Config, tuned: bool) -> None:

@@ -68,6 +68,7 @@ def again(root: Path, name: str, reward: RewardFunction | None = None, track: st
     """Run one stage of a prepared folder, from its beginning: sft, train, evaluate or report; `track` as for `run`."""
     folder, config = RunFolder.open(root)
     processes.require_led(config, name == "train")
+    processes.require_whole(config, tuned=name != "sft")
     track = "none" if name == "report" else chosen(track, root)  # a report needs no tracker, installed or not
     with folder.held():
         if name in ("sft", "train"):

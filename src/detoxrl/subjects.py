@@ -98,10 +98,12 @@ def policies_of(
     begin = None if whole else start or next(iter(adapters.values()), None)
     known = begin or (whole and trained)
     policy = load_policy(base, begin, config.policy, config.seed) if known else frozen_policy(base)
+    added = {name: f"measured{number}" for number, name in enumerate(adapters)}
+    for name, adapter in added.items():  # before the base may be sharded, which some adapters could not be laid on
+        policy.add(adapter, adapters[name])
     yield "before", policy, policy.reference if start else None
-    for number, (name, place) in enumerate(adapters.items()):
-        policy.add(f"measured{number}", place)
-        yield name, policy, f"measured{number}"
+    for name, adapter in added.items():
+        yield name, policy, adapter
     for name, place in places.items():
         if name in loras and whole:
             lora = replace(config.policy, full_weights=False, adapter=None)

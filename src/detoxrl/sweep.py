@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from detoxrl import stages
+from detoxrl import processes, stages
 from detoxrl.config import Config
 from detoxrl.errors import TrainingError, require
 from detoxrl.evaluation.stats import two_stage_interval
@@ -83,6 +83,8 @@ def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str],
     require(bool(over or seeds), "--over", "", "is missing", "say --over rl.kl-coef=0.05,0.2, or --seeds 0,1")
     runs, found = planned(config, over, seeds), {"over": over, "seeds": seeds, "track": how["track"]}
     for one in () if begun else dict(runs.values()).values():  # what does not fit is found before hours have passed
+        processes.require_led(one, trains=True)
+        processes.require_whole(one, tuned=False)
         check(with_revisions(absolute(one), None))
     folder.write("base.json", config_to_json(config))
     folder.write_json("sweep.json", found)

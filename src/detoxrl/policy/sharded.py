@@ -5,6 +5,7 @@ needs them, so they all have to pass, and equally often. Only the frozen base is
 whole everywhere, so gradients, checkpoints and what is saved are as without.
 """
 
+import gc
 from itertools import chain
 from typing import Any
 
@@ -54,7 +55,8 @@ class StandIn:
                 return
             states = token
             if self._network.has_encoder:
-                states = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=self._device)
+                width = self._network.weights.active.get_encoder().config.hidden_size
+                states = torch.zeros(1, 1, width, dtype=model.dtype, device=self._device)
             if learns and self._states:  # the way back leads through the encoder too
                 states = self._states.pop()
             read = Encoded(states=states, mask=token + 1)
@@ -66,23 +68,23 @@ def shard(weights: Weights, device: torch.device) -> None:
 
     What is no block (embeddings, the head, adapters) is whole everywhere. Raises InputError for unknown blocks.
     """
-    how, mesh = processes.sharding(), init_device_mesh(device.type, (processes.count(),))
+    gc.collect()  # what was sharded before and is not needed any more: its blocks refer to themselves
+    how = processes.sharding()
     assert how is not None
-    names = set(how.transformer_cls_names_to_wrap or weights.active._no_split_modules)
+    names = set(how.transformer_cls_names_to_wrap or weights.active._no_split_modules or ())
+    remedy = "name the class of its blocks, beside fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
     for model in dict.fromkeys(weights.models.values()):
         blocks = [one for one in model.modules() if names & {kind.__name__ for kind in type(one).__mro__}]
         rule = f"names no block of a {type(weights.active).__name__}"
-        require(bool(blocks), "fsdp_transformer_cls_to_wrap", " ".join(names), rule, "leave it out")
-        whole = {weight for name, weight in model.named_parameters() if weight.requires_grad or ".lora_" in name}
-        for block in blocks:
-            if not isinstance(block, FSDPModule):
-                fully_shard(
-                    block,
-                    mesh=mesh,
-                    reshard_after_forward=how.reshard_after_forward,
-                    offload_policy=how.cpu_offload,
-                    ignored_params=whole,
-                )
+        require(bool(blocks), "fsdp_transformer_cls_to_wrap", " ".join(names), rule, remedy)
+        adapters = {w for name, w in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
+        whole = adapters | {weight for weight in model.parameters() if weight.requires_grad}
+        new = [block for block in reversed(blocks) if not isinstance(block, FSDPModule)]  # inner ones first
+        mesh = init_device_mesh(device.type, (processes.count(),)) if new else None
+        for block in new:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+            # Gathers into memory of the stream that computes: a GPU's is used again in the stream it was made in alone.
+            block._set_unshard_async_op(True)
         for tensor in chain(model.parameters(), model.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(device)
