@@ -210,6 +210,9 @@ def test_the_share_of_a_process_decides_whether_keys_and_values_are_kept(
     for count, kept in ((1, False), (3, False), (4, True), (1, False)):  # chosen anew for another number
         monkeypatch.setattr(processes, "_here", processes._Here(count=count))
         assert Room.of(folder, policy, PROMPTS, config).keep_cross is kept
+    monkeypatch.setattr(processes, "sharding", lambda: object())  # and where the base is in pieces
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    assert Room.of(folder, policy, PROMPTS, config).keep_cross is True
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
