@@ -495,9 +495,9 @@ def test_rows_that_ended_leave_in_lots_and_nothing_depends_on_when(
 
 
 def test_prompts_are_read_in_blocks_and_nothing_depends_on_which(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(policy_module._blocks([3, 3, 5, 2], 10)) == [slice(0, 2), slice(2, 4)]
-    assert list(policy_module._blocks([30, 1, 1], 10)) == [slice(0, 1), slice(1, 3)]
-    assert list(policy_module._blocks([4, 4], 8)) == [slice(0, 2)]
+    assert list(policy_module.blocks([3, 3, 5, 2], 10)) == [slice(0, 2), slice(2, 4)]
+    assert list(policy_module.blocks([30, 1, 1], 10)) == [slice(0, 1), slice(1, 3)]
+    assert list(policy_module.blocks([4, 4], 8)) == [slice(0, 2)]
     policy = make("loaded with encoder")
     whole = rollout_of(policy)
     for tokens in (1, 100):

@@ -18,6 +18,7 @@ from detoxrl.evaluation.judges import profanity_judge
 from detoxrl.evaluation.measure import Measured, Readers, evaluation, measure, old_protocol, paired, toxic_words
 from detoxrl.evaluation.stats import Floats, prompts_needed
 from detoxrl.parts import Scorer, base_and_start, judges_of, readers_of, rows_of, run_scorer
+from detoxrl.report.build import read_lines
 from detoxrl.rewards.function import RewardFunction
 from detoxrl.rewards.shaping import wordless
 from detoxrl.rollout import sample_batches
@@ -126,7 +127,7 @@ def needed_prompts(root: Path, drop: float) -> str:
     Raises InputError when the run was not measured, or cannot tell.
     """
     folder, _ = RunFolder.open(root)
-    samples = [json.loads(line) for line in folder.need("samples.jsonl", "evaluate").read_bytes().splitlines()]
+    samples = read_lines(folder.need("samples.jsonl", "evaluate"))
     judge = folder.read_json("eval.json")["primary_judge"]
     before = np.array([sample["toxicity"][judge]["before"] for sample in samples])
     return (

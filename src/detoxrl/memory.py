@@ -23,10 +23,8 @@ _SHARE = 0.25
 class Room:
     """What is chosen once of a run's use of memory, as it changes the last digits of its numbers, and nothing else."""
 
-    microbatch_size: int
-    """Responses per pass of an update."""
-    keep_cross: bool
-    """Whether the update shares what cross-attention makes of the prompts, or makes it again."""
+    microbatch_size: int  # Responses per pass of an update.
+    keep_cross: bool  # Whether the update shares what cross-attention makes of the prompts, or makes it again.
 
     @classmethod
     def of(cls, folder: RunFolder, policy: Policy, prompts: list[Prompt], config: Config) -> Self:

@@ -31,10 +31,8 @@ class Policy:
 
     def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, train_encoder: bool) -> None:
         self.weights = weights
-        self.reference: str | None = weights.reference
-        """Name of the frozen start's weights."""
-        self.save = weights.save
-        """Writes the policy's weights as a folder that peft, or with full weights transformers, loads."""
+        self.reference: str | None = weights.reference  # Name of the frozen start's weights.
+        self.save = weights.save  # Writes the policy's weights as a folder that peft, or if full transformers, loads.
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
@@ -100,7 +98,7 @@ class Policy:
         most = _READ if self.device.type == "cpu" else 32 * _READ
         if torch.is_grad_enabled() and self._stand_in is not None:
             most = sum(lengths) * len(lengths)  # the way back leads through the encoder once, as where others stand in
-        for rows in _blocks(lengths, most):
+        for rows in blocks(lengths, most):
             width = max(lengths[rows])
             read = network.read(ids[rows, :width], mask[rows, :width])
             states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
@@ -185,7 +183,7 @@ class Policy:
         return values.squeeze(-1)
 
 
-def _blocks(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+def blocks(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
     """Yield consecutive rows that have at most `tokens` tokens when padded to the longest, or one row."""
     start, longest = 0, 0
     for row, length in enumerate(lengths):

@@ -1,6 +1,6 @@
 """What does a hate or toxicity classifier say of a response?"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from detoxrl.errors import InputError, require
 from detoxrl.hub import fetched
 from detoxrl.policy.backbone import loaded, require_words
 from detoxrl.policy.linear import FastLinear
+from detoxrl.policy.policy import blocks
 
 TOKENS = 512
 """Most tokens, padding among them, that a CPU reads at once: more is no faster there, and wastes padding."""
@@ -81,7 +82,8 @@ class Reader:
         tokens = tokens or (TOKENS if self.model.device.type == "cpu" else 32 * TOKENS)
         rows = []
         with FastLinear():
-            for batch in _batches(ordered, tokens):
+            for some in blocks([length for length, _ in ordered], tokens):
+                batch = [text for _, text in ordered[some]]
                 read = self.tokenizer(batch, return_tensors="pt", padding=True, **self._cut).to(self.model.device)
                 rows.append(take(self.model(**read)[0], read["attention_mask"]).cpu())
         where = {text: i for i, (_, text) in enumerate(ordered)}
@@ -118,15 +120,6 @@ class Classifier(Reader):
     def logits(self, texts: Texts, tokens: int | None = None) -> torch.Tensor:
         """Return the logits (B, labels) on the CPU, of batches of at most `tokens`."""
         return self.read(texts, lambda logits, _: logits.float(), tokens)
-
-
-def _batches(ordered: Sequence[tuple[int, Any]], tokens: int) -> Iterator[list[Any]]:
-    """Yield the texts of (length, text), shortest first, in batches of at most `tokens`, or of one text."""
-    start = 0
-    for end in range(1, len(ordered) + 1):
-        if end == len(ordered) or ordered[end][0] * (end + 1 - start) > tokens:
-            yield [text for _, text in ordered[start:end]]
-            start = end
 
 
 def load_reader(
