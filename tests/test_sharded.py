@@ -339,16 +339,13 @@ def test_unknown_blocks_and_other_ways_to_shard_are_refused(place: Path, monkeyp
         patch.setenv("FSDP_AUTO_WRAP_POLICY", "BY_MAGIC")
         with pytest.raises(InputError, match=r"accelerate = 'FSDP': Invalid auto wrap policy: BY_MAGIC"):
             processes.join()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which joining takes back
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Nothing")
     told = together(own(*WORDS, "--run-dir", "unknown"))
     assert "fsdp_transformer_cls_to_wrap = 'Nothing': names no block of a T5ForConditionalGeneration; name the" in told
 
 
-def test_neither_sft_nor_doctor_nor_a_sweep_begins_with_a_base_in_pieces(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_sft_nor_doctor_nor_a_sweep_begins_with_a_base_in_pieces(place: Path) -> None:
     tuned = own(*WORDS, "--sft.baseline-steps", "3")
     assert small_runs.detoxrl(["prepare", *tuned[1:], "--run-dir", "untuned"]) == 0
     assert "sft.baseline_steps = 3: needs the whole base" in together(["sft", "untuned"])

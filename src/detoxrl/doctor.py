@@ -34,10 +34,8 @@ def doctor(root: Path, config: Config) -> None:
 
     Raises InputError for what does not fit: labels, memory, disk, a policy that does not start at its reference.
     """
-    whole = processes.sharding() is None
-    require(
-        whole, "accelerate", "FSDP", "is not for the doctor, who tries a whole base", "run it in one process without"
-    )
+    rule = "is not for the doctor, who tries a whole base"
+    require(processes.sharding() is None, "accelerate", "FSDP", rule, "run it in one process, without")
     config = with_revisions(absolute(config), None)
     with log.status("reading rows and shapes"):
         prepared, found = prepare_rows(config), sources(config)

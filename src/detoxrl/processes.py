@@ -17,6 +17,7 @@ from weakref import WeakMethod
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from detoxrl.config import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, first_line, require
@@ -70,24 +71,8 @@ def join() -> bool:
     Raises InputError when accelerate is to shard weights in a way that is not known here, or there are too few GPUs,
     ProcessError when they do not meet.
     """
-    set_to = {kind: os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() for kind in (*_UNKNOWN, "FSDP", "CPU")}
-    for kind in _UNKNOWN:
-        require(set_to[kind] == "false", "accelerate", kind, "is not known here", "use FSDP, version 2, or none")
-    if set_to["FSDP"] == "true":
-        version = os.environ.get("FSDP_VERSION", "1")
-        require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
-        try:
-            _here.sharding = FullyShardedDataParallelPlugin()
-        except ValueError as error:
-            raise InputError(
-                "accelerate", "FSDP", first_line(error), "say it otherwise in `accelerate config`"
-            ) from error
-        remedy = "leave it out; a smaller --rl.microbatch-size saves memory too"
-        for name, usual in _ONLY.items():
-            value = os.environ.get(name.upper(), usual).lower()
-            require(value == usual, name, value, "is not known here", remedy)
-        os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
-    on_cpu = set_to["CPU"] == "true" or not torch.accelerator.is_available()
+    _here.sharding = _asked_to_shard()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     number, most = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     rule = f"is above the number of GPUs of this machine, {most}"
     require(on_cpu or number <= most, "LOCAL_WORLD_SIZE", number, rule, "start fewer, or set ACCELERATE_USE_CPU=true")
@@ -97,6 +82,25 @@ def join() -> bool:
         words = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))  # type: ignore[attr-defined]
     _here.rank, _here.count, _here.talk, _here.words = state.process_index, state.num_processes, talk, words
     return _here.rank == 0
+
+
+def _asked_to_shard() -> FullyShardedDataParallelPlugin | None:
+    for kind in _UNKNOWN:
+        asked = parse_flag_from_env(f"ACCELERATE_USE_{kind}")
+        require(not asked, "accelerate", kind, "is not known here", "use FSDP, version 2, or none")
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    version, remedy = os.environ.get("FSDP_VERSION", "1"), "say it otherwise in `accelerate config`"
+    require(version == "2", "fsdp_version", version, "is not known here", "say --fsdp_version 2")
+    for name, usual in _ONLY.items():
+        value = os.environ.get(name.upper(), usual).lower()
+        require(value == usual, name, value, "is not known here", "leave it out; --rl.microbatch-size saves memory too")
+    try:
+        found = FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        raise InputError("accelerate", "FSDP", first_line(error), remedy) from error
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # or transformers would leave the other processes' weights empty
+    return found
 
 
 def leave() -> None:

@@ -97,7 +97,7 @@ class Policy:
         states, network = [], self._network(self.weights, adapter)
         most = _READ if self.device.type == "cpu" else 32 * _READ
         if torch.is_grad_enabled() and self._stand_in is not None:
-            most = sum(lengths) * len(lengths)  # the way back leads through the encoder once, as where others stand in
+            most = max(lengths) * len(lengths)  # the way back leads through the encoder once, as where others stand in
         for rows in blocks(lengths, most):
             width = max(lengths[rows])
             read = network.read(ids[rows, :width], mask[rows, :width])

@@ -59,8 +59,7 @@ class StandIn:
                 states = torch.zeros(1, 1, width, dtype=model.dtype, device=self._device)
             if learns and self._states:  # the way back leads through the encoder too
                 states = self._states.pop()
-            read = Encoded(states=states, mask=token + 1)
-            self._end, _ = self._network.predicted(read, token[:, :0], None)
+            self._end, _ = self._network.predicted(Encoded(states=states, mask=token + 1), token[:, :0], None)
 
 
 def shard(weights: Weights, device: torch.device) -> None:
