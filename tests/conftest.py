@@ -33,15 +33,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from detoxrl.config import Config, DataConfig, PolicyConfig
-from detoxrl.data.corpus import generate_rows, generate_utterances
+from detoxrl.config.recipes import recipe
+from detoxrl.config.schema import Config, DataConfig, PolicyConfig
+from detoxrl.data.embedded.corpus import generate_rows, generate_utterances
 from detoxrl.data.rows import Row
-from detoxrl.policy.adapters import load_policy
-from detoxrl.policy.backbone import save_base, scratch_tokenizer
-from detoxrl.policy.policy import Policy
-from detoxrl.policy.weights import LoraWeights
-from detoxrl.recipes import recipe
-from detoxrl.reward_training import train_reward_model
+from detoxrl.models.loading import save_base, scratch_tokenizer
+from detoxrl.models.lora import load_policy
+from detoxrl.models.policy import Policy
+from detoxrl.models.weights import LoraWeights
+from detoxrl.rewards.fit import train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it

@@ -12,18 +12,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off"} | os.environ
 
 if TYPE_CHECKING:
-    from detoxrl.config import Config
+    from detoxrl.commands.export import export
+    from detoxrl.commands.run import evaluate, run
+    from detoxrl.config.recipes import recipe, recipe_names
+    from detoxrl.config.schema import Config
     from detoxrl.errors import DetoxrlError, InputError, StorageError, TrainingError
-    from detoxrl.recipes import recipe, recipe_names
     from detoxrl.rewards.function import RewardFunction
-    from detoxrl.sharing import export
-    from detoxrl.stages import evaluate, run
 
 __version__ = "0.1.0"
 
 # Looked up on first use, so that `import detoxrl` does not import torch; an error's home is errors.
-_HOMES = {"Config": "config", "RewardFunction": "rewards.function", "evaluate": "stages", "run": "stages"}
-_HOMES |= {"recipe": "recipes", "recipe_names": "recipes", "export": "sharing"}
+_HOMES = {
+    "Config": "config.schema",
+    "RewardFunction": "rewards.function",
+    "evaluate": "commands.run",
+    "run": "commands.run",
+}
+_HOMES |= {"recipe": "config.recipes", "recipe_names": "config.recipes", "export": "commands.export"}
 
 __all__ = [
     "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from detoxrl import __version__
-from detoxrl.config import Config
+from detoxrl.config.edit import closest_match, flatten, help_texts
+from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
-from detoxrl.settings import flatten, help_texts, nearest
 
 USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
 
@@ -33,7 +33,7 @@ USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, kee
 RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
 Start with: detoxrl run quickstart
 Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
-Several processes: detoxrl run quickstart --num-processes 2, or torchrun --nproc-per-node 8 -m detoxrl run RECIPE
+Several processes: torchrun --nproc-per-node 8 -m detoxrl run RECIPE, or accelerate launch -m detoxrl ...
 Watch a run: --track tensorboard, trackio or wandb behind run, sweep, train, evaluate RUN; else none is contacted.
 `detoxrl COMMAND --help` lists its options, `detoxrl run RECIPE --help` every setting with its default as well.
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
@@ -64,8 +64,6 @@ def parser_of(command: str, config: Config | None) -> argparse.ArgumentParser:
         text = "go on with other settings or another machine; the run then ends otherwise, and says so"
         add("--accept-changes", action="store_true", help=text)
     if command in ("run", "sweep", "train", "evaluate"):
-        text = "share the work between N processes of this machine; over machines: torchrun -m detoxrl"
-        add("--num-processes", type=int, metavar="N", help=text)
         add("--track", metavar="NAME", help="show it in tensorboard, trackio or wandb; --resume keeps it, none ends it")
     if command == "sweep":
         add("--over", action="extend", nargs="+", metavar="FIELD=VALUES", help="what to try: rl.kl-coef=0.05,0.2")
@@ -116,7 +114,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[Given, Given]:
         word, remedy = unread[0].partition("=")[0], "put a flag before it, or quote text with spaces"
         require(word.startswith("-"), "word", unread[0], "belongs to no flag", remedy)
         known = re.findall(r"--[\w.-]+", parser.format_help())
-        remedy = nearest(word, known, f"see `{parser.prog} --help`")
+        remedy = closest_match(word, known, f"see `{parser.prog} --help`")
         raise InputError("flag", word, f"is not known to `{parser.prog}`", remedy)
     given = vars(found)
     return {name: given.pop(name) for name in flatten(asdict(config)) if name in given}, given

@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 
 from detoxrl import __version__
 from detoxrl.arguments import USAGE, WORDS, Given, parse, parser_of
-from detoxrl.config import Config
+from detoxrl.config.edit import closest_match, config_from_json, with_settings
+from detoxrl.config.recipes import recipe, recipe_names
+from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
-from detoxrl.launching import launch, launched
-from detoxrl.recipes import recipe, recipe_names
-from detoxrl.settings import changed, config_from_json, nearest
-from detoxrl.stopping import Terminated, go_on_with, stopping
+from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
 _DONE = {
     "prepare": "prepared {root}; next: detoxrl sft {root}",
@@ -30,7 +29,7 @@ _DONE = {
 def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
     """Make a run folder, or try what would be made, by a recipe and the flags that change it."""
     with _kept(given.get("run_dir", Path("runs", name))):
-        config = changed(_defaults(command, name, given), settings)
+        config = with_settings(_defaults(command, name, given), settings)
     usual = {"sweep": "sweep", "evaluate": "texts" if "texts" in given else f"{config.recipe}-measured"}
     root = given.get("run_dir", Path("runs", usual.get(command, config.recipe)))
     how: Given = {flag: flag in given for flag in ("overwrite", "resume", "accept_changes")}
@@ -42,8 +41,9 @@ def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
     fits = how["resume"] or not how["accept_changes"]
     require(fits, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
     with _kept(root):
-        from detoxrl import doctor, stages, sweep
-        from detoxrl.report.table import print_result
+        from detoxrl.commands import doctor, sweep
+        from detoxrl.commands import run as stages
+        from detoxrl.report.terminal import print_result
 
         if command == "doctor":
             doctor.doctor(root, config)
@@ -82,7 +82,7 @@ def _defaults(command: str, name: str, given: Given) -> Config:
         return recipe("quickstart")  # for what it says of judges: no model of it is used
     if not name and "resume" in given:
         require("run_dir" in given, "--run-dir", "", "is missing", "say `detoxrl run --resume --run-dir DIR`")
-        from detoxrl.tracking import RunFolder
+        from detoxrl.runtime.run_folder import RunFolder
 
         base = given["run_dir"] / "base.json"
         swept = command == "sweep" and base.is_file()
@@ -97,20 +97,21 @@ def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
     root, remedy, track = Path(name), "use --policy, --power or settings", given.pop("track", None)
     require(given.keys() <= {"power", "policy"}, "flags", " ".join(given), "do not go with a run that is there", remedy)
     with _kept(root):
-        from detoxrl import measuring, stages
-        from detoxrl.report.table import print_result
-        from detoxrl.tracking import RunFolder
+        from detoxrl.commands import measure as measuring
+        from detoxrl.commands import run as stages
+        from detoxrl.report.terminal import print_result
+        from detoxrl.runtime.run_folder import RunFolder
 
         require(track is None or not given, "--track", track, "does not go with --power or --policy", "leave it out")
         if "power" in given:
             print(measuring.needed_prompts(root, given["power"]))
             return
         if settings:
-            stages.run(root, changed(RunFolder.open(root)[1], settings), resume=True, track=track)
+            stages.run(root, with_settings(RunFolder.open(root)[1], settings), resume=True, track=track)
         if "policy" in given:
             stages.evaluate(root, policies=_named("policy", given))
         if not settings and not given:
-            stages.again(root, command, track=track)
+            stages.rerun_stage(root, command, track=track)
         if command == "report" or settings or given:
             print_result(root)
         else:
@@ -120,7 +121,7 @@ def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
 def _export(name: str, given: Given) -> None:
     require(name != "", "run folder", name, "is missing", "say `detoxrl export runs/NAME`")
     with _kept(None):
-        from detoxrl.sharing import export
+        from detoxrl.commands.export import export
 
         flags = {flag: flag in given for flag in ("merged", "private", "overwrite")}
         made = export(name, to=given.get("to"), push=given.get("push"), **flags)
@@ -133,7 +134,7 @@ def _export(name: str, given: Given) -> None:
 def _kept(root: Path | None) -> Iterator[None]:
     """Say what is kept and how to go on when a run is stopped or the disk is full."""
     try:
-        with stopping():
+        with stop_signals():
             yield
     except (KeyboardInterrupt, ProcessError) as stop:
         if not getattr(stop, "__notes__", []):
@@ -153,7 +154,7 @@ def _how_to_go_on(root: Path | None) -> str:
     if command == "run" and not (root / "config.json").is_file():
         return "nothing was written"
     kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
-    return f"{root} keeps {kept}; {go_on_with(root, command)}"
+    return f"{root} keeps {kept}; {resume_hint(root, command)}"
 
 
 def _dispatch(words: Sequence[str]) -> None:
@@ -166,16 +167,10 @@ def _dispatch(words: Sequence[str]) -> None:
         for name, purpose in recipe_names().items():
             print(f"{name:<21} {purpose}")
     else:
-        remedy = nearest(command, [*WORDS, "recipes", "help"], "see `detoxrl --help`")
+        remedy = closest_match(command, [*WORDS, "recipes", "help"], "see `detoxrl --help`")
         require(command in WORDS, "command", command, "is not a command", remedy)
         settings, given = parse(command, words[1:])
-        number = given.pop("num_processes", 1)
-        require(number > 0, "--num-processes", number, "must be above 0", "give a whole number")
-        if number == 1 or launched() or "help" in given:
-            _obey(command, settings, given)
-        elif code := launch(words, number):
-            told = "the main process was ended by signal {}; what it kept is there, and --resume goes on"
-            sys.exit(code if code > 0 else _complain(told.format(-code), 1))
+        _obey(command, settings, given)
 
 
 def _obey(command: str, settings: Given, given: Given) -> None:
@@ -185,7 +180,7 @@ def _obey(command: str, settings: Given, given: Given) -> None:
         print(parser_of(command, recipe(name) if name in recipe_names() else None).format_help(), end="")
     elif command == "convert":
         require("TO" in given, "words", name, "must be two", "say `detoxrl convert FROM TO`, two folders")
-        from detoxrl.convert import convert
+        from detoxrl.commands.convert import convert
 
         print(f"{given['TO']}: {convert(name, Path(given['TO']))}; next: name that folder where you named {name}")
     elif command == "export":
@@ -201,9 +196,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 bad input, 130 and 143 stopped. Bugs keep their traceback."""
     try:
         words = sys.argv[1:] if words is None else words
-        with stopping():
-            if launched():
-                from detoxrl.helping import led
+        with stop_signals():
+            if several_processes():
+                from detoxrl.training.helping import led
 
                 led(partial(_dispatch, words))
             else:
@@ -217,6 +212,11 @@ def main(words: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def several_processes() -> bool:
+    """Return whether a launcher (torchrun, accelerate launch) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _complain(message: str, code: int) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
-from detoxrl.config import DataConfig
-from detoxrl.data.facts import Facts
+from detoxrl.config.schema import DataConfig
+from detoxrl.data.embedded.facts import Facts
 from detoxrl.errors import InputError
-from detoxrl.records import Prompt
+from detoxrl.models.types import Prompt
 
 SPLITS = ("train", "validation", "test")
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from detoxrl.config import Config, DataConfig
-from detoxrl.data.near import near_groups
+from detoxrl.config.schema import Config, DataConfig
+from detoxrl.data.duplicates import near_duplicate_groups
 from detoxrl.data.rows import SPLITS, Row
 from detoxrl.errors import require
-from detoxrl.randomness import permutation
+from detoxrl.runtime.randomness import permutation
 
 _ROLES = {"dev": "validation", "val": "validation", "valid": "validation"}
 _LEAKS = ("leaks from test", "leaks from validation")
@@ -90,7 +90,7 @@ def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], c
     A split gets whole groups of near-same dialogues, drawn by the seed.
     """
     held = [i for i, fate in enumerate(fates) if fate in SPLITS]
-    groups = near_groups([rows[i].dialogue for i in held])
+    groups = near_duplicate_groups([rows[i].dialogue for i in held])
     sides = {(fates[i], group) for i, group in zip(held, groups, strict=True)}
     pool: dict[int, list[int]] = {}
     for i, group in zip(held, groups, strict=True):

@@ -10,10 +10,10 @@ from typing import Any
 
 from pyarrow import parquet
 
-from detoxrl.config import DataConfig
+from detoxrl.config.schema import DataConfig
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.hub import fetched, is_id
+from detoxrl.runtime.hub import fetch, is_hub_id
 
 Record = dict[str, Any]
 _RESPONSE = "response"  # the column of a text that a policy wrote elsewhere
@@ -121,8 +121,8 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     remedy = "give a file, a folder or a hub id"
-    require(is_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
-    folder = fetched(name, "data.source")
+    require(is_hub_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
+    folder = fetch(name, "data.source")
     try:
         tables = datasets.load_dataset(folder, verification_mode="no_checks")  # its card may count other rows
         return {str(split): table.to_list() for split, table in tables.items()}

@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 
-from detoxrl.data.phrases import SEEN_INSULTS
+from detoxrl.data.embedded.phrases import SEEN_INSULTS
 from detoxrl.evaluation.judges import Judge
-from detoxrl.evaluation.stats import Floats
+from detoxrl.evaluation.statistics import Floats
 
 Texts = Sequence[Sequence[str]]  # N prompts with k responses each
 

@@ -6,14 +6,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from detoxrl.evaluation.stats import Floats
+from detoxrl.evaluation.statistics import Floats
 from detoxrl.rewards.classifier import Classifier, Texts
 
 Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each text, shape (N,)
 Item = TypeVar("Item", bound=Hashable)
 
 
-def remembered(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[Item]], Floats]:
+def memoized(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[Item]], Floats]:
     """Return what rates each distinct item once, however often it is asked."""
     known: dict[Item, float] = {}
 

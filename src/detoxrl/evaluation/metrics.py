@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from sacrebleu.metrics.chrf import CHRF
 
-from detoxrl.data.facts import facts_kept, quarrel_roles
-from detoxrl.data.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
+from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
+from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row
 
 

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from detoxrl.errors import InputError, require
-from detoxrl.hub import fetched
-from detoxrl.policy.backbone import loaded, require_words
-from detoxrl.policy.linear import FastLinear
-from detoxrl.policy.policy import blocks
+from detoxrl.models.linear import FastLinear
+from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.models.policy import length_batches
+from detoxrl.runtime.hub import fetch
 
 TOKENS = 512
 """Most tokens, padding among them, that a CPU reads at once: more is no faster there, and wastes padding."""
@@ -31,7 +31,7 @@ _CLEAR = 0.1
 _REMEDY = "give a sequence classifier's folder or hub id"
 
 
-def several(config: PreTrainedConfig) -> bool:
+def is_multi_label(config: PreTrainedConfig) -> bool:
     """Return whether a text may have several labels, so that each has its own sigmoid."""
     return bool(config.num_labels == 1 or config.problem_type == "multi_label_classification")
 
@@ -82,7 +82,7 @@ class Reader:
         tokens = tokens or (TOKENS if self.model.device.type == "cpu" else 32 * TOKENS)
         rows = []
         with FastLinear():
-            for some in blocks([length for length, _ in ordered], tokens):
+            for some in length_batches([length for length, _ in ordered], tokens):
                 batch = [text for _, text in ordered[some]]
                 read = self.tokenizer(batch, return_tensors="pt", padding=True, **self._cut).to(self.model.device)
                 rows.append(take(self.model(**read)[0], read["attention_mask"]).cpu())
@@ -106,7 +106,7 @@ class Classifier(Reader):
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response alone, as `class_scores`. Prompts are not read."""
-        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, several(self.model.config))
+        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, is_multi_label(self.model.config))
 
     def toxicity(self, texts: Texts) -> torch.Tensor:
         """Return the probability in [0, 1] of the toxic label, shape (B,)."""
@@ -115,7 +115,7 @@ class Classifier(Reader):
     def probabilities(self, texts: Texts) -> torch.Tensor:
         """Return the probability (B, labels) of each label: of each alone where a text may have several labels."""
         logits = self.logits(texts)
-        return logits.sigmoid() if several(self.model.config) else logits.softmax(-1)
+        return logits.sigmoid() if is_multi_label(self.model.config) else logits.softmax(-1)
 
     def logits(self, texts: Texts, tokens: int | None = None) -> torch.Tensor:
         """Return the logits (B, labels) on the CPU, of batches of at most `tokens`."""
@@ -129,14 +129,14 @@ def load_reader(
 
     Raises InputError when it cannot be read, lacks weights, or does not fit its tokenizer.
     """
-    given = (fetched(source, field), source, field, remedy)
-    model, info = loaded(kind, *given, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    tokenizer = loaded(AutoTokenizer, *given)
+    given = (fetch(source, field), source, field, remedy)
+    model, info = load_pretrained(kind, *given, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    tokenizer = load_pretrained(AutoTokenizer, *given)
     # A pooler is of no use to an encoder of sentences, so it may be lacking there.
     missing = [name for name in sorted(info["missing_keys"]) if kind is not AutoModel or "pooler." not in name]
     require(not missing, field, source, f"lacks weights, {''.join(missing[:1])} for one", remedy)
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without padding", remedy)
-    require_words(field, source, tokenizer, model)
+    require_vocabulary(field, source, tokenizer, model)
     return model.requires_grad_(False).to(device), tokenizer
 
 
@@ -156,9 +156,9 @@ def load_classifier(
     return classifier
 
 
-def bare_classifier(source: str, field: str, labels: dict[str, str]) -> PreTrainedModel:
+def load_classifier_shapes(source: str, field: str, labels: dict[str, str]) -> PreTrainedModel:
     """Return the classifier of a folder or hub id on the meta device, its labels found: no weight is read."""
-    config = loaded(AutoConfig, fetched(source, field, weights=False), source, field, _REMEDY)
+    config = load_pretrained(AutoConfig, fetch(source, field, weights=False), source, field, _REMEDY)
     for setting, label in labels.items():
         label_index(config, setting, label)
     with torch.device("meta"):

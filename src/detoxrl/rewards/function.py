@@ -64,7 +64,7 @@ def _names(name: str, where: str) -> dict[str, Any]:
         raise InputError(FIELD, name, f"there is no module {where}", "write FILE.py:NAME") from None
 
 
-def checked(function: RewardFunction, name: str) -> Reward:
+def validated_reward(function: RewardFunction, name: str) -> Reward:
     """Return the function as a reward that raises InputError for what is not one finite number for each response."""
 
     def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:

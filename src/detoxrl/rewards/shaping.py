@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from detoxrl.config import RewardConfig
+from detoxrl.config.schema import RewardConfig
 
 Reward = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
 """(prompts, responses) -> raw scores (B,): any callable will do."""
@@ -25,7 +25,7 @@ def fit_normaliser(scores: torch.Tensor) -> Normaliser:
     return Normaliser(mean=float(scores.mean()), std=std if std > 1e-6 else 1.0)
 
 
-def wordless(texts: Sequence[str]) -> torch.Tensor:
+def is_wordless(texts: Sequence[str]) -> torch.Tensor:
     """Return which texts say nothing: no letter, no digit; (B,) bool."""
     return torch.tensor([not any(map(str.isalnum, text)) for text in texts])
 
@@ -36,4 +36,4 @@ def shape_scores(
     """Return scores (B,): normalised, clipped, less a penalty where EOS is missing, fixed where there is no word."""
     scores = ((raw - normaliser.mean) / normaliser.std).clamp(-config.clip, config.clip)
     scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype)
-    return torch.where(wordless(texts).to(scores.device), config.empty_score, scores)
+    return torch.where(is_wordless(texts).to(scores.device), config.empty_score, scores)

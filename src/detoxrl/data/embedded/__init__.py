@@ -1,0 +1,1 @@
+"""The embedded corpus: generated quarrels, their facts and phrases."""

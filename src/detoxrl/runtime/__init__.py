@@ -1,0 +1,1 @@
+"""How does a run live on a machine?"""

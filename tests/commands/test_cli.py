@@ -1,0 +1,267 @@
+"""End to end through the real command line, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from detoxrl.commands import measure as measuring
+from detoxrl.config.edit import flatten
+from detoxrl.config.recipes import recipe
+from detoxrl.errors import InputError
+from detoxrl.runtime.run_folder import RunFolder
+from forked import forked
+from small_runs import detoxrl as detoxrl_here
+from small_runs import same_end, without_timings
+
+SMALL = [
+    "--data.limit", "96", "--rl.validation-prompts", "8", "--evaluation.prompts", "12",
+    "--sft.steps", "25", "--sft.batch-size", "8", "--sft.baseline-steps", "2",
+    "--generation.max-new-tokens", "12", "--reward.normalise-on", "16",
+    "--rl.steps", "2", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
+    "--rl.validate-every", "1", "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200",
+]  # fmt: skip
+
+
+def detoxrl(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:detoxrl", "-m", "detoxrl", *words],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `run quickstart`, made small, has run."""
+    folder = tmp_path_factory.mktemp("place")
+    result = detoxrl("run", "quickstart", *SMALL, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    return place / "runs" / "quickstart"
+
+
+def test_a_run_ends_with_its_table_and_says_what_it_made_and_where(place: Path, run: Path) -> None:
+    shown = (place / "stdout").read_text()
+    assert "12 held-out prompts, 2 samples each" in shown
+    assert "Facts kept" in shown
+    assert "report.html" in shown
+    for name in ("report.html", "eval.json", "metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "checkpoint.json"):
+        assert (run / name).stat().st_size > 0
+
+
+def test_eval_json_keeps_its_contract(run: Path) -> None:
+    found = json.loads((run / "eval.json").read_text())
+    assert found["n_prompts"] == 12
+    assert found["samples_per_prompt"] == 2
+    assert found["primary_judge"] == "alt-profanity-check"
+    assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
+    for systems in (found, *found["baselines"].values()):
+        for result in systems["toxicity"].values():
+            assert {"before", "after", "floor", "share_removed", "difference", "relative", "verdict"} == set(result)
+            told = {"mean", "std", "toxic_ratio", "max", "p50", "p90", "p95", "p99", "expected_max_toxicity",
+                    "toxicity_probability"}  # fmt: skip
+            assert told == set(result["before"]) == set(result["after"])
+            assert {"mean", "low", "high", "p", "detectable"} == set(result["difference"])
+            change = result["after"]["mean"] - result["before"]["mean"]
+            assert result["difference"]["mean"] == pytest.approx(change, abs=1e-9)
+            assert result["difference"]["low"] <= result["difference"]["mean"] <= result["difference"]["high"]
+        names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen",
+                 "score", "chrf", "copied", "similarity", "distinct_1", "distinct_2"}  # fmt: skip
+        other = "kl_bound" in systems  # best of n has 4 samples or 1, the start 2
+        assert set(systems["quality"]) == (names - {"distinct_1", "distinct_2"} if other else names)
+    assert [*found["baselines"]] == ["word_filter", "best_of_4", "best_of_16", "sft_civil", "sft_best_of_4"]
+    for name, one in found["baselines"].items():
+        assert {"toxicity", "quality", "quality_by", "verdict"} == set(one["after"])
+        assert ("kl_bound" in one) == name.startswith("best_of")
+    assert {"spearman", "kappa", "same_side"} == set(found["agreement"]["alt-profanity-check and reward classifier"])
+    assert found["names"] == {}
+    assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
+
+
+def records(path: Path) -> list[dict[str, float]]:
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> None:
+    steps, validations = records(run / "metrics.jsonl"), records(run / "validation.jsonl")
+    assert [record["step"] for record in steps] == [0, 1]
+    assert [record["step"] for record in validations] == [0, 1, 2]
+    for record in steps:
+        assert {"step", "kl/reference", "ratio/max", "score/mean"} <= set(record)
+    assert abs(steps[0]["kl/reference"]) < 1e-4
+    assert all(record["ratio/first_error"] < 1e-5 for record in steps)
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for key in {key for record in steps + validations for key in record}:
+        assert f"`{key}`" in documented, key
+
+
+def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name_adapter(policy: object, prompts: list[object], *_: object, adapter: str | None, **__: object) -> object:
+        yield {row: [str(adapter)] for row in range(len(prompts))}
+
+    monkeypatch.setattr(measuring, "sample_batches", name_adapter)
+    folder, config = RunFolder.open(run)
+    found = measuring._responses(folder, config, measuring.rows_of(folder, "test"), {})
+    (run / "responses.jsonl").unlink()
+    assert {name: texts[0][0] for name, texts in found.items()} == {
+        "before": "None", "after": "measured0", "sft_civil": "measured1", "sft_best_of_4": "measured2",
+    }  # fmt: skip
+
+
+def test_stages_in_their_own_processes_give_the_same_run(run: Path, tmp_path: Path) -> None:
+    for command in (["prepare", "quickstart", *SMALL, "--run-dir", "staged"], ["sft", "staged"], ["train", "staged"],
+                    ["evaluate", "staged"], ["report", "staged"]):  # fmt: skip
+        result = forked(command, tmp_path)
+        assert result.returncode == 0, result.stderr
+    staged = tmp_path / "staged"
+    assert records(staged / "validation.jsonl") == records(run / "validation.jsonl")
+    assert without_timings(staged / "metrics.jsonl") == without_timings(run / "metrics.jsonl")
+    assert (staged / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
+    for name in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        assert (staged / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_the_adapter_loads_on_the_base_with_peft_and_generates(run: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(run / "base")
+    model = PeftModel.from_pretrained(model, str(run / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "base")
+    prompt = tokenizer("Summarize: #Person1#: You lost my atlas!", return_tensors="pt")
+    assert torch.is_tensor(model.generate(**prompt, max_new_tokens=5))
+
+
+def test_an_existing_run_is_not_touched_without_being_asked(
+    place: Path, run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "eval.json").read_bytes()
+    monkeypatch.chdir(place)
+    assert detoxrl_here(["run", "quickstart", *SMALL]) == 2
+    assert "exists already; add --resume to go on, --overwrite to begin anew" in capfd.readouterr().err
+    assert (run / "eval.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; did you mean quickstart?"),
+        (["run"], "recipe = '': is missing"),
+        (["fly"], "command = 'fly': is not a command"),
+        (["train"], "run folder = '': is missing; say `detoxrl train runs/NAME`"),
+        (["run", "quickstart", "--rl.batch-size", "1"], "rl.batch_size = 1: must be 2 or more"),
+        (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    result = detoxrl(*words, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("detoxrl: " + message)
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_out_of_order_names_the_one_to_run_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert detoxrl_here(["prepare", "quickstart", *SMALL, "--run-dir", "r"]) == 0
+    assert detoxrl_here(["train", "r"]) == 2
+    assert "has not finished sft; run `detoxrl sft r` first, or go on with --resume" in capfd.readouterr().err
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    code = "import sys, detoxrl.cli; detoxrl.cli.main(['--help']); assert 'torch' not in sys.modules, 'torch imported'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "detoxrl run RECIPE" in result.stdout
+
+
+def test_a_recipe_lists_every_setting_with_its_default_without_torch() -> None:
+    code = (
+        "import sys, detoxrl.cli\n"
+        "try: detoxrl.cli.main(['run', 'own', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in flatten(asdict(recipe("own"))):
+        assert name == "recipe" or f"--{name.replace('_', '-')}" in result.stdout, name
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    words = [sys.executable, "-m", "detoxrl", "run", "own", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+KILLED = """
+import importlib, os, signal, sys
+from detoxrl.runtime import checkpoint
+from detoxrl import cli
+checkpoint.SHARE = 1e9  # a checkpoint at every step
+place, name, calls = sys.argv[1].split(":")
+module = importlib.import_module(place)
+real, left = getattr(module, name), [int(calls)]
+
+def deadly(*given, **named):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given, **named)
+
+setattr(module, name, deadly)
+cli.main(sys.argv[2:])
+"""
+
+
+def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache")}
+    words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
+    for deadly in (
+        "detoxrl.rewards.fit:batch_indices:60", "detoxrl.training.sft:batch_indices:12", "detoxrl.training.train:collect_rollout:2",
+        "detoxrl.commands.measure:sample_batches:2",
+    ):  # fmt: skip
+        killed = forked([deadly, *words], tmp_path, environment, KILLED)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = forked(["run", "--resume", "--run-dir", "broken"], tmp_path, environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "warm start" not in ended.stderr  # only what was left was done
+    same_end(run, tmp_path / "broken")
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run, script = tmp_path / "run", "import sys, time; from pathlib import Path; from detoxrl.tracking import RunFolder"
+    script += "\nwith RunFolder(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InputError, match=r"run folder = '.*run': is in use by another process"),
+            RunFolder(run).locked(),
+        ):
+            raise AssertionError("two processes hold one folder")
+        other.kill()  # the lock of a killed process is gone with it
+        other.wait()
+    with RunFolder(run).locked(), pytest.raises(InputError, match="in use"), RunFolder(run).locked():
+        raise AssertionError("two hold one folder")

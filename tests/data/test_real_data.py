@@ -1,0 +1,47 @@
+"""Real dialogue sets, whole, through the command line; skipped where they are absent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from detoxrl import cli
+from test_own import SMALL
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+SIZES = {
+    "samsum": {"train": 14732, "validation": 818, "test": 819},
+    "dialogsum": {"train": 12460, "validation": 500, "test": 1500},
+}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not here")
+@pytest.mark.parametrize("name", ["samsum", "dialogsum"])
+def test_a_real_set_goes_through_with_every_row_accounted_for_and_unharmed(
+    name: str, tmp_path: Path, bases: dict[str, Path], reward_folder: Path
+) -> None:
+    words = ["--policy.base", str(bases["t5"]), "--reward.classifier", str(reward_folder)]
+    words += ["--data.source", str(DATA / name), "--data.id-column", "id", "--run-dir", str(tmp_path / "run")]
+    cli.main(["run", "own", *words, *SMALL])
+    account = json.loads((tmp_path / "run" / "rows.json").read_text())
+    assert {split: sum(counts.values()) for split, counts in account["splits"].items()} == SIZES[name]
+    assert account["splits"]["train"]["leaks from test"] > 0
+    originals = {}
+    for split in SIZES[name]:
+        with gzip.open(DATA / name / f"{split}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
+            originals |= {row["id"]: row for row in map(json.loads, lines)}
+    kept = [
+        row
+        for split in SIZES[name]
+        for row in map(
+            json.loads, (tmp_path / "run" / "data" / f"{split}.jsonl").read_text("utf-8").rstrip().split("\n")
+        )
+    ]
+    assert len(kept) > 11_000
+    for row in kept:
+        assert (row["dialogue"], row["summary"]) == (originals[row["id"]]["dialogue"], originals[row["id"]]["summary"])
+    assert (max(len(row["dialogue"]) for row in kept)) > 5000
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

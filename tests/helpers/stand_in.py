@@ -1,0 +1,86 @@
+"""What a stand-in hub serves: tiny random models and generated dialogues under the names that the recipes give."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from detoxrl.data.embedded.corpus import generate_rows
+from detoxrl.models.loading import save_base, scratch_tokenizer
+
+HATE = "facebook/roberta-hate-speech-dynabench-r4-target"
+TOXIC = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
+UNBIASED = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit", "male",
+            "female", "homosexual_gay_or_lesbian", "christian", "jewish", "muslim", "black", "white",
+            "psychiatric_or_mental_illness")  # fmt: skip
+HEADS = {
+    HATE: ("nothate", "hate"), "unitary/toxic-bert": TOXIC, "unitary/unbiased-toxic-roberta": UNBIASED,
+    "s-nlp/roberta_toxicity_classifier": ("neutral", "toxic"),
+}  # fmt: skip
+SIZES = {"small": 32, "base": 48, "large": 64}
+DATA = ("knkarthick/dialogsum", "knkarthick/samsum")
+
+
+def stand_in(folder: Path, rows: int = 160) -> dict[str, Path]:
+    """Make every repository in `folder`; returns where each is, data sets under `datasets/`."""
+    texts = [row.dialogue for row in generate_rows(0, {"train": 200})["train"]]
+    tokenizer = scratch_tokenizer([*texts, "#Person1#: #Person2#: Summarize the following conversation."], 400)
+    found = {}
+    for size, width in SIZES.items():
+        found[f"google/flan-t5-{size}"] = folder / f"flan-t5-{size}"
+        save_base(_t5(len(tokenizer), width), tokenizer, folder / f"flan-t5-{size}")
+    for name, labels in HEADS.items():
+        found[name] = folder / name
+        _classifier(name, labels, len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name in DATA:
+        found[f"datasets/{name}"] = folder / "datasets" / name
+        _write_csv(found[f"datasets/{name}"], rows)
+    return found
+
+
+def _t5(vocabulary: int, width: int) -> PreTrainedModel:
+    torch.manual_seed(width)
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, dropout_rate=0.1,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def _classifier(name: str, labels: tuple[str, ...], vocabulary: int) -> PreTrainedModel:
+    torch.manual_seed(len(labels))
+    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 64, "max_position_embeddings": 514, "pad_token_id": 0,
+             "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
+             "problem_type": "multi_label_classification" if len(labels) > 2 else None}  # fmt: skip
+    if "roberta" in name:
+        return RobertaForSequenceClassification(RobertaConfig(**sizes, type_vocab_size=1))
+    return BertForSequenceClassification(BertConfig(**sizes))
+
+
+def _write_csv(folder: Path, rows: int) -> None:
+    """Write train, validation and test as the real sets have them: id, dialogue of 200 characters or more, summary."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    made = generate_rows(1, {"train": 6 * rows, "validation": 200, "test": 200})
+    for split, those in made.items():
+        long = [row for row in those if len(row.dialogue) >= 200]
+        draw.shuffle(long)
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            sheet = csv.writer(file)
+            sheet.writerow(["id", "dialogue", "summary", "topic"])
+            sheet.writerows([row.id, row.dialogue, row.summary, row.topic] for row in long[:rows])

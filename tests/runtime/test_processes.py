@@ -1,0 +1,246 @@
+"""Several real processes share a run through the real launchers, and it is the run that one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from safetensors.torch import load_file
+
+import small_runs
+from conftest import small_config
+from detoxrl.errors import InputError
+from detoxrl.runtime import processes
+from detoxrl.training.rollout import deal_rows
+from small_runs import make_place, own, steps_kept, without_timings
+
+REWARD = '''
+"""Rewards, and what a test lets happen to one of the processes at a call."""
+import os, signal, time
+
+calls = []
+
+def brevity(prompts, responses):
+    calls.append(len(responses))
+    rank, what, at = os.environ.get("HAPPENS", "-,-,0").split(",")
+    now = rank == os.environ.get("RANK", "0") and len(calls) == int(at)
+    if now and what == "stop":
+        signal.raise_signal(signal.SIGINT)
+    if now and what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if now and what == "parent":  # which is the launcher
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(3)
+    return [float("nan") if now and what == "fail" else -len(text) / 10 for text in responses]
+'''
+# The calls of a process: the probe, the normaliser, then in each step a validation and a rollout.
+IN_STEP_2 = 2 + 2 * 2 + 2
+WORDS = ["--reward.function", "ranked.py:brevity", "--rl.steps", "4", "--rl.epochs", "2", "--rl.kl-target", "0.5"]
+
+
+def shared_run(
+    number: int, words: Sequence[str], place: Path, happens: str = "", torchrun: bool = False
+) -> tuple[int, str]:
+    """Run a command in several processes; return its exit code and what it said on stderr."""
+    python = [sys.executable, "-m"]
+    ours = [*python, "detoxrl", *words, "--num-processes", str(number)]
+    theirs = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m", "detoxrl", *words]
+    environment = {**os.environ, "COLUMNS": "1000"} | ({"HAPPENS": happens} if happens else {})
+    done = subprocess.run(
+        theirs if torchrun else ours,
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    return done.returncode, done.stderr
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def alike(one: object, other: object) -> None:
+    """Fail unless two values of JSON are the same but for rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            alike(one[name], other[name])
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            alike(mine, theirs)
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    else:
+        assert one == other
+
+
+def same_run(one: Path, other: Path, measured: bool = True) -> None:
+    """Fail unless two runs sampled the same texts, made the same updates and measured the same, if they did."""
+    for name in ("rollouts.jsonl", "metrics.jsonl", "validation.jsonl", *(["samples.jsonl"] * measured)):
+        alike(without_timings(one / name), without_timings(other / name))
+    for name in ("checkpoint.json", "normaliser.json", *(["eval.json"] * measured)):
+        found = [json.loads((run / name).read_text()) for run in (one, other)]
+        for each in found:
+            each.pop("seconds", None)
+            each.pop("changed_on_its_way", None)
+            each.pop("machine", None)
+        alike(*found)
+    weights, moments = ([load_file(place_of(run) / f"{name}.safetensors") for run in (one, other)]
+                        for name in ("weights", "moments"))  # fmt: skip
+    for mine, theirs in (weights, moments):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def place_of(run: Path) -> Path:
+    return run / f"checkpoints/train/step-{max(steps_kept(run)):08d}"
+
+
+@pytest.fixture(scope="module")
+def shared_place(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], reward_folder: Path) -> Path:
+    folder = make_place(tmp_path_factory.mktemp("processes"), bases, reward_folder)
+    (folder / "ranked.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture
+def place(shared_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(shared_place)
+    return shared_place
+
+
+@pytest.fixture
+def alone(place: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """The run that one process makes."""
+    if not (place / "alone").is_dir():
+        assert small_runs.detoxrl(own(*WORDS, "--run-dir", "alone")) == 0
+    capfd.readouterr()
+    return place / "alone"
+
+
+def test_two_processes_make_the_run_that_one_makes(place: Path, alone: Path) -> None:
+    code, told = shared_run(2, own(*WORDS, "--run-dir", "two", "--track", "tensorboard"), place)
+    assert code == 0, told
+    assert len([*(place / "two/tensorboard").iterdir()]) == 1  # the main one's
+    same_run(alone, place / "two")
+    assert json.loads((place / "two/run.json").read_text())["machine"]["processes"] == 2
+    assert told.count("train: kept the policy of step") == 1  # the others are silent
+
+
+def test_three_under_torchrun_make_it_too_with_another_architecture_a_classifier_and_rows_that_do_not_divide(
+    place: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = own("--policy.base", str(bases["gpt2"]), "--policy.lora-targets", "c_attn", "--rl.batch-size", "4")
+    # Two rows a minibatch, so that one of three has none.
+    words += ["--rl.minibatch-size", "2", "--rl.validation-prompts", "2", "--rl.steps", "2"]
+    words += ["--data.max-prompt-tokens", "200"]
+    assert small_runs.detoxrl([*words, "--run-dir", "causal"]) == 0
+    code, told = shared_run(3, [*words, "--run-dir", "three"], place, torchrun=True)
+    assert code == 0, told
+    same_run(place / "causal", place / "three")
+    capfd.readouterr()
+
+
+def test_a_killed_process_ends_the_run_in_one_line_and_one_process_goes_on(
+    place: Path, alone: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, told = shared_run(2, own(*WORDS, "--run-dir", "killed"), place, f"1,kill,{IN_STEP_2}")
+    assert code == 1
+    *_, last = told.splitlines()
+    assert last.startswith("detoxrl: a process of this run was lost: ")
+    assert last.endswith("go on with `detoxrl run --resume --run-dir killed`")
+    assert "Traceback" not in told
+    resume = ["run", "--resume", "--run-dir", "killed"]
+    assert small_runs.detoxrl(resume) == 2  # other processes give other last digits
+    assert "processes = 1: differs from the run's 2" in capfd.readouterr().err
+    assert small_runs.detoxrl([*resume, "--accept-changes"]) == 0
+    same_run(alone, place / "killed")
+
+
+def test_two_go_on_with_what_one_began(place: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as stop:
+        stop.setenv("HAPPENS", f"0,stop,{IN_STEP_2}")
+        assert small_runs.detoxrl(own(*WORDS, "--run-dir", "begun")) == 130
+    assert max(steps_kept(place / "begun")) == 3
+    code, told = shared_run(2, ["run", "--resume", "--accept-changes", "--run-dir", "begun"], place)
+    assert code == 0, told
+    same_run(alone, place / "begun")
+
+
+def test_what_fails_in_one_process_is_one_line_of_the_main_one_and_keeps_the_step(place: Path) -> None:
+    code, told = shared_run(2, own(*WORDS, "--run-dir", "failed"), place, f"1,fail,{IN_STEP_2}")
+    assert code == 2
+    (line,) = [line for line in told.splitlines() if line.startswith("detoxrl: ")]
+    assert "returned nan for response 1 of 4" in line
+    assert line.endswith("step 2 is kept: go on with `detoxrl run --resume --run-dir failed`")
+    assert "Traceback" not in told
+    assert max(steps_kept(place / "failed")) == 2
+
+
+def test_bad_input_is_one_line_however_many_there_are(place: Path) -> None:
+    code, told = shared_run(2, own("--policy.base", "nowhere", "--run-dir", "bad"), place)
+    assert (code, len(told.splitlines())) == (2, 1)
+    assert told.startswith("detoxrl: policy.base = 'nowhere'")
+    assert not (place / "bad").exists()
+
+
+def test_sigterm_to_the_launcher_keeps_the_step(place: Path) -> None:
+    code, told = shared_run(2, own(*WORDS, "--run-dir", "ended"), place, f"0,parent,{IN_STEP_2}")
+    assert code == 143
+    assert told.splitlines()[-1].endswith("go on with `detoxrl run --resume --run-dir ended`")
+    assert max(steps_kept(place / "ended")) == 3
+
+
+@given(some.integers(1, 40), some.integers(1, 8), some.integers(1, 12), some.randoms())
+def test_rows_are_dealt_once_and_evenly(size: int, count: int, number: int, random: object) -> None:
+    order = list(range(size * count))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    minibatches = [order[start : start + size] for start in range(0, len(order), size)]
+    dealt = deal_rows(minibatches, number)
+    assert sorted(row for rows in dealt for row in rows) == list(range(size * count))
+    assert all(rows == sorted(rows) for rows in dealt)
+    for minibatch in (*minibatches, order):
+        shares = [len(set(rows) & set(minibatch)) for rows in dealt]
+        assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_ways_to_shard_are_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(InputError, match=f"accelerate = '{kind}': is not known here; use FSDP, version 2, or none"):
+        processes.join()
+
+
+def test_more_processes_than_rows_and_processes_that_nobody_leads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config()
+    monkeypatch.setattr(processes, "PartialState", lambda: type("Nine", (), {"num_processes": 9}))
+    with pytest.raises(InputError, match="processes = 9: share what the command line does, alone; say `torchrun"):
+        processes.require_led(config, trains=False)
+    monkeypatch.setattr(processes, "_here", processes._Here(count=9))
+    eight, nine = (replace(config, rl=replace(config.rl, batch_size=n, minibatch_size=1)) for n in (8, 9))
+    with pytest.raises(InputError, match=r"rl.batch_size = 8: is below the number of processes, 9"):
+        processes.require_led(eight, trains=True)
+    processes.require_led(eight, trains=False)
+    processes.require_led(nine, trains=True)
+
+
+def test_a_process_with_nothing_to_do_does_what_another_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "_here", processes._Here(rank=rank, count=3))
+        shares.append(processes.share("ab"))
+    assert shares == [["a"], ["b"], ["a"]]
