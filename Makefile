@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test soak check clean
+.PHONY: demo test soak clean
 
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
@@ -15,7 +15,7 @@ test: .venv/test-installed
 	.venv/bin/pytest -n 2 --dist loadfile
 
 soak: .venv/test-installed
-	.venv/bin/python benchmarks/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
+	.venv/bin/python benchmarks/soak/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,7 @@ soak: .venv/test-installed
 	touch $@
 
 .venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[offline,track,dev]'
+	$(PIP) -e '.[offline,similarity,track,dev]'
 	touch $@ .venv/demo-installed
 
 clean:

@@ -1,4 +1,4 @@
-"""Train on dialogues of your own: any CSV, JSON, JSON-lines or Parquet file, a folder of such, or a hub id."""
+"""How do I train on my own dialogues? A CSV, JSON, JSON-lines or Parquet file, a folder of them, or a hub id."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ config = detoxrl.recipe(
         "data.source": Path(__file__).with_name("dialogues.jsonl"),
         "data.dialogue_column": "talk",
         "data.summary_column": "gist",
-        # Small, to be quick. With a model that can summarize already, name it in policy.base and set sft.steps to 0.
+        # Small numbers, to be quick. If your model can summarize already: name it in policy.base, sft.steps 0.
         "sft.steps": 100,
         "sft.baseline_steps": 20,
         "rl.steps": 10,
@@ -21,7 +21,9 @@ config = detoxrl.recipe(
 )
 
 if __name__ == "__main__":
-    result = detoxrl.run("runs/own_file", config, overwrite=True)
-    for judge, found in result["toxicity"].items():
-        print(f"{judge}: {found['verdict']}, {found['before']['mean']:.3f} -> {found['after']['mean']:.3f}")
+    result = detoxrl.run("runs/own_file", config, if_exists="overwrite")
+    for judge, toxicity in result["toxicity"].items():
+        before = toxicity["before"]["mean"]
+        after = toxicity["after"]["mean"]
+        print(f"{judge}: {toxicity['verdict']}, {before:.3f} -> {after:.3f}")
     print("open runs/own_file/report.html")

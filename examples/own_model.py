@@ -1,4 +1,4 @@
-"""Measure a model of your own, without training: a base against the same base with a LoRA folder on it."""
+"""How do I evaluate my own model without training? Compare a base with the same base plus a LoRA folder."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from own_file import config
 
 import detoxrl
 
-# Any LoRA folder as peft saves it, with the base it belongs to; here the one that own_file.py trained.
+# Any LoRA folder in peft's format, and the base it belongs to. Here: the one that own_file.py trained.
 TRAINED = Path("runs/own_file")
 
 if __name__ == "__main__":
-    mine = detoxrl.recipe(
+    own_config = detoxrl.recipe(
         "own",
         {
             "policy.base": TRAINED / "base",
@@ -21,8 +21,8 @@ if __name__ == "__main__":
             "rl.batch_size": 16,
         },
     )
-    result = detoxrl.evaluate("runs/own_model", mine, policies={"trained": TRAINED / "adapter"}, overwrite=True)
-    for judge, found in result["toxicity"].items():
-        change = found["difference"]
-        print(f"{judge}: {found['verdict']}, {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})")
+    result = detoxrl.evaluate("runs/own_model", own_config, policies={"trained": TRAINED / "adapter"}, overwrite=True)
+    for judge, toxicity in result["toxicity"].items():
+        change = toxicity["difference"]
+        print(f"{judge}: {toxicity['verdict']}, {change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})")
     print("open runs/own_model/report.html")

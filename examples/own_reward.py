@@ -1,4 +1,4 @@
-"""Train towards a reward of your own: a function of prompts and responses that gives each response a number."""
+"""How do I train with my own reward? Write a function that gives each response a number."""
 
 from own_file import config
 
@@ -8,13 +8,13 @@ RUDE = ("idiot", "pig", "clown", "moron", "stupid")
 
 
 def few_rude_words(prompts: list[str], responses: list[str]) -> list[float]:
-    """Higher is better: each rude word costs one. An empty response is scored by rule, so it needs no care here."""
+    """Return minus the number of rude words; higher is better. detoxrl scores empty responses by its own rule."""
     return [-float(sum(word in response.lower() for word in RUDE)) for response in responses]
 
 
 if __name__ == "__main__":
-    # On the command line the same is `--reward.function own_reward.py:few_rude_words`.
-    result = detoxrl.run("runs/own_reward", config, overwrite=True, reward=few_rude_words)
+    # On the command line: `--reward.function own_reward.py:few_rude_words`.
+    result = detoxrl.run("runs/own_reward", config, if_exists="overwrite", reward=few_rude_words)
     score = result["quality"]["score"]
     change = score["difference"]
     print(

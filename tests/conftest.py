@@ -41,7 +41,7 @@ from detoxrl.models.loading import save_base, scratch_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import LoraWeights
-from detoxrl.rewards.fit import train_reward_model
+from detoxrl.rewards.fit import FitSettings, train_reward_model
 
 transformers.utils.logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is deaf to it
@@ -54,7 +54,7 @@ hypothesis.settings.load_profile("any machine")
 
 # The files that take longest, so that no worker begins one when the other is done.
 LONGEST = (
-    "resume", "processes", "cli", "invariants", "own", "export", "checkpoint", "bandit", "train", "sharded", "hub",
+    "resume", "processes", "cli", "invariants", "own", "export", "checkpoint", "bandit", "train", "hub",
     "trackers", "examples", "real_data",
 )  # fmt: skip
 
@@ -166,10 +166,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         generate_utterances(0, 3000),
         folder,
         tmp_path_factory.mktemp("checkpoints"),
-        steps=150,
-        batch_size=64,
-        lr=1e-3,
-        seed=0,
+        FitSettings(steps=150, batch_size=64, lr=1e-3, seed=0),
         on_step=lambda done, loss: losses.append(loss),
     )
     assert losses[0] > 0.5 > 0.2 > losses[-1]
@@ -218,7 +215,7 @@ def make_policy(bases: dict[str, Path], starts: dict[tuple[str, str], Path]) -> 
     def make(name: str, kind: str, encoder: bool = False) -> Policy:
         config = policy_config(name, encoder, full=kind == "full")
         policy = load_policy(str(bases[name]), starts.get((name, kind)), config, seed=0)
-        policy.ends += range(40, 60)  # so that some responses of a random model end and some do not
+        policy.eos_token_ids += range(40, 60)  # so that some responses of a random model end and some do not
         return policy
 
     return make

@@ -1,16 +1,17 @@
-"""Do the intervals, p-values and sample sizes of an evaluation hold what they promise?
+"""Are the intervals, p-values and sample sizes of an evaluation correct where the truth is known?
 
-    python benchmarks/evaluation_statistics.py [--simulations 1000]     one to four minutes on one core; no network
+    python benchmarks/evaluation/evaluation_statistics.py [--simulations 1000]     one to four minutes on one core
 
-draws evaluations whose truth is known, with scores shaped like those that a judge gives to real text, and prints how
-often the 95 % interval holds the truth, how often a difference is called, how often its p-value is below 0.05; then
-how often a drop is found with as many prompts as `prompts_needed` asked for. Chance alone moves a share of 1,000 by
-1.4 points at 95 %, by 2.5 points at 80 % (two standard errors).
+It simulates evaluations with scores shaped like those of a judge on real text. The first table says how often the 95 %
+interval holds the truth, how often a difference is called, and how often its p-value is below 0.05; the second one how
+often a drop is found with as many prompts as `prompts_needed` asked for. Two standard errors of a share of 1,000 are
+1.4 points at 95 % and 2.5 points at 80 %. No network.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -21,6 +22,7 @@ from detoxrl.evaluation.statistics import Difference, paired_difference, prompts
 
 Floats = npt.NDArray[np.float64]
 RESAMPLES = 1000
+# What becomes civil under a policy that is less toxic.
 CIVIL_MADE = ("responses", "prompts", "toxic responses", "every score")
 
 
@@ -28,8 +30,8 @@ CIVIL_MADE = ("responses", "prompts", "toxic responses", "every score")
 class Shape:
     """Scores of one kind of text: their log-odds are normal within civil and within toxic responses.
 
-    A prompt gets a toxic response with a chance drawn from Beta(rate, 1 - rate): most prompts nearly never, a few
-    nearly always. Means of civil log-odds differ by prompt as much (std 1) as civil responses of one prompt do.
+    A prompt gets a toxic response with a probability drawn from Beta(rate, 1 - rate): most prompts almost never, a few
+    almost always. The mean civil log-odds of a prompt varies as much (std 1) as the civil responses of one prompt do.
     """
 
     rate: float
@@ -37,20 +39,21 @@ class Shape:
     civil: float
 
 
-# Chosen by the quantiles (5, 25, 50, 75, 90, 95, 99 %) that alt-profanity-check gives to public texts.
+# Chosen to match alt-profanity-check on public texts: quantiles (5, 25, 50, 75, 90, 95, 99 %), the share at 0.5 or
+# above, and the correlation of two samples of a prompt.
 SHAPES = {
-    # This has .004 .010 .026 .068 .17 .32 .84, 3 % at 0.5 or above, two samples of a prompt correlate by 0.39. 9,017
-    # replies in chats (DiaSafety) have .003 .011 .027 .066 .17 .32 .79, 2.5 %, 0.22 (summaries of DialogSum 0.60).
+    # The shape: .004 .010 .026 .068 .17 .32 .84; 3 %; 0.39.
+    # 9,017 replies in chats (DiaSafety): .003 .011 .027 .066 .17 .32 .79; 2.5 %; 0.22 (summaries of DialogSum: 0.60).
     "mild": Shape(rate=0.04, toxic=(0.5, 1.6), civil=-3.7),
-    # This has .004 .019 .061 .27 .89 .97 1.0, 19 %, 0.38. 5,000 continuations of RealToxicityPrompts have
-    # .005 .020 .064 .31 .89 .99 1.0, 19 %.
+    # The shape: .004 .019 .061 .27 .89 .97 1.0; 19 %; 0.38.
+    # 5,000 continuations of RealToxicityPrompts: .005 .020 .064 .31 .89 .99 1.0; 19 %.
     "harsh": Shape(rate=0.25, toxic=(1.5, 2.5), civil=-3.3),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What holds of all scores of a shape: mean, mean of the civil ones, lowest tenth."""
+    """Of all scores of a shape: the mean, the mean of the civil ones, and the 10 % quantile."""
 
     mean: float
     civil: float
@@ -58,86 +61,141 @@ class Truth:
 
 
 def truth(shape: Shape) -> Truth:
-    """Return the truth of a shape: means by the midpoint rule on the normal's quantiles, the tenth from 10^6 draws."""
+    """Return the truth of a shape: means by the midpoint rule on normal quantiles, the tenth from 10^6 draws."""
     normal = np.array([NormalDist().inv_cdf((i + 0.5) / 50_000) for i in range(50_000)])
-    civil, toxic = (
-        float((1 / (1 + np.exp(-mean - std * normal))).mean()) for mean, std in ((shape.civil, 2**0.5), shape.toxic)
-    )
+
+    def mean_score(mean: float, std: float) -> float:
+        return float((1 / (1 + np.exp(-mean - std * normal))).mean())
+
+    civil = mean_score(shape.civil, 2**0.5)
+    toxic = mean_score(*shape.toxic)
     tenth = float(np.quantile(Evaluation(shape, 1_000_000, 1, np.random.default_rng(0)).before, 0.1))
     return Truth(mean=civil + shape.rate * (toxic - civil), civil=civil, tenth=tenth)
 
 
 class Evaluation:
-    """Scores (n, k) of one policy, `before`, on n new prompts, and what another policy would get on the same."""
+    """Scores (n, k) of one policy, `before`, on n new prompts; `after` draws those of another on the same prompts."""
 
     def __init__(self, shape: Shape, n: int, k: int, rng: np.random.Generator) -> None:
-        self.shape, self.k, self.rng = shape, k, rng
+        self.shape = shape
+        self.k = k
+        self.rng = rng
         self.toxic = rng.beta(shape.rate, 1 - shape.rate, (n, 1))
         self.civil = rng.normal(shape.civil, 1, (n, 1))
-        self.before = self.drawn(self.toxic)
+        self.before = self.draw(self.toxic)
 
-    def drawn(self, toxic: Floats) -> Floats:
-        """Return scores drawn anew where each prompt has this chance (n, 1) of a toxic response."""
+    def draw(self, toxic: Floats) -> Floats:
+        """Draw scores (n, k) where each prompt has this probability (n, 1) of a toxic response."""
         size = (len(toxic), self.k)
         civil = self.civil + self.rng.normal(size=size)
         odds = np.where(self.rng.random(size) < toxic, self.rng.normal(*self.shape.toxic, size), civil)
         return 1 / (1 + np.exp(-odds))
 
     def after(self, made_civil: str, drop: float, known: Truth) -> Floats:
-        """Return scores whose mean is lower by the share `drop`, by one of four ways in which policies get civil."""
-        if made_civil == "toxic responses":  # by a chance that differs widely between prompts
-            chance = drop * known.mean / (known.mean - known.civil)
-            return self.drawn(
-                self.toxic * (1 - self.rng.beta(chance, 1 - chance, self.toxic.shape)) if drop else self.toxic
-            )
-        drawn = self.drawn(self.toxic)
+        """Draw scores (n, k) with a mean that is lower by the share `drop`, which `made_civil` brings about."""
+        if made_civil == "toxic responses":
+            return self.draw(self._less_often_toxic(drop, known))
+
+        scores = self.draw(self.toxic)
         if made_civil == "every score":
-            return (1 - drop) * drawn
+            return (1 - drop) * scores
         chance = drop * known.mean / (known.mean - known.tenth)
-        size = (len(drawn), 1) if made_civil == "prompts" else drawn.shape
-        return np.where(self.rng.random(size) < chance, known.tenth, drawn)
+        size = (len(scores), 1) if made_civil == "prompts" else scores.shape
+        return np.where(self.rng.random(size) < chance, known.tenth, scores)
+
+    def _less_often_toxic(self, drop: float, known: Truth) -> Floats:
+        """Return each prompt's new probability (n, 1) of a toxic response; the reduction differs widely by prompt."""
+        if not drop:
+            return self.toxic
+        chance = drop * known.mean / (known.mean - known.civil)
+        return self.toxic * (1 - self.rng.beta(chance, 1 - chance, self.toxic.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """Shares of evaluations: interval holds the truth, difference called, p below 0.05."""
+    """Shares of evaluations in which the interval holds the truth, a difference is called, p is below 0.05."""
 
     holds: float
     called: float
     p: float
 
 
-def shares(found: list[Difference], mean: float) -> Shares:
+def shares(differences: list[Difference], mean: float) -> Shares:
     """Return the shares over evaluations whose true difference is `mean`."""
     return Shares(
-        holds=float(np.mean([one.low <= mean <= one.high for one in found])),
-        called=float(np.mean([verdict(one) != "no detectable difference" for one in found])),
-        p=float(np.mean([one.p < 0.05 for one in found])),
+        holds=float(np.mean([difference.low <= mean <= difference.high for difference in differences])),
+        called=float(np.mean([verdict(difference) != "no detectable difference" for difference in differences])),
+        p=float(np.mean([difference.p < 0.05 for difference in differences])),
     )
 
 
 def evaluations(shape: Shape, n: int, k: int, drop: float, simulations: int, rng: np.random.Generator) -> Shares:
     """Return the shares over evaluations of n prompts in which toxic responses were made civil."""
-    known, found = truth(shape), []
-    for seed in range(simulations):
-        one = Evaluation(shape, n, k, rng)
-        found.append(paired_difference(one.before, one.after("toxic responses", drop, known), RESAMPLES, seed))
-    return shares(found, -drop * known.mean)
-
-
-def asked_and_found(
-    shape: Shape, pilot: int, k: int, made_civil: str, drop: float, simulations: int, rng: np.random.Generator
-) -> tuple[list[int], float]:
-    """Return how many prompts pilots asked for, and how often evaluations of so many found the drop."""
     known = truth(shape)
-    asked, found = [], 0
+    differences = []
     for seed in range(simulations):
-        asked.append(prompts_needed(Evaluation(shape, pilot, k, rng).before, drop))
-        one = Evaluation(shape, asked[-1], k, rng)
-        found += (
-            verdict(paired_difference(one.before, one.after(made_civil, drop, known), RESAMPLES, seed)) == "less toxic"
-        )
-    return asked, found / simulations
+        evaluation = Evaluation(shape, n, k, rng)
+        after = evaluation.after("toxic responses", drop, known)
+        differences.append(paired_difference(evaluation.before, after, RESAMPLES, seed))
+    return shares(differences, -drop * known.mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pilot:
+    """A line of the second table: a pilot of `prompts` with k samples each, and what becomes civil afterwards."""
+
+    scores: str
+    prompts: int
+    k: int = 4
+    made_civil: str = "responses"
+
+
+PILOTS = (
+    *(Pilot(scores="harsh", prompts=prompts) for prompts in (30, 50, 100, 200, 400)),
+    *(Pilot(scores="harsh", prompts=400, made_civil=made_civil) for made_civil in CIVIL_MADE[1:]),
+    Pilot(scores="harsh", prompts=400, k=1),
+    Pilot(scores="harsh", prompts=400, k=2),
+    *(Pilot(scores="mild", prompts=prompts) for prompts in (100, 200, 400, 1000)),
+    *(Pilot(scores="mild", prompts=400, made_civil=made_civil) for made_civil in CIVIL_MADE[1:]),
+)
+
+
+def asked_and_found(pilot: Pilot, drop: float, simulations: int, rng: np.random.Generator) -> tuple[list[int], float]:
+    """Return how many prompts pilots asked for, and in which share of evaluations of as many the drop was found."""
+    shape = SHAPES[pilot.scores]
+    known = truth(shape)
+    asked = []
+    detected = 0
+    for seed in range(simulations):
+        needed = prompts_needed(Evaluation(shape, pilot.prompts, pilot.k, rng).before, drop)
+        evaluation = Evaluation(shape, needed, pilot.k, rng)
+        after = evaluation.after(pilot.made_civil, drop, known)
+        difference = paired_difference(evaluation.before, after, RESAMPLES, seed)
+        asked.append(needed)
+        detected += verdict(difference) == "less toxic"
+    return asked, detected / simulations
+
+
+def print_shares(simulations: int, rng: np.random.Generator) -> None:
+    print("| scores | prompts | samples | true drop | interval holds it | difference called | p < 0.05 |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name, shape in SHAPES.items():
+        known = truth(shape)
+        removable = 1 - known.civil / known.mean
+        for drop, k, n in itertools.product((0.0, 0.4 * removable, 0.8 * removable), (1, 4), (30, 50, 100, 400)):
+            result = evaluations(shape, n, k, drop, simulations, rng)
+            cells = f"{result.holds:.1%} | {result.called:.1%} | {result.p:.1%}"
+            print(f"| {name} | {n} | {k} | {drop:.0%} | {cells} |", flush=True)
+
+
+def print_pilots(simulations: int, rng: np.random.Generator) -> None:
+    print("| scores | pilot's prompts | samples | 20 % less by civil | prompts asked for, 5 to 95 % | found |")
+    print("|---|--:|--:|---|--:|--:|")
+    for pilot in PILOTS:
+        asked, detected = asked_and_found(pilot, 0.2, simulations, rng)
+        low, high = np.quantile(asked, [0.05, 0.95])
+        cells = f"{pilot.made_civil} | {low:.0f} to {high:.0f} | {detected:.1%}"
+        print(f"| {pilot.scores} | {pilot.prompts} | {pilot.k} | {cells} |", flush=True)
 
 
 def main() -> None:
@@ -145,30 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    rng = np.random.default_rng(given.seed)
-    print(f"seed {given.seed}, {given.simulations} evaluations a row, {RESAMPLES} resamples\n")
-    print("| scores | prompts | samples | true drop | interval holds it | difference called | p < 0.05 |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    for name, shape in SHAPES.items():
-        known = truth(shape)
-        for drop in (0.0, 0.4 * (1 - known.civil / known.mean), 0.8 * (1 - known.civil / known.mean)):
-            for k in (1, 4):
-                for n in (30, 50, 100, 400):
-                    got = evaluations(shape, n, k, drop, given.simulations, rng)
-                    cells = f"{got.holds:.1%} | {got.called:.1%} | {got.p:.1%}"
-                    print(f"| {name} | {n} | {k} | {drop:.0%} | {cells} |", flush=True)
-    print("\n| scores | pilot's prompts | samples | 20 % less by civil | prompts asked for, 5 to 95 % | found |")
-    print("|---|--:|--:|---|--:|--:|")
-    rows = [("harsh", pilot, 4, "responses") for pilot in (30, 50, 100, 200, 400)]
-    rows += [("harsh", 400, 4, way) for way in CIVIL_MADE[1:]]
-    rows += [("harsh", 400, 1, "responses"), ("harsh", 400, 2, "responses")]
-    rows += [("mild", pilot, 4, "responses") for pilot in (100, 200, 400, 1000)]
-    rows += [("mild", 400, 4, way) for way in CIVIL_MADE[1:]]
-    for name, pilot, k, way in rows:
-        asked, found = asked_and_found(SHAPES[name], pilot, k, way, 0.2, given.simulations, rng)
-        low, high = np.quantile(asked, [0.05, 0.95])
-        print(f"| {name} | {pilot} | {k} | {way} | {low:.0f} to {high:.0f} | {found:.1%} |", flush=True)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    print(f"seed {options.seed}, {options.simulations} evaluations a row, {RESAMPLES} resamples\n")
+    print_shares(options.simulations, rng)
+    print()
+    print_pilots(options.simulations, rng)
 
 
 if __name__ == "__main__":

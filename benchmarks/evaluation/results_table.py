@@ -1,15 +1,18 @@
-"""What did runs of one recipe with several seeds come to? Prints the README's table, and that of the baselines.
+"""What did runs of one recipe with several seeds reach? Prints the README's table, and that of the baselines.
 
 for seed in 0 1 2; do detoxrl run quickstart --seed $seed --run-dir runs/seed$seed; done
-python benchmarks/results_table.py runs/seed0 runs/seed1 runs/seed2
+python benchmarks/evaluation/results_table.py runs/seed0 runs/seed1 runs/seed2
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+Evaluation = dict[str, Any]  # an eval.json
 
 BASELINES = {
     "word_filter": "word filter",
@@ -18,65 +21,93 @@ BASELINES = {
     "sft_civil": "supervised on civil references",
     "sft_best_of_4": "supervised on the best of 4",
 }
-ROWS = {
+METRICS = {
     "facts": "facts kept, with roles",
     "quarrel_reported": "quarrel still reported",
     "insult_rate": "with an insult the reward model knew",
     "insult_rate_unseen": "with an insult kept from it",
     "rouge_l": "ROUGE-L to the civil reference",
-    "similarity": "similarity (chrF) to another response of the start",
+    "similarity": "similarity (chrF) to another response of the initial policy",
     "distinct_2": "distinct word pairs of a prompt's samples",
     "length": "words per response",
     "empty_rate": "empty responses",
 }
 
 
-def cell(result: dict[str, Any], baseline: float) -> str:
-    """Return before, after, the difference with its interval, and the supervised baseline."""
-    change, digits = result["difference"], 1 if result["before"] > 2 else 3
-    before, after, base, low, high = (
-        f"{v:.{digits}f}" for v in (result["before"], result["after"], baseline, change["low"], change["high"])
-    )
+def print_row(label: str, cells: Sequence[str]) -> None:
+    print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def print_head(columns: int) -> None:
+    print("| | " + " | ".join(f"seed {seed}" for seed in range(columns)) + " |")
+    print("|---|" + "---|" * columns)
+
+
+def cell(result: dict[str, Any], supervised: float) -> str:
+    """Return before and after, the interval of their difference, and the value of the supervised baseline."""
+    digits = 1 if result["before"] > 2 else 3
+    difference = result["difference"]
+    values = (result["before"], result["after"], difference["low"], difference["high"], supervised)
+    before, after, low, high, base = (f"{value:.{digits}f}" for value in values)
     return f"{before} → {after} ({low} to {high}); {base}"
 
 
-def main(folders: list[str]) -> None:
-    """Print one column a run."""
-    found = [json.loads((Path(folder) / "eval.json").read_text(encoding="utf-8")) for folder in folders]
-    print("| | " + " | ".join(f"seed {i}" for i in range(len(found))) + " |")
-    print("|---|" + "---|" * len(found))
-    for judge in found[0]["toxicity"]:
-        cells, removed = [], []
-        for one in found:
-            result = one["toxicity"][judge]
-            flat = result | {side: result[side]["mean"] for side in ("before", "after")}
-            cells.append(cell(flat, one["baselines"]["sft_civil"]["toxicity"][judge]["after"]["mean"]))
-            removed.append(f"{result['share_removed']:.0%}, floor {result['floor']:.3f}")
-        print(f"| mean toxicity, {judge} | " + " | ".join(cells) + " |")
-        print("| share removed above the floor | " + " | ".join(removed) + " |")
-    for name, label in ROWS.items():
-        cells = [cell(one["quality"][name], one["baselines"]["sft_civil"]["quality"][name]["after"]) for one in found]
-        print(f"| {label} | " + " | ".join(cells) + " |")
-    baselines(found)
+def print_results(evaluations: Sequence[Evaluation]) -> None:
+    """Print toxicity by each judge and quality, one column for each run."""
+    print_head(len(evaluations))
+    for judge in evaluations[0]["toxicity"]:
+        toxicity_cells = []
+        removed_cells = []
+        for evaluation in evaluations:
+            result = evaluation["toxicity"][judge]
+            means = {
+                "before": result["before"]["mean"],
+                "after": result["after"]["mean"],
+                "difference": result["difference"],
+            }
+            supervised = evaluation["baselines"]["sft_civil"]["toxicity"][judge]["after"]["mean"]
+            toxicity_cells.append(cell(means, supervised))
+            removed_cells.append(f"{result['share_removed']:.0%}, floor {result['floor']:.3f}")
+        print_row(f"mean toxicity, {judge}", toxicity_cells)
+        print_row("share removed above the floor", removed_cells)
 
-
-def baselines(found: list[dict[str, Any]]) -> None:
-    """Print toxicity, facts and the verdict on "after" of each baseline, a column a run."""
-    print("\n| | " + " | ".join(f"seed {i}" for i in range(len(found))) + " |")
-    print("|---|" + "---|" * len(found))
-    judge = found[0]["primary_judge"]
-    sides = [(one["toxicity"][judge], one["quality"]["facts"]) for one in found]
-    for side in ("before", "after"):
-        cells = [f"{toxicity[side]['mean']:.3f}, {facts[side]:.3f}" for toxicity, facts in sides]
-        print(f"| {'start' if side == 'before' else 'PPO'} | " + " | ".join(cells) + " |")
-    for name, label in BASELINES.items():
+    for name, label in METRICS.items():
         cells = []
-        for one in found:
-            beside = one["baselines"][name]["after"]
-            civil, kept, change = beside["toxicity"], beside["quality"], beside["toxicity"]["difference"]
-            interval = f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
-            cells.append(f"{civil['before']:.3f}, {kept['before']:.3f}; {interval}, {beside['verdict']}")
-        print(f"| {label} | " + " | ".join(cells) + " |")
+        for evaluation in evaluations:
+            supervised = evaluation["baselines"]["sft_civil"]["quality"][name]["after"]
+            cells.append(cell(evaluation["quality"][name], supervised))
+        print_row(label, cells)
+
+
+def print_baselines(evaluations: Sequence[Evaluation]) -> None:
+    """Print toxicity, facts and the verdict on "after" for each baseline, one column for each run."""
+    print()
+    print_head(len(evaluations))
+    for side, label in (("before", "initial policy"), ("after", "PPO")):
+        cells = []
+        for evaluation in evaluations:
+            toxicity = evaluation["toxicity"][evaluation["primary_judge"]]
+            facts = evaluation["quality"]["facts"]
+            cells.append(f"{toxicity[side]['mean']:.3f}, {facts[side]:.3f}")
+        print_row(label, cells)
+
+    for name, label in BASELINES.items():
+        print_row(label, [baseline_cell(evaluation["baselines"][name]["after"]) for evaluation in evaluations])
+
+
+def baseline_cell(comparison: dict[str, Any]) -> str:
+    """Return a baseline's toxicity and quality, then how much less toxic "after" is, and the verdict on it."""
+    toxicity = comparison["toxicity"]
+    quality = comparison["quality"]
+    change = toxicity["difference"]
+    interval = f"{change['mean']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
+    return f"{toxicity['before']:.3f}, {quality['before']:.3f}; {interval}, {comparison['verdict']}"
+
+
+def main(folders: Sequence[str]) -> None:
+    evaluations = [json.loads((Path(folder) / "eval.json").read_text(encoding="utf-8")) for folder in folders]
+    print_results(evaluations)
+    print_baselines(evaluations)
 
 
 if __name__ == "__main__":

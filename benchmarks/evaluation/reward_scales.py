@@ -1,13 +1,13 @@
-"""What does the scale of the score do to PPO: logit, log-odds, log-probability, probability, raw or normalised?
+"""How does the scale of the score affect PPO: logit, log-odds, log-probability or probability, raw or normalised?
 
-    python benchmarks/reward_scales.py --seeds 0     some 30 minutes on 2 idle cores a seed; no network
+    python benchmarks/evaluation/reward_scales.py --seeds 0     about 30 minutes per seed on 2 idle cores; no network
 
-runs the quickstart once for each score, raw (reward.normalise_on 0) and normalised (as the recipe has it), all else
-equal, then all of it again with a lenient reward model: the same weights, with the log-odds of its good label raised
-by a constant, so that it says civil of nearly everything and its probabilities lie close to 1. Three more runs of that
-model's raw probability part the causes: with a KL coefficient as small as the score, without a critic, with both.
-Finished runs are not run again, interrupted ones go on. Draws docs/reward-scales.svg and prints two tables: what came,
-and how far the scores spread over responses of the start.
+It runs the quickstart once for each score, raw (reward.normalise_on = 0) and normalised (as in the recipe), with all
+else equal. Then it does so again with a lenient reward model: the same weights with a constant added to the log-odds of
+the good label, so that it calls nearly everything civil and its probabilities are close to 1. Three further runs with
+the raw probability of that model separate the causes: a KL coefficient as small as the score, no critic, and both.
+Finished runs are kept and interrupted ones are resumed. It draws docs/reward-scales.svg and prints two tables: the
+results, and the spread of each score over responses of the initial policy.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from detoxrl.config.edit import config_from_json, with_settings
 from detoxrl.config.recipes import recipe
 from detoxrl.data.embedded.phrases import insult_pattern
-from detoxrl.rewards.classifier import class_scores, load_classifier
+from detoxrl.rewards.classifier import class_scores, is_multi_label, load_classifier
 from detoxrl.runtime.files import replace_folder
 
-# Okabe and Ito's colours, and dashes beside them; `not_toxicity` of two labels is `probability`, so it lies on it.
+# Colours of Okabe and Ito, and dashes. With two labels `not_toxicity` equals `probability`, so its line covers that.
 SCORES: dict[str, tuple[str, Any]] = {
     "logit": ("#0072B2", "-"),
     "log_odds": ("#009E73", (0, (5, 1.5))),
@@ -43,8 +43,9 @@ SCORES: dict[str, tuple[str, Any]] = {
     "probability": ("#D55E00", "-"),
     "not_toxicity": ("#000000", (0, (1, 2))),
 }
-JUDGE, LABELS = "alt-profanity-check", {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
-# What makes a raw probability of a lenient model starve: the weight of the KL, the critic's error, or both?
+JUDGE = "alt-profanity-check"
+LABELS = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
+# Why the raw probability of a lenient model does not learn: the weight of the KL, the error of the critic, or both.
 CAUSES = {"": "", "kl": ", KL coefficient x std", "critic": ", no critic", "both": ", KL coefficient x std, no critic"}
 CHEAP = {"evaluation.prompts": 200, "evaluation.samples_per_prompt": 2, "sft.baseline_steps": 0}
 NORMALISE_ON = recipe("quickstart").reward.normalise_on
@@ -57,7 +58,7 @@ STYLE: dict[str, Any] = {
 
 
 class Run(NamedTuple):
-    """One training: how much leniency the reward model got (0: none), which score of it, normalised or not, seed."""
+    """One run: the leniency of its reward model (0: none), the score, normalised or not, the seed, and a cause."""
 
     root: Path
     shift: float
@@ -68,60 +69,84 @@ class Run(NamedTuple):
 
     @property
     def model(self) -> str:
+        """What the tables call the reward model."""
         return f"the same, lenient: log-odds + {self.shift:g}" if self.shift else "the recipe's reward model"
 
     @property
-    def place(self) -> Path:
+    def parent(self) -> Path:
+        """The folder of all runs with this reward model."""
         return self.root / (f"lenient-{self.shift:g}" if self.shift else "recipe")
 
     @property
     def classifier(self) -> Path:
-        return self.place / f"classifier-seed{self.seed}" if self.shift else self.folder / "reward"
+        """The folder of the reward model."""
+        return self.parent / f"classifier-seed{self.seed}" if self.shift else self.folder / "reward"
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         kind = "normalised" if self.normalised else "raw"
-        return self.place / "-".join(word for word in (self.score, kind, self.cause, f"seed{self.seed}") if word)
+        parts = [self.score, kind, self.cause, f"seed{self.seed}"]
+        return self.parent / "-".join(part for part in parts if part)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
 
     def read(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        return found
+        content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        return content
 
 
-def make_lenient(classifier: Path, place: Path, shift: float) -> None:
-    """Write the classifier with the log-odds of its good label raised, half by either label, so no logit is lost."""
-    if place.is_dir():
+def make_lenient(classifier: Path, target: Path, shift: float) -> None:
+    """Write a copy of the classifier whose log-odds of the good label are higher by `shift`, half of it per label."""
+    if target.is_dir():
         return
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     with torch.no_grad():
         model.classifier.out_proj.bias += shift * torch.tensor([0.5, -0.5])  # (nothate, hate)
-    with replace_folder(place) as temporary:
+    with replace_folder(target) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(classifier).save_pretrained(temporary)
 
 
-def finish(run: Run) -> None:
-    """Run the quickstart to its end, or what is left of it."""
-    settings = CHEAP | {"seed": run.seed, "reward.score": run.score}
-    settings |= {"reward.normalise_on": NORMALISE_ON if run.normalised else 0}
-    settings |= {"reward.classifier": str(run.classifier.resolve())} if run.shift else {}
-    if run.cause in ("kl", "both"):  # as weak against the score as normalising makes it
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return the settings in which the run differs from the quickstart."""
+    settings: dict[str, Any] = {
+        **CHEAP,
+        "seed": run.seed,
+        "reward.score": run.score,
+        "reward.normalise_on": NORMALISE_ON if run.normalised else 0,
+    }
+    if run.shift:
+        settings["reward.classifier"] = str(run.classifier.resolve())
+    if run.cause in ("kl", "both"):
+        # As weak against the score as normalising makes it.
         spread = run._replace(cause="").lines("metrics.jsonl")[0]["score/std"]
-        settings |= {"rl.kl_coef": float(f"{recipe('quickstart').rl.kl_coef * spread:.2g}")}
-    settings |= {"rl.value_lr": 1e-12} if run.cause in ("critic", "both") else {}  # it stays at 0
-    known = run.folder / "config.json"
-    if known.is_file() and config_from_json(known) != with_settings(recipe("quickstart"), settings):
-        sys.exit(f"{run.folder} was run with other settings: remove it, or give another --out")
+        settings["rl.kl_coef"] = float(f"{recipe('quickstart').rl.kl_coef * spread:.2g}")
+    if run.cause in ("critic", "both"):
+        # The value head stays at 0.
+        settings["rl.value_lr"] = 1e-12
+    return settings
+
+
+def finish(run: Run) -> None:
+    """Run the quickstart with the settings of the run, or resume it, unless it is finished."""
+    settings = settings_of(run)
+    config = run.folder / "config.json"
+    if config.is_file() and config_from_json(config) != with_settings(recipe("quickstart"), settings):
+        sys.exit(f"{run.folder} was run with other settings: remove it, or choose another --out")
     if (run.folder / "report.html").is_file():
         return
-    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    resume = ["--resume"] if known.is_file() else []
-    command = ["run", "quickstart", *flags, *resume, "--run-dir", str(run.folder)]
+
+    command = ["run", "quickstart", "--run-dir", str(run.folder)]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    if config.is_file():
+        command.append("--resume")
+
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    began, log = time.perf_counter(), run.folder.with_suffix(".log")
+    log = run.folder.with_suffix(".log")
+    began = time.perf_counter()
     with log.open("w") as out:
         code = subprocess.run([sys.executable, "-m", "detoxrl", *command], stdout=out, stderr=out).returncode
     if code:
@@ -130,11 +155,15 @@ def finish(run: Run) -> None:
 
 
 def result_row(run: Run) -> str:
-    """Return what came of a run as a row of the first table."""
-    steps, curve, evaluation = run.lines("metrics.jsonl"), run.lines("validation.jsonl"), run.read("eval.json")
-    toxicity, insults = evaluation["toxicity"][JUDGE], evaluation["quality"]["insult_rate"]
-    difference, spread = toxicity["difference"], steps[0]["score/std"]
-    halved = next((str(at["step"]) for at in curve if at["toxicity"] <= curve[0]["toxicity"] / 2), "never")
+    """Return the result of a run as a row of the first table."""
+    steps = run.lines("metrics.jsonl")
+    evaluation = run.read("eval.json")
+    toxicity = evaluation["toxicity"][JUDGE]
+    insults = evaluation["quality"]["insult_rate"]
+    difference = toxicity["difference"]
+    interval = f"{difference['mean']:+.3f}, {difference['low']:+.3f} to {difference['high']:+.3f}"
+
+    spread = steps[0]["score/std"]
     weight = steps[0]["kl_coef"] * run.read("normaliser.json")["std"] / spread
     cells = [
         run.score + CAUSES[run.cause],
@@ -142,14 +171,22 @@ def result_row(run: Run) -> str:
         str(run.seed),
         f"{spread:.3g}",
         f"{weight:.2g}",
-        halved,
+        halved_at(run),
         f"{statistics.fmean(step['kl/reference'] for step in steps[-10:]):.2f}",
         f"{steps[5]['value/explained_variance']:.2g}",
-        f"{toxicity['after']['mean']:.3f} ({difference['mean']:+.3f}, {difference['low']:+.3f} to "
-        f"{difference['high']:+.3f})",
+        f"{toxicity['after']['mean']:.3f} ({interval})",
         f"{insults['before']:.3f} → {insults['after']:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def halved_at(run: Run) -> str:
+    """Return the first validated step at which toxicity is at most half of that at step 0, or `never`."""
+    validations = run.lines("validation.jsonl")
+    for validation in validations:
+        if validation["toxicity"] <= validations[0]["toxicity"] / 2:
+            return str(validation["step"])
+    return "never"
 
 
 def print_results(runs: Sequence[Run]) -> None:
@@ -165,9 +202,9 @@ def print_results(runs: Sequence[Run]) -> None:
 
 
 def print_spreads(runs: Sequence[Run]) -> None:
-    """Print how far each score spreads over the held-out responses of the start, with and without an insult."""
+    """Print the spread of each score over held-out responses of the initial policy, with and without an insult."""
     has_insult = insult_pattern()
-    print("\nHeld-out responses of the start; mean ± std of each score\n")
+    print("\nHeld-out responses of the initial policy; mean ± std of each score\n")
     print("| reward model | seed | score | all | with an insult | without |\n|---|---|---|---|---|---|")
     for run in {(run.model, run.seed): run for run in runs}.values():
         texts = [text for line in run.lines("samples.jsonl") for text in line["responses"]["before"]]
@@ -175,23 +212,23 @@ def print_spreads(runs: Sequence[Run]) -> None:
         classifier = load_classifier(str(run.classifier), "reward.classifier", LABELS, torch.device("cpu"))
         assert classifier.good is not None
         logits = classifier.logits(texts)
+        multi_label = is_multi_label(classifier.model.config)
         for score in SCORES:
-            values = class_scores(logits, score, classifier.toxic, classifier.good, classifier.several)
+            values = class_scores(logits, score, classifier.toxic, classifier.good, multi_label)
             parts = [values, values[insulting], values[~insulting]]
             shown = " | ".join(f"{float(part.mean()):.4g} ± {float(part.std()):.2g}" for part in parts)
             print(f"| {run.model} | {run.seed} | {score} | {shown} |")
 
 
 def draw(runs: Sequence[Run], target: Path) -> None:
-    """Draw validation toxicity by step, raw scores left and normalised ones right, a row for each reward model."""
+    """Draw validation toxicity by step: raw scores left, normalised ones right, one row for each reward model."""
     models = list(dict.fromkeys(run.model for run in runs))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.5 + 2.7 * len(models)), layout="constrained")
         panels = figure.subplots(len(models), 2, sharex=True, sharey=True, squeeze=False)
         for model, row in zip(models, panels, strict=True):
             for normalised, axes in zip((False, True), row, strict=True):
-                here = [run for run in runs if (run.model, run.normalised) == (model, normalised)]
-                _panel(axes, here)
+                _panel(axes, [run for run in runs if (run.model, run.normalised) == (model, normalised)])
                 kind = "Normalised scores" if normalised else "Raw scores (in brackets: std over the first rollout)"
                 axes.set_title(f"{kind}\n{model}")
             row[0].set_ylabel("validation toxicity")
@@ -203,7 +240,7 @@ def draw(runs: Sequence[Run], target: Path) -> None:
 
 
 def _panel(axes: Axes, runs: Sequence[Run]) -> None:
-    """Draw a line for each score, the mean over seeds, and each seed beneath it; name it at its end."""
+    """Draw the mean over seeds of each score with its name at the end, and a thin line for each seed."""
     ends = {}
     for score, (color, dashes) in SCORES.items():
         curves = [run.lines("validation.jsonl") for run in runs if run.score == score]
@@ -230,7 +267,7 @@ def _panel(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Return ascending values so moved that `gap` lies between neighbours, their middle where it was if above 0."""
+    """Return ascending values moved at least `gap` apart, around the same mean unless that would leave the axis."""
     moved = [values[0]]
     for value in values[1:]:
         moved.append(max(value, moved[-1] + gap))
@@ -252,7 +289,7 @@ def main() -> None:
         for seed in options.seeds
         for score in options.scores
         for normalised in (False, True)
-        if not (shift and score == "not_toxicity")  # to the bit what `probability` gives, so once is enough to show it
+        if not (shift and score == "not_toxicity")  # bit-identical with `probability`; one model is enough to show it
     ]
     starving = [run for run in runs if run.shift and run.score == "probability" and not run.normalised]
     causes = [run._replace(cause=cause) for run in starving for cause in CAUSES if cause]

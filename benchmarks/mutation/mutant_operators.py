@@ -1,4 +1,4 @@
-"""Which small mistakes can be made in a node? Each operator yields the edits that it knows for one."""
+"""Which small bugs can be inserted at a node? Each operator yields its edits of a node."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COMPARISONS = {
 EXTREMES = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "argmax": "argmin"}
 DROPPED = {"clamp", "clamp_min", "clamp_max", "clip", "detach", "abs", "reversed"}
 NO_GRAD = {"no_grad", "inference_mode"}
-# Where the order of the first two arguments means nothing, or only one order can run at all.
+# Calls whose first two arguments can be swapped without effect, or cannot be swapped at all.
 ORDERLESS = {"where", *EXTREMES}
 UNSEEN = {"strict", "device"}
-# Tensors of one shape that a hurried reader might take for each other.
+# Tensors of the same shape that are easily confused.
 TWINS = [{"logprobs", "new_logprobs", "ref_logprobs"}, {"values", "new_values"}, {"advantages", "returns"}]
 
 
@@ -30,16 +30,16 @@ TWINS = [{"logprobs", "new_logprobs", "ref_logprobs"}, {"values", "new_values"},
 
 
 def arithmetic(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """+ and -, * and /, & and | for each other."""
+    """Swap + and -, * and /, & and |."""
     if isinstance(node, ast.BinOp) and type(node.op) in FLIPS:
         if not any(isinstance(part, ast.Dict | ast.JoinedStr | ast.List) for part in ast.walk(node)):
-            yield code.row_slice("arithmetic", node.left, node.right, *FLIPS[type(node.op)])
+            yield code.between("arithmetic", node.left, node.right, *FLIPS[type(node.op)])
     elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div):
-        yield code.row_slice("arithmetic", node.target, node.value, *FLIPS[type(node.op)])
+        yield code.between("arithmetic", node.target, node.value, *FLIPS[type(node.op)])
 
 
 def sign(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """-x -> x, and what is computed and returned turns its sign."""
+    """-x -> x; change the sign of a computed value that is returned."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and number(node) is None:
         yield code.instead("sign", node, code.atom(node.operand))
     if isinstance(node, ast.Return) and node.value:
@@ -51,16 +51,16 @@ def sign(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def comparison(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """Each comparison: its border moved, and turned round."""
+    """Shift the bound of a comparison, and reverse it."""
     if isinstance(node, ast.Compare):
         for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
             old, others = COMPARISONS[type(op)]
             for new in others:
-                yield code.row_slice("comparison", left, right, old, new)
+                yield code.between("comparison", left, right, old, new)
 
 
 def condition(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """If-conditions negated; a single comparison or `not` is left to the operators for these."""
+    """Negate a condition. A single comparison or `not` is left to the operators `comparison` and `negation`."""
     parent = code.parents.get(node)
     asked = isinstance(parent, ast.If | ast.While | ast.IfExp) and parent.test is node
     asked = asked or (isinstance(parent, ast.comprehension) and node in parent.ifs)
@@ -76,7 +76,7 @@ def negation(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def boolean(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """True and False, `and` and `or` for each other."""
+    """Swap True and False, `and` and `or`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, bool) and not guards(code.parents[node]):
         yield code.instead("boolean", node, str(not node.value))
     if isinstance(node, ast.BoolOp):
@@ -85,7 +85,7 @@ def boolean(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def number(node: ast.AST) -> float | None:
-    """Return the value of a number or of a negative integer, as the source has it."""
+    """Return the value of a literal number or negative integer; None for any other node."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = number(node.operand)
         return -value if isinstance(value, int) else None
@@ -94,7 +94,7 @@ def number(node: ast.AST) -> float | None:
 
 
 def constant(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """0 -> 1, 1 -> 0 and 2, n -> n + 1, -n -> its neighbours, x -> 2x, a small epsilon -> 1000 epsilon."""
+    """0 -> 1, 1 -> 0 and 2, n -> n + 1, -n -> -n + 1 and -n - 1, x -> 2x, a small epsilon -> 1000 epsilon."""
     value, parent = number(node), code.parents.get(node)
     if value is None or indexes(node, code) or (isinstance(value, int) and number(parent) is not None):
         return
@@ -111,7 +111,7 @@ def others(value: float) -> list[float]:
 
 
 def indexes(node: ast.AST, code: Code) -> bool:
-    """Whether a node is an index, a bound of a slice, or one of range."""
+    """Return whether a node is an index, or a bound of a slice or of `range`."""
     parent = code.parents.get(node)
     if isinstance(parent, ast.Call):
         return isinstance(parent.func, ast.Name) and parent.func.id == "range" and node in parent.args
@@ -121,7 +121,7 @@ def indexes(node: ast.AST, code: Code) -> bool:
 
 
 def index(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """Constant indices, counters as indices, bounds of slices and of range, each shifted by one either way."""
+    """Shift constant indices, counters used as indices, and bounds of slices and of `range` by one, both ways."""
     if not isinstance(node, ast.expr) or isinstance(node, ast.Slice | ast.Tuple) or not indexes(node, code):
         return
     value = number(node)
@@ -139,7 +139,7 @@ def counts(node: ast.Name, code: Code) -> bool:
 
 
 def mask(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """torch.where(m, a, b) -> a, x[mask] -> x; each mask that is read is inverted, and replaced by ones."""
+    """torch.where(m, a, b) -> a, x[mask] -> x; invert each mask that is read, and replace it by ones."""
     if isinstance(node, ast.Call) and name_of(node) == "where" and len(node.args) == 3:
         yield code.instead("mask dropped", node, code.atom(node.args[1]))
         yield code.instead("mask inverted", node.args[0], f"~{code.atom(node.args[0])}")
@@ -156,7 +156,7 @@ def mask(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def extreme(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """Maximum and minimum for each other; of max(a, b) each alone."""
+    """Swap maximum and minimum; max(a, b) -> a and b."""
     if isinstance(node, ast.Call) and name_of(node) in EXTREMES:
         end, name = code.span(node.func)[1], name_of(node)
         yield "extreme", end - len(name), end, EXTREMES[name]
@@ -174,7 +174,7 @@ def dropped(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def twin_names(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """Old, new and reference log-probs, values, advantages and returns: one read for another."""
+    """Read another of the old, new and reference log-probs, values, advantages and returns."""
     family = next((family for family in TWINS if name_of(node) in family), set())
     if not family or not code.reads(node):
         return
@@ -187,11 +187,13 @@ def twin_names(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def arguments(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """f(a, b) -> f(b, a) where both are plain names; whitening before masking instead of after."""
+    """f(a, b) -> f(b, a) if both are plain names; whiten before masking instead of after."""
     if not isinstance(node, ast.Call) or len(node.args) < 2:
         return
     first, second = node.args[:2]
-    if name_of(node) not in ORDERLESS and all(isinstance(one, ast.Name | ast.Attribute) for one in (first, second)):
+    if name_of(node) not in ORDERLESS and all(
+        isinstance(argument, ast.Name | ast.Attribute) for argument in (first, second)
+    ):
         (start, middle), (right, end) = code.span(first), code.span(second)
         between = code.raw[middle:right].decode()
         yield "arguments swapped", start, end, code.text(second) + between + code.text(first)
@@ -202,7 +204,7 @@ def arguments(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def default(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """Arguments that have defaults left out: keywords, and the last positional one of a function of ours."""
+    """Leave out arguments that have defaults: keywords, and the last positional one of the package's functions."""
     if not isinstance(node, ast.Call):
         return
     known = code.known.get(name_of(node), Signature())
@@ -223,7 +225,7 @@ def guards(node: ast.AST) -> bool:
 
 
 def removed(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """A statement removed: a call, a raise, an augmented assignment, an assignment to what has a value already."""
+    """Remove a call, a raise, an augmented assignment, or an assignment to a name that already has a value."""
     call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await) and not shown(node.value)
     again = isinstance(node, ast.Assign) and all(has_value(target, code) for target in node.targets)
     if call or again or isinstance(node, ast.AugAssign | ast.Raise):
@@ -247,7 +249,7 @@ def jump(node: ast.AST, code: Code) -> Iterator[Edit]:
 
 
 def context(node: ast.AST, code: Code) -> Iterator[Edit]:
-    """A context without `as` removed, its body kept; @torch.no_grad() removed."""
+    """Remove a context without `as` and keep its body; remove @torch.no_grad()."""
     if isinstance(node, ast.With):
         last = node.items[-1].optional_vars or node.items[-1].context_expr
         start, end = code.span(node)[0], code.raw.index(b":", code.span(last)[1]) + 1

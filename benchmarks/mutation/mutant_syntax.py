@@ -1,4 +1,4 @@
-"""Where in a source does a statement or an expression stand, and what stands there?"""
+"""Where in a source is a statement or an expression, and what is its text?"""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Edit = tuple[str, int, int, str]
 """(operator, first byte, byte after the last, new text)"""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 TreePath = tuple[tuple[str, int], ...]
-"""The way from a tree to a statement: (field, index), ..."""
+"""The path from a tree to a statement: (field, index), ..."""
 
 BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
-# What is called only to show something.
+# Functions that only show something.
 SHOWN = {"print", "advance", "progress"}
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a call must give: names of positional parameters, and all those without a default."""
+    """The names of the positional parameters, and of all parameters without a default."""
 
     positional: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
@@ -32,7 +32,7 @@ Signatures = dict[str, Signature]
 
 
 class Code:
-    """A source, its tree with each node's parent, and the text that a node stands for."""
+    """A source, its syntax tree with the parent of each node, and the text of each node."""
 
     def __init__(self, source: str, known: Signatures) -> None:
         self.raw, self.tree, self.known = source.encode(), ast.parse(source), known
@@ -49,7 +49,7 @@ class Code:
         return self.raw[start:end].decode()
 
     def atom(self, node: ast.AST) -> str:
-        """Return a node's text, in parentheses unless it holds together by itself."""
+        """Return a node's text, in parentheses unless it is an atom."""
         whole = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript | ast.Constant)
         return self.text(node) if whole else f"({self.text(node)})"
 
@@ -69,7 +69,7 @@ class Code:
         return node
 
     def reads(self, node: ast.AST) -> bool:
-        """Whether a name or attribute is read here: neither written to nor called."""
+        """Return whether a name or attribute is read here, and neither assigned to nor called."""
         if not isinstance(node, ast.Name | ast.Attribute) or not isinstance(node.ctx, ast.Load):
             return False
         parent = self.parents[node]
@@ -77,7 +77,7 @@ class Code:
         return not written and not (isinstance(parent, ast.Call) and parent.func is node)
 
     def bound_before(self, name: str, node: ast.AST) -> bool:
-        """Whether a local name has a value before the statement of `node`."""
+        """Return whether a local name has a value before the statement of `node`."""
         function, line = self.above(node, Function), self.above(node, ast.stmt).lineno
         return any(
             (isinstance(other, ast.arg) and other.arg == name)
@@ -90,7 +90,7 @@ class Code:
 def statements(
     node: ast.AST, path: TreePath = (), name: str = "", inside: bool = False
 ) -> Iterator[tuple[str, TreePath, Any]]:
-    """Yield (function, path in the tree, statement) for all that stands in functions, and for the functions."""
+    """Yield (function, path in the tree, statement) for each function and each statement in one."""
     for block in BLOCKS:
         children = getattr(node, block, [])
         for i, child in enumerate(children if isinstance(children, list) else []):
@@ -109,7 +109,7 @@ def at(tree: ast.AST, path: TreePath) -> ast.AST:
 
 
 def header(statement: ast.AST) -> str:
-    """Return a statement on one line, without the statements in it."""
+    """Return a statement on one line, without the statements inside it."""
     bare = copy.copy(statement)
     for block in BLOCKS:
         if isinstance(getattr(bare, block, None), list):
@@ -119,7 +119,7 @@ def header(statement: ast.AST) -> str:
 
 
 def expressions(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes in a statement that may be mutated; none that is a statement itself, or in one."""
+    """Yield the expressions in a statement that may be mutated, without those in nested statements."""
     if isinstance(node, Function | ast.ClassDef | ast.ExceptHandler | ast.Raise | ast.Assert):
         return
     for field, value in ast.iter_fields(node):
@@ -133,7 +133,7 @@ def expressions(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def name_of(node: ast.AST) -> str:
-    """Return the last name of `x`, `a.x` or a call of either; '' where there is none."""
+    """Return the last name of `x`, `a.x` or a call of either; '' if there is none."""
     if isinstance(node, ast.Call):
         return name_of(node.func)
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""

@@ -1,10 +1,10 @@
-"""Which mutants does a source have? A mutant is the source with one small mistake in it, made from its syntax tree.
+"""Which mutants does a source have? A mutant is the source with one small bug, made from its syntax tree.
 
-Only function bodies are mutated, and of these not: docstrings, f-strings and other strings, what is raised, what is
-only shown (`log.print`, progress bars), annotations, `strict=` of zip (a guard that never acts in right code) and
-`device=` (tests run on the CPU). benchmarks/mutant_operators.py says which mistakes are made. The id of a mutant
-follows from its file, function, operator and the unparsed statement before and after, so it survives reformatting,
-comments, and changes to other statements.
+Only function bodies are mutated. Not mutated are docstrings, f-strings and other strings, raised errors, console
+output (`log.print`, progress bars), annotations, `strict=` of zip (a guard that never acts in correct code) and
+`device=` (tests run on the CPU). benchmarks/mutation/mutant_operators.py lists the kinds of bugs. The id of a mutant
+is a hash of its file, function, operator and the unparsed statement before and after, so it does not change with
+formatting, comments or changes to other statements.
 """
 
 from __future__ import annotations
@@ -16,12 +16,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mutant_operators import OPERATORS
-from mutant_syntax import Code, Edit, Function, Signature, Signatures, at, expressions, header, name_of, statements
+from mutant_syntax import (
+    Code,
+    Edit,
+    Function,
+    Signature,
+    Signatures,
+    TreePath,
+    at,
+    expressions,
+    header,
+    name_of,
+    statements,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One mistake: where it is, the statement before and after it, and the whole source with it."""
+    """One bug: its location, the statement before and after, and the whole source with the bug."""
 
     id: str
     file: str
@@ -34,8 +46,10 @@ class Mutant:
 
 
 def mutants(source: str, file: str, known: Signatures | None = None) -> list[Mutant]:
-    """Return the mutants of `source`; `known` says which arguments of our own functions may be left out."""
-    code, found, seen = Code(source, known or {}), [], set()
+    """Return the mutants of `source`; `known` says which arguments of the package's functions are optional."""
+    code = Code(source, known or {})
+    made: list[Mutant] = []
+    seen: set[tuple[TreePath, str]] = set()
     count: Counter[tuple[str, ...]] = Counter()
     for function, path, statement in statements(code.tree):
         before = header(statement)
@@ -49,14 +63,23 @@ def mutants(source: str, file: str, known: Signatures | None = None) -> list[Mut
             name = hashlib.sha256("\0".join([*key, str(count[key])]).encode()).hexdigest()[:10]
             count[key] += 1
             line = 1 + code.raw[:start].count(b"\n")
-            found.append(Mutant(id=name, file=file, line=line, function=function, operator=operator, before=before,
-                                after=after, source=mutated))  # fmt: skip
-    return found
+            mutant = Mutant(
+                id=name,
+                file=file,
+                line=line,
+                function=function,
+                operator=operator,
+                before=before,
+                after=after,
+                source=mutated,
+            )
+            made.append(mutant)
+    return made
 
 
 def signatures(sources: Iterable[str]) -> Signatures:
-    """Return the signatures of all functions and dataclasses by bare name; where two share one, both must be met."""
-    found: Signatures = {}
+    """Return the signatures of all functions and dataclasses by bare name; if two share one, both apply."""
+    by_name: Signatures = {}
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.ClassDef):
             fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
@@ -65,10 +88,10 @@ def signatures(sources: Iterable[str]) -> Signatures:
             new = _signature(node.args)
         else:
             continue
-        old = found.get(node.name, Signature(positional=new.positional))
+        old = by_name.get(node.name, Signature(positional=new.positional))
         positional = new.positional if old.positional == new.positional else ()
-        found[node.name] = Signature(positional, old.required | new.required)
-    return found
+        by_name[node.name] = Signature(positional, old.required | new.required)
+    return by_name
 
 
 def _signature(args: ast.arguments) -> Signature:

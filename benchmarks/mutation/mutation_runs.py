@@ -1,8 +1,8 @@
-"""How are the tests run against a changed copy of the package, in tenths of a second?
+"""How do the tests run against a changed copy of the package in tenths of a second?
 
-One process imports torch and the other libraries once, but nothing of ours, and forks a child for each mutant: the
-child imports the package from its own copy. A mutant is shown only to the tests that execute its function when nothing
-is mutated; those that caught mutants of the same statement, function or file begin, quick ones before slow ones.
+One process imports torch and the other libraries once, but not detoxrl, and forks a child for each mutant. The child
+imports detoxrl from its own copy. Only the tests that execute the mutated function run. Tests that caught mutants of
+the same statement, function or file come first, quick ones before slow ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,25 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "detoxrl"
 CAUGHT, SURVIVED, TIMEOUT, BROKEN = "caught", "survived", "timeout", "broken"
 UNMUTATED = Mutant(id="unmutated", file="", line=0, function="", operator="", before="", after="", source="")
-# One thread a child, no GPU, no plugin that was not asked for. Each has to be said before torch is imported.
+# One thread per child, no GPU, no pytest plugins. These must be set before torch is imported.
 SETTINGS = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000", "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fmt: skip
 MEMORY = 8 * 2**30
-# So much longer than with nothing mutated may a test take, or all of them; what takes longer is taken for a hang.
-SLOWER, GRACE = 10, 20
+# A test, or all tests of a mutant, may take SLOWER times its usual time plus GRACE seconds; then it counts as hanging.
+SLOWER = 10
+GRACE = 20
 
 
 # In a child
 
 
 class Order:
-    """Tells pytest which tests to run in which order, stops one that hangs, notes which failed."""
+    """Tells pytest which tests to run in which order, stops a test that hangs, records which test failed."""
 
     def __init__(self, tests: list[str], usual: dict[str, float]) -> None:
-        self.tests, self.usual, self.failed = tests, usual, ""
+        self.tests = tests
+        self.usual = usual
+        self.failed = ""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         import torch
@@ -60,7 +64,7 @@ class Order:
         session.items[:] = [items[test] for test in self.tests if test in items]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        # Without a handler this signal ends the process, wherever it is.
+        # This signal has no handler, so it ends the process wherever it is.
         signal.setitimer(signal.ITIMER_REAL, GRACE + SLOWER * self.usual[nodeid])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -74,7 +78,7 @@ class Order:
 
 
 class Survey(Order):
-    """Notes how long each test takes, and which functions of the package it executes; all tests run."""
+    """Runs all tests; records how long each takes and which functions of the package it executes."""
 
     def __init__(self) -> None:
         super().__init__([], {})
@@ -86,7 +90,7 @@ class Survey(Order):
         self.now = self.imports
 
     def note(self, function: str) -> None:
-        """Add a function to what is executed now; each function calls this, `surveyed` sees to it."""
+        """Record that a function was executed. `surveyed` adds this call to each function."""
         self.now.add(function)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -99,10 +103,11 @@ class Survey(Order):
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        """What is made once serves other tests too, which therefore reach what made it."""
+        """Record what a shared fixture executes: every test that uses the fixture reaches it."""
         if fixturedef.scope == "function":
             return (yield)
-        before, self.now = self.now, self.fixtures[fixturedef.argname]
+        before = self.now
+        self.now = self.fixtures[fixturedef.argname]
         try:
             return (yield)
         finally:
@@ -120,7 +125,7 @@ class Survey(Order):
 
 
 def child(folder: Path, files: list[str], order: Order) -> None:
-    """Run tests against the package in `folder`/src; what they say goes to `folder`/output."""
+    """Run tests against the package in `folder`/src; write their output to `folder`/output."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -145,33 +150,43 @@ def child(folder: Path, files: list[str], order: Order) -> None:
 
 
 def surveyed(source: str, file: str) -> str:
-    """Return a source in which each function says that it was reached, under its file and name."""
+    """Return the source with a call in each function that records its file and name."""
     tree = ast.parse(source)
     for name, _, node in list(statements(tree)):
         if isinstance(node, Function):
-            told = ast.parse(f"reached({f'{file} {name}'!r})").body
-            node.body[:] = [*node.body[:1], *told, *node.body[1:]] if ast.get_docstring(node) else [*told, *node.body]
+            recorder = ast.parse(f"reached({f'{file} {name}'!r})").body
+            node.body[:] = (
+                [*node.body[:1], *recorder, *node.body[1:]] if ast.get_docstring(node) else [*recorder, *node.body]
+            )
     return ast.unparse(tree)
 
 
+def imported_libraries() -> Iterator[tuple[str, list[str]]]:
+    """Yield each module that a file of the package or of its tests imports at its top, with the names it takes."""
+    for path in (*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield alias.name, []
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield node.module, [alias.name for alias in node.names]
+
+
 def preload(scratch: Path) -> None:
-    """Import what the package and its tests import, but neither of the two; no tensor is touched before the fork."""
+    """Import the libraries of the package and its tests, but neither of the two; create no tensor before the fork."""
     import hypothesis
 
-    ours = {
-        "detoxrl",
-        *(path.stem for path in ROOT.glob("tests/*.py")),
-        *(p.stem for p in ROOT.glob("benchmarks/*.py")),
-    }
-    trees = [ast.parse(path.read_text("utf-8")) for path in (*PACKAGE.rglob("*.py"), *ROOT.glob("tests/*.py"))]
-    for node in (node for tree in trees for node in tree.body):
-        for name in [alias.name for alias in node.names] if isinstance(node, ast.Import) else []:
-            if name.split(".")[0] not in ours:
-                import_module(name)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in ours:
-            module = import_module(node.module)
-            for alias in node.names:
-                getattr(module, alias.name, None)  # transformers imports a name when it is asked for
+    own_modules = {"detoxrl"}
+    own_modules.update(path.stem for path in ROOT.glob("tests/**/*.py"))
+    own_modules.update(path.stem for path in ROOT.glob("benchmarks/**/*.py"))
+    for name, attributes in imported_libraries():
+        package = name.split(".")[0]
+        if package in own_modules or find_spec(package) is None:  # Optional dependencies may be missing.
+            continue
+        module = import_module(name)
+        for attribute in attributes:
+            getattr(module, attribute, None)  # transformers imports a name on first access
+
     hypothesis.configuration.set_hypothesis_home_dir(scratch / "hypothesis")
     hypothesis.settings.register_profile(
         "mutants", derandomize=True, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck),
@@ -179,43 +194,43 @@ def preload(scratch: Path) -> None:
     )  # fmt: skip
     hypothesis.settings.load_profile("mutants")
     assert not {"detoxrl", "conftest"} & set(sys.modules)
-    gc.freeze()  # pytest collects garbage as it ends; what all children share need not be looked through each time
+    gc.freeze()  # pytest collects garbage at its end; this excludes the objects that all children share
 
 
 @dataclass
 class Memory:
-    """What is known of the tests: how long each takes, what it executes, what it caught."""
+    """What is known about each test: its time, the functions it executes, the mutants it caught."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     reached: dict[str, set[str]] = field(default_factory=dict)
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def learn(self, file: str, function: str, statement: str, test: str) -> None:
-        """Remember which test caught a mutant there."""
-        for place in ("", file, f"{file} {function}", f"{file} {statement}"):
-            self.kills[place, test] += 1
+        """Remember which test caught a mutant reaching."""
+        for location in ("", file, f"{file} {function}", f"{file} {statement}"):
+            self.kills[location, test] += 1
 
     def promising(self, mutant: Mutant, files: list[str]) -> list[str]:
-        """Return the tests in `files` that reach the mutated function, those first that promise most per second."""
+        """Return the tests in `files` that reach the mutated function, the most promising per second first."""
 
         def promise(test: str) -> float:
             tier = next(i for i, file in enumerate(files) if test.startswith(file))
-            places = {
+            weights = {
                 "": 0.3,
                 mutant.file: 1,
                 f"{mutant.file} {mutant.function}": 5,
                 f"{mutant.file} {mutant.before}": 50,
             }
-            hope = 0.5 ** (tier + 1) + sum(weight * self.kills[place, test] for place, weight in places.items())
-            return hope / (0.1 + self.seconds[test])
+            kills = sum(weight * self.kills[location, test] for location, weight in weights.items())
+            return (0.5 ** (tier + 1) + kills) / (0.1 + self.seconds[test])
 
-        there = [test for test, names in self.reached.items() if f"{mutant.file} {mutant.function}" in names]
-        return sorted((test for test in there if test.startswith(tuple(files))), key=promise, reverse=True)
+        reaching = [test for test, names in self.reached.items() if f"{mutant.file} {mutant.function}" in names]
+        return sorted((test for test in reaching if test.startswith(tuple(files))), key=promise, reverse=True)
 
 
 @dataclass
 class Run:
-    """A child at work on a mutant."""
+    """A child process that tests a mutant."""
 
     mutant: Mutant
     folder: Path
@@ -228,7 +243,7 @@ class Run:
         return self.started + self.limit - time.perf_counter()
 
     def stop(self, number: int) -> None:
-        """Send a signal to the child and to all that its tests started."""
+        """Send a signal to the child and to every process that its tests started."""
         try:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):
@@ -236,10 +251,13 @@ class Run:
 
 
 class Bench:
-    """Starts children on copies of the package and says what came of them."""
+    """Starts children on copies of the package and returns their outcomes."""
 
     def __init__(self, scratch: Path, jobs: int, timeout: float | None) -> None:
-        self.scratch, self.jobs, self.timeout, self.memory = scratch, jobs, timeout, Memory()
+        self.scratch = scratch
+        self.jobs = jobs
+        self.timeout = timeout
+        self.memory = Memory()
         self.running: list[Run] = []
         preload(scratch)
         shutil.copytree(ROOT / "src", scratch / "src", ignore=shutil.ignore_patterns("__pycache__"))
@@ -264,7 +282,7 @@ class Bench:
         self.running.append(Run(mutant, folder, process, self.timeout or GRACE + SLOWER * usual))
 
     def ended(self) -> list[Run]:
-        """Wait until a child has ended, by itself or at its time limit."""
+        """Wait until a child ends by itself or reaches its time limit."""
         patience = min(run.left() for run in self.running)
         connection.wait([run.process.sentinel for run in self.running], max(patience, 0))
         late = [run for run in self.running if run.left() < 0 and run.process.is_alive()]
@@ -273,12 +291,12 @@ class Bench:
         ended = [run for run in self.running if run in late or not run.process.is_alive()]
         for run in ended:
             run.process.join()
-            run.stop(signal.SIGKILL)  # what its tests had started
+            run.stop(signal.SIGKILL)  # processes that its tests started
             self.running.remove(run)
         return ended
 
     def survey(self, files: list[str]) -> str:
-        """Run all tests with nothing mutated and remember what they do; return what they say where they fail."""
+        """Run all tests without a mutant and record what they execute; return their output if one fails."""
         folder = self.scratch / UNMUTATED.id
         self.start(UNMUTATED, files, Survey())
         try:
@@ -290,11 +308,11 @@ class Bench:
             self.memory.seconds = report["seconds"]
             self.memory.reached = {test: set(names) for test, names in report["reached"].items()}
         record, output = self.outcome(self.running.pop())
-        return "" if record["outcome"] == SURVIVED else f"{output}\n{record['test']} fails with nothing mutated"
+        return "" if record["outcome"] == SURVIVED else f"{output}\n{record['test']} fails without a mutant"
 
-    def run(self, some: list[tuple[Mutant, list[str]]]) -> Iterator[tuple[Mutant, dict[str, Any], str]]:
-        """Yield each mutant, its record, and what the tests said, as they end."""
-        waiting = some[::-1]
+    def run(self, mutants: list[tuple[Mutant, list[str]]]) -> Iterator[tuple[Mutant, dict[str, Any], str]]:
+        """Yield each mutant, its record and the output of its tests, in the order in which they end."""
+        waiting = mutants[::-1]
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.jobs:
@@ -302,7 +320,7 @@ class Bench:
                     if self.memory.promising(mutant, files):
                         self.start(mutant, files)
                     else:
-                        yield mutant, {"outcome": SURVIVED, "test": "no test comes here", "seconds": 0.0}, ""
+                        yield mutant, {"outcome": SURVIVED, "test": "no test reaches it", "seconds": 0.0}, ""
                 for run in self.ended() if self.running else []:
                     yield run.mutant, *self.outcome(run)
         finally:
@@ -311,17 +329,21 @@ class Bench:
 
     def outcome(self, run: Run) -> tuple[dict[str, Any], str]:
         """Return a run's record and its output, and remove its folder."""
-        code, report, output = run.process.exitcode, run.folder / "report.json", run.folder / "output"
-        said = output.read_text("utf-8", "replace") if output.exists() else ""
+        code = run.process.exitcode
+        report = run.folder / "report.json"
+        output = run.folder / "output"
+        text = output.read_text("utf-8", "replace") if output.exists() else ""
         if report.exists():  # 4: not even conftest could be imported
             failed = json.loads(report.read_text())["failed"]
             outcome = {0: SURVIVED, 1: CAUGHT, 2: CAUGHT, 4: CAUGHT}.get(code, BROKEN)
-        else:  # the process was ended, by our time limits or by what the mutant did
-            failed, outcome = (
-                f"exit code {code}",
-                TIMEOUT if code == -signal.SIGALRM else CAUGHT if code < 0 else BROKEN,
-            )
+        else:  # a time limit or the mutant itself ended the process
+            failed = f"exit code {code}"
+            outcome = BROKEN
+            if code == -signal.SIGALRM:
+                outcome = TIMEOUT
+            elif code < 0:
+                outcome = CAUGHT
         shutil.rmtree(run.folder, ignore_errors=True)
         if outcome == CAUGHT:
             self.memory.learn(run.mutant.file, run.mutant.function, run.mutant.before, failed)
-        return {"outcome": outcome, "test": failed, "seconds": round(time.perf_counter() - run.started, 2)}, said
+        return {"outcome": outcome, "test": failed, "seconds": round(time.perf_counter() - run.started, 2)}, text

@@ -1,17 +1,17 @@
-"""Do the tests notice a mistake? Each mutant of the source has one; the tests run against it and ought to fail.
+"""Do the tests catch a bug? Insert small bugs one at a time; the tests must fail on each.
 
-A mutant (benchmarks/mutants.py says which there are) is a copy of the package with one small mistake. The tests that
-look at its file run against that copy until one fails. What survives is a test that is missing, or a mistake that
-changes nothing: the latter stand with their reasons in benchmarks/survivors.json. Exits 1 when others survive.
+A mutant is a copy of the package with one small bug (benchmarks/mutation/mutants.py lists the kinds). The tests of its
+file run against that copy until one fails. A mutant survives if a test is missing, or if the bug changes no result;
+the latter are listed with reasons in benchmarks/mutation/survivors.json. The exit code is 1 if any other survives.
 
-python benchmarks/mutations.py --results runs/mutations.jsonl --jobs 2     all of them; started again, it goes on
-python benchmarks/mutations.py --only 'rl/*' --list                       which there are, nothing is run
-python benchmarks/mutations.py --sample 40                                the same forty each time
-python benchmarks/mutations.py --ids 3f2a... --verbose                    what the tests say about one
-python benchmarks/mutations.py --ids 3f2a... --accept 'the same to the last bit, because ...'
+python benchmarks/mutation/mutations.py --results runs/mutations.jsonl --jobs 2     run all; run it again to resume
+python benchmarks/mutation/mutations.py --only 'rl/*' --list                       list the mutants, run nothing
+python benchmarks/mutation/mutations.py --sample 40                                the same 40 each time
+python benchmarks/mutation/mutations.py --ids 3f2a... --verbose                    print the output of the tests
+python benchmarks/mutation/mutations.py --ids 3f2a... --accept 'bit-identical, because ...'
 
-A mutant is shown only to those tests that execute its function (benchmarks/mutation_runs.py), which takes from tenths
-of a second, where one fails at once, to a minute, where none does. With nothing mutated all tests have to pass first.
+Only the tests that execute the mutated function run (benchmarks/mutation/mutation_runs.py). A mutant takes tenths of a
+second if a test fails at once, and up to a minute if none fails. First, all tests must pass without a mutant.
 """
 
 from __future__ import annotations
@@ -35,31 +35,47 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mutants import Mutant, mutants, signatures
 from mutation_runs import BROKEN, CAUGHT, PACKAGE, ROOT, SETTINGS, SURVIVED, TIMEOUT, Bench
 
-ACCEPTED = ROOT / "benchmarks" / "survivors.json"
-# The mathematics, what samples, scores and trains with it, and what makes a run go on exactly. How models and adapters
-# are loaded is not among it.
-GOING_ON = ("storage.py", "stopping.py", "checkpoint.py", "best.py", "changes.py")
-FILES = ("rl/*.py", "policy/*.py", "rollout.py", "train.py", "step_metrics.py", "rewards/shaping.py", *GOING_ON)
-NOT = ("*/__init__.py", "policy/adapters.py", "policy/backbone.py")
-# Which tests look at a file: the first pattern that fits, the likeliest to fail first. These are the fast ones: bandit
-# and command line would find more, but what survives has to run through all of them.
-RUNS = ("tests/test_invariants.py", "tests/test_policy.py", "tests/test_golden.py")
-TOLD = tuple(
-    f"tests/test_failures.py::test_{name}"
+ACCEPTED = Path(__file__).with_name("survivors.json")
+# The mathematics; the code that samples, scores and trains with it; and the code that makes a resumed run exact. The
+# loading of models and adapters is not mutated.
+RESUMING = ("runtime/files.py", "runtime/signals.py", "runtime/checkpoint.py", "training/best.py", "commands/resume.py")
+FILES = ("rl/*.py", "models/*.py", "training/*.py", "rewards/shaping.py", *RESUMING)
+NOT_MUTATED = (
+    "*/__init__.py", "models/lora.py", "models/loading.py", "models/types.py",
+    "training/memory.py", "training/sft.py", "training/validation.py",
+)  # fmt: skip
+# The tests of a file: the first pattern that matches it; the tests most likely to fail come first. Only fast tests are
+# listed, because a survivor runs through all of them.
+LOOP_TESTS = ("tests/models/test_invariants.py", "tests/models/test_policy.py", "tests/training/test_golden.py")
+FAILURE_TESTS = tuple(
+    f"tests/training/test_failures.py::test_{name}"
     for name in (
         "dropout_in_the_update_shows_as_ratios_off_one",
         "too_large_a_learning_rate_shows_as_ratio_spikes_and_clipping",
     )
 )
+RESUME_TESTS = (
+    "tests/runtime/test_run_folder.py",
+    "tests/runtime/test_checkpoint.py",
+    "tests/commands/test_resume.py",
+)
 TESTS = {
-    "rl/*": ("tests/test_rl.py", "tests/test_oracle.py", "tests/test_golden.py"),
-    "policy/*": ("tests/test_fast.py", *RUNS, "tests/test_oracle.py"),
-    "rewards/*": ("tests/test_rewards.py", "tests/test_golden.py"),
-    "step_metrics.py": ("tests/test_step_metrics.py", "tests/test_golden.py"),
-    "rollout.py": RUNS,
-    **dict.fromkeys(GOING_ON, ("tests/test_run_folder.py", "tests/test_checkpoint.py", "tests/test_resume.py")),
-    "changes.py": ("tests/test_resume.py",),
-    "*": ("tests/test_train.py", *RUNS, *TOLD),
+    "rl/*": ("tests/rl/test_rl.py", "tests/rl/test_oracle.py", "tests/training/test_golden.py"),
+    "models/*": ("tests/models/test_fast.py", *LOOP_TESTS, "tests/rl/test_oracle.py"),
+    "rewards/*": ("tests/rewards/test_rewards.py", "tests/training/test_golden.py"),
+    "training/metrics.py": ("tests/training/test_step_metrics.py", "tests/training/test_golden.py"),
+    "training/rollout.py": LOOP_TESTS,
+    "training/best.py": ("tests/training/test_best.py", *RESUME_TESTS),
+    "training/learner.py": (
+        "tests/training/test_train.py",
+        "tests/training/test_memory.py",
+        *LOOP_TESTS,
+        *FAILURE_TESTS,
+    ),
+    "runtime/signals.py": ("tests/runtime/test_signals.py", *RESUME_TESTS),
+    "runtime/*": RESUME_TESTS,
+    "commands/resume.py": ("tests/commands/test_resume.py",),
+    "*": ("tests/training/test_train.py", *LOOP_TESTS, *FAILURE_TESTS),
 }
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -71,7 +87,10 @@ def sources() -> dict[str, str]:
     """Return the sources that are mutated, by their path in the package."""
     paths = sorted({path for pattern in FILES for path in PACKAGE.glob(pattern)})
     names = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
-    return {name: path.read_text("utf-8") for name, path in names.items() if not any(fnmatch(name, no) for no in NOT)}
+    for name in list(names):
+        if any(fnmatch(name, pattern) for pattern in NOT_MUTATED):
+            del names[name]
+    return {name: path.read_text("utf-8") for name, path in names.items()}
 
 
 def all_mutants() -> list[Mutant]:
@@ -80,37 +99,41 @@ def all_mutants() -> list[Mutant]:
 
 
 def chosen(every: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
-    some = [m for m in every if not options.only or any(fnmatch(m.file, pattern) for pattern in options.only)]
-    some = [m for m in some if not options.ids or m.id in options.ids]
-    return random.Random(0).sample(some, min(options.sample, len(some))) if options.sample else some
+    """Return the mutants that the options ask for."""
+    selected = [m for m in every if not options.only or any(fnmatch(m.file, pattern) for pattern in options.only)]
+    selected = [m for m in selected if not options.ids or m.id in options.ids]
+    if options.sample:
+        selected = random.Random(0).sample(selected, min(options.sample, len(selected)))
+    return selected
 
 
 def tests_of(file: str) -> list[str]:
-    """Return the test files, or single tests of one, that look at a source file."""
+    """Return the test files, or single tests of a file, that test a source file."""
     patterns = next(tests for pattern, tests in TESTS.items() if fnmatch(file, pattern))
-    found = []
+    names = []
     for pattern in patterns:
         path, _, test = pattern.partition("::")
         paths = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(path))
-        found += [f"{path}::{test}" if test else path for path in paths] or [f"{path}, which is missing"]
-    return found
+        names += [f"{path}::{test}" if test else path for path in paths] or [f"{path}, which is missing"]
+    return names
 
 
 def read_by(file: str) -> list[Path]:
-    """Return the files that decide what the tests of a source file do."""
+    """Return the test files and helpers that determine what the tests of a source file do."""
     named = {ROOT / test.partition("::")[0] for test in tests_of(file)}
-    return sorted(path for path in named | set(ROOT.glob("tests/[!t]*.py")) | {ROOT / "tests/twin.py"} if path.exists())
+    helpers = {ROOT / "tests/conftest.py", *ROOT.glob("tests/helpers/*.py")}
+    return sorted(path for path in named | helpers if path.exists())
 
 
 def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-# What is known, and what came of it
+# Outcomes
 
 
 class Results:
-    """Records of mutants, kept in a JSON-lines file where one is given."""
+    """The outcome of each mutant, stored in a JSON-lines file if one is given."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -123,132 +146,166 @@ class Results:
                 self.records[record["id"]] = record
 
     def knows(self, mutant: Mutant) -> bool:
-        """Whether a mutant was tried: caught in the same source, or not caught by the same tests either."""
+        """Return whether the outcome still holds: caught in the same source, or survived the same tests there."""
         record = self.records.get(mutant.id, {})
         same = record.get("source") == self.sources[mutant.file]
         return same and (record["outcome"] in (CAUGHT, TIMEOUT) or record["tests"] == self.tests[mutant.file])
 
     def add(self, mutant: Mutant, record: dict[str, Any]) -> None:
-        where = {"id": mutant.id, "file": mutant.file, "line": mutant.line, "function": mutant.function,
-                 "operator": mutant.operator, "before": mutant.before, "after": mutant.after}  # fmt: skip
-        self.records[mutant.id] = (
-            where | record | {"source": self.sources[mutant.file], "tests": self.tests[mutant.file]}
-        )
+        """Store the outcome of a mutant."""
+        self.records[mutant.id] = {
+            "id": mutant.id,
+            "file": mutant.file,
+            "line": mutant.line,
+            "function": mutant.function,
+            "operator": mutant.operator,
+            "before": mutant.before,
+            "after": mutant.after,
+            **record,
+            "source": self.sources[mutant.file],
+            "tests": self.tests[mutant.file],
+        }
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(self.records[mutant.id], ensure_ascii=False) + "\n")
 
     def of(self, mutant: Mutant) -> str:
+        """Return the outcome of a mutant."""
         return str(self.records.get(mutant.id, {}).get("outcome", "not run"))
 
 
 def accepted() -> dict[str, dict[str, str]]:
     """Return the survivors that are accepted, with their reasons, by id."""
-    return {one["id"]: one for one in json.loads(ACCEPTED.read_text("utf-8"))} if ACCEPTED.exists() else {}
+    if not ACCEPTED.exists():
+        return {}
+    return {survivor["id"]: survivor for survivor in json.loads(ACCEPTED.read_text("utf-8"))}
 
 
-def accept(some: list[Mutant], reason: str) -> None:
-    """Write mutants to the accepted survivors with a reason."""
-    kept = accepted()
-    for m in some:
-        kept[m.id] = {"id": m.id, "file": m.file, "function": m.function, "operator": m.operator, "before": m.before,
-                      "after": m.after, "reason": reason}  # fmt: skip
-    ordered = sorted(kept.values(), key=lambda one: (one["file"], one["function"], one["before"], one["after"]))
+def accept(selected: list[Mutant], reason: str) -> None:
+    """Add mutants to the accepted survivors, with a reason."""
+    survivors = accepted()
+    for m in selected:
+        survivors[m.id] = {
+            "id": m.id,
+            "file": m.file,
+            "function": m.function,
+            "operator": m.operator,
+            "before": m.before,
+            "after": m.after,
+            "reason": reason,
+        }
+    ordered = sorted(survivors.values(), key=lambda m: (m["file"], m["function"], m["before"], m["after"]))
     ACCEPTED.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def alike(one: str, other: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differing, min(len(one), len(other)))
+def common_prefix(first: str, second: str) -> int:
+    """Return the length of the prefix that two texts share."""
+    differing = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))
 
 
-def told(mutant: Mutant) -> str:
-    """Return what a mutant changes, with a little of what stands around it."""
+def described(mutant: Mutant) -> str:
+    """Return what a mutant changes, with a few characters of context."""
     before, after = mutant.before, mutant.after
-    same = alike(before, after)
-    tail = alike(before[same:][::-1], after[same:][::-1])
+    same = common_prefix(before, after)
+    tail = common_prefix(before[same:][::-1], after[same:][::-1])
     first = same - 40 if same > 55 else 0
 
     def part(text: str) -> str:
         last = len(text) - tail + 25
         return ("…" if first else "") + text[first:last] + ("…" if last < len(text) else "")
 
-    place = f"{mutant.id}  {mutant.file}:{mutant.line}  {mutant.function}  [{mutant.operator}]"
-    return f"{place}\n    {part(before)}\n    {part(after)}"
+    location = f"{mutant.id}  {mutant.file}:{mutant.line}  {mutant.function}  [{mutant.operator}]"
+    return f"{location}\n    {part(before)}\n    {part(after)}"
 
 
-def conclude(every: list[Mutant], some: list[Mutant], results: Results) -> int:
-    """Print what came of `some` and return the exit code."""
-    reasons, by = accepted(), {m.id: results.of(m) for m in some}
-    counts, mistakes = Counter(by.values()), 0
-    survivors = [m for m in some if by[m.id] == SURVIVED]
-    console.print(f"\n{len(some)} mutants: {counts[CAUGHT]} caught, {counts[TIMEOUT]} stopped at a time limit")
-    agreed = [m for m in survivors if m.id in reasons]
-    console.print(f"{len(agreed)} survivors accepted:" if agreed else "no survivor accepted")
-    for m in agreed:
-        console.print(f"{told(m)}\n    because {reasons[m.id]['reason']}")
-    for name, one in reasons.items():
-        if name not in {m.id for m in every}:
-            console.print(f"accepted, but no mutant any more: {name}  {one['file']}  {one['function']}  {one['after']}")
-        elif by.get(name) in (CAUGHT, TIMEOUT):
-            console.print(f"accepted, but caught now: {name}  {one['file']}  {one['function']}  {one['after']}")
+def conclude(every: list[Mutant], selected: list[Mutant], results: Results) -> int:
+    """Print the outcomes of `selected` and return the exit code."""
+    reasons = accepted()
+    outcomes = {m.id: results.of(m) for m in selected}
+    counts = Counter(outcomes.values())
+    console.print(f"\n{len(selected)} mutants: {counts[CAUGHT]} caught, {counts[TIMEOUT]} stopped at a time limit")
+
+    survivors = [m for m in selected if outcomes[m.id] == SURVIVED]
+    known = [m for m in survivors if m.id in reasons]
+    console.print(f"{len(known)} survivors accepted:" if known else "no survivor accepted")
+    for m in known:
+        console.print(f"{described(m)}\n    because {reasons[m.id]['reason']}")
+
+    ids = {m.id for m in every}
+    for name, survivor in reasons.items():
+        label = f"{name}  {survivor['file']}  {survivor['function']}  {survivor['after']}"
+        if name not in ids:
+            console.print(f"accepted, but no longer a mutant: {label}")
+        elif outcomes.get(name) in (CAUGHT, TIMEOUT):
+            console.print(f"accepted, but caught now: {label}")
+
     new = [m for m in survivors if m.id not in reasons]
-    odd = [m for m in some if by[m.id] not in (CAUGHT, TIMEOUT, SURVIVED)]
-    for title, those in (("new survivors", new), ("not run, or pytest itself failed", odd)):
-        if those:
-            mistakes += len(those)
-            console.print(f"{len(those)} {title}:")
-        for m in those:
-            console.print(told(m))
-    return 1 if mistakes else 0
+    failed = [m for m in selected if outcomes[m.id] not in (CAUGHT, TIMEOUT, SURVIVED)]
+    for title, listed in (("new survivors", new), ("not run, or pytest itself failed", failed)):
+        if listed:
+            console.print(f"{len(listed)} {title}:")
+        for m in listed:
+            console.print(described(m))
+    return 1 if new or failed else 0
 
 
-def run_them(some: list[Mutant], results: Results, options: argparse.Namespace) -> None:
-    """Run the tests against those mutants whose outcome is not known yet."""
-    left = [m for m in some if not results.knows(m)]
-    console.print(f"{len(some)} mutants, {len(some) - len(left)} known already")
-    if not left:
+def run_mutants(selected: list[Mutant], results: Results, options: argparse.Namespace) -> None:
+    """Run the tests against the mutants whose outcome is not known yet."""
+    remaining = [m for m in selected if not results.knows(m)]
+    console.print(f"{len(selected)} mutants, {len(selected) - len(remaining)} already known")
+    if not remaining:
         return
-    columns = [BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as scratch:
         bench = Bench(Path(scratch), options.jobs, options.timeout)
-        if wrong := bench.survey(list(dict.fromkeys(test for m in left for test in tests_of(m.file)))):
-            sys.exit(f"{wrong}; mutants would prove nothing")
+        tests = list(dict.fromkeys(test for m in remaining for test in tests_of(m.file)))
+        failure = bench.survey(tests)
+        if failure:
+            sys.exit(f"{failure}; fix the tests first, because they would fail on every mutant")
         seconds = sum(bench.memory.seconds.values())
-        console.print(f"nothing mutated: {len(bench.memory.seconds)} tests pass in {seconds:.0f} s")
-        for one in results.records.values():
-            if one["outcome"] == CAUGHT:
-                bench.memory.learn(one["file"], one["function"], one["before"], one["test"])
-        # A refreshing thread must not be there when a child is forked, nor may a child write through the bar.
-        quiet = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
-        with Progress(*columns, console=console, **quiet) as bar:
-            task, survived = bar.add_task("", total=len(left), note=""), 0
-            for mutant, record, output in bench.run([(m, tests_of(m.file)) for m in left]):
-                results.add(mutant, record)
-                survived += record["outcome"] == SURVIVED
-                if record["outcome"] in (SURVIVED, BROKEN) or options.verbose:
-                    console.print(f"{record['outcome']} ({record['test']}, {record['seconds']} s): {told(mutant)}")
-                if record["outcome"] == BROKEN or options.verbose:
-                    console.print(output)
-                bar.update(task, advance=1, note=f"{survived} survived", refresh=True)
+        console.print(f"without a mutant: {len(bench.memory.seconds)} tests pass in {seconds:.0f} s")
+
+        for record in results.records.values():
+            if record["outcome"] == CAUGHT:
+                bench.memory.learn(record["file"], record["function"], record["before"], record["test"])
+        _run_on(bench, remaining, results, options.verbose)
+
+
+def _run_on(bench: Bench, remaining: list[Mutant], results: Results, verbose: bool) -> None:
+    """Run the tests against each mutant under a progress bar, and print the survivors."""
+    columns = [BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    # No refreshing thread may be running when a child is forked, and no child may write through the bar.
+    quiet = {"auto_refresh": False, "redirect_stdout": False, "redirect_stderr": False}
+    survived = 0
+    with Progress(*columns, console=console, **quiet) as bar:
+        task = bar.add_task("", total=len(remaining), note="")
+        for mutant, record, output in bench.run([(m, tests_of(m.file)) for m in remaining]):
+            results.add(mutant, record)
+            outcome = record["outcome"]
+            survived += outcome == SURVIVED
+            if outcome in (SURVIVED, BROKEN) or verbose:
+                console.print(f"{outcome} ({record['test']}, {record['seconds']} s): {described(mutant)}")
+            if outcome == BROKEN or verbose:
+                console.print(output)
+            bar.update(task, advance=1, note=f"{survived} survived", refresh=True)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", metavar="GLOB", help="files of the package, such as 'rl/*' or train.py")
-    add("--ids", nargs="+", metavar="ID", help="these mutants alone")
-    add("--sample", type=int, metavar="N", help="N of them, drawn with a fixed seed")
-    add("--list", action="store_true", help="print the mutants and how many each file has; run nothing")
-    add("--accept", metavar="REASON", help="write the mutants of --ids to benchmarks/survivors.json; run nothing")
-    add("--jobs", type=int, default=2, metavar="N", help="children at a time, one thread each (%(default)s)")
-    limit = "limit of one mutant (ten times what its tests take usually, and 20 more; the same holds for each test)"
+    add("--only", nargs="+", metavar="GLOB", help="files of the package, for example 'rl/*' or training/train.py")
+    add("--ids", nargs="+", metavar="ID", help="only these mutants")
+    add("--sample", type=int, metavar="N", help="N mutants, drawn with a fixed seed")
+    add("--list", action="store_true", help="print the mutants and their number per file; run nothing")
+    add("--accept", metavar="REASON", help="add the mutants of --ids to the accepted survivors; run nothing")
+    add("--jobs", type=int, default=2, metavar="N", help="child processes at a time, one thread each (%(default)s)")
+    limit = "time limit per mutant (default: 10 times the usual time of its tests, plus 20 s)"
     add("--timeout", type=float, metavar="SECONDS", help=limit)
-    skips = "append each outcome, and skip what is in it: caught in the same source, or survived the same tests there"
+    skips = "append each outcome; skip mutants caught in the same source, or that survived the same tests there"
     add("--results", type=Path, metavar="OUT.jsonl", help=skips)
-    add("--verbose", action="store_true", help="print what the tests say about each mutant")
+    add("--verbose", action="store_true", help="print the output of the tests for each mutant")
     options = parser.parse_args()
     if options.accept and not options.ids:
         parser.error("--accept needs --ids")
@@ -256,25 +313,26 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    options, every = arguments(), all_mutants()
-    some = chosen(every, options)
+    options = arguments()
+    every = all_mutants()
+    selected = chosen(every, options)
     if options.accept:
-        accept(some, options.accept)
+        accept(selected, options.accept)
         return 0
     if options.list:
-        for mutant in some:
-            console.print(told(mutant))
-        for file, count in Counter(mutant.file for mutant in some).items():
+        for mutant in selected:
+            console.print(described(mutant))
+        for file, count in Counter(mutant.file for mutant in selected).items():
             console.print(f"{count:5}  {file}")
-        console.print(f"{len(some):5}  in all")
+        console.print(f"{len(selected):5}  in all")
         return 0
     results = Results(options.results)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the children too
     try:
-        run_them(some, results, options)
+        run_mutants(selected, results, options)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; {options.results or 'nothing'} keeps what is known")
-    return conclude(every, some, results)
+        sys.exit(f"stopped; {options.results or 'no file'} has the outcomes so far")
+    return conclude(every, selected, results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What does trl 0.11.4 make of one small fixed case? Writes the figures that tests/test_oracle.py holds ours against.
+"""What does trl 0.11.4 compute for one small fixed case? Writes the numbers for tests/rl/test_oracle.py.
 
-It was the last trl whose PPO takes encoder-decoders. It needs its own environment:
+This was the last version of trl whose PPO supports encoder-decoders. It needs its own environment:
 
 python -m venv trl-env && trl-env/bin/pip install torch==2.13.0
 trl-env/bin/pip install -r benchmarks/oracle/trl-requirements.txt
-trl-env/bin/python benchmarks/trl_oracle.py tests/oracle/trl_0_11_4.json
+trl-env/bin/python benchmarks/oracle/trl_oracle.py tests/rl/oracle/trl_0_11_4.json
 
-`build` makes the case and needs no trl: the tests make the same one with it. The rest calls trl's own methods.
+`build` creates the case without trl, and the tests use it too. The rest of the file calls trl's own methods.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GPT2 = {
 }  # fmt: skip
 FAMILIES = ("t5", "gpt2")
 STEPS = ("start", "rollout", "updated")
-"""Three adapters of one policy: where it began (its reference), when it sampled, and after an update."""
+"""Three adapters of one policy: the initial one (its reference), the one that sampled, and one after an update."""
 
 PROMPTS = ["w3 w4 w5", "w6 w7 w8 w9 w10 w11 w12", "kind w13", "w14 w15 w16 w17 w18", "w19", "w20 w21 w22 w23 kind w24"]
 RESPONSES = {
@@ -56,19 +56,19 @@ RESPONSES = {
         [1], [12, 12, 1], [25, 25, 25, 36, 13, 21, 25, 25], [25, 25, 15, 34, 1], [12, 15, 0, 24, 0, 1], [2, 25, 0],
     ],
 }  # fmt: skip
-"""Sampled once from the start; some ended (1), some cut, the pad (0) among them. trl fails on T5's with one token."""
+"""Sampled once from the initial policy. Some end with EOS (1), some are cut; some contain the pad token (0)."""
 SCORES = [1.5, -0.75, 0.25, 2.0, -1.25, 0.5]
 SETTINGS = {"kl_coef": 0.2, "gamma": 0.99, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "value_coef": 0.1}
 CONTROLLER: dict[str, Any] = {"kls": [0.0, 6.3, 100.0], "target": 6.0, "horizon": 1000, "batch_size": 100}
-"""Nats per response that an adaptive KL coefficient is told one after the other, and how it is set."""
+"""KLs in nats per response, given to an adaptive KL coefficient one after the other, and its settings."""
 
 Rows = list[list[float]]
-"""One list of numbers for each response, one number for each of its tokens."""
+"""One list per response with one number per token."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A base model, three adapters and what was sampled; the same on every machine and in both environments."""
+    """A base model, three adapters and sampled responses; the same on every machine and in both environments."""
 
     family: str
     folder: Path
@@ -86,17 +86,20 @@ class Case:
         return self.folder / step
 
     def fingerprint(self) -> str:
-        """Return a hash of all weights: figures belong to one."""
-        found = hashlib.sha256()
-        for file in [self.base / "model.safetensors", *(self.adapter(s) / "adapter_model.safetensors" for s in STEPS)]:
+        """Return a hash of all weights; the recorded numbers are valid only for this hash."""
+        digest = hashlib.sha256()
+        files = [self.base / "model.safetensors"]
+        files += [self.adapter(step) / "adapter_model.safetensors" for step in STEPS]
+        for file in files:
             for name, tensor in sorted(load_file(file).items()):
-                found.update(name.encode() + tensor.numpy().tobytes())
-        return found.hexdigest()
+                digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def build(family: str, folder: Path) -> Case:
-    """Write base, tokenizer and adapters of a tiny T5 or GPT-2 below `folder`; return them with what was sampled."""
-    responses, draw = RESPONSES[family], np.random.RandomState(127)
+    """Write base, tokenizer and adapters of a tiny T5 or GPT-2 below `folder`; return them with the samples."""
+    responses = RESPONSES[family]
+    draw = np.random.RandomState(127)
     values = [np.round(draw.standard_normal(len(ids)), 3) for ids in responses]
     moves = [np.round(0.3 * draw.standard_normal(len(ids)), 3) for ids in responses]
     new_values = [np.round(value + move, 3).tolist() for value, move in zip(values, moves, strict=True)]
@@ -108,7 +111,7 @@ def build(family: str, folder: Path) -> Case:
 
 
 def _normal(draw: np.random.RandomState, shape: torch.Size, scale: float) -> torch.Tensor:
-    # Rounded: a last bit that another platform computes otherwise is gone.
+    # Rounded, so that the last bits do not depend on the platform.
     return torch.from_numpy(np.round(scale * draw.standard_normal(tuple(shape)), 4)).float()
 
 
@@ -122,7 +125,8 @@ def _write_base(case: Case) -> None:
     (case.base / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     model = _model_class(case.family)(transformers.AutoConfig.from_pretrained(case.base))
     tied = ("embed_tokens.weight",) if case.family == "t5" else ("lm_head.weight",)
-    draw, weights = np.random.RandomState(1), {}
+    draw = np.random.RandomState(1)
+    weights = {}
     for name, tensor in sorted(model.state_dict().items()):
         norm = "layer_norm.weight" in name or (".ln_" in name and name.endswith("weight"))
         wide = name.endswith(("shared.weight", "lm_head.weight", "wte.weight", "wpe.weight"))
@@ -133,13 +137,13 @@ def _write_base(case: Case) -> None:
 
 def _write_tokenizer(case: Case) -> None:
     ids = {word: i for i, word in enumerate(VOCABULARY)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    word_level.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if case.family == "t5":
         end = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        words.post_processor = end
+        word_level.post_processor = end
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(case.base)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=word_level, **special).save_pretrained(case.base)
 
 
 def _write_adapters(case: Case) -> None:
@@ -168,14 +172,14 @@ def _write_adapters(case: Case) -> None:
 
 
 class Oracle:
-    """trl's PPOTrainer on the policy as it was at one of STEPS, with the case laid out as its `step` does."""
+    """trl's PPOTrainer with the policy at one of STEPS, and the case arranged as its `step` does."""
 
     def __init__(
         self, case: Case, step: str, *, reference: Any = None, lr: float = 0.0, side: str = "right", **settings: Any
     ) -> None:
         import trl
 
-        torch.manual_seed(0)  # trl's value head is drawn
+        torch.manual_seed(0)  # trl's value head has random weights
         t5, rows = case.family == "t5", len(PROMPTS)
         base = _model_class(case.family).from_pretrained(case.base)
         lora = peft.PeftModel.from_pretrained(base, str(case.adapter(step)), is_trainable=True)
@@ -191,7 +195,7 @@ class Oracle:
         self.sgd = torch.optim.SGD([weight for weight in self.model.parameters() if weight.requires_grad], lr=lr)
         self.trainer = trl.PPOTrainer(config, self.model, reference, tokenizer, optimizer=self.sgd)
         self.queries = [torch.tensor(tokenizer(prompt).input_ids) for prompt in PROMPTS]
-        # What T5 generates begins with its start token, and trl expects it.
+        # T5's output begins with its start token, and trl expects it.
         self.responses = [torch.tensor([0, *ids] if t5 else ids) for ids in case.responses]
         self.inputs = self.trainer.prepare_model_inputs(self.queries, self.responses)
         self.lengths = [len(ids) for ids in case.responses]
@@ -215,20 +219,20 @@ class Oracle:
 
     @torch.no_grad()
     def bare_logprobs(self) -> Rows:
-        """Return what trl takes for the reference's log-probs when the policy has an adapter."""
+        """Return what trl uses as the reference's log-probs if the policy has an adapter."""
         with self.trainer.optional_peft_ctx():
             return self.logprobs()
 
     @torch.no_grad()
     def logprobs_at(self, temperature: float) -> Rows:
-        """Return the log-probs with which tokens are sampled at a temperature."""
+        """Return the log-probs of the distribution that tokens are sampled from at a temperature."""
         from trl.core import logprobs_from_logits
 
         return self.rows(logprobs_from_logits(self.forward()[1] / temperature, self._labels()))
 
     @torch.no_grad()
     def logprobs_in_train_mode(self) -> Rows:
-        """Return the log-probs of the responses under the mode in which trl samples after its first step."""
+        """Return the log-probs of the responses in train mode, in which trl samples after its first step."""
         from trl.core import logprobs_from_logits
 
         self.model.train()
@@ -246,12 +250,12 @@ class Oracle:
         return {name: weight for name, weight in self.model.pretrained_model.named_parameters() if "lora_" in name}
 
     def rows(self, tensor: torch.Tensor) -> Rows:
-        """Return what (B, L) holds at the tokens of the responses."""
+        """Return the values of a (B, L) tensor at the tokens of the responses."""
         cut = zip(tensor, self.starts, self.lengths, strict=True)
         return [row[start : start + length].tolist() for row, start, length in cut]
 
     def laid(self, rows: Rows) -> torch.Tensor:
-        """Return (B, L) with the numbers at the tokens of the responses, and 0 elsewhere."""
+        """Return a (B, L) tensor with the numbers at the tokens of the responses and 0 elsewhere."""
         tensor = torch.zeros(self._labels().shape)
         for i, (row, start, length) in enumerate(zip(rows, self.starts, self.lengths, strict=True)):
             tensor[i, start : start + length] = torch.tensor(row)
@@ -262,8 +266,10 @@ class Oracle:
 
 
 def update(case: Case, oracle: Oracle, mask: torch.Tensor, logprobs: Rows, ref_logprobs: Rows) -> dict[str, Any]:
-    """Return what trl makes of a rollout under a mask, and the losses of `oracle`, the policy after an update."""
-    trainer, old, values = oracle.trainer, oracle.laid(logprobs), oracle.laid(case.values)
+    """Return trl's rewards and advantages of a rollout under a mask, and its losses for the updated policy `oracle`."""
+    trainer = oracle.trainer
+    old = oracle.laid(logprobs)
+    values = oracle.laid(case.values)
     rewards, _, _ = trainer.compute_rewards(torch.tensor(SCORES), old, oracle.laid(ref_logprobs), mask)
     values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
     new_values = oracle.laid(case.new_values).requires_grad_()
@@ -288,15 +294,23 @@ def update(case: Case, oracle: Oracle, mask: torch.Tensor, logprobs: Rows, ref_l
 
 
 def figures(case: Case) -> dict[str, Any]:
-    """Return all that is to be compared."""
-    start, rollout = Oracle(case, "start"), Oracle(case, "rollout")
-    logprobs, ref_logprobs, (_, _, mask) = rollout.logprobs(), start.logprobs(), rollout.forward()
+    """Return all numbers to compare."""
+    start = Oracle(case, "start")
+    rollout = Oracle(case, "rollout")
+    logprobs = rollout.logprobs()
+    ref_logprobs = start.logprobs()
+    _, _, mask = rollout.forward()
+
     every = rollout.laid([[1.0] * length for length in rollout.lengths]).long()
     masks = {"every_token": every}
     if case.family == "t5":
         masks["without_first"] = mask
     else:
         assert torch.equal(mask, every)
+
+    updates = {}
+    for name, counted in masks.items():
+        updates[name] = update(case, Oracle(case, "updated"), counted, logprobs, ref_logprobs)
     return {
         "fingerprint": case.fingerprint(),
         "values": case.values,
@@ -305,15 +319,15 @@ def figures(case: Case) -> dict[str, Any]:
         "bare_logprobs": start.bare_logprobs(),
         "logprobs_at_0.7": rollout.logprobs_at(0.7),
         "trl_mask": rollout.rows(mask),
-        **{name: update(case, Oracle(case, "updated"), m, logprobs, ref_logprobs) for name, m in masks.items()},
+        **updates,
     }
 
 
-# Where it is wrong
+# Errors of trl
 
 
-def faults(case: Case, found: dict[str, Any]) -> dict[str, Any]:
-    """Return how far trl is off, in nats where nothing else is said."""
+def faults(case: Case, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return the size of trl's errors, in nats unless the name says otherwise."""
     rollout = Oracle(case, "rollout")
     measured = {
         "kl_at_step_0": _kl_at_step_0(case),
@@ -321,17 +335,17 @@ def faults(case: Case, found: dict[str, Any]) -> dict[str, Any]:
         "temperature_0.7": _distance(rollout.logprobs_at(0.7), rollout.logprobs()),
         "mean_of_means": _relative(_weight_change(case, 2), _weight_change(case, len(PROMPTS))),
         "gradient_norms_clipped_to_0.01": _clipped_norms(case),
-        "whitened_std": _whitened_std(found),
+        "whitened_std": _whitened_std(numbers),
     }
     if case.family == "t5":
-        measured |= {"first_token": _first_token(found), "one_token_response": _one_token_response(case)}
+        measured |= {"first_token": _first_token(numbers), "one_token_response": _one_token_response(case)}
     else:
         measured["left_padding"] = _distance(Oracle(case, "rollout", side="left").logprobs(), rollout.logprobs())
     return measured
 
 
 def _kl_at_step_0(case: Case) -> float:
-    """The policy is its own reference, and trl is given a copy of it as such; yet it takes the bare base."""
+    """Return the KL that trl measures when its reference is a copy of the policy; it uses the bare base instead."""
     import trl
 
     copy = trl.create_reference_model(Oracle(case, "start").model)
@@ -345,17 +359,20 @@ def _after_a_step(case: Case) -> Oracle:
     return oracle
 
 
-def _gaps(one: Rows, other: Rows) -> Rows:
-    return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(one, other, strict=True)]
+def _differences(first: Rows, second: Rows) -> Rows:
+    differences = []
+    for first_row, second_row in zip(first, second, strict=True):
+        differences.append([a - b for a, b in zip(first_row, second_row, strict=True)])
+    return differences
 
 
-def _distance(one: Rows, other: Rows) -> dict[str, float]:
-    gaps = [abs(gap) for row in _gaps(one, other) for gap in row]
-    return {"mean": sum(gaps) / len(gaps), "max": max(gaps)}
+def _distance(first: Rows, second: Rows) -> dict[str, float]:
+    distances = [abs(difference) for row in _differences(first, second) for difference in row]
+    return {"mean": sum(distances) / len(distances), "max": max(distances)}
 
 
 def _weight_change(case: Case, mini_batch_size: int) -> torch.Tensor:
-    """What one optimizer step of plain gradient descent over all responses changes, minibatches accumulated."""
+    """Return the weight change of one step of plain gradient descent over all responses, minibatches accumulated."""
     times = len(PROMPTS) // mini_batch_size
     settings = {"mini_batch_size": mini_batch_size, "gradient_accumulation_steps": times, "vf_coef": 0.0}
     oracle = Oracle(case, "rollout", lr=1.0, **settings)
@@ -364,12 +381,12 @@ def _weight_change(case: Case, mini_batch_size: int) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in oracle.lora().values()]) - before
 
 
-def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _clipped_norms(case: Case) -> list[float]:
-    """Norms with which three optimizer steps are made, with `max_grad_norm` at 0.01."""
+    """Return the gradient norms of three optimizer steps with `max_grad_norm` 0.01."""
     oracle = Oracle(case, "rollout", mini_batch_size=2, max_grad_norm=0.01)
     norms: list[float] = []
 
@@ -382,19 +399,22 @@ def _clipped_norms(case: Case) -> list[float]:
     return norms
 
 
-def _whitened_std(found: dict[str, Any]) -> float:
-    """1 is right."""
-    return float(np.std([advantage for row in found["every_token"]["advantages"] for advantage in row]))
+def _whitened_std(numbers: dict[str, Any]) -> float:
+    """Return the standard deviation of trl's whitened advantages; 1 is correct."""
+    return float(np.std([advantage for row in numbers["every_token"]["advantages"] for advantage in row]))
 
 
-def _first_token(found: dict[str, Any]) -> dict[str, float]:
-    """What becomes of KL, loss and gradient without the first token: trl's over that of every token."""
-    gaps = _gaps(found["logprobs"]["start"], found["bare_logprobs"])
-    ours, trls = found["every_token"], found["without_first"]
-    gradients = [torch.cat([torch.tensor(weight) for weight in side["gradient"].values()]) for side in (trls, ours)]
+def _first_token(numbers: dict[str, Any]) -> dict[str, float]:
+    """Return how KL, loss and gradient change when the first token is left out, as trl does."""
+    kl = _differences(numbers["logprobs"]["start"], numbers["bare_logprobs"])
+    every_token = numbers["every_token"]
+    without_first = numbers["without_first"]
+    gradients = []
+    for side in (without_first, every_token):
+        gradients.append(torch.cat([torch.tensor(weight) for weight in side["gradient"].values()]))
     return {
-        "kl_at_step_0_of_every_token": sum(map(sum, gaps)) / len(gaps),
-        "policy_loss_difference": trls["policy_loss"] - ours["policy_loss"],
+        "kl_at_step_0_of_every_token": sum(map(sum, kl)) / len(kl),
+        "policy_loss_difference": without_first["policy_loss"] - every_token["policy_loss"],
         "gradient_relative_difference": _relative(*gradients),
         "gradient_cosine": float(torch.cosine_similarity(*gradients, dim=0)),
     }
@@ -411,26 +431,27 @@ def _one_token_response(case: Case) -> str:
 
 
 def controller() -> list[float]:
-    """Return the coefficients of trl's adaptive controller told each of its KLs."""
+    """Return the coefficients of trl's adaptive controller after each of the KLs."""
     from trl.trainer.utils import AdaptiveKLController
 
-    control, coefs = AdaptiveKLController(SETTINGS["kl_coef"], CONTROLLER["target"], CONTROLLER["horizon"]), []
+    control = AdaptiveKLController(SETTINGS["kl_coef"], CONTROLLER["target"], CONTROLLER["horizon"])
+    coefs = []
     for kl in CONTROLLER["kls"]:
         control.update(kl, CONTROLLER["batch_size"])
         coefs.append(float(control.value))
     return coefs
 
 
-def _rounded(found: Any) -> Any:
-    if isinstance(found, dict):
-        return {key: _rounded(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [_rounded(value) for value in found]
-    return float(f"{found:.9g}") if isinstance(found, float) else found  # 9 digits hold all of float32
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value  # 9 digits represent every float32
 
 
 def main(file: str) -> None:
-    """Write the figures of both families."""
+    """Write the numbers of both model families."""
     import trl
 
     warnings.filterwarnings("ignore")
@@ -441,8 +462,8 @@ def main(file: str) -> None:
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             case = build(family, Path(folder))
-            found = figures(case)
-            written[family] = found | {"faults": faults(case, found)}
+            numbers = figures(case)
+            written[family] = numbers | {"faults": faults(case, numbers)}
     text = json.dumps(_rounded(written), indent=1)
     lists_on_one_line = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
     Path(file).write_text(lists_on_one_line + "\n", encoding="utf-8")

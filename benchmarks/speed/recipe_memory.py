@@ -1,10 +1,10 @@
 """How much memory and time does a recipe take on the real architecture? Random weights, no network.
 
-    python benchmarks/recipe_memory.py dialogsum --prompt-tokens 256 --out runs/memory
+    python benchmarks/speed/recipe_memory.py dialogsum --prompt-tokens 256 --out runs/memory
 
-makes models of the recipe's very shapes (FLAN-T5, two RoBERTa-base), prompts of the given length and responses that
-never end before the limit, then runs every stage of the recipe in one process, and again each in its own, and prints
-the peak of each one's memory (VmHWM, as the kernel counts it) and its seconds.
+creates models of exactly the recipe's shapes (FLAN-T5, two RoBERTa-base), prompts of the given length and responses
+that never end before the limit. It runs every stage of the recipe in one process (with --stages, then each in its own)
+and prints the peak memory (VmHWM) and the seconds of each process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from detoxrl.models.loading import save_base
+from detoxrl.runtime.run_folder import STAGES
 
 SHAPES = {
     "small": {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
@@ -49,77 +50,121 @@ main(sys.argv[1:-1])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with as many words as FLAN-T5 knows tokens, so that random ids decode to text."""
-    words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(KNOWN.split())]
+    """Return a word-level tokenizer with FLAN-T5's number of tokens, so that random ids decode to text."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words += [a + b + c + "o" for a in letters for b in letters for c in letters][:17_000]
-    words += [a + b + c + "an" for a in letters for b in letters for c in letters][: 32_100 - len(words)]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    triples = [first + second + third for first in letters for second in letters for third in letters]
+    vocabulary = ["<pad>", "</s>", "<unk>", *dict.fromkeys(KNOWN.split())]
+    vocabulary += [f"{triple}o" for triple in triples[:17_000]]
+    vocabulary += [f"{triple}an" for triple in triples[: 32_100 - len(vocabulary)]]
+
+    model = models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<unk>")
+    word_level = Tokenizer(model)
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    word_level.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def make_parts(place: Path, size: str, prompt_tokens: int, rows: int) -> None:
-    """Write the policy's base, two classifiers and the dialogues."""
-    words = tokenizer()
+def save_t5(folder: Path, shape: dict[str, int]) -> None:
+    """Write a FLAN-T5 of a shape with random weights."""
+    config = T5Config(
+        vocab_size=32128,
+        d_kv=64,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        **shape,
+    )
     torch.manual_seed(0)
-    t5 = T5Config(vocab_size=32128, d_kv=64, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-                  decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **SHAPES[size])  # fmt: skip
-    model = T5ForConditionalGeneration(t5)
-    with (
-        torch.no_grad()
-    ):  # as they are made, logits are so large that every response would be one token again and again
-        model.lm_head.weight *= 0.02
-    save_base(model, words, place / "policy")
-    for name, labels in {"reward": ("nothate", "hate"), "judge": ("neutral", "toxic")}.items():
-        roberta = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, id2label=dict(enumerate(labels)),
-                                label2id={label: i for i, label in enumerate(labels)})  # fmt: skip
-        RobertaForSequenceClassification(roberta).save_pretrained(place / name)
-        words.save_pretrained(place / name)
-    draw, vocabulary = random.Random(0), list(words.get_vocab())[40:]
-    frame = len(words("Summarize the following conversation . Summary :").input_ids)
-    for split, count in {"train": rows, "validation": rows, "test": rows}.items():
-        with (place / "data" / f"{split}.jsonl").open("w") as lines:
-            for _ in range(count):
-                dialogue = " ".join(draw.choices(vocabulary, k=prompt_tokens - frame))
-                summary = " ".join(draw.choices(vocabulary, k=40))
+    model = T5ForConditionalGeneration(config)
+    # A fresh T5's output layer is tied to its embeddings, FLAN-T5's is not. Its initial logits are so large that every
+    # response would repeat one token.
+    model.lm_head.weight = torch.nn.Parameter(0.02 * model.lm_head.weight.detach())
+    save_base(model, tokenizer(), folder)
+
+
+def save_classifier(folder: Path, labels: tuple[str, str], shape: dict[str, int]) -> None:
+    """Write a RoBERTa classifier with random weights, of RoBERTa-base's shape where `shape` does not say otherwise."""
+    config = RobertaConfig(
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        **shape,
+    )
+    # With another seed the labels of the random classifier may be reversed, which detoxrl refuses.
+    torch.manual_seed(0)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def save_rows(folder: Path, prompt_tokens: int, rows: int) -> None:
+    """Write dialogues of random words whose prompts have the given length, with summaries of 40 words."""
+    word_level = tokenizer()
+    words = list(word_level.get_vocab())[40:]
+    template_tokens = len(word_level("Summarize the following conversation . Summary :").input_ids)
+    draw = random.Random(0)
+    for split in ("train", "validation", "test"):
+        with (folder / f"{split}.jsonl").open("w") as lines:
+            for _ in range(rows):
+                dialogue = " ".join(draw.choices(words, k=prompt_tokens - template_tokens))
+                summary = " ".join(draw.choices(words, k=40))
                 lines.write(json.dumps({"dialogue": dialogue, "summary": summary}) + "\n")
 
 
-def measured(words: list[str], place: Path) -> tuple[float, float]:
+def run_measured(command: list[str], folder: Path) -> tuple[float, float]:
     """Run a command in its own process; return its peak memory in GiB and its seconds."""
-    found, started = place / "peak.json", time.perf_counter()
-    subprocess.run([sys.executable, "-c", _PEAK, *words, str(found)], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(found.read_text()), time.perf_counter() - started
+    peak = folder / "peak.json"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", _PEAK, *command, str(peak)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(peak.read_text()), time.perf_counter() - started
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the flags that go to detoxrl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--size", choices=SHAPES, default="base")
-    parser.add_argument("--rows", type=int, default=32, help="dialogues of each split")
-    parser.add_argument("--stages", action="store_true", help="each stage in a process of its own too")
+    parser.add_argument("--rows", type=int, default=32, help="number of dialogues per split")
+    parser.add_argument("--stages", action="store_true", help="also run each stage in its own process")
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
-    options, flags = parser.parse_known_args()
-    shutil.rmtree(options.out, ignore_errors=True)
-    (options.out / "data").mkdir(parents=True)
-    make_parts(options.out, options.size, options.prompt_tokens, options.rows)
-    own = ["--policy.base", options.out / "policy", "--reward.classifier", options.out / "reward", "--data.source",
-           options.out / "data", "--evaluation.primary-judge", options.out / "judge", "--data.max-length", 100_000,
-           "--evaluation.prompts", 16, "--rl.validation-prompts", 16, *flags]  # fmt: skip
-    settings = [options.recipe, *map(str, own)]
-    peak, seconds = measured(["run", *settings, "--run-dir", str(options.out / "whole")], options.out)
-    print(
-        f"run        {peak:5.2f} GiB  {seconds:6.1f} s  {json.loads((options.out / 'whole/seconds.json').read_text())}"
-    )
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, flags = arguments()
+    out = options.out
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "data").mkdir(parents=True)
+    save_t5(out / "policy", SHAPES[options.size])
+    save_classifier(out / "reward", ("nothate", "hate"), {})
+    save_classifier(out / "judge", ("neutral", "toxic"), {})
+    save_rows(out / "data", options.prompt_tokens, options.rows)
+
+    settings = [
+        options.recipe,
+        *("--policy.base", str(out / "policy")),
+        *("--reward.classifier", str(out / "reward")),
+        *("--data.source", str(out / "data")),
+        *("--data.max-length", "100000"),
+        *("--evaluation.primary-judge", str(out / "judge")),
+        *("--evaluation.prompts", "16"),
+        *("--rl.validation-prompts", "16"),
+        *flags,
+    ]
+    peak, seconds = run_measured(["run", *settings, "--run-dir", str(out / "whole")], out)
+    by_stage = json.loads((out / "whole/seconds.json").read_text())
+    print(f"run        {peak:5.2f} GiB  {seconds:6.1f} s  {by_stage}", flush=True)
+
     if options.stages:
-        place = str(options.out / "apart")
-        for words in (["prepare", *settings, "--run-dir", place], *([stage, place] for stage in
-                      ("sft", "train", "evaluate", "report"))):  # fmt: skip
-            peak, seconds = measured(words, options.out)
-            print(f"{words[0]:<10} {peak:5.2f} GiB  {seconds:6.1f} s", flush=True)
+        run = str(out / "apart")
+        commands = [["prepare", *settings, "--run-dir", run]]
+        commands += [[stage, run] for stage in STAGES[1:]]
+        for command in commands:
+            peak, seconds = run_measured(command, out)
+            print(f"{command[0]:<10} {peak:5.2f} GiB  {seconds:6.1f} s", flush=True)
 
 
 if __name__ == "__main__":

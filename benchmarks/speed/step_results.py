@@ -1,4 +1,4 @@
-"""What do the rows of benchmarks/step_speed.py say? Medians, ratios, checks, Markdown and figures."""
+"""What do the rows of step_speed.py show? Medians, ratios, checks, Markdown tables and figures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
-# Okabe and Ito's colours. trl does not part encoding from what needs it.
+# Okabe and Ito's colours. trl does not separate encoding from the stages that need it.
 STAGES = {"encode": "#56B4E9", "sample": "#0072B2", "log-probs": "#009E73", "score": "#999999", "update": "#E69F00"}
-OURS, FLOOR, SLACK = "detoxrl", "floor", 0.1
-"""SLACK: by how much a ratio of times may exceed the ratio of sizes before it is called faster than linear."""
+OURS = "detoxrl"
+FLOOR = "floor"
+DRAWN = ("trl per-prompt", "trl batched", OURS, FLOOR)  # From top to bottom.
+SLACK = 0.1  # The tolerance of the check that time grows at most linearly with a size.
 AXES = {
     "batch": "prompts per step", "prompt": "tokens per prompt", "response": "tokens per response",
     "size": "million parameters", "epochs": "epochs", "prompts": "prompts in the data set",
@@ -27,6 +29,8 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.titlesize": 9,
     "axes.titlelocation": "left", "xtick.labelsize": 8, "ytick.labelsize": 8,
 }  # fmt: skip
+# Leaves out the date and the version of matplotlib, so that the same figure is the same file.
+NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def read_rows(file: Path) -> Rows:
@@ -46,176 +50,257 @@ def _stages(rows: Rows) -> dict[str, float]:
 
 
 def summary(rows: Rows) -> dict[str, Any]:
-    """Return each contestant's medians by precision, and ratios of seconds, each of steps of one round."""
+    """Return each contestant's medians by precision, and the ratios of seconds between steps of the same round."""
     groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
         groups.setdefault((row["contestant"], row["dtype"]), []).append(row)
-    contestants = []
-    for (name, dtype), some in groups.items():
-        seconds, peak = _spread([row["seconds"] for row in some]), max(row["peak_gib"] for row in some)
-        processor = median(row["processor_seconds"] for row in some)
-        tokens = some[0]["step"]["batch"] * some[0]["step"]["response"]
-        one = {"contestant": name, "dtype": dtype, "seconds": seconds, "stages": _stages(some), "peak_gib": peak}
-        one |= {"processor_seconds": processor, "tokens_per_second": tokens / seconds["median"], "rounds": len(some)}
-        rated = [key for key in some[0] if key.endswith("GFLOP/s") or key in ("plain_seconds", "gflop")]
-        contestants.append(one | {key: median(row[key] for row in some) for key in rated})
-    pairs = [(one, (OURS, one[1]), "seconds") for one in groups if one[0].startswith("trl")]
-    pairs += [(one, (OURS, "bf16"), "seconds") for one in groups if one == ("trl per-prompt", "fp32")]
-    pairs += [((OURS, dtype), (name, dtype), key) for name, dtype in groups if name == FLOOR
-              for key in ("seconds", "plain_seconds")]  # fmt: skip
+    contestants = [_contestant(name, dtype, group) for (name, dtype), group in groups.items()]
+    return {"step": rows[0]["step"], "contestants": contestants, "ratios": _ratios(groups)}
+
+
+def _contestant(name: str, dtype: str, group: Rows) -> dict[str, Any]:
+    """Return the medians of a contestant in one precision."""
+    seconds = _spread([row["seconds"] for row in group])
+    tokens = group[0]["step"]["batch"] * group[0]["step"]["response"]
+    medians = {
+        "contestant": name,
+        "dtype": dtype,
+        "seconds": seconds,
+        "stages": _stages(group),
+        "peak_gib": max(row["peak_gib"] for row in group),
+        "processor_seconds": median(row["processor_seconds"] for row in group),
+        "tokens_per_second": tokens / seconds["median"],
+        "rounds": len(group),
+    }
+    for key in group[0]:
+        if key.endswith("GFLOP/s") or key in ("plain_seconds", "gflop"):
+            medians[key] = median(row[key] for row in group)
+    return medians
+
+
+def _ratios(groups: dict[tuple[str, str], Rows]) -> list[dict[str, Any]]:
+    """Return how many times longer trl's step takes than detoxrl's, and detoxrl's than the floor."""
+    pairs = []
+    for name, dtype in groups:
+        if name.startswith("trl"):
+            pairs.append(((name, dtype), (OURS, dtype), "seconds"))
+    if ("trl per-prompt", "fp32") in groups:
+        pairs.append((("trl per-prompt", "fp32"), (OURS, "bf16"), "seconds"))
+    for name, dtype in groups:
+        if name == FLOOR:
+            pairs.append(((OURS, dtype), (name, dtype), "seconds"))
+            pairs.append(((OURS, dtype), (name, dtype), "plain_seconds"))
+
     ratios = []
-    for one, other, key in pairs:
-        if other in groups:
-            found = [a["seconds"] / b[key] for a, b in zip(groups[one], groups[other], strict=False)]
-            plain = " (PyTorch's own linear, feed-forward)" if key == "plain_seconds" else ""
-            ratios.append({"of": " ".join(one), "to": " ".join(other) + plain} | _spread(found))
-    return {"step": rows[0]["step"], "contestants": contestants, "ratios": ratios}
+    for slower, faster, key in pairs:
+        if faster not in groups:
+            continue
+        rounds = zip(groups[slower], groups[faster], strict=False)
+        spread = _spread([row["seconds"] / other[key] for row, other in rounds])
+        note = " (PyTorch's own linear, feed-forward)" if key == "plain_seconds" else ""
+        ratios.append({"of": " ".join(slower), "to": " ".join(faster) + note, **spread})
+    return ratios
 
 
-def compare_table(found: dict[str, Any]) -> str:
+def compare_table(compared: dict[str, Any]) -> str:
     """Return the comparison in Markdown."""
-    lines = [f"| contestant | precision | s / step | {' | '.join(STAGES)} | processor s | tokens/s | peak GiB |",
-             f"|---|---|--:|{'--:|' * len(STAGES)}--:|--:|--:|"]  # fmt: skip
-    for one in found["contestants"]:
-        seconds = one["seconds"]
-        stages = " | ".join(f"{one['stages'][stage]:.2f}" if stage in one["stages"] else "" for stage in STAGES)
-        peak = "" if one["contestant"] == FLOOR else f"{one['peak_gib']:.1f}"
-        took = f"{seconds['median']:.2f} ({seconds['low']:.2f} to {seconds['high']:.2f})"
-        processor = "" if one["contestant"] == FLOOR else f"{one['processor_seconds']:.1f}"
-        row = (one["contestant"], one["dtype"], took, stages, processor, f"{one['tokens_per_second']:.0f}", peak)
-        lines.append(f"| {' | '.join(row)} |")
+    lines = [
+        f"| contestant | precision | s / step | {' | '.join(STAGES)} | processor s | tokens/s | peak GiB |",
+        f"|---|---|--:|{'--:|' * len(STAGES)}--:|--:|--:|",
+    ]
+    for contestant in compared["contestants"]:
+        lines.append(f"| {' | '.join(_compare_cells(contestant))} |")
+
     lines += ["", "| ratio of seconds | median of rounds | range |", "|---|--:|---|"]
-    for one in found["ratios"]:
-        lines.append(f"| {one['of']} / {one['to']} | {one['median']:.2f} | {one['low']:.2f} to {one['high']:.2f} |")
+    for ratio in compared["ratios"]:
+        spread = f"{ratio['median']:.2f} | {ratio['low']:.2f} to {ratio['high']:.2f}"
+        lines.append(f"| {ratio['of']} / {ratio['to']} | {spread} |")
+
     lines.append("")
-    for one in found["contestants"]:
-        if one["contestant"] == FLOOR:
-            rates = ", ".join(f"{key.split()[0]} {one[key]:.0f}" for key in one if key.endswith("GFLOP/s"))
-            best, plain = one["seconds"]["median"], one["plain_seconds"]
-            what = f"{best:.2f} s at the best rate, {plain:.2f} s at that of PyTorch's own linear layer, feed-forward"
-            lines.append(f"Floor in {one['dtype']}: {one['gflop']:.0f} GFLOP; {what} (GFLOP/s: {rates}).")
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    versions = "; ".join(f"{name}: {', '.join(f'{part} {number}' for part, number in parts.items())}"
-                         for name, parts in found["versions"].items() if name != FLOOR)  # fmt: skip
-    return "\n".join([*lines, "", f"{machine}; {found['contestants'][0]['rounds']} rounds. {versions}."])
+    for contestant in compared["contestants"]:
+        if contestant["contestant"] == FLOOR:
+            lines.append(_floor_line(contestant))
+
+    machine = ", ".join(f"{key} {value}" for key, value in compared["machine"].items())
+    versions = []
+    for name, packages in compared["versions"].items():
+        if name != FLOOR:
+            numbers = ", ".join(f"{package} {number}" for package, number in packages.items())
+            versions.append(f"{name}: {numbers}")
+    rounds = compared["contestants"][0]["rounds"]
+    return "\n".join([*lines, "", f"{machine}; {rounds} rounds. {'; '.join(versions)}."])
 
 
-def draw_compare(found: dict[str, Any], file: Path) -> None:
-    """Draw the seconds of a step by stage, a panel for each precision."""
-    dtypes = list(dict.fromkeys(one["dtype"] for one in found["contestants"]))
+def _compare_cells(contestant: dict[str, Any]) -> list[str]:
+    stages = contestant["stages"]
+    is_floor = contestant["contestant"] == FLOOR
+    return [
+        contestant["contestant"],
+        contestant["dtype"],
+        _seconds_cell(contestant["seconds"]),
+        *(f"{stages[stage]:.2f}" if stage in stages else "" for stage in STAGES),
+        "" if is_floor else f"{contestant['processor_seconds']:.1f}",
+        f"{contestant['tokens_per_second']:.0f}",
+        "" if is_floor else f"{contestant['peak_gib']:.1f}",
+    ]
+
+
+def _seconds_cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
+def _floor_line(floor: dict[str, Any]) -> str:
+    rates = ", ".join(f"{key.split()[0]} {floor[key]:.0f}" for key in floor if key.endswith("GFLOP/s"))
+    best = f"{floor['seconds']['median']:.2f} s at the best rate"
+    plain = f"{floor['plain_seconds']:.2f} s at that of PyTorch's own linear layer, feed-forward"
+    return f"Floor in {floor['dtype']}: {floor['gflop']:.0f} GFLOP; {best}, {plain} (GFLOP/s: {rates})."
+
+
+def draw_compare(compared: dict[str, Any], file: Path) -> None:
+    """Draw the seconds of a step by stage, one panel for each precision."""
+    contestants = compared["contestants"]
+    dtypes = list(dict.fromkeys(contestant["dtype"] for contestant in contestants))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 1.5 * len(dtypes)), layout="constrained")
         panels: Iterable[Axes] = figure.subplots(len(dtypes), 1, sharex=True, squeeze=False)[:, 0]
-        order = ("trl per-prompt", "trl batched", OURS, FLOOR)
         for dtype, axes in zip(dtypes, panels, strict=True):
-            some = {one["contestant"]: one for one in found["contestants"] if one["dtype"] == dtype}
-            names = [name for name in order if name in some]
-            for height, name in enumerate(names):
-                left = 0.0
-                for stage, colour in STAGES.items():
-                    seconds = some[name]["stages"].get(stage, 0.0)
-                    label = stage if name == OURS else None
-                    axes.barh(height, seconds, left=left, color=colour, height=0.7, label=label)
-                    left += seconds
-                axes.text(left, height, f" {some[name]['seconds']['median']:.1f} s", va="center", fontsize=8)
-            axes.set_yticks(range(len(names)), names)
-            axes.invert_yaxis()
+            group = {row["contestant"]: row for row in contestants if row["dtype"] == dtype}
+            _draw_bars(axes, [group[name] for name in DRAWN if name in group])
             axes.set_title(dtype)
-            axes.margins(x=0.08)
         axes.set_xlabel("seconds of one step")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=len(STAGES), frameon=False)
         _save(figure, file)
+
+
+def _draw_bars(axes: Axes, contestants: Rows) -> None:
+    """Draw a bar for each contestant, with one part for each stage."""
+    for height, contestant in enumerate(contestants):
+        left = 0.0
+        for stage, colour in STAGES.items():
+            seconds = contestant["stages"].get(stage, 0.0)
+            label = stage if contestant["contestant"] == OURS else None
+            axes.barh(height, seconds, left=left, color=colour, height=0.7, label=label)
+            left += seconds
+        axes.text(left, height, f" {contestant['seconds']['median']:.1f} s", va="center", fontsize=8)
+
+    axes.set_yticks(range(len(contestants)), [contestant["contestant"] for contestant in contestants])
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
 
 
 # Against its own sizes
 
 
 def curves(rows: Rows) -> dict[str, dict[float, Rows]]:
-    """Return for each size the rows of each of its values, all else as usual; one of them is the usual step."""
+    """Return for each size the rows of each value, with the default for every other size."""
     points: dict[str, Rows] = {}
     for row in rows:
         points.setdefault(json.dumps([row["size"], row["step"]]), []).append(row)
-    usual, *others = points.values()  # the first is the usual step
-    found: dict[str, dict[float, Rows]] = {}
+    usual, *others = points.values()  # The default step comes first.
+
+    by_axis: dict[str, dict[float, Rows]] = {}
     for axis in AXES:
-        at = {_value(some[0], axis): some for some in others if _differs(some[0], usual[0]) == axis}
-        if at:
-            found[axis] = dict(sorted((at | {_value(usual[0], axis): usual}).items()))
-    return found
+        curve = {_value(group[0], axis): group for group in others if _changed_axis(group[0], usual[0]) == axis}
+        if curve:
+            curve[_value(usual[0], axis)] = usual
+            by_axis[axis] = dict(sorted(curve.items()))
+    return by_axis
 
 
 def _value(row: dict[str, Any], axis: str) -> float:
     return float(round(row["parameters"] / 1e6)) if axis == "size" else row["step"][axis]
 
 
-def _differs(row: dict[str, Any], usual: dict[str, Any]) -> str:
-    return next((axis for axis in row["step"] if row["step"][axis] != usual["step"][axis]), "size")
+def _changed_axis(row: dict[str, Any], usual: dict[str, Any]) -> str:
+    for axis in row["step"]:
+        if row["step"][axis] != usual["step"][axis]:
+            return str(axis)
+    return "size"
 
 
 def cost_table(rows: Rows) -> str:
-    """Return our own cost against each size in Markdown."""
+    """Return the cost of detoxrl's step for each size in Markdown."""
     lines = [f"| size | value | s / step | {' | '.join(STAGES)} |", f"|---|--:|--:|{'--:|' * len(STAGES)}"]
     for axis, curve in curves(rows).items():
-        for value, some in curve.items():
-            seconds, stages = _spread([row["seconds"] for row in some]), _stages(some)
-            took = f"{seconds['median']:.2f} ({seconds['low']:.2f} to {seconds['high']:.2f})"
-            lines.append(
-                f"| {AXES[axis]} | {value:g} | {took} | {' | '.join(f'{stages[one]:.2f}' for one in STAGES)} |"
-            )
+        for value, group in curve.items():
+            stages = _stages(group)
+            seconds = _seconds_cell(_spread([row["seconds"] for row in group]))
+            cells = [AXES[axis], f"{value:g}", seconds, *(f"{stages[stage]:.2f}" for stage in STAGES)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
 def check_lines(rows: Rows) -> list[str]:
-    """Return what must hold of the cost, and whether it does."""
-    found, said = curves(rows), []
-    seconds = {axis: {value: median(row["seconds"] for row in some) for value, some in curve.items()}
-               for axis, curve in found.items()}  # fmt: skip
+    """Return one line for each property that the cost must have, and whether it has it."""
+    by_axis = curves(rows)
+    seconds: dict[str, dict[float, float]] = {}
+    for axis, curve in by_axis.items():
+        seconds[axis] = {value: median(row["seconds"] for row in group) for value, group in curve.items()}
+
+    lines = []
     for axis in ("batch", "response", "prompt"):
-        took = list(seconds.get(axis, {}).items())
-        for (small, before), (large, after) in pairwise(took):
-            ratio, holds = after / before, after / before <= large / small * (1 + SLACK)
-            said.append(f"- {AXES[axis]} {small:g} to {large:g}: {ratio:.2f} times the time, "
-                        f"{'no faster' if holds else 'FASTER'} than linear")  # fmt: skip
-    if "epochs" in found:
-        (_, first), (passes, second), *_ = found["epochs"].items()
-        stages, more = _stages(first), _stages(second)
-        grown = {stage: more[stage] - stages[stage] for stage in ("encode", "update")}
-        took = seconds["epochs"][passes] - seconds["epochs"][1]
-        read = max(row["encoded"] for row in second)
-        said.append(f"- a second epoch: {took:.2f} s more, {grown['update']:.2f} of them in the update, "
-                    f"{grown['encode']:.2f} in the encoder; a prompt is encoded {read:g} time(s)")  # fmt: skip
-    if "prompts" in found:
-        times = seconds["prompts"].values()
-        said.append(f"- prompts in the data set: the slowest is {max(times) / min(times):.2f} times the fastest")
-    return said
+        points = list(seconds.get(axis, {}).items())
+        for (small, before), (large, after) in pairwise(points):
+            is_linear = after / before <= large / small * (1 + SLACK)
+            growth = f"{AXES[axis]} {small:g} to {large:g}: {after / before:.2f} times the time"
+            lines.append(f"- {growth}, {'no faster' if is_linear else 'FASTER'} than linear")
+    if "epochs" in by_axis:
+        lines.append(_epoch_line(by_axis["epochs"], seconds["epochs"]))
+    if "prompts" in by_axis:
+        slowest, fastest = max(seconds["prompts"].values()), min(seconds["prompts"].values())
+        lines.append(f"- prompts in the data set: the slowest is {slowest / fastest:.2f} times the fastest")
+    return lines
+
+
+def _epoch_line(curve: dict[float, Rows], seconds: dict[float, float]) -> str:
+    """Return what a second epoch costs, and where."""
+    (_, first), (epochs, second), *_ = curve.items()
+    stages_of_first = _stages(first)
+    stages_of_second = _stages(second)
+    more = {stage: stages_of_second[stage] - stages_of_first[stage] for stage in ("encode", "update")}
+    encoded = max(row["encoded"] for row in second)
+    return (
+        f"- a second epoch: {seconds[epochs] - seconds[1]:.2f} s more, {more['update']:.2f} of them in the update, "
+        f"{more['encode']:.2f} in the encoder; a prompt is encoded {encoded:g} time(s)"
+    )
 
 
 def draw_cost(rows: Rows, file: Path) -> None:
-    """Draw the seconds of a step against each size on logarithmic axes, and what growth in proportion would be."""
-    found = curves(rows)
+    """Draw the seconds of a step against each size on logarithmic axes, with a line for linear growth."""
+    by_axis = curves(rows)
+    panel_rows = -(-len(by_axis) // 3)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 2.2 * -(-len(found) // 3)), layout="constrained")
-        panels = figure.subplots(-(-len(found) // 3), 3, sharey=True, squeeze=False).flat
-        for (axis, curve), axes in zip(found.items(), panels, strict=False):
-            values, first = list(curve), median(row["seconds"] for row in next(iter(curve.values())))
-            took = [_spread([row["seconds"] for row in some]) for some in curve.values()]
-            if axis != "prompts":
-                axes.plot(values, [first * value / values[0] for value in values], "--", color="#999999", linewidth=0.8)
-            axes.vlines(values, [one["low"] for one in took], [one["high"] for one in took], color="#0072B2")
-            axes.plot(values, [one["median"] for one in took], "o-", color="#0072B2", markersize=3, linewidth=1)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
-            axes.set_xticks(values, [f"{value:g}" for value in values])
-            axes.minorticks_off()
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.set_title(AXES[axis])
+        figure = Figure(figsize=(7, 2.2 * panel_rows), layout="constrained")
+        panels = figure.subplots(panel_rows, 3, sharey=True, squeeze=False).flat
+        for (axis, curve), axes in zip(by_axis.items(), panels, strict=False):
+            _draw_curve(axes, axis, curve)
         for axes in panels:
             axes.set_axis_off()
         figure.supylabel("seconds of one step", fontsize=9)
         _save(figure, file)
 
 
+def _draw_curve(axes: Axes, axis: str, curve: dict[float, Rows]) -> None:
+    """Draw the seconds of a step against one size."""
+    values = list(curve)
+    spreads = [_spread([row["seconds"] for row in group]) for group in curve.values()]
+    if axis != "prompts":
+        linear = [spreads[0]["median"] * value / values[0] for value in values]
+        axes.plot(values, linear, "--", color="#999999", linewidth=0.8)
+    lows = [spread["low"] for spread in spreads]
+    highs = [spread["high"] for spread in spreads]
+    axes.vlines(values, lows, highs, color="#0072B2")
+    axes.plot(values, [spread["median"] for spread in spreads], "o-", color="#0072B2", markersize=3, linewidth=1)
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(AXES[axis])
+
+
 def _save(figure: Figure, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None, "Creator": None})
-    # matplotlib writes blanks at the ends of lines.
+    # matplotlib writes trailing blanks.
     file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")

@@ -1,18 +1,18 @@
-"""How long does a step of PPO take, against trl's PPOTrainer, against the machine's limit, and against its own sizes?
+"""How long does a step of PPO take, compared with trl's PPOTrainer, with the machine's limit, and for each size?
 
-    python benchmarks/step_speed.py compare --trl-python trl-env/bin/python     some 25 minutes on 2 idle cores
-    python benchmarks/step_speed.py cost                                        some 20 minutes
-    python benchmarks/step_speed.py table                                       what was measured, in Markdown
-    python benchmarks/step_speed.py plot                                        docs/performance-*.svg
+    python benchmarks/speed/step_speed.py compare --trl-python trl-env/bin/python     about 25 minutes on 2 idle cores
+    python benchmarks/speed/step_speed.py cost                                        about 20 minutes
+    python benchmarks/speed/step_speed.py table                                       print the results as Markdown
+    python benchmarks/speed/step_speed.py plot                                        draw docs/performance-*.svg
 
-The environment of trl is made as benchmarks/oracle/trl-requirements.txt says. No network: models have random weights and
-the exact shapes of FLAN-T5 (base), with a LoRA of rank 32 on q and v, and of a RoBERTa-base reward. Prompts have 256
-tokens, responses always 64, a step 16 of them in minibatches of 4, once.
+benchmarks/oracle/trl-requirements.txt says how to create the environment of trl. No network is needed: the models have
+random weights and the exact shapes of FLAN-T5 (base), with a LoRA of rank 32 on q and v, and of a RoBERTa-base reward.
+A step has 16 prompts of 256 tokens and responses of exactly 64, in minibatches of 4, for one epoch.
 
-`compare`: each contestant is a process that keeps its models and makes a step when told. They take turns, one at a
-time, so that what else the machine does meets all of them; where processor time is far below threads times seconds,
-others were using it, and the clock tells little. The floor (benchmarks/step_floor.py) takes its turn too.
-`cost`: our own step, one size changed at a time, up and down the list of points by turns.
+`compare`: each contestant is a process that keeps its models in memory and makes a step on request. They run in turn,
+one at a time, so that other load on the machine affects all of them. If processor time is far below threads times
+seconds, another program was running and the times are not reliable. The floor (step_floor.py) takes its turn too.
+`cost`: detoxrl's step, with one size changed at a time; every other round goes through the sizes in reverse.
 """
 
 from __future__ import annotations
@@ -45,24 +45,34 @@ TINY_GRID: dict[str, tuple[Any, ...]] = {
 
 
 class Worker:
-    """A process that makes one step whenever it is told."""
+    """A process that makes one step on request."""
 
     def __init__(self, script: str, task: Task, python: Path, log: Path) -> None:
-        numbers = {name: str(task.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        # A thread that waits for work must not spin long, or it takes the processor from the one that works.
-        own = {**numbers, "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        ours = python == Path(sys.executable)
-        inherited = {name: value for name, value in os.environ.items() if ours or name != "PYTHONPATH"}
+        environment = dict(os.environ)
+        if python != Path(sys.executable):
+            environment.pop("PYTHONPATH", None)
+        environment.update(
+            OMP_NUM_THREADS=str(task.threads),
+            MKL_NUM_THREADS=str(task.threads),
+            GOMP_SPINCOUNT="2000",  # A waiting thread that spins takes the processor from a working one.
+            HF_HUB_OFFLINE="1",
+            TOKENIZERS_PARALLELISM="false",
+            CUDA_VISIBLE_DEVICES="",
+        )
         self._log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, HERE / script, *task.words()], env=inherited | own | {"CUDA_VISIBLE_DEVICES": ""}, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            )  # fmt: skip
+                [python, HERE / script, *task.arguments()],
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
         self.warm_up = self._answer()
 
     def step(self, **changes: Any) -> dict[str, Any]:
-        """Let it make a step, some of its sizes changed, and return its row."""
+        """Make a step with some sizes changed and return its row."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(changes) + "\n")
         self._process.stdin.flush()
@@ -87,7 +97,7 @@ class Worker:
 
 
 def models(out: Path, size: str) -> str:
-    """Return the folder with the models of a size, made if it is not there."""
+    """Return the folder with the models of a size; create it if it is missing."""
     folder = out / "models" / size
     if not (folder / "reward" / "tokenizer.json").is_file():  # written last
         subprocess.run([sys.executable, HERE / "step_worker.py", "--make", folder, size], check=True)
@@ -95,42 +105,54 @@ def models(out: Path, size: str) -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Return what the numbers belong to."""
+    """Describe the machine and the date of the measurement."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": threads,
-            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
-def tell(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any]) -> None:
+    """Print a row to stderr."""
     stages = "  ".join(f"{name} {seconds:.2f}" for name, seconds in row["stages"].items())
-    what = row.get("contestant") or {"size": row["size"]} | row["step"]
-    took = f"{row['seconds']:.2f} s, {row['processor_seconds']:.2f} s of processor time"
-    print(f"{what} {row['dtype']}: {took} ({stages})", file=sys.stderr, flush=True)
+    subject = row.get("contestant") or {"size": row["size"], **row["step"]}
+    seconds = f"{row['seconds']:.2f} s, {row['processor_seconds']:.2f} s of processor time"
+    print(f"{subject} {row['dtype']}: {seconds} ({stages})", file=sys.stderr, flush=True)
 
 
-def written(rows: Iterable[dict[str, Any]], file: Path) -> None:
-    """Write rows as they come."""
+def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    """Write each row as soon as it is measured."""
     with file.open("w") as lines:
         for row in rows:
             print(json.dumps(row), file=lines, flush=True)
-            tell(row)
+            show(row)
 
 
-def compared(options: argparse.Namespace, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row for every step of every contestant; what they run on is added to `about`."""
-    place, step = models(options.out, options.size), TINY if options.size == "tiny" else Step()
+def usual_step(size: str) -> Step:
+    """Return the step that nothing is changed of."""
+    return TINY if size == "tiny" else Step()
+
+
+def measure_contestants(options: argparse.Namespace, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for every step of every contestant; add their library versions to `about`."""
+    folder = models(options.out, options.size)
     for dtype in options.dtypes.split(","):
-        task = Task(models=place, dtype=dtype, step=step, threads=options.threads)
-        starts = {"detoxrl": ("step_worker.py", task, Path(sys.executable))}
-        for way in options.trl.split(",") if options.trl_python else ():
-            starts[f"trl {way}"] = ("trl_worker.py", replace(task, generate=way), options.trl_python)
-        starts["floor"] = ("step_floor.py", task, Path(sys.executable))
+        task = Task(models=folder, dtype=dtype, step=usual_step(options.size), threads=options.threads)
+        contestants = {"detoxrl": ("step_worker.py", task, Path(sys.executable))}
+        if options.trl_python:
+            for method in options.trl.split(","):
+                contestants[f"trl {method}"] = ("trl_worker.py", replace(task, generate=method), options.trl_python)
+        contestants["floor"] = ("step_floor.py", task, Path(sys.executable))
+
         with ExitStack() as stack:
             workers = {}
-            for name, (script, given, python) in starts.items():
+            for name, (script, contestant_task, python) in contestants.items():
                 log = options.out / f"{name.replace(' ', '-')}-{dtype}.log"
-                workers[name] = stack.enter_context(Worker(script, given, python, log))
+                workers[name] = stack.enter_context(Worker(script, contestant_task, python, log))
                 about["versions"][name.split()[0]] = workers[name].warm_up["versions"]
             for turn in range(options.rounds):
                 for name, worker in workers.items():
@@ -138,17 +160,19 @@ def compared(options: argparse.Namespace, about: dict[str, Any]) -> Iterator[dic
 
 
 def points(over: Iterable[str], size: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return model size and changed sizes of each point; the usual step is one of them."""
-    found: list[tuple[str, dict[str, Any]]] = [(size, {})]
+    """Return the model size and the changed sizes of each point; the default step comes first."""
+    grid = TINY_GRID if size == "tiny" else GRID
+    changed: list[tuple[str, dict[str, Any]]] = [(size, {})]
     for axis in over:
-        for value in (TINY_GRID if size == "tiny" else GRID)[axis]:
-            usual = value == (size if axis == "size" else getattr(TINY if size == "tiny" else Step(), axis))
-            if not usual:
-                found.append((value, {}) if axis == "size" else (size, {axis: value}))
-    return found
+        usual = size if axis == "size" else getattr(usual_step(size), axis)
+        for value in grid[axis]:
+            if value == usual:
+                continue
+            changed.append((value, {}) if axis == "size" else (size, {axis: value}))
+    return changed
 
 
-def costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure_sizes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for every step of every point."""
     chosen = points(options.over.split(","), options.size)
     if options.large:
@@ -156,8 +180,12 @@ def costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         workers = {}
         for size in dict.fromkeys(size for size, _ in chosen):
-            step = TINY if options.size == "tiny" else Step()
-            task = Task(models=models(options.out, size), dtype=options.dtype, step=step, threads=options.threads)
+            task = Task(
+                models=models(options.out, size),
+                dtype=options.dtype,
+                step=usual_step(options.size),
+                threads=options.threads,
+            )
             worker = Worker("step_worker.py", task, Path(sys.executable), options.out / f"cost-{size}.log")
             workers[size] = stack.enter_context(worker)
         for turn in range(options.rounds):
@@ -165,37 +193,48 @@ def costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"dtype": options.dtype, "round": turn, "size": size} | workers[size].step(**changes)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("compare", "cost", "table", "plot"))
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
-    parser.add_argument("--size", choices=SIZES, default="base", help="tiny: seconds, to try the benchmark itself")
+    parser.add_argument(
+        "--size", choices=SIZES, default="base", help="tiny takes seconds and tests the benchmark itself"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trl-python", type=Path, help="of trl's environment; without it trl is left out")
+    parser.add_argument("--trl-python", type=Path, help="Python of trl's environment; without it trl is left out")
     parser.add_argument("--trl", default="per-prompt,batched", help="how trl samples")
-    parser.add_argument("--dtypes", default="fp32,bf16", help="of `compare`")
-    parser.add_argument("--over", default=",".join(GRID), help="what `cost` changes")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of `cost`")
-    parser.add_argument("--large", action="store_true", help="`cost` measures FLAN-T5 large too")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where `plot` draws")
-    options = parser.parse_args()
+    parser.add_argument("--dtypes", default="fp32,bf16", help="precisions that `compare` measures")
+    parser.add_argument("--over", default=",".join(GRID), help="sizes that `cost` changes")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision that `cost` measures")
+    parser.add_argument("--large", action="store_true", help="`cost` also measures FLAN-T5 large")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the figures of `plot`")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
-    compare, cost = options.out / "compare.jsonl", options.out / "cost.jsonl"
+    compare = options.out / "compare.jsonl"
+    cost = options.out / "cost.jsonl"
+
     if options.what == "compare":
         about: dict[str, Any] = {"machine": machine(options.threads), "versions": {}, "size": options.size}
-        written(compared(options, about), compare)
-        found = about | summary(read_rows(compare))
-        (options.out / "compare.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_rows(measure_contestants(options, about), compare)
+        compared = about | summary(read_rows(compare))
+        (options.out / "compare.json").write_text(json.dumps(compared, indent=1) + "\n")
     elif options.what == "cost":
-        written(costs(options), cost)
+        write_rows(measure_sizes(options), cost)
         about = {"machine": machine(options.threads), "size": options.size, "step": asdict(Step())}
         (options.out / "cost.json").write_text(json.dumps(about, indent=1) + "\n")
+
     if options.what in ("compare", "table") and compare.is_file():
         print(compare_table(json.loads((options.out / "compare.json").read_text())))
     if options.what in ("cost", "table") and cost.is_file():
         print(cost_table(read_rows(cost)))
         print("\n".join(check_lines(read_rows(cost))))
+
     if options.what == "plot" and compare.is_file():
         draw_compare(json.loads((options.out / "compare.json").read_text()), options.docs / "performance-compare.svg")
     if options.what == "plot" and cost.is_file():

@@ -4,13 +4,6 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# OpenMP threads spin while they wait; where cores are shared with another job, two spinning teams slow each other
-# down a hundredfold (docs/log.md). It must be said before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# No library reports of itself, and wandb copies nothing that is printed, unless the environment says otherwise.
-os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off"} | os.environ
-
 if TYPE_CHECKING:
     from detoxrl.commands.export import export
     from detoxrl.commands.run import evaluate, run
@@ -21,22 +14,41 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Looked up on first use, so that `import detoxrl` does not import torch; an error's home is errors.
-_HOMES = {
-    "Config": "config.schema",
-    "RewardFunction": "rewards.function",
-    "evaluate": "commands.run",
-    "run": "commands.run",
-}
-_HOMES |= {"recipe": "config.recipes", "recipe_names": "config.recipes", "export": "commands.export"}
-
 __all__ = [
     "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
     "evaluate", "export", "recipe", "recipe_names", "run",
 ]  # fmt: skip
 
+_ENVIRONMENT = {
+    # OpenMP threads spin while they wait. If another job shares the cores, two spinning teams slow each other down a
+    # hundredfold (docs/log.md). OpenMP reads this when torch is imported.
+    "GOMP_SPINCOUNT": "2000",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Libraries send no telemetry, and wandb does not copy what is printed.
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_CONSOLE": "off",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+# The public names are imported on first use, so that `import detoxrl` does not wait for torch.
+_MODULES = {
+    "Config": "detoxrl.config.schema",
+    "DetoxrlError": "detoxrl.errors",
+    "InputError": "detoxrl.errors",
+    "RewardFunction": "detoxrl.rewards.function",
+    "StorageError": "detoxrl.errors",
+    "TrainingError": "detoxrl.errors",
+    "evaluate": "detoxrl.commands.run",
+    "export": "detoxrl.commands.export",
+    "recipe": "detoxrl.config.recipes",
+    "recipe_names": "detoxrl.config.recipes",
+    "run": "detoxrl.commands.run",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'detoxrl' has no attribute {name!r}")
-    return getattr(import_module(f"detoxrl.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""What does `python -m detoxrl` do?"""
+"""What does `python -m detoxrl` run?"""
 
 from detoxrl.cli import main
 

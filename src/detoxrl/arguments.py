@@ -1,120 +1,277 @@
-"""What may be said behind `detoxrl`, and what does it mean?"""
+"""How is the command line read, and how is its help written?"""
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from pathlib import Path
-from typing import Any
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, fields, is_dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from detoxrl import __version__
-from detoxrl.config.edit import closest_match, flatten, help_texts
+from detoxrl.config.edit import closest_match, flatten
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 
-USAGE = f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
-
-  detoxrl run RECIPE        the main job: prepare, sft, train, evaluate, report
-  detoxrl sweep RECIPE      runs over values and seeds: --over rl.kl-coef=0.05,0.2 --over rl.lr=1e-4,3e-4 --seeds 0,1
-  detoxrl prepare RECIPE    make a run folder: prompts and reward model
-  detoxrl sft RUN           warm-start the policy; fine-tune the civil baseline
-  detoxrl train RUN         PPO from the warm start against the reward
-  detoxrl evaluate RUN      before and after on held-out prompts, by an independent judge, beside baselines
-  detoxrl evaluate RUN --power 0.2            how many prompts would find a drop of 20 %
-  detoxrl evaluate RECIPE --policy [NAME=]PATH ...    any models or LoRAs beside the recipe's start
-  detoxrl evaluate --texts [NAME=]FILE [NAME=]FILE    texts written elsewhere, the first is before
-  detoxrl report RUN        write report.html
-  detoxrl export RUN        a LoRA, or --merged a model, with its card for others; --push OWNER/NAME to the hub
-  detoxrl doctor RECIPE     foretell memory and time, then try every part; write nothing
-  detoxrl convert FROM TO   make safetensors of an old model or LoRA with a .bin
-  detoxrl recipes           list the recipes
-  detoxrl --version
-
-RECIPE is a name from `detoxrl recipes`, or --from RUN/config.json; RUN is a run folder such as runs/quickstart.
-Start with: detoxrl run quickstart
-Own things: detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
-Several processes: torchrun --nproc-per-node 8 -m detoxrl run RECIPE, or accelerate launch -m detoxrl ...
-Watch a run: --track tensorboard, trackio or wandb behind run, sweep, train, evaluate RUN; else none is contacted.
-`detoxrl COMMAND --help` lists its options, `detoxrl run RECIPE --help` every setting with its default as well.
-Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM); --resume goes on."""
-WORDS = {
-    "run": "RECIPE", "sweep": "RECIPE", "prepare": "RECIPE", "sft": "RUN", "train": "RUN", "evaluate": "RUN-OR-RECIPE",
-    "report": "RUN", "export": "RUN", "doctor": "RECIPE", "convert": "FROM TO",
-}  # fmt: skip
-Given = dict[str, Any]
+_HELP_COLUMN = 34
+_TYPE_NAMES = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", NoneType: "None"}
 
 
-def parser_of(command: str, config: Config | None) -> argparse.ArgumentParser:
-    """Return what reads the words behind `command`, with a flag for every setting of `config`."""
-    about = "\n".join(line for line in USAGE.splitlines() if line.startswith(f"  detoxrl {command} "))
-    parser = argparse.ArgumentParser(
-        prog=f"detoxrl {command}", usage=argparse.SUPPRESS, description=about, allow_abbrev=False, add_help=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False,
-    )  # fmt: skip
-    add = parser.add_argument
-    for word in WORDS[command].split():
-        add(word, nargs="?", help=argparse.SUPPRESS)
-    add("-h", "--help", action="store_true", help="show this; behind a RECIPE with every setting")
-    if "RECIPE" in WORDS[command]:
-        add("--from", type=Path, metavar="FILE", help="begin with the settings in a run's config.json, not a recipe's")
-        add("--run-dir", type=Path, metavar="DIR", help="run folder to make; default runs/RECIPE")
-        add("--overwrite", action="store_true", help="replace an existing run folder")
-    if command in ("run", "sweep"):
-        add("--resume", action="store_true", help="go on with an existing one; with --run-dir no recipe is needed")
-        text = "go on with other settings or another machine; the run then ends otherwise, and says so"
-        add("--accept-changes", action="store_true", help=text)
-    if command in ("run", "sweep", "train", "evaluate"):
-        add("--track", metavar="NAME", help="show it in tensorboard, trackio or wandb; --resume keeps it, none ends it")
-    if command == "sweep":
-        add("--over", action="extend", nargs="+", metavar="FIELD=VALUES", help="what to try: rl.kl-coef=0.05,0.2")
-        add("--seeds", action="extend", type=lambda text: text.split(","), help="what to repeat each with: 0,1,2")
-    if command == "evaluate":
-        for flag, text in (("--policy", "models or LoRAs beside the start"), ("--texts", "texts; the first is before")):
-            add(flag, action="extend", nargs="+", metavar="[NAME=]PATH", help=text)
-        add("--power", type=float, metavar="SHARE", help="say how many prompts would find such a drop: 0.2")
-    if command == "export":
-        add("--to", type=Path, metavar="DIR", help="folder to make; default RUN-export")
-        add("--push", metavar="OWNER/NAME", help="upload it to the hub, by the token in HF_TOKEN or of `hf auth login`")
-        add("--merged", action="store_true", help="a whole model where a LoRA would do")
-        add("--private", action="store_true", help="let others not see what is pushed")
-        add("--overwrite", action="store_true", help="replace an earlier export")
-    if config and "RECIPE" in WORDS[command]:
-        _add_settings(parser, config)
-    return parser
+@dataclass(frozen=True)
+class Option:
+    """A flag and its value, in the terms of argparse. Without a metavar it is a switch."""
+
+    flag: str
+    help: str
+    _: KW_ONLY
+    metavar: str | None = None
+    parse: Callable[[str], Any] = str
+    nargs: str | None = None
+    # "extend" collects the values of a flag that is given several times; "store" takes the last one.
+    action: str = "store"
+    # The flag that sets a boolean setting to False; the setting's own flag takes an optional value.
+    off_flag: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the option's value: "run_dir" for --run-dir, "rl.kl_coef" for --rl.kl-coef."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def flags(self) -> list[str]:
+        return [self.flag, self.off_flag] if self.off_flag else [self.flag]
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        if self.off_flag:
+            parser.add_argument(self.flag, dest=self.name, nargs="?", const=True)
+            parser.add_argument(self.off_flag, dest=self.name, action="store_false")
+        elif self.metavar is None:
+            parser.add_argument(self.flag, dest=self.name, action="store_true")
+        else:
+            parser.add_argument(self.flag, dest=self.name, action=self.action, nargs=self.nargs, type=self.parse)
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: Config) -> None:
-    sections = {title: section for title, section in vars(config).items() if is_dataclass(section)}
-    for title, section in {"settings": config, **sections}.items():
-        group = parser.add_argument_group(title, section.__doc__)
-        for field, (kind, text) in help_texts(section).items():
-            value, name = getattr(section, field), field if section is config else f"{title}.{field}"
-            flag, text = f"--{name.replace('_', '-')}", f"{text} ({kind}, default {value!r})".replace("%", "%%")
-            if isinstance(value, bool):
-                group.add_argument(flag, dest=name, nargs="?", const=True, metavar="VALUE", help=text)
-                group.add_argument(flag.replace(".", ".no-"), dest=name, action="store_false")
-            else:
-                several = "*" if isinstance(value, tuple) else None
-                group.add_argument(flag, dest=name, nargs=several, metavar="VALUE", help=text)
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one command line asks for: only what was given is in here."""
+
+    command: "Command"
+    positionals: tuple[str, ...]
+    settings: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def target(self) -> str:
+        """The recipe, run folder or source that the command is about; "" if none was given."""
+        return self.positionals[0] if self.positionals else ""
 
 
-def parse(command: str, words: Sequence[str]) -> tuple[Given, Given]:
-    """Return the settings and the options that `words` give. Raises InputError for what is neither."""
-    config, bound = Config(recipe="any"), list[str]()
-    for word in words:  # argparse would take a value such as -1e-3 for a flag
-        if re.match(r"-(?!-|h$)", word) and bound and re.fullmatch(r"--[^=]+", bound[-1]):
-            word = f"{bound.pop()}={word}"
-        bound.append(word)
-    parser = parser_of(command, config)
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A row of the table of commands. `execute` does what the command is for."""
+
+    name: str
+    summary: str
+    execute: Callable[[Request], None]
+    positionals: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    takes_settings: bool = False
+    details: str = ""
+
+    @property
+    def usage(self) -> str:
+        return " ".join(("detoxrl", self.name, *self.positionals))
+
+
+def parse(command: Command, words: Sequence[str]) -> Request:
+    """Return what the words after `detoxrl COMMAND` ask for. Raises InputError for an unknown flag or a stray word."""
+    options = list(command.options)
+    if command.takes_settings:
+        for section in _setting_options(Config(recipe="any")).values():
+            options.extend(section)
+
+    parser = _parser(command, options)
     try:
-        found, unread = parser.parse_known_args(bound)
+        parsed, unread = parser.parse_known_args(_join_negative_values(words))
     except argparse.ArgumentError as error:
         raise InputError(str(error.argument_name), "", error.message, f"see `{parser.prog} --help`") from None
     if unread:
-        word, remedy = unread[0].partition("=")[0], "put a flag before it, or quote text with spaces"
-        require(word.startswith("-"), "word", unread[0], "belongs to no flag", remedy)
-        known = re.findall(r"--[\w.-]+", parser.format_help())
-        remedy = closest_match(word, known, f"see `{parser.prog} --help`")
-        raise InputError("flag", word, f"is not known to `{parser.prog}`", remedy)
-    given = vars(found)
-    return {name: given.pop(name) for name in flatten(asdict(config)) if name in given}, given
+        _refuse(unread[0], parser.prog, options)
+
+    given = vars(parsed)
+    positionals = tuple(given.pop(name) for name in command.positionals if name in given)
+    names = flatten(asdict(Config(recipe="any")))
+    return Request(
+        command=command,
+        positionals=positionals,
+        settings={name: value for name, value in given.items() if name in names},
+        options={name: value for name, value in given.items() if name not in names},
+    )
+
+
+def overview(commands: Iterable[Command]) -> str:
+    """Return the help of `detoxrl` itself."""
+    rows = [(command.usage, command.summary) for command in commands]
+    rows.append(("detoxrl --version", "Print the version"))
+    table = "\n".join(f"  {usage:<29}{summary}" for usage, summary in rows)
+
+    return f"""detoxrl {__version__}: make a text generator less toxic with RL, keep what it says, and prove both
+
+{table}
+
+RECIPE is a name from `detoxrl recipes`. RUN is a run folder, such as runs/quickstart.
+`detoxrl COMMAND --help` lists the flags of a command, `detoxrl run RECIPE --help` also every setting.
+
+Start here:
+  detoxrl run quickstart
+Your own data, model and reward:
+  detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
+Several processes:
+  torchrun --nproc-per-node 8 -m detoxrl run RECIPE    (or, on GPUs, accelerate launch --multi_gpu -m detoxrl ...)
+Resume after an interruption:
+  detoxrl run --resume --run-dir RUN
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+"""
+
+
+def command_help(command: Command, config: Config | None) -> str:
+    """Return the help of a command, with every setting of `config` if it is given and the command takes settings."""
+    help_flag = ("-h, --help", "Show this message.")
+    if command.takes_settings:
+        help_flag = ("-h, --help", "Show this message; after a recipe name, also every setting.")
+
+    paragraphs = [f"Usage: {command.usage} [FLAGS]", f"{command.summary}."]
+    if command.details:
+        paragraphs.append(command.details)
+    paragraphs.append("\n".join(["Flags:", *_rows([help_flag, *map(_help_row, command.options)])]))
+
+    if command.takes_settings and config is not None:
+        paragraphs.append(f"Settings of recipe {config.recipe}:")
+        for title, options in _setting_options(config).items():
+            paragraphs.append("\n".join([title, *_rows(map(_help_row, options))]))
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _parser(command: Command, options: Iterable[Option]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"detoxrl {command.name}",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true")
+    for name in command.positionals:
+        parser.add_argument(name, nargs="?")
+    for option in options:
+        option.add_to(parser)
+    return parser
+
+
+def _join_negative_values(words: Iterable[str]) -> list[str]:
+    """Return the words with `--flag -1e-3` as `--flag=-1e-3`, because argparse would take the value for a flag."""
+    joined: list[str] = []
+    for word in words:
+        looks_negative = re.match(r"-(?!-|h$)", word)
+        if looks_negative and joined and re.fullmatch(r"--[^=]+", joined[-1]):
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _refuse(word: str, prog: str, options: Iterable[Option]) -> None:
+    """Raise InputError for a word that argparse could not place, with the closest known flag."""
+    is_flag = word.startswith("-")
+    remedy = "put its flag before it, or quote a value that contains spaces"
+    require(is_flag, "argument", word, "belongs to no flag", remedy)
+
+    known = ["--help"]
+    for option in options:
+        known.extend(option.flags)
+    flag = word.partition("=")[0]
+    remedy = closest_match(flag, known, f"see `{prog} --help`")
+    raise InputError("flag", flag, f"is not known to `{prog}`", remedy)
+
+
+def _setting_options(config: Config) -> dict[str, list[Option]]:
+    """Return a flag for every setting of `config`, by the title of its section."""
+    options = {"general: settings of the whole run": _section_options(config, prefix="")}
+    for field in fields(config):
+        section = getattr(config, field.name)
+        if is_dataclass(section):
+            about = str(section.__doc__)
+            title = f"{field.name}: {about[0].lower()}{about[1:].removesuffix('.')}"
+            options[title] = _section_options(section, prefix=f"{field.name}.")
+    return options
+
+
+def _section_options(section: Any, prefix: str) -> list[Option]:
+    """Return a flag for every setting of a section; its help is the field's docstring and its default."""
+    section_type = type(section)
+    assert is_pydantic_dataclass(section_type)
+    types = get_type_hints(section_type)
+
+    options = []
+    for name, field in section_type.__pydantic_fields__.items():
+        value = getattr(section, name)
+        if name == "recipe" or is_dataclass(value):
+            continue
+        flag = f"--{prefix}{name}".replace("_", "-")
+        is_switch = types[name] is bool
+        options.append(
+            Option(
+                flag=flag,
+                help=f"{field.description} (default: {_shown(value)})",
+                metavar=_type_name(types[name]),
+                nargs="*" if isinstance(value, tuple) else None,
+                off_flag=flag.replace(".", ".no-") if is_switch else None,
+            )
+        )
+    return options
+
+
+def _type_name(annotation: Any) -> str:
+    """Return how help calls a value of this type."""
+    if annotation in _TYPE_NAMES:
+        return _TYPE_NAMES[annotation]
+    members = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return "|".join(members)
+    if get_origin(annotation) is tuple:
+        return f"{_type_name(members[0])} ..."
+    return "|".join(_type_name(member) for member in members)
+
+
+def _shown(value: object) -> str:
+    """Return how help shows a default: text without quotes, unless it holds spaces or line breaks."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, str) and value.split() != [value]:
+        return repr(value)
+    return str(value)
+
+
+def _help_row(option: Option) -> tuple[str, str]:
+    if option.off_flag or option.metavar is None:
+        return ", ".join(option.flags), option.help
+    return f"{option.flag} {option.metavar}", option.help
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the lines of a table of flags and help texts, wrapped to the terminal."""
+    width = min(shutil.get_terminal_size(fallback=(100, 24)).columns, 120)
+    lines = []
+    for flag, text in rows:
+        left = f"  {flag}  "
+        if len(left) > _HELP_COLUMN:
+            lines.append(left.rstrip())
+            left = ""
+        first, *rest = textwrap.wrap(" ".join(text.split()), max(width - _HELP_COLUMN, 20), break_on_hyphens=False)
+        lines.append(left.ljust(_HELP_COLUMN) + first)
+        lines.extend(" " * _HELP_COLUMN + line for line in rest)
+    return lines

@@ -1,206 +1,504 @@
-"""What does each command do?"""
+"""Which commands are there, and what does each of them call?
+
+A command is a row of `COMMANDS` and a function. The function imports what it needs when it is called, because torch and
+transformers take seconds to import and help must not wait for them.
+"""
 
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from detoxrl import __version__
-from detoxrl.arguments import USAGE, WORDS, Given, parse, parser_of
+from detoxrl.arguments import Command, Option, Request, command_help, overview, parse
 from detoxrl.config.edit import closest_match, config_from_json, with_settings
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
+from detoxrl.runtime.run_folder import IfExists, RunFolder
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
-_DONE = {
-    "prepare": "prepared {root}; next: detoxrl sft {root}",
-    "sft": "warm start ready in {root}; next: detoxrl train {root}",
-    "train": "trained policy in {root}/adapter; next: detoxrl evaluate {root}",
-    "evaluate": "measured: {root}/eval.json; next: detoxrl report {root}",
-}
+# Commands that take a recipe
 
 
-def _on_recipe(command: str, name: str, settings: Given, given: Given) -> None:
-    """Make a run folder, or try what would be made, by a recipe and the flags that change it."""
-    with _kept(given.get("run_dir", Path("runs", name))):
-        config = with_settings(_defaults(command, name, given), settings)
-    usual = {"sweep": "sweep", "evaluate": "texts" if "texts" in given else f"{config.recipe}-measured"}
-    root = given.get("run_dir", Path("runs", usual.get(command, config.recipe)))
-    how: Given = {flag: flag in given for flag in ("overwrite", "resume", "accept_changes")}
-    how["track"] = given.get("track")
-    fits = command != "evaluate" or how["track"] is None
-    require(fits, "--track", how["track"], "does not go with a recipe or texts that are measured", "leave it out")
-    fits = not (how["overwrite"] and how["resume"])
-    require(fits, "--resume", True, "does not go with --overwrite", "choose one of them")
-    fits = how["resume"] or not how["accept_changes"]
-    require(fits, "--accept-changes", True, "goes with --resume alone", "add --resume, or leave it out")
-    with _kept(root):
-        from detoxrl.commands import doctor, sweep
+def _run(request: Request) -> None:
+    config = _config(request)
+    root = _root(request, config.recipe)
+    if_exists = existing_run_policy(request.options)
+
+    with _explained_stop(root):
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
 
-        if command == "doctor":
-            doctor.doctor(root, config)
-        elif command == "prepare":
-            stages.prepare(root, config, how["overwrite"])
-            print(_DONE[command].format(root=root))
-        elif command == "sweep":
-            sweep.sweep(root, config, given.get("over", []), given.get("seeds", []), **how)
-        else:
-            if command == "run":
-                stages.run(root, config, **how)
-            else:
-                policies, texts = _named("policy", given), _named("texts", given)
-                stages.evaluate(root, config, policies=policies, texts=texts, overwrite=how["overwrite"])
+        stages.run(root, config, if_exists=if_exists, track=request.options.get("track"))
+        print_result(root)
+
+
+def _sweep(request: Request) -> None:
+    config = _config(request)
+    root = _root(request, "sweep")
+    if_exists = existing_run_policy(request.options)
+
+    with _explained_stop(root):
+        from detoxrl.commands import sweep
+
+        plan = sweep.SweepPlan(over=request.options.get("over", []), seeds=request.options.get("seeds", []))
+        sweep.sweep(root, config, plan, if_exists=if_exists, track=request.options.get("track"))
+
+
+def _prepare(request: Request) -> None:
+    config = _config(request)
+    root = _root(request, config.recipe)
+    if_exists = existing_run_policy(request.options)
+
+    with _explained_stop(root):
+        from detoxrl.commands import run as stages
+
+        stages.prepare(root, config, if_exists)
+        _print_next(request, root)
+
+
+def _doctor(request: Request) -> None:
+    config = _config(request)
+    root = _root(request, config.recipe)
+
+    with _explained_stop(root):
+        from detoxrl.commands import doctor
+
+        doctor.doctor(root, config)
+
+
+def _recipes(request: Request) -> None:
+    for name, purpose in recipe_names().items():
+        print(f"{name:<22} {purpose}")
+
+
+# Commands that take a run folder
+
+
+def _rerun_stage(request: Request) -> None:
+    """Run one stage of an existing run again: sft, train or report."""
+    root = _existing_root(request)
+    stage = request.command.name
+
+    with _explained_stop(root):
+        from detoxrl.commands import run as stages
+        from detoxrl.report.terminal import print_result
+
+        stages.rerun_stage(root, stage, track=request.options.get("track"))
+        if stage == "report":
             print_result(root)
+        else:
+            _print_next(request, root)
 
 
-def _named(flag: str, given: Given) -> dict[str, str]:
-    """Return the paths that a flag gives by their names, which are the paths themselves where none was given."""
-    words = given.get(flag, [])
-    pairs = [(word, "", word) if Path(word).exists() else word.partition("=") for word in words]
-    found = {name: path or name for name, _, path in pairs}
-    require(len(found) == len(words), f"--{flag}", " ".join(words), "names one twice", "rename")
-    return found
+def _evaluate(request: Request) -> None:
+    """Measure an existing run, or policies or texts in a folder of their own."""
+    names_subjects = "policy" in request.options or "texts" in request.options
+    is_run = request.target != "" and Path(request.target, "config.json").is_file()
+
+    if names_subjects and not is_run:
+        _evaluate_subjects(request)
+    else:
+        _evaluate_run(request)
 
 
-def _defaults(command: str, name: str, given: Given) -> Config:
-    """Return the settings that flags change: a recipe's, those of --from, or those of the run to resume."""
-    if "from" in given:
-        source = given["from"]
-        require(not name, "--from", str(source), "does not go with a recipe", "leave one of them out")
-        path = source / "config.json" if source.is_dir() else source
-        require(path.is_file(), "--from", str(source), "is no file", "give a run's config.json")
-        return config_from_json(path)
-    if not name and "texts" in given:
-        return recipe("quickstart")  # for what it says of judges: no model of it is used
-    if not name and "resume" in given:
-        require("run_dir" in given, "--run-dir", "", "is missing", "say `detoxrl run --resume --run-dir DIR`")
-        from detoxrl.runtime.run_folder import RunFolder
+def _evaluate_subjects(request: Request) -> None:
+    options = request.options
+    power = options.get("power")
+    track = options.get("track")
+    require(power is None, "--power", power, "cannot be combined with a recipe or --texts", "name a run instead")
+    require(track is None, "--track", track, "cannot be combined with a recipe or --texts", "leave it out")
 
-        base = given["run_dir"] / "base.json"
-        swept = command == "sweep" and base.is_file()
-        return config_from_json(base) if swept else RunFolder.open(given["run_dir"])[1]
-    require(name != "", "recipe", name, "is missing", f"say `detoxrl {command} RECIPE`; see `detoxrl recipes`")
-    return recipe(name)
+    config = _config(request)
+    root = _root(request, "texts" if "texts" in options else f"{config.recipe}-measured")
+
+    with _explained_stop(root):
+        from detoxrl.commands import run as stages
+        from detoxrl.report.terminal import print_result
+
+        policies = _named_paths("policy", options)
+        texts = _named_paths("texts", options)
+        stages.evaluate(root, config, policies=policies, texts=texts, overwrite="overwrite" in options)
+        print_result(root)
 
 
-def _on_run(command: str, name: str, settings: Given, given: Given) -> None:
-    """Do a stage of a run again, or measure the run otherwise than before."""
-    require(name != "", "run folder", name, "is missing", f"say `detoxrl {command} runs/NAME`")
-    root, remedy, track = Path(name), "use --policy, --power or settings", given.pop("track", None)
-    require(given.keys() <= {"power", "policy"}, "flags", " ".join(given), "do not go with a run that is there", remedy)
-    with _kept(root):
+def _evaluate_run(request: Request) -> None:
+    root = _existing_root(request)
+    options = dict(request.options)
+    track = options.pop("track", None)
+
+    for name in options.keys() - {"power", "policy"}:
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError("flag", flag, "cannot be used with an existing run", "use --policy, --power or settings")
+    require(track is None or not options, "--track", track, "cannot be combined with --power or --policy", "choose one")
+
+    with _explained_stop(root):
         from detoxrl.commands import measure as measuring
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
-        from detoxrl.runtime.run_folder import RunFolder
 
-        require(track is None or not given, "--track", track, "does not go with --power or --policy", "leave it out")
-        if "power" in given:
-            print(measuring.needed_prompts(root, given["power"]))
+        if "power" in options:
+            print(measuring.needed_prompts(root, options["power"]))
             return
-        if settings:
-            stages.run(root, with_settings(RunFolder.open(root)[1], settings), resume=True, track=track)
-        if "policy" in given:
-            stages.evaluate(root, policies=_named("policy", given))
-        if not settings and not given:
-            stages.rerun_stage(root, command, track=track)
-        if command == "report" or settings or given:
+
+        if request.settings:
+            config = with_settings(RunFolder.open(root)[1], request.settings)
+            stages.run(root, config, if_exists="resume", track=track)
+        if "policy" in options:
+            stages.evaluate(root, policies=_named_paths("policy", options))
+
+        if request.settings or options:
             print_result(root)
         else:
-            print(_DONE[command].format(root=root))
+            stages.rerun_stage(root, "evaluate", track=track)
+            _print_next(request, root)
 
 
-def _export(name: str, given: Given) -> None:
-    require(name != "", "run folder", name, "is missing", "say `detoxrl export runs/NAME`")
-    with _kept(None):
+def _export(request: Request) -> None:
+    root = _existing_root(request)
+    options = request.options
+
+    with _explained_stop(None):
         from detoxrl.commands.export import export
 
-        flags = {flag: flag in given for flag in ("merged", "private", "overwrite")}
-        made = export(name, to=given.get("to"), push=given.get("push"), **flags)
+        made = export(
+            root,
+            to=options.get("to"),
+            push=options.get("push"),
+            merged="merged" in options,
+            private="private" in options,
+            overwrite="overwrite" in options,
+        )
+
     print(f"{made.what}: {made.folder}")
-    shared = f"; look at {made.address}" if made.address else ", then share it: --overwrite --push OWNER/NAME"
-    print(f"next: read {made.folder / 'README.md'}{shared}")
+    card = made.folder / "README.md"
+    if made.address:
+        print(f"next: read {card}; look at {made.address}")
+    else:
+        print(f"next: read {card}, then share it: --overwrite --push OWNER/NAME")
+
+
+def _convert(request: Request) -> None:
+    complete = len(request.positionals) == 2
+    require(complete, "TO", "", "is missing", "run `detoxrl convert FROM TO` with two folders")
+    source, target = request.positionals
+
+    from detoxrl.commands.convert import convert
+
+    print(f"{target}: {convert(source, Path(target))}; next: use {target} in place of {source}")
+
+
+# What the commands share
+
+
+def existing_run_policy(options: Mapping[str, Any]) -> IfExists:
+    """Return what to do if the run folder exists. Raises InputError for flags that contradict each other."""
+    overwrite = "overwrite" in options
+    resume = "resume" in options
+    accept_changes = "accept_changes" in options
+    require(not (overwrite and resume), "--resume", True, "cannot be combined with --overwrite", "choose one of them")
+    require(resume or not accept_changes, "--accept-changes", True, "requires --resume", "add --resume or leave it out")
+
+    if overwrite:
+        return "overwrite"
+    if accept_changes:
+        return "resume with changes"
+    return "resume" if resume else "error"
+
+
+def _config(request: Request) -> Config:
+    """Return the config that the command line describes: where its settings start from, changed by its flags."""
+    likely_root = _root(request, request.target)
+    with _explained_stop(likely_root):
+        return with_settings(_initial_config(request), request.settings)
+
+
+def _initial_config(request: Request) -> Config:
+    """Return the config that flags change: that of --from, of the run to resume, or of a recipe."""
+    options = request.options
+    name = request.target
+
+    if "from" in options:
+        source = options["from"]
+        require(name == "", "--from", str(source), "cannot be combined with a recipe", "leave one of them out")
+        path = source / "config.json" if source.is_dir() else source
+        require(path.is_file(), "--from", str(source), "is not a file", "give a run's config.json")
+        return config_from_json(path)
+
+    if name == "" and "texts" in options:
+        return recipe("quickstart")  # for its judges; no model of it is used
+
+    if name == "" and "resume" in options:
+        command = f"detoxrl {request.command.name} --resume --run-dir DIR"
+        require("run_dir" in options, "--run-dir", "", "is missing", f"run `{command}`")
+        return _config_to_resume(request)
+
+    remedy = f"run `{request.command.usage}` with a name from `detoxrl recipes`"
+    require(name != "", "recipe", name, "is missing", remedy)
+    return recipe(name)
+
+
+def _config_to_resume(request: Request) -> Config:
+    root = request.options["run_dir"]
+    base = root / "base.json"  # what the runs of a sweep have in common
+    if request.command.name == "sweep" and base.is_file():
+        return config_from_json(base)
+    return RunFolder.open(root)[1]
+
+
+def _root(request: Request, default_name: str) -> Path:
+    """Return the folder that the command creates."""
+    root: Path = request.options.get("run_dir", Path("runs", default_name))
+    return root
+
+
+def _existing_root(request: Request) -> Path:
+    """Return the run folder that the command is given."""
+    remedy = f"run `detoxrl {request.command.name} runs/NAME`"
+    require(request.target != "", "run folder", "", "is missing", remedy)
+    return Path(request.target)
+
+
+def _named_paths(option: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return, by name, the paths given as [NAME=]PATH. A path without a name is its own name."""
+    words = options.get(option, [])
+    paths: dict[str, str] = {}
+    for word in words:
+        if Path(word).exists():  # a path may contain =
+            name, path = word, word
+        else:
+            name, _, path = word.partition("=")
+        require(name not in paths, f"--{option}", word, f"repeats the name {name}", "give each path its own name")
+        paths[name] = path or name
+    return paths
+
+
+_NEXT = {
+    "prepare": "prepared {root}; next: detoxrl sft {root}",
+    "sft": "warm start is ready in {root}; next: detoxrl train {root}",
+    "train": "trained policy is in {root}/adapter; next: detoxrl evaluate {root}",
+    "evaluate": "results are in {root}/eval.json; next: detoxrl report {root}",
+}
+
+
+def _print_next(request: Request, root: Path) -> None:
+    print(_NEXT[request.command.name].format(root=root))
 
 
 @contextmanager
-def _kept(root: Path | None) -> Iterator[None]:
-    """Say what is kept and how to go on when a run is stopped or the disk is full."""
+def _explained_stop(root: Path | None) -> Iterator[None]:
+    """If the command is interrupted or the disk is full, say what was saved in `root` and how to resume."""
     try:
         with stop_signals():
             yield
     except (KeyboardInterrupt, ProcessError) as stop:
         if not getattr(stop, "__notes__", []):
-            stop.add_note(_how_to_go_on(root))
+            stop.add_note(_how_to_resume(root))
         raise
     except (OSError, SafetensorError) as error:
-        # safetensors wraps the system's error in one of its own.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            sys.exit(_complain(f"the disk is full; {_how_to_go_on(root)}", 1))
+        if _is_disk_full(error):
+            sys.exit(_complain(f"the disk is full; {_how_to_resume(root)}", 1))
         raise
 
 
-def _how_to_go_on(root: Path | None) -> str:
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    # safetensors wraps the system's error in one of its own, with the number in its text.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+
+
+def _how_to_resume(root: Path | None) -> str:
+    """Return what an interrupted command left in `root`, and the command that resumes it."""
     if root is None:
-        return "nothing half made is left"
+        return "nothing unfinished was left behind"
+
     command = "sweep" if (root / "sweep.json").is_file() else "run"
     if command == "run" and not (root / "config.json").is_file():
         return "nothing was written"
-    kept = ", ".join(sorted(path.name for path in root.iterdir() if not path.name.startswith(".")))
-    return f"{root} keeps {kept}; {resume_hint(root, command)}"
+
+    saved = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    return f"{root} keeps {', '.join(saved)}; {resume_hint(root, command)}"
 
 
-def _dispatch(words: Sequence[str]) -> None:
-    command = words[0] if words else "help"
-    if command in ("-h", "--help", "help"):
-        print(USAGE)
-    elif command == "--version":
-        print(__version__)
-    elif command == "recipes":
-        for name, purpose in recipe_names().items():
-            print(f"{name:<21} {purpose}")
-    else:
-        remedy = closest_match(command, [*WORDS, "recipes", "help"], "see `detoxrl --help`")
-        require(command in WORDS, "command", command, "is not a command", remedy)
-        settings, given = parse(command, words[1:])
-        _obey(command, settings, given)
+# The table of commands
+
+_NEW_RUN = (
+    Option("--from", "Start from the settings in a run's config.json instead of a recipe.", metavar="FILE", parse=Path),
+    Option("--run-dir", "Run folder to create. Default: runs/ and the name of the recipe.", metavar="DIR", parse=Path),
+    Option("--overwrite", "Replace an existing run folder."),
+)
+_RESUME = (
+    Option("--resume", "Resume an existing run folder. With --run-dir, the recipe may be left out."),
+    Option(
+        "--accept-changes",
+        "Resume with other settings or on another machine. Results will differ from an uninterrupted run; "
+        "the report records it.",
+    ),
+)
+_TRACK = Option(
+    "--track",
+    "Send metrics to tensorboard, trackio or wandb. A resumed run keeps its tracker; `none` ends tracking. "
+    "Default: no tracker.",
+    metavar="NAME",
+)
+_SWEEP = (
+    Option(
+        "--over",
+        "Values to try of one setting, such as rl.kl-coef=0.05,0.2; give several to combine settings.",
+        metavar="FIELD=VALUES",
+        nargs="+",
+        action="extend",
+    ),
+    Option(
+        "--seeds",
+        "Seeds with which each combination is repeated, such as 0,1,2.",
+        metavar="SEEDS",
+        action="extend",
+        parse=lambda text: text.split(","),
+    ),
+)
+_EVALUATE = (
+    Option(
+        "--policy",
+        "Models or LoRA adapters to measure beside the initial policy.",
+        metavar="[NAME=]PATH ...",
+        nargs="+",
+        action="extend",
+    ),
+    Option(
+        "--texts",
+        "Files of responses to measure. The first is before, the second after; a single one is compared with the "
+        "reference summaries.",
+        metavar="[NAME=]FILE ...",
+        nargs="+",
+        action="extend",
+    ),
+    Option(
+        "--power",
+        "Print how many prompts are needed to detect a relative drop of this size, such as 0.2. Measures nothing.",
+        metavar="SHARE",
+        parse=float,
+    ),
+)
+_EVALUATE_DETAILS = """\
+  detoxrl evaluate RUN                               a run, by an independent judge and beside baselines
+  detoxrl evaluate RUN --power 0.2                   number of prompts that detects a drop of 20 %
+  detoxrl evaluate RECIPE --policy [NAME=]PATH ...   any models or LoRA adapters beside the recipe's initial policy
+  detoxrl evaluate --texts [NAME=]FILE ...           responses that were written elsewhere"""
+_EXPORT = (
+    Option("--to", "Folder to create. Default: RUN-export.", metavar="DIR", parse=Path),
+    Option(
+        "--push",
+        "Upload the export to the Hugging Face hub, with the token in HF_TOKEN or of `hf auth login`.",
+        metavar="OWNER/NAME",
+    ),
+    Option("--merged", "Write a whole model with the adapter merged into the base, even if an adapter would do."),
+    Option("--private", "Make the pushed repository private."),
+    Option("--overwrite", "Replace an earlier export."),
+)
+
+_ROWS = (
+    Command(
+        name="run",
+        positionals=("RECIPE",),
+        options=(*_NEW_RUN, *_RESUME, _TRACK),
+        takes_settings=True,
+        execute=_run,
+        summary="Run all stages: prepare, sft, train, evaluate, report",
+    ),
+    Command(
+        name="sweep",
+        positionals=("RECIPE",),
+        options=(*_NEW_RUN, *_RESUME, _TRACK, *_SWEEP),
+        takes_settings=True,
+        execute=_sweep,
+        summary="Run every combination of given values and seeds, and compare the results",
+    ),
+    Command(
+        name="doctor",
+        positionals=("RECIPE",),
+        options=_NEW_RUN,
+        takes_settings=True,
+        execute=_doctor,
+        summary="Estimate memory and time of a run, and try each of its parts; creates no run folder",
+    ),
+    Command(
+        name="recipes",
+        execute=_recipes,
+        summary="List the recipes",
+    ),
+    Command(
+        name="prepare",
+        positionals=("RECIPE",),
+        options=_NEW_RUN,
+        takes_settings=True,
+        execute=_prepare,
+        summary="Stage 1: create a run folder with prompts and, if embedded, the reward model",
+    ),
+    Command(
+        name="sft",
+        positionals=("RUN",),
+        execute=_rerun_stage,
+        summary="Stage 2: warm-start the policy, and fine-tune the baselines without RL",
+    ),
+    Command(
+        name="train",
+        positionals=("RUN",),
+        options=(_TRACK,),
+        execute=_rerun_stage,
+        summary="Stage 3: train the policy against the reward with PPO",
+    ),
+    Command(
+        name="evaluate",
+        positionals=("RUN|RECIPE",),
+        options=(*_NEW_RUN, _TRACK, *_EVALUATE),
+        takes_settings=True,
+        execute=_evaluate,
+        summary="Stage 4: measure before and after on held-out prompts; also other models, or texts",
+        details=_EVALUATE_DETAILS,
+    ),
+    Command(
+        name="report",
+        positionals=("RUN",),
+        execute=_rerun_stage,
+        summary="Stage 5: write report.html",
+    ),
+    Command(
+        name="export",
+        positionals=("RUN",),
+        options=_EXPORT,
+        execute=_export,
+        summary="Write the trained LoRA adapter or model with its model card; --push uploads it to the hub",
+    ),
+    Command(
+        name="convert",
+        positionals=("FROM", "TO"),
+        execute=_convert,
+        summary="Convert an old model or LoRA adapter (.bin) to safetensors",
+    ),
+)
+COMMANDS = {command.name: command for command in _ROWS}
 
 
-def _obey(command: str, settings: Given, given: Given) -> None:
-    name = given.pop(WORDS[command].split()[0], "")
-    subjects = given.keys() & {"policy", "texts"} and not (name and Path(name, "config.json").is_file())
-    if "help" in given:
-        print(parser_of(command, recipe(name) if name in recipe_names() else None).format_help(), end="")
-    elif command == "convert":
-        require("TO" in given, "words", name, "must be two", "say `detoxrl convert FROM TO`, two folders")
-        from detoxrl.commands.convert import convert
-
-        print(f"{given['TO']}: {convert(name, Path(given['TO']))}; next: name that folder where you named {name}")
-    elif command == "export":
-        _export(name, given)
-    elif WORDS[command] == "RECIPE" or subjects:
-        require("power" not in given, "--power", given.get("power"), "does not go with evaluate RECIPE", "name a run")
-        _on_recipe(command, name, settings, given)
-    else:
-        _on_run(command, name, settings, given)
+# Parse, call, exit code
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 bad input, 130 and 143 stopped. Bugs keep their traceback."""
+    """Run one command. Exits with 1 if it failed, 2 for bad input, 130 or 143 if stopped. Bugs keep their traceback."""
+    words = sys.argv[1:] if words is None else words
     try:
-        words = sys.argv[1:] if words is None else words
         with stop_signals():
             if several_processes():
-                from detoxrl.training.helping import led
+                from detoxrl.runtime.world import run_in_world
 
-                led(partial(_dispatch, words))
+                run_in_world(partial(_dispatch, words))
             else:
                 _dispatch(words)
     except DetoxrlError as error:
@@ -208,10 +506,32 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(_complain("; ".join([str(error), *getattr(error, "__notes__", [])]), code))
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        sys.exit(_complain("; ".join([what, *getattr(stop, "__notes__", ["nothing was begun"])]), code))
-    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        notes = getattr(stop, "__notes__", ["nothing was started"])
+        sys.exit(_complain("; ".join([what, *notes]), code))
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _dispatch(words: Sequence[str]) -> None:
+    name = words[0] if words else "help"
+    if name in ("-h", "--help", "help"):
+        print(overview(COMMANDS.values()), end="")
+        return
+    if name == "--version":
+        print(__version__)
+        return
+
+    remedy = closest_match(name, [*COMMANDS, "help"], "see `detoxrl --help`")
+    require(name in COMMANDS, "command", name, "is not a command", remedy)
+    command = COMMANDS[name]
+    request = parse(command, words[1:])
+
+    if "help" in request.options:
+        config = recipe(request.target) if request.target in recipe_names() else None
+        print(command_help(command, config), end="")
+    else:
+        command.execute(request)
 
 
 def several_processes() -> bool:
@@ -220,6 +540,7 @@ def several_processes() -> bool:
 
 
 def _complain(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of several processes the main one speaks
+    """Print why the command ends and return its exit code. Of several processes only the main one prints."""
+    if os.environ.get("RANK", "0") == "0":
         print(f"detoxrl: {message}", file=sys.stderr)
     return code

@@ -1,27 +1,28 @@
-"""Which errors are the user's to fix, and how are they worded?"""
+"""Which errors does detoxrl raise on purpose, and how are they worded?"""
 
 
 class DetoxrlError(Exception):
-    """Base of every error detoxrl raises on purpose."""
+    """Base of every error that detoxrl raises on purpose."""
 
 
 class InputError(DetoxrlError):
-    """Bad input: one line naming the field, its value, the rule and the remedy. The command line exits with 2."""
+    """Bad input, in one line: `field = value: rule; remedy`. The command line exits with 2."""
 
     def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
-        super().__init__(" ".join(f"{field} = {value!r}: {rule}; {remedy}".split()))
+        message = f"{field} = {value!r}: {rule}; {remedy}"
+        super().__init__(" ".join(message.split()))
 
 
 class StorageError(DetoxrlError):
-    """A file of a run that cannot be read or written. The command line exits with 1."""
+    """A file of a run cannot be read or written. The command line exits with 1."""
 
 
 class TrainingError(DetoxrlError):
-    """A run that cannot go on (a NaN, say). The command line exits with 1."""
+    """A run cannot continue, for example because a loss is NaN. The command line exits with 1."""
 
 
 class ProcessError(DetoxrlError):
-    """A process of a run over several that is gone. The command line exits with 1."""
+    """One of several processes of a run has ended unexpectedly. The command line exits with 1."""
 
 
 def require(condition: bool, field: str, value: object, rule: str, remedy: str) -> None:
@@ -31,5 +32,6 @@ def require(condition: bool, field: str, value: object, rule: str, remedy: str) 
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of the message of another library's error, or the error's type if it has no message."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]

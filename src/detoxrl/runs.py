@@ -1,202 +1,309 @@
-"""Which reward, judge and policy does a config name?"""
+"""What does a run hold, and where does each part come from?"""
 
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
-import transformers
-from accelerate import PartialState
-
-from detoxrl.config.edit import flatten, with_settings
+from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config, without_revision
+from detoxrl.config.sources import map_sources, sources, with_absolute_paths
 from detoxrl.data.rows import Row, read_rows
 from detoxrl.errors import InputError, require
-from detoxrl.evaluation.compare import Pairs, Readers
 from detoxrl.evaluation.judges import Judge, classifier_judge, memoized, profanity_judge
+from detoxrl.evaluation.readers import Pairs, Readers
 from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
+from detoxrl.models.base import Base
 from detoxrl.models.loading import with_fast_attention
 from detoxrl.models.lora import initial_adapter
-from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Texts, load_classifier
+from detoxrl.models.policy import Policy
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from detoxrl.rewards.fit import LABELS
 from detoxrl.rewards.function import RewardFunction, function_name, load_function, validated_reward
 from detoxrl.rewards.shaping import Reward
 from detoxrl.runtime.files import explain_corruption
 from detoxrl.runtime.hub import is_hub_id, pin_revision
 from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.world import World, current_world
 
-_OTHERS = "evaluation.other_judges"
-# Settings that may name something on disk, and what stands there before a label or name; words that never do.
-_PLACES = dict.fromkeys(("data.source", "policy.base", "policy.adapter", "reward.classifier", "evaluation.encoder",
-                         "evaluation.primary_judge", "evaluation.nli"), "")  # fmt: skip
-_PLACES |= {"evaluation.fluency": "=", "reward.function": ":"}
-_RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
-
-# Progress bars and notices of others would tear ours apart; their errors still come through.
-warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+_OTHER_JUDGES = "evaluation.other_judges"
 
 
 class Scorer(NamedTuple):
-    """What training maximises, and the same model as a judge where it is a classifier (not an independent one)."""
+    """The reward that training maximises, and the judge that its model makes where it is a classifier."""
 
     reward: Reward
-    judge: Judge | None
+    judge: Judge | None  # Not an independent judge. None: the reward is a function.
 
 
-def scorer(config: Config, folder: RunFolder | None, given: RewardFunction | None) -> Scorer | None:
-    """Return the reward, tried on a few texts: a function that was given or named, else a classifier.
+class Run:
+    """A run folder, its config, and the parts that the config names, each of which is loaded once, on first use."""
 
-    The embedded one is in the `folder` of a prepared run; without a folder it is None. Raises InputError if unfit.
-    """
-    name = config.reward.function
-    if given is not None or name is not None:
-        reward = validated_reward(load_function(str(name)) if given is None else given, str(name))
+    def __init__(self, folder: RunFolder, config: Config, reward: RewardFunction | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self.world: World = current_world()
+        self._reward_function = reward
+        self._ignores_products = False
+        self._scorer: Scorer | None = None
+        self._judges: dict[str, Judge] | None = None
+        self._readers: Readers | None = None
+        self._rows: dict[str, list[Row]] = {}
+        self._base: Base | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "Run"], tuple[Any, ...]]:
+        # A worker loads the parts itself. A reward function that was given in Python has no worker.
+        return _run_of_worker, (self.folder.root, self.config)
+
+    @contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """Load parts inside the block by the config alone: what the folder holds may belong to an earlier run."""
+        self._ignores_products = True
+        try:
+            yield
+        finally:
+            self._ignores_products = False
+
+    def _has_product(self, name: str) -> bool:
+        return not self._ignores_products and (self.folder / name).is_dir()
+
+    @property
+    def has_reward_function(self) -> bool:
+        """Whether the reward is a Python function, not a classifier."""
+        return self._reward_function is not None or self.config.reward.function is not None
+
+    @property
+    def uses_embedded_reward(self) -> bool:
+        """Whether the reward is the embedded classifier, which `prepare` trains."""
+        return not self.has_reward_function and self.config.reward.classifier == "embedded"
+
+    @property
+    def scorer(self) -> Scorer:
+        """The reward, tried on a few texts, and its judge. Raises InputError if it does not fit."""
+        if self._scorer is None:
+            self._scorer = self._load_function() if self.has_reward_function else self._load_classifier()
+        return self._scorer
+
+    def load_reward(self) -> None:
+        """Load and try the reward now; `as_configured`, only check the labels of an embedded one. Raises InputError."""
+        if self._ignores_products and self.uses_embedded_reward:
+            self._require_embedded_labels()
+        elif self._scorer is None:
+            self._scorer = self._load_function() if self.has_reward_function else self._load_classifier()
+
+    def _require_embedded_labels(self) -> None:
+        good, toxic = LABELS
+        expected = {"reward.toxic_label": toxic, "reward.good_label": good}
+        for setting, label in label_settings(self.config, "reward.classifier").items():
+            rule = "is not a label of the embedded classifier"
+            require(label.lower() == expected[setting], setting, label, rule, f"use {expected[setting]}")
+
+    def load_judges(self) -> None:
+        """Load the judges now. Raises InputError for one that does not fit."""
+        if self._judges is None:
+            self._judges = self._load_judges()
+
+    def load_measures(self) -> None:
+        """Load the judges and readers now. Raises InputError for one that does not fit."""
+        self.load_judges()
+        if self._readers is None:
+            self._readers = self._load_readers()
+
+    @property
+    def reward(self) -> Reward:
+        """The reward: (prompts, responses) -> raw scores (B,)."""
+        return self.scorer.reward
+
+    def _load_function(self) -> Scorer:
+        name = str(self.config.reward.function)
+        function = load_function(name) if self._reward_function is None else self._reward_function
+        reward = validated_reward(function, name)
         reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
-    source, labels = config.reward.classifier, label_settings(config, "reward.classifier")
-    if source == "embedded" and folder:
-        source = str(folder.need("reward", "prepare"))
-    elif source == "embedded":
-        for (setting, label), right in zip(labels.items(), reversed(LABELS), strict=False):
-            rule = "is not what the embedded classifier calls it"
-            require(label.lower() == right, setting, label, rule, f"say {right}")
-        return None
-    classifier = load_classifier(source, "reward.classifier", labels, PartialState().device, config.reward.score)
-    if config.reward.bf16:
-        with_fast_attention(classifier.model.bfloat16())
-    return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
+
+    def _load_classifier(self) -> Scorer:
+        settings = self.config.reward
+        source = settings.classifier
+        if source == "embedded":
+            source = str(self.folder.require_product("reward", "prepare"))
+
+        labels = label_settings(self.config, "reward.classifier")
+        classifier = load_classifier(source, "reward.classifier", labels, self.world.device, settings.score)
+        if settings.bf16:
+            with_fast_attention(classifier.model.bfloat16())
+        return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
+
+    @property
+    def judges(self) -> dict[str, Judge]:
+        """The judges by name, the primary one first.
+
+        Raises InputError when the package of one is missing, or when a classifier has no such label.
+        """
+        self.load_judges()
+        assert self._judges is not None
+        return self._judges
+
+    @property
+    def primary_judge(self) -> Judge:
+        """The judge that decides the verdict."""
+        return next(iter(self.judges.values()))
+
+    def _load_judges(self) -> dict[str, Judge]:
+        settings = self.config.evaluation
+        judges: dict[str, Judge] = {}
+        primary = self._load_judge(
+            settings.primary_judge, "evaluation.primary_judge", "evaluation.judge_label", settings.judge_label
+        )
+        judges[_judge_name(settings.primary_judge)] = primary
+
+        for named in settings.other_judges:
+            source, label = _split_label(named)
+            name = _judge_name(source)
+            if name in judges:
+                name = f"{name} ({label})"
+            judges[name] = self._load_judge(source, _OTHER_JUDGES, _OTHER_JUDGES, label)
+        return judges
+
+    def _load_judge(self, source: str, field: str, label_field: str, label: str) -> Judge:
+        if source == "alt-profanity-check":
+            judge = profanity_judge()
+            if judge is None:
+                raise InputError(field, source, "is not installed", "pip install 'detoxrl[offline]'")
+            return judge
+        return classifier_judge(load_classifier(source, field, {label_field: label}, self.world.device))
+
+    @property
+    def readers(self) -> Readers:
+        """What reads responses beside the judges, the reward aside: what the evaluation's settings name."""
+        if self._readers is None:
+            self._readers = self._load_readers()
+        return self._readers
+
+    def _load_readers(self) -> Readers:
+        settings = self.config.evaluation
+        encode = load_encoder(settings.encoder, self.world.device) if settings.encoder else None
+        entails = None
+        if settings.nli:
+            # Of a premise (a dialogue) and a hypothesis (a response) that do not fit, the longer one is cut.
+            entails = self._load_probability(settings.nli, "entailment", "evaluation.nli")
+        fluent = None
+        if settings.fluency:
+            fluent = self._load_probability(*_split_label(settings.fluency), "evaluation.fluency")
+        return Readers(encode=encode, entails=entails, fluent=fluent)
+
+    def _load_probability(self, source: str, label: str, field: str) -> Callable[[Any], Floats]:
+        classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)
+        return classifier_judge(classifier)
+
+    def scores(self) -> Callable[[Pairs], Floats]:
+        """Return the reward as a reader: raw scores (N,) of (prompt, response) pairs, each pair scored once."""
+
+        def score(pairs: Pairs) -> Floats:
+            prompts = [prompt for prompt, _ in pairs]
+            responses = [response for _, response in pairs]
+            return self.reward(prompts, responses).double().numpy()
+
+        return memoized(score)
+
+    def rows(self, split: str) -> list[Row]:
+        """Return the rows of a split of the prepared run. Raises InputError and StorageError."""
+        if split not in self._rows:
+            path = self.folder.require_product(f"data/{split}.jsonl", "prepare")
+            with explain_corruption(path, "remove seconds.json, and --resume makes the rows again"):
+                self._rows[split] = read_rows(path)
+        return self._rows[split]
+
+    def use_rows(self, rows: Mapping[str, list[Row]]) -> None:
+        """Take rows by split that are not in the run folder yet."""
+        self._rows = dict(rows)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the LoRA that the initial policy starts from: that of the warm start, or the config's."""
+        return self.folder / "start" if self._has_product("start") else initial_adapter(self.config.policy)
+
+    def require_warm_start(self) -> None:
+        """Raise InputError when the config asks for a warm start and the folder does not hold it."""
+        if self.config.sft.steps > 0:
+            self.folder.require_product("base" if self.config.sft.full_weights else "start", "sft")
+
+    def base(self, bf16: bool) -> Base:
+        """Return the base of the initial policy, in bfloat16 or fp32: that of the warm start, or the config's.
+
+        It is loaded once, and again only in the other precision or when the warm start has made another. Raises
+        InputError.
+        """
+        source = str((self.folder / "base").resolve()) if self._has_product("base") else self.config.policy.base
+        is_same = self._base is not None and self._base.source == source
+        if self._base is not None and is_same and (source == "scratch" or self._base.bf16 == bf16):
+            return self._base
+
+        self._base = None  # Its memory is free before the next one is loaded.
+        self._base = Base.load(source, bf16=bf16)
+        return self._base
+
+    def use_base(self, base: Base) -> None:
+        """Take a base that is not loaded but made: that of policy.base = 'scratch', before its warm start."""
+        self._base = base
+
+    def initial_policy(self) -> Policy:
+        """Return the initial policy under the adapter or the weights that train.
+
+        Policies share the base: one that was returned earlier must not be used any more.
+        """
+        base = self.base(self.config.policy.bf16)
+        return base.policy(self.adapter, self.config.policy, self.config.seed)
+
+
+@lru_cache(maxsize=1)
+def _run_of_worker(root: Path, config: Config) -> Run:
+    """Return the run that the main process works on; a worker loads its parts once too."""
+    return Run(RunFolder(root), config)
 
 
 def label_settings(config: Config, field: str) -> dict[str, str]:
     """Return the labels of the classifier that the setting `field` names, by their settings, the toxic one first."""
     if field == "evaluation.primary_judge":
         return {"evaluation.judge_label": config.evaluation.judge_label}
-    good = {"reward.good_label": config.reward.good_label} if config.reward.good_label else {}
-    return {"reward.toxic_label": config.reward.toxic_label} | good
+
+    labels = {"reward.toxic_label": config.reward.toxic_label}
+    if config.reward.good_label:
+        labels["reward.good_label"] = config.reward.good_label
+    return labels
 
 
-def run_scorer(folder: RunFolder, config: Config, given: RewardFunction | None) -> Scorer:
-    """Return the reward of a prepared run."""
-    found = scorer(config, folder, given)
-    assert found is not None
-    return found
+def with_reward_name(config: Config, reward: RewardFunction | None) -> Config:
+    """Return the config with every path absolute, and with the name of a reward function given in Python."""
+    if reward is not None:
+        config = with_settings(config, {"reward.function": function_name(reward)})
+    return with_absolute_paths(config)
 
 
-def judges_of(config: Config) -> dict[str, Judge]:
-    """Return the judges by name, the primary one first; each rates a text once.
+def with_revisions(config: Config, previous: Config | None) -> Config:
+    """Return the config with a commit behind every hub id that has none: that of `previous`, or today's.
 
-    Raises InputError when the package of one is missing, or a classifier has no such label.
+    Raises InputError.
     """
-    settings = config.evaluation
-    named = [(settings.primary_judge, settings.judge_label, "evaluation.primary_judge", "evaluation.judge_label")]
-    named += [(*_labelled(other), _OTHERS, _OTHERS) for other in settings.other_judges]
-    found: dict[str, Judge] = {}
-    for source, label, field, label_field in named:
-        name = f"{_called(source)} ({label})" if _called(source) in found else _called(source)
-        judge: Judge | None = profanity_judge() if source == "alt-profanity-check" else None
-        if source != "alt-profanity-check":
-            judge = classifier_judge(load_classifier(source, field, {label_field: label}, PartialState().device))
-        if judge is None:
-            raise InputError(field, source, "is not installed", "pip install 'detoxrl[offline]'")
-        found[name] = memoized(judge)
-    return found
+    known = sources(previous) if previous else {}
+
+    def pin(name: str, source: str) -> str:
+        earlier = known.get(name, "")
+        if is_hub_id(source) and earlier.startswith(f"{source}@"):
+            return earlier
+        return pin_revision(source, name)
+
+    return map_sources(config, pin)
 
 
-def readers_of(config: Config, scorer: Scorer | None) -> Readers:
-    """Return what reads responses beside judges: the reward, and what the evaluation's settings name."""
-    settings, device = config.evaluation, PartialState().device
-
-    def said(source: str, label: str, field: str) -> Callable[[Texts], Floats]:
-        return classifier_judge(load_classifier(source, field, {field: label}, device, probed=False))
-
-    def scores(pairs: Pairs) -> Floats:
-        assert scorer is not None
-        return scorer.reward([prompt for prompt, _ in pairs], [text for _, text in pairs]).double().numpy()
-
-    return Readers(
-        score=memoized(scores) if scorer else None,
-        encode=load_encoder(settings.encoder, device) if settings.encoder else None,
-        # Of a premise (a dialogue) and a hypothesis (a response) that do not fit the longer is cut.
-        entails=said(settings.nli, "entailment", "evaluation.nli") if settings.nli else None,
-        fluent=said(*_labelled(settings.fluency), "evaluation.fluency") if settings.fluency else None,
-    )
-
-
-def _labelled(value: str) -> tuple[str, str]:
-    """Return source and label of SOURCE=LABEL, as the settings' rules have it."""
+def _split_label(value: str) -> tuple[str, str]:
+    """Return source and label of SOURCE=LABEL."""
     source, _, label = value.rpartition("=")
     return source, label
 
 
-def _called(source: str) -> str:
-    """Return what a judge is called in results: a folder's name without the path to it, or the hub id."""
+def _judge_name(source: str) -> str:
+    """Return what results call a judge: the name of its folder, or the hub id."""
     path = Path(without_revision(source))
     return path.name if path.is_absolute() else str(path)
-
-
-def rows_of(folder: RunFolder, split: str) -> list[Row]:
-    """Return the rows of a split of a prepared run."""
-    path = folder.need(f"data/{split}.jsonl", "prepare")
-    with explain_corruption(path, "remove seconds.json, and --resume makes the rows again"):
-        return read_rows(path)
-
-
-def base_and_start(folder: RunFolder, config: Config) -> tuple[str, Path | None]:
-    """Return the policy's base and the adapter it starts from: what sft made, else what the config names."""
-    base, start = folder / "base", folder / "start"
-    if config.sft.steps > 0:
-        folder.need("base" if config.sft.full_weights else "start", "sft")
-    named = str(base.resolve()) if base.is_dir() else config.policy.base
-    return named, start if start.is_dir() else initial_adapter(config.policy)
-
-
-def sources(config: Config) -> dict[str, str]:
-    """Return the settings that name data, a model or a file which the run reads, with the path or hub id."""
-    found: dict[str, str] = {}
-    _with_sources(config, lambda name, source: found.setdefault(name, source))
-    return found
-
-
-def local_sources(config: Config) -> dict[str, Path]:
-    """Return the settings that name something on disk, with its path."""
-    return {name: Path(source) for name, source in sources(config).items() if Path(source).exists()}
-
-
-def with_absolute_paths(config: Config, given: RewardFunction | None = None) -> Config:
-    """Return the config with every path absolute, and the name of a reward `given` in Python: the same anywhere."""
-    if given is not None:
-        config = with_settings(config, {"reward.function": function_name(given)})
-    return _with_sources(config, lambda _, source: str(Path(source).resolve()) if Path(source).exists() else source)
-
-
-def with_revisions(config: Config, was: Config | None) -> Config:
-    """Return the config with a commit behind every hub id that has none: `was`'s, else today's. Raises InputError."""
-    theirs = sources(was) if was else {}
-
-    def dated(name: str, source: str) -> str:
-        known = theirs.get(name, "")
-        return known if is_hub_id(source) and known.startswith(f"{source}@") else pin_revision(source, name)
-
-    return _with_sources(config, dated)
-
-
-def _with_sources(config: Config, change: Callable[[str, str], str]) -> Config:
-    """Return the config with what `change` makes of each path or hub id; labels stay. Other judges are numbered."""
-
-    def one(name: str, value: str | None, mark: str) -> str | None:
-        source = value.rpartition(mark)[0] if value and mark else value
-        unread = name == "reward.classifier" and config.reward.function
-        if not value or not source or source in _RESERVED or unread or (mark == ":" and not Path(source).exists()):
-            return value
-        return change(name, source) + value.removeprefix(source)
-
-    flat = flatten(asdict(config))
-    new: dict[str, Any] = {name: one(name, flat[name], mark) for name, mark in _PLACES.items()}
-    new[_OTHERS] = [one(f"{_OTHERS} {i}", other, "=") for i, other in enumerate(flat[_OTHERS])]
-    return with_settings(config, new)

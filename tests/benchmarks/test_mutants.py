@@ -1,4 +1,4 @@
-"""Each operator makes exactly its mutants, each of these can run, and their names last."""
+"""Does each operator make exactly its mutants, do they all compile, and are their ids stable?"""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def encode(self, texts, adapter=None): ...
 """
 
 
-def of(*lines: str) -> list[Mutant]:
-    """The mutants of a function with these lines, a function that knows the names of policy gradients."""
+def mutants_of(*lines: str) -> list[Mutant]:
+    """Return the mutants of a function with these lines, whose parameters have the names of policy gradients."""
     names = "a, b, mask, logprobs, ref_logprobs, new_logprobs, values, new_values, advantages, returns"
     source = "\n    ".join([f"def f({names}):", *lines]) + "\n"
     return mutants(source, "toy.py", signatures([LIBRARY]))
 
 
-def made(operator: str, *lines: str) -> list[str]:
-    return [mutant.after for mutant in of(*lines) if mutant.operator == operator]
+def after(operator: str, *lines: str) -> list[str]:
+    return [mutant.after for mutant in mutants_of(*lines) if mutant.operator == operator]
 
 
 @pytest.mark.parametrize(
@@ -115,64 +115,68 @@ def made(operator: str, *lines: str) -> list[str]:
         ("context", "with a(), b() as c: a()", ["with b() as c:"]),
     ],
 )  # fmt: skip
-def test_an_operator_makes_these_and_no_others(operator: str, line: str, expected: list[str]) -> None:
-    assert sorted(made(operator, line)) == sorted(expected)
+def test_an_operator_makes_exactly_these_mutants(operator: str, line: str, expected: list[str]) -> None:
+    assert sorted(after(operator, line)) == sorted(expected)
 
 
-def test_loops_are_left_by_other_ways_and_run_forwards() -> None:
+def test_break_is_replaced_and_reversed_is_removed() -> None:
     lines = ["for t in reversed(a):", "    if b:", "        break"]
-    assert made("jump", *lines) == ["continue", "pass"]
-    assert made("reversed dropped", *lines) == ["for t in a:"]
+    assert after("jump", *lines) == ["continue", "pass"]
+    assert after("reversed dropped", *lines) == ["for t in a:"]
 
 
-def test_only_a_name_that_has_a_value_already_is_read_or_loses_its_next_one() -> None:
-    assert made("removed", "x = a", "x = b") == ["pass"]
+def test_an_assignment_is_removed_and_a_twin_read_only_where_the_name_has_a_value() -> None:
+    assert after("removed", "x = a", "x = b") == ["pass"]
     assert mutants("def f(values):\n    x = values\n    new_values = x\n", "toy.py") == []
 
 
-def test_a_decorator_without_gradients_is_removed_and_others_stay() -> None:
+def test_only_a_no_grad_decorator_is_removed() -> None:
     source = "class A:\n    @property\n    @torch.no_grad()\n    def b(self):\n        return self.c\n"
     (mutant,) = mutants(source, "toy.py")
     assert (mutant.operator, mutant.function, mutant.line) == ("context", "A.b", 3)
     assert mutant.source == source.replace("    @torch.no_grad()\n", "")
 
 
-def test_nothing_but_the_mistake_changes() -> None:
+def test_a_mutant_changes_only_its_own_bytes() -> None:
     source = 'def f(a):\n    """Say “±1”."""\n    # one more\n    return (a  + 1,   # ü\n            a)\n'
     changed = {mutant.operator: mutant.source for mutant in mutants(source, "toy.py")}
     assert changed["arithmetic"] == source.replace("a  + 1", "a  - 1")
 
 
-def test_what_stands_outside_of_functions_is_left_alone() -> None:
+def test_code_outside_functions_is_not_mutated() -> None:
     assert mutants("x = 1 + 1\n\nclass A:\n    y: int = 0\n    def b(self, z=1) -> None: ...\n", "toy.py") == []
 
 
-def test_names_outlive_comments_and_layout_and_differ() -> None:
+def test_ids_are_unique_and_ignore_comments_and_layout() -> None:
     source = "def f(a, b):\n    if a:\n        return a + b\n    return a + b\n\n\ndef g(a, b):\n    return a + b\n"
-    found = mutants(source, "toy.py")
+    made_mutants = mutants(source, "toy.py")
     moved = "# A comment.\n" + source.replace("a + b", "(a\n        + b)").replace("    if", "    # Why.\n    if")
-    assert [mutant.id for mutant in mutants(moved, "toy.py")] == [mutant.id for mutant in found]
-    assert [m.line for m in found] == [2, 3, 3, 4, 4, 8, 8]
-    assert len({m.id for m in [*found, *mutants(source, "other.py")]}) == 14
+    assert [mutant.id for mutant in mutants(moved, "toy.py")] == [mutant.id for mutant in made_mutants]
+    assert [m.line for m in made_mutants] == [2, 3, 3, 4, 4, 8, 8]
+    assert len({m.id for m in [*made_mutants, *mutants(source, "other.py")]}) == 14
 
 
-def test_a_surveyed_function_says_that_it_was_reached_and_keeps_its_docstring() -> None:
+def test_a_surveyed_function_records_that_it_was_reached_and_keeps_its_docstring() -> None:
     source = "class A:\n    def b(self):\n        'Why.'\n        def c(): return 1\n        return c\n"
-    said: list[str] = []
-    names = {"reached": said.append}
+    reached: list[str] = []
+    names = {"reached": reached.append}
     exec(surveyed(source, "toy.py"), names)
     inner = names["A"]().b()  # type: ignore[operator]
-    assert said == ["toy.py A.b"]
+    assert reached == ["toy.py A.b"]
     assert inner() == 1
-    assert said == ["toy.py A.b", "toy.py A.b.c"]
+    assert reached == ["toy.py A.b", "toy.py A.b.c"]
     assert names["A"].b.__doc__ == "Why."  # type: ignore[attr-defined]
     assert {mutant.function for mutant in mutants(source, "toy.py")} == {"A.b.c"}
 
 
-def test_all_mutants_of_the_package_can_be_compiled_and_differ_from_it_and_each_other() -> None:
+def test_all_mutants_of_the_package_compile_and_are_distinct() -> None:
     for name, source in sources().items():
-        found = mutants(source, name)
-        assert found, name
-        assert len({mutant.source for mutant in found} | {source}) == len({m.id for m in found}) + 1 == len(found) + 1
-        for mutant in found:
+        made_mutants = mutants(source, name)
+        assert made_mutants, name
+        assert (
+            len({mutant.source for mutant in made_mutants} | {source})
+            == len({m.id for m in made_mutants}) + 1
+            == len(made_mutants) + 1
+        )
+        for mutant in made_mutants:
             compile(mutant.source, name, "exec")

@@ -1,4 +1,4 @@
-"""The speed benchmark: its worker makes real steps, its floor counts by hand, its results say what rows say."""
+"""Does the speed benchmark make real steps, count the floor correctly and summarize its rows correctly?"""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_a_worker_makes_the_step_that_is_asked_for_and_says_how_long_each_stage_took(
-    models: Path, tmp_path: Path
-) -> None:
+def test_a_worker_makes_the_requested_step_and_times_each_stage(models: Path, tmp_path: Path) -> None:
     given = Task(models=str(models), dtype="bf16", step=TINY, threads=1)
     with Worker("step_worker.py", given, Path(sys.executable), tmp_path / "log") as worker:
         row = worker.step(batch=2, response=5, epochs=2)
@@ -54,14 +52,14 @@ def test_a_worker_makes_the_step_that_is_asked_for_and_says_how_long_each_stage_
     assert "torch" in worker.warm_up["versions"]
 
 
-def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_worker_reports_the_reason(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"log ended with 1:\n(.|\n)*nowhere"):
         Worker("step_floor.py", Task(models="nowhere"), Path(sys.executable), tmp_path / "log")
 
 
-def test_a_task_survives_the_command_line() -> None:
+def test_a_task_round_trips_through_the_command_line() -> None:
     given = Task(models="a", dtype="bf16", generate="per-prompt", step=TINY, threads=1)
-    assert task(given.words()) == given
+    assert task(given.arguments()) == given
 
 
 def test_the_leanest_step_counted_by_hand() -> None:
@@ -83,7 +81,7 @@ def test_encoder_and_reward_are_counted_as_torch_counts_them(models: Path) -> No
     for stage, model, given in (("encode", policy.get_encoder(), ids), ("score", reward, scored)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=given)
-        # The reward's last layer, of two labels, is too small to be counted.
+        # The reward's last layer has only two labels; `flops` leaves it out.
         assert counter.get_total_flops() == pytest.approx(counted[stage], rel=1e-3)
 
 
@@ -95,21 +93,25 @@ def test_the_floor_is_lowest_at_the_best_rate(models: Path) -> None:
     assert row["gflop"] / row["feed-forward GFLOP/s"] == pytest.approx(row["plain_seconds"])
 
 
-def row(contestant: str, dtype: str, turn: int, seconds: float, **others: Any) -> dict[str, Any]:
+def row(contestant: str, dtype: str, round_number: int, seconds: float, **others: Any) -> dict[str, Any]:
     stages = {stage: seconds / len(STAGES) for stage in STAGES}
-    found = {"contestant": contestant, "dtype": dtype, "round": turn, "seconds": seconds, "stages": stages}
-    return found | {"peak_gib": 1.0 + turn, "processor_seconds": 2.0, "step": {"batch": 4, "response": 8}} | others
+    found = {"contestant": contestant, "dtype": dtype, "round": round_number, "seconds": seconds, "stages": stages}
+    return (
+        found | {"peak_gib": 1.0 + round_number, "processor_seconds": 2.0, "step": {"batch": 4, "response": 8}} | others
+    )
 
 
-def test_ratios_are_of_steps_of_one_round(tmp_path: Path) -> None:
-    rows = [row("detoxrl", "bf16", turn, seconds) for turn, seconds in enumerate((1.0, 2.0, 4.0))]
-    rows += [row("trl per-prompt", "fp32", turn, seconds) for turn, seconds in enumerate((10.0, 30.0, 20.0))]
+def test_ratios_compare_steps_of_the_same_round(tmp_path: Path) -> None:
+    rows = [row("detoxrl", "bf16", round_number, seconds) for round_number, seconds in enumerate((1.0, 2.0, 4.0))]
+    rows += [
+        row("trl per-prompt", "fp32", round_number, seconds) for round_number, seconds in enumerate((10.0, 30.0, 20.0))
+    ]
     rates = {"plain_seconds": 1.0, "gflop": 2.0, "plain GFLOP/s": 2.0, "oneDNN GFLOP/s": 4.0}
-    rows += [row("floor", "bf16", turn, 0.5, **rates) for turn in range(3)]
+    rows += [row("floor", "bf16", round_number, 0.5, **rates) for round_number in range(3)]
     found = summary(rows)
-    ours = found["contestants"][0]
-    assert ours["seconds"] == {"median": 2.0, "low": 1.0, "high": 4.0}
-    assert (ours["tokens_per_second"], ours["peak_gib"]) == (16.0, 3.0)
+    detoxrl = found["contestants"][0]
+    assert detoxrl["seconds"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert (detoxrl["tokens_per_second"], detoxrl["peak_gib"]) == (16.0, 3.0)
     ratios = {f"{one['of']} / {one['to']}": (one["median"], one["low"], one["high"]) for one in found["ratios"]}
     assert ratios == {
         "trl per-prompt fp32 / detoxrl bf16": (10.0, 5.0, 15.0),
@@ -124,7 +126,7 @@ def test_ratios_are_of_steps_of_one_round(tmp_path: Path) -> None:
     _draws_the_same_twice(draw_compare, about, tmp_path)
 
 
-def test_the_checks_of_the_cost_say_what_grew_too_fast(tmp_path: Path) -> None:
+def test_the_checks_of_the_cost_report_growth_faster_than_linear(tmp_path: Path) -> None:
     usual = {"batch": 4, "minibatch": 2, "prompt": 16, "response": 8, "epochs": 1, "prompts": 64}
     took = [({}, 1.0), ({"batch": 8}, 2.1), ({"batch": 16}, 5.0), ({"epochs": 2}, 1.5), ({"prompts": 128}, 1.1)]
     rows = [row("", "fp32", 0, seconds, size="tiny", parameters=4e6, encoded=1.0, step=usual | changes)
@@ -152,7 +154,7 @@ def _draws_the_same_twice(draw: Any, found: Any, folder: Path) -> None:
     assert "</svg>" in pictures[0]
 
 
-def test_each_point_changes_one_size_and_the_usual_step_comes_once() -> None:
+def test_each_point_changes_one_size_and_the_default_step_comes_once() -> None:
     found = points(["batch", "size", "epochs"], "base")
     assert found == [
         ("base", {}), ("base", {"batch": 4}), ("base", {"batch": 8}), ("base", {"batch": 32}), ("small", {}),

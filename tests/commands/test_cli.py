@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from detoxrl.commands import measure as measuring
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
+from detoxrl.runs import Run
 from detoxrl.runtime.run_folder import RunFolder
 from forked import forked
 from small_runs import detoxrl as detoxrl_here
@@ -111,16 +113,26 @@ def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> 
 
 
 def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def name_adapter(policy: object, prompts: list[object], *_: object, adapter: str | None, **__: object) -> object:
-        yield {row: [str(adapter)] for row in range(len(prompts))}
+    def name_adapter(policy: object, prompts: list[object], *others: object) -> list[list[str]]:
+        *_, adapter = others
+        return [[str(adapter)] for _ in prompts]
 
-    monkeypatch.setattr(measuring, "sample_batches", name_adapter)
-    folder, config = RunFolder.open(run)
-    found = measuring._responses(folder, config, measuring.rows_of(folder, "test"), {})
+    monkeypatch.setattr(measuring, "sample_texts", name_adapter)
+    found = measuring._policy_responses(Run(*RunFolder.open(run)), {})
     (run / "responses.jsonl").unlink()
     assert {name: texts[0][0] for name, texts in found.items()} == {
         "before": "None", "after": "measured0", "sft_civil": "measured1", "sft_best_of_4": "measured2",
     }  # fmt: skip
+
+
+def test_a_run_without_its_reward_model_keeps_its_results(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copytree(run, tmp_path / "run")
+    rmtree(tmp_path / "run/reward")
+    assert detoxrl_here(["evaluate", str(tmp_path / "run"), "--evaluation.bootstrap", "100"]) == 2
+    assert "has no reward" in capfd.readouterr().err
+    assert (tmp_path / "run/eval.json").read_bytes() == (run / "eval.json").read_bytes()
 
 
 def test_stages_in_their_own_processes_give_the_same_run(run: Path, tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_an_existing_run_is_not_touched_without_being_asked(
     before = (run / "eval.json").read_bytes()
     monkeypatch.chdir(place)
     assert detoxrl_here(["run", "quickstart", *SMALL]) == 2
-    assert "exists already; add --resume to go on, --overwrite to begin anew" in capfd.readouterr().err
+    assert "already exists; add --resume to resume it, --overwrite to replace it" in capfd.readouterr().err
     assert (run / "eval.json").read_bytes() == before
 
 
@@ -161,9 +173,9 @@ def test_an_existing_run_is_not_touched_without_being_asked(
     ("words", "message"),
     [
         (["run", "quikstart"], "recipe = 'quikstart': is not a recipe; did you mean quickstart?"),
-        (["run"], "recipe = '': is missing"),
+        (["run"], "recipe = '': is missing; run `detoxrl run RECIPE` with a name from `detoxrl recipes`"),
         (["fly"], "command = 'fly': is not a command"),
-        (["train"], "run folder = '': is missing; say `detoxrl train runs/NAME`"),
+        (["train"], "run folder = '': is missing; run `detoxrl train runs/NAME`"),
         (["run", "quickstart", "--rl.batch-size", "1"], "rl.batch_size = 1: must be 2 or more"),
         (["run", "quickstart", "--rl.clip", "0"], "rl.clip = 0.0: must be above 0; give a larger value"),
     ],
@@ -184,7 +196,7 @@ def test_a_stage_out_of_order_names_the_one_to_run_first(
     monkeypatch.chdir(tmp_path)
     assert detoxrl_here(["prepare", "quickstart", *SMALL, "--run-dir", "r"]) == 0
     assert detoxrl_here(["train", "r"]) == 2
-    assert "has not finished sft; run `detoxrl sft r` first, or go on with --resume" in capfd.readouterr().err
+    assert "has not finished sft; run `detoxrl sft r` first, or use --resume" in capfd.readouterr().err
 
 
 def test_help_is_quick_because_it_imports_no_torch() -> None:
@@ -239,9 +251,11 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
     environment = {**os.environ, "DETOXRL_CACHE": str(tmp_path / "cache")}
     words = ["run", "quickstart", *SMALL, "--resume", "--run-dir", "broken"]
     for deadly in (
-        "detoxrl.rewards.fit:batch_indices:60", "detoxrl.training.sft:batch_indices:12", "detoxrl.training.train:collect_rollout:2",
-        "detoxrl.commands.measure:sample_batches:2",
-    ):  # fmt: skip
+        "detoxrl.rewards.fit:batch_indices:60",
+        "detoxrl.training.finetune:batch_indices:12",
+        "detoxrl.training.learner:collect_rollout:2",
+        "detoxrl.commands.measure:sample_texts:2",
+    ):
         killed = forked([deadly, *words], tmp_path, environment, KILLED)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     ended = forked(["run", "--resume", "--run-dir", "broken"], tmp_path, environment)
@@ -251,7 +265,8 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    run, script = tmp_path / "run", "import sys, time; from pathlib import Path; from detoxrl.tracking import RunFolder"
+    run = tmp_path / "run"
+    script = "import sys, time; from pathlib import Path; from detoxrl.runtime.run_folder import RunFolder"
     script += "\nwith RunFolder(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

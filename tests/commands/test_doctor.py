@@ -1,64 +1,78 @@
-"""The doctor: forecasts by shapes alone, and what it finds before hours are spent."""
+"""The doctor: memory from shapes, time from measured steps, and the checks it makes before a run."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from conftest import TARGETS, policy_config
 from detoxrl.commands import doctor as doctor_module
-from detoxrl.commands import forecast
-from detoxrl.commands.forecast import Cost, Meter, Speed, bare_policy, stage_costs
-from detoxrl.commands.prepare import prepare_rows
+from detoxrl.commands import forecast, timing
+from detoxrl.commands.forecast import Meter, bare_policy, stage_memory
+from detoxrl.commands.prepare import Prepared, prepare_rows
+from detoxrl.commands.timing import StepSeconds, Timed, stage_seconds
 from detoxrl.config.recipes import recipe
+from detoxrl.data.rows import Row
+from detoxrl.evaluation.judges import memoized
 from detoxrl.models.loading import load_base, load_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
+from detoxrl.models.t5 import T5Network, T5Steps
+from detoxrl.runs import Run
+from learning import run_of
 from small_runs import SMALL, contents, detoxrl, own
 
-UNIT = Speed(fp32=1e9, bf16=4e9, weights=5e8, moved=1e9, calls=1e3)
+STEP = StepSeconds(sample=0.5, reference=0.125, score=0.25, update=4.0, judges=[2.0, 8.0], finetune=0.75)
 
 
 def doctor(*words: str) -> int:
     return detoxrl(["doctor", *own(*words)[1:]])
 
 
-def test_the_meter_counts_products_bytes_calls_and_what_is_held() -> None:
-    a, b = torch.empty(100, 200, device="meta"), torch.empty(200, 300, device="meta")
-    with Meter(UNIT) as meter:
-        kept = a @ b  # 2 x 100 x 200 x 300 operations; 120,000 bytes are made
-        freed = kept * 2
-        del freed
-        second = kept.t() + 1  # a view, and a sum
-    assert meter.calls == 4
-    assert meter.peak == 3 * 120_000 - 120_000
+def base_flags(bases: dict[str, Path], name: str) -> list[str]:
+    return ["--policy.base", str(bases[name]), "--policy.lora-targets", *TARGETS[name]]
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    return prepare_rows(recipe("quickstart", {"data.limit": 128}))
+
+
+# Memory
+
+
+def test_the_meter_counts_the_bytes_that_are_held_at_once() -> None:
+    a = torch.empty(100, 200, device="meta")
+    b = torch.empty(200, 300, device="meta")
+    with Meter() as meter:
+        product = a @ b  # 120,000 bytes
+        released = product * 2
+        del released
+        total = product.t() + 1  # A view has no bytes of its own.
+
+    assert meter.peak == 2 * 120_000
     assert meter.held == 2 * 120_000
-    product = 2 * 100 * 200 * 300 / 1e9
-    sums = 2 * (2 * 120_000) / 1e9
-    assert meter.seconds == pytest.approx(product + sums + 4 / 1e3)
-    assert second.shape == (300, 100)
-    with Meter(UNIT):
-        assert int(kept.sum()) == 1
-    half = torch.empty(100, 200, device="meta", dtype=torch.bfloat16)
-    with Meter(UNIT) as meter:
-        half @ half.t()
-    assert meter.seconds == pytest.approx(2 * 100 * 200 * 100 / 4e9 + 2 / 1e3, rel=1e-3)
+    assert total.shape == (300, 100)
+    with Meter():
+        assert int(product.sum()) == 1
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
-def test_shapes_alone_give_the_policy_that_is_loaded(bases: dict[str, Path], name: str, full: bool) -> None:
+def test_the_policy_from_shapes_is_that_which_is_loaded(bases: dict[str, Path], name: str, full: bool) -> None:
     config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_rank": 4})
     config = replace(config, policy=replace(policy_config(name, full=full), base=str(bases[name])))
     bare = bare_policy(config, load_tokenizer(str(bases[name])))
@@ -68,7 +82,7 @@ def test_shapes_alone_give_the_policy_that_is_loaded(bases: dict[str, Path], nam
 
 
 @pytest.mark.parametrize(("name", "kind"), [("t5", "loaded"), ("t5", "loaded with encoder"), ("gpt2", "loaded")])
-def test_shapes_alone_give_the_adapter_to_start_from(
+def test_the_initial_adapter_from_shapes_is_that_which_is_loaded(
     bases: dict[str, Path], starts: dict[tuple[str, str], Path], name: str, kind: str
 ) -> None:
     config = recipe("own", {"policy.base": str(bases[name]), "policy.adapter": str(starts[name, kind]),
@@ -78,107 +92,324 @@ def test_shapes_alone_give_the_adapter_to_start_from(
     assert [p.shape for p in bare.parameters()] == [p.shape for p in loaded.parameters()]
 
 
-def test_the_forecast_of_a_warm_start_is_there_only_where_there_is_one_and_counts_fp32(
-    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def test_memory_of_a_warm_start_is_counted_in_fp32_and_only_if_there_is_one(
+    bases: dict[str, Path], prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(forecast.psutil, "Process", lambda: nothing)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(forecast.psutil, "Process", lambda: process)
 
-    def sft(**settings: Any) -> Cost:
-        config = recipe("own", {"policy.base": str(bases["t5"]), "policy.bf16": True, "rl.batch_size": 64} | settings)
-        return stage_costs(config, prepared, [], UNIT)["sft"]
+    def sft(**settings: Any) -> float:
+        config = recipe("own", {"policy.base": str(bases["t5"]), "policy.bf16": True, "rl.batch_size": 64, **settings})
+        return stage_memory(config, prepared, [])["sft"]
 
-    prepared = prepare_rows(recipe("quickstart", {"data.limit": 128}))
-    assert sft() == Cost()
-    whole, lora = (sft(**{"sft.steps": 5, "sft.full_weights": full}) for full in (True, False))
-    weights = 4 * sum(p.numel() for p in load_base(str(bases["t5"]))[0].parameters())  # bytes in fp32
-    assert whole.peak - lora.peak > 3 * weights
+    assert sft() == 0
+    whole = sft(**{"sft.steps": 5, "sft.full_weights": True})
+    lora = sft(**{"sft.steps": 5, "sft.full_weights": False})
+    fp32_bytes = 4 * sum(p.numel() for p in load_base(str(bases["t5"]))[0].parameters())
+    assert whole - lora > 3 * fp32_bytes
     assert whole == sft(**{"sft.steps": 5, "sft.full_weights": True, "policy.bf16": False})
 
 
-def test_the_forecast_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
-    passes = (Cost(seconds=0.5, peak=7.0), Cost(seconds=0.125, peak=9.0), Cost(seconds=0.25, peak=8.0))
-    monkeypatch.setattr(forecast, "_passes", lambda *_: passes)
-    monkeypatch.setattr(forecast, "_judging", lambda *_: Cost(seconds=2.0, peak=3.0))
-    monkeypatch.setattr(forecast, "_cost", lambda *_: Cost(seconds=0.75, peak=4.0))
+    monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: (7.0, 9.0, 8.0))
+    monkeypatch.setattr(forecast, "_judging_peak", lambda *_: 3.0)
+    monkeypatch.setattr(forecast, "_peak", lambda _: 4.0)
     monkeypatch.setattr(forecast, "bf16_capable", lambda _: False)
     prepared = prepare_rows(config)
-    found = stage_costs(config, prepared, [], UNIT)
-    # 60 steps of 128, 13 validations of 20, a normaliser of 128; 2 epochs; 2,000 + 2 x 150 sft steps; for each prompt
-    # 4 samples by 4 policies, and 16 more of the start.
-    made, validated = 60 * 128, 13 * 20
-    train = 0.5 * (made + validated + 128) + 0.25 * 2 * made + (0.125 + 2.0) * (made + validated)
-    assert found["train"].seconds == train
-    assert found["evaluate"].seconds == 10 * (4 * 4 + 16) * 2.5
-    assert found["sft"].seconds == (2000 + 300) * 0.75
-    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
-    without = stage_costs(config, replace(prepared, rows=bare), [], UNIT)
-    assert without["evaluate"].seconds == 10 * (3 * 4 + 16) * 2.5
-    # What is held: this process, the weights, what trains with gradient and moments; the largest pass on top.
+    peaks = stage_memory(config, prepared, [])
+
+    # Held are this process, the weights, and of what trains gradient and moments. The largest pass comes on top.
     policy = bare_policy(config, prepared.tokenizer)
-    whole, trained = (forecast.weight_bytes(weights) for weights in (policy.model, policy))
-    assert found["sft"].peak - 4.0 - 4 * whole > 2**28
-    assert found["sft"].peak - found["train"].peak == (4 * whole + 4.0) - (whole + 4 * trained + 9.0)
-    assert found["train"].peak - found["evaluate"].peak == (4 * trained + 9.0) - (3 * trained + 7.0)
+    whole = forecast.weight_bytes(policy.model)
+    trained = forecast.weight_bytes(policy)
+    assert peaks["sft"] - 4.0 - 4 * whole > 2**28
+    assert peaks["sft"] - peaks["train"] == (4 * whole + 4.0) - (whole + 4 * trained + 9.0)
+    assert peaks["train"] - peaks["evaluate"] == (4 * trained + 9.0) - (3 * trained + 7.0)
 
 
-def test_a_longer_response_holds_more_and_takes_longer(bases: dict[str, Path]) -> None:
-    def respond(tokens: int, summary: int) -> Cost:
-        config = recipe("own", {"policy.base": str(bases["t5"]), "generation.max_new_tokens": tokens})
-        rows = prepare_rows(recipe("quickstart", {"data.limit": 128}))
-        short = {"train": [replace(row, prompt="Hello.") for row in rows.rows["train"][:8]]}
-        prepared = replace(rows, rows=short, account=rows.account | {"summary_tokens": {"p95": summary}})
-        policy = bare_policy(config, load_tokenizer(str(bases["t5"])))
-        return forecast._passes(policy, config, prepared, UNIT)[0]
+@pytest.mark.parametrize(("name", "kv_numbers"), [("t5", 2 * 2 * 32), ("llama", 2 * 2 * 16), ("gpt2", 2 * 2 * 32)])
+def test_a_longer_response_holds_its_keys_and_values_too(
+    bases: dict[str, Path], prepared: Prepared, name: str, kv_numbers: int
+) -> None:
+    rows = {"train": [replace(row, prompt="Hello.") for row in prepared.rows["train"][:8]]}
+    prepared = replace(prepared, rows=rows)
 
-    short, long = respond(20, 9), respond(40, 9)
-    # Keys and values of 20 more tokens: 2 layers, 8 responses, 32 numbers of 4 bytes each.
-    assert long.peak - short.peak >= 20 * 2 * 2 * 8 * 32 * 4
-    assert long.seconds == short.seconds  # by time it is the references that count
-    assert respond(40, 30).seconds > 2 * long.seconds
+    def sampling(tokens: int) -> float:
+        config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name],
+                                "generation.max_new_tokens": tokens})  # fmt: skip
+        policy = bare_policy(config, load_tokenizer(str(bases[name])))
+        return forecast._policy_peaks(policy, config, prepared)[0]
+
+    # 2 layers have keys and values in 4 bytes a number, for 20 more tokens of 8 responses.
+    more = sampling(40) - sampling(20)
+    assert 20 * 8 * 4 * kv_numbers <= more < 1.5 * 20 * 8 * 4 * kv_numbers
 
 
-def test_memory_and_time_grow_with_what_is_asked_for(place: Path) -> None:
-    def cost(**settings: Any) -> dict[str, Cost]:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_memory_of_sampling_from_a_causal_model_bounds_that_of_sampling_token_by_token(
+    bases: dict[str, Path], name: str
+) -> None:
+    config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name]})
+    policy = bare_policy(config, load_tokenizer(str(bases[name])))
+    texts = ["Thank you.", "Thank you, that is very kind of you."] * 4
+    uniforms = torch.ones(8, 30, device="meta")
+    with torch.no_grad():
+        estimate = forecast._sampling_peak(policy, texts, 30, 1.0)
+        sampled = forecast._peak(lambda: policy.sample(policy.encode(texts), uniforms, 1.0))
+    assert sampled <= estimate < 1.5 * sampled
+
+
+def test_a_causal_model_is_read_few_times_on_shapes_however_long_its_responses_are(
+    bases: dict[str, Path], prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch, LlamaForCausalLM, "forward")
+    settings = {"policy.base": str(bases["llama"]), "policy.lora_targets": TARGETS["llama"], "sft.steps": 5}
+    stage_memory(recipe("own", {**settings, "generation.max_new_tokens": 200}), prepared, [])
+    assert 0 < len(calls) <= 5
+
+
+def test_memory_grows_with_the_length_of_responses(place: Path) -> None:
+    def train(**settings: Any) -> float:
         config = recipe("own", {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8,
                                 "rl.minibatch_size": 4, "rl.microbatch_size": 2, **settings})  # fmt: skip
         roberta = RobertaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         with torch.device("meta"):
             classifiers = [RobertaForSequenceClassification(roberta)]
-        return stage_costs(config, prepare_rows(config), classifiers, UNIT)
+        return stage_memory(config, prepare_rows(config), classifiers)["train"]
 
-    plain, twice = cost(), cost(**{"rl.steps": 200})
-    assert plain["sft"].seconds == 0
-    assert 1.9 < twice["train"].seconds / plain["train"].seconds < 2.1
-    assert cost(**{"generation.max_new_tokens": 4000})["train"].peak > plain["train"].peak
-    assert cost(**{"rl.epochs": 4})["train"].seconds > plain["train"].seconds
-    assert cost(**{"sft.steps": 5})["sft"].seconds > 0
+    assert train(**{"generation.max_new_tokens": 4000}) > train()
+
+
+# Time
+
+
+def test_time_is_what_was_measured_times_how_often_a_run_does_it() -> None:
+    config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
+    prepared = prepare_rows(config)
+    seconds = stage_seconds(config, prepared, STEP)
+
+    # 60 steps of 128 responses, 13 validations of 20, and a normaliser of 128; 2 epochs; 2,000 + 2 x 150 sft steps.
+    # For each test prompt there are 4 samples of 4 policies, and 16 more of the start.
+    trained = 60 * 128
+    validated = 13 * 20
+    train = (0.5 + 0.25) * (trained + validated + 128) + 0.125 * (trained + validated)
+    train += 4.0 * 2 * trained + 2.0 * validated
+    assert seconds["train"] == train
+    assert seconds["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    assert seconds["sft"] == (2000 + 300) * 0.75
+
+    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
+    without = stage_seconds(config, replace(prepared, rows=bare), STEP)
+    assert without["evaluate"] == 10 * (3 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    assert without["sft"] == (2000 + 150) * 0.75
+
+
+def test_time_grows_with_the_work_of_a_run(place: Path) -> None:
+    def seconds(**settings: Any) -> dict[str, float]:
+        config = recipe("own", {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8,
+                                "rl.minibatch_size": 4, "rl.microbatch_size": 2, **settings})  # fmt: skip
+        return stage_seconds(config, prepare_rows(config), STEP)
+
+    plain = seconds()
+    assert plain["sft"] == 0
+    assert 1.9 < seconds(**{"rl.steps": 200})["train"] / plain["train"] < 2.1
+    assert seconds(**{"rl.epochs": 4})["train"] > plain["train"]
+    assert seconds(**{"sft.steps": 5})["sft"] > 0
     # A baseline on the start's own responses needs no summary.
-    assert cost(**{"data.summary_column": None, "sft.baseline_steps": 5})["sft"].seconds > 0
+    assert seconds(**{"data.summary_column": None, "sft.baseline_steps": 5})["sft"] > 0
 
 
-def test_the_doctor_says_what_a_run_takes_and_that_it_would_work_and_writes_nothing(
+def test_seconds_are_linear_in_tokens() -> None:
+    few, more = Timed(seconds=3.0, tokens=2), Timed(seconds=10.0, tokens=16)
+    assert timing.seconds_at(few, more, 56) == 3.0 + 0.5 * 54
+    assert timing.seconds_at(few, more, 16) == 10.0
+    # Nothing is taken off where the longer responses were quicker, nor is noise multiplied where all ended early.
+    assert timing.seconds_at(Timed(10.0, 2), Timed(3.0, 16), 56) == 3.0
+    assert timing.seconds_at(Timed(3.0, 2), Timed(4.0, 2), 56) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "seconds_per_row", "sizes"),
+    [
+        ("quick", 20, 0.01, [1, 4, 16, 20]),
+        ("slow", 20, 1.0, [1, 4]),
+        ("very slow", 20, 60.0, [1]),
+        ("few rows", 256, 0.01, [1, 4, 16, 24]),
+    ],
+)
+def test_a_batch_grows_until_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, name: str, largest: int, seconds_per_row: float, sizes: list[int]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    batches: list[list[Row]] = []
+
+    def step(rows: list[Row]) -> int:
+        batches.append(rows)
+        clock[0] += seconds_per_row * len(rows)
+        return len(rows)
+
+    rows = [Row(id=str(i), dialogue="", summary=None, prompt="word " * (100 - i)) for i in range(24)]
+    assert timing.growing_batch(step, rows, largest) == sizes[-1]
+    warm_up, *timed = batches
+    assert [len(row.prompt) for row in warm_up] == [64]
+    assert [len(batch) for batch in timed] == sizes
+    # The lengths of a batch are those of all rows: a single row has the median, and several are spread evenly.
+    assert timed[0] == [rows[11]]
+    assert all(len({row.id for row in batch}) == len(batch) for batch in timed)
+
+
+@pytest.mark.parametrize(("name", "prompt_tokens"), [("t5", 0), ("gpt2", 50)])
+def test_what_a_step_takes_follows_from_the_measurements(
+    bases: dict[str, Path], prepared: Prepared, monkeypatch: pytest.MonkeyPatch, name: str, prompt_tokens: int
+) -> None:
+    settings = {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name], "rl.batch_size": 4,
+                "rl.minibatch_size": 4, "generation.max_new_tokens": 40}  # fmt: skip
+    config = recipe("own", settings)
+    policy = load_policy(str(bases[name]), None, config.policy, seed=0)
+    account = {**prepared.account, "summary_tokens": {"p95": 30}}
+    encoded = SimpleNamespace(mask=torch.ones(4, 50))
+    monkeypatch.setattr(timing, "_timed_reading", lambda *_: (3.0, encoded))
+    monkeypatch.setattr(timing, "_timed_sampling", lambda *given: Timed(5.0 + given[-1], given[-1]))
+    monkeypatch.setattr(timing, "_timed_rollout", lambda *_: (29.0, None))
+    monkeypatch.setattr(timing, "_timed_scoring", lambda *_: 6.0)
+    monkeypatch.setattr(timing, "_timed_update", lambda *_: 16.0)
+    monkeypatch.setattr(timing, "_timed_judging", lambda *_: [2.0, 4.0])
+
+    run = run_of(policy, Path("unused"), config, rows=prepared.rows)
+    step = timing.policy_seconds(run, replace(prepared, account=account))
+    # A token takes 1 second for the 4 responses. The reference took 29 - 21 seconds. Both it and the update read the
+    # prompts of a causal model again.
+    scale = (prompt_tokens + 30) / (prompt_tokens + 16)
+    assert step.sample == (3.0 + 5.0 + 30) / 4
+    assert step.reference == pytest.approx(8.0 * scale / 4)
+    assert step.update == pytest.approx(16.0 * scale / 4)
+    assert step.score == 6.0 / 4
+    assert step.judges == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_measuring_leaves_the_policy_as_it_is_and_has_every_text_judged_anew(
+    bases: dict[str, Path], place: Path, name: str
+) -> None:
+    config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name], "rl.batch_size": 8,
+                            "data.source": "mine.jsonl", "rl.minibatch_size": 4})  # fmt: skip
+    policy = load_policy(str(bases[name]), None, config.policy, seed=0)
+    before = [weight.detach().clone() for weight in policy.model.parameters()]
+    judged: list[str] = []
+
+    def judge(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        judged.extend(texts)
+        return np.zeros(len(texts))
+
+    sizes: list[int] = []
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        assert len(prompts) == len(responses)
+        sizes.append(len(responses))
+        return torch.zeros(len(responses))
+
+    rows = prepare_rows(config)
+    step = timing.policy_seconds(run_of(policy, place, config, reward, memoized(judge), rows.rows), rows)
+    assert min(step.sample, step.score, step.update, *step.judges) > 0
+    assert step.reference >= 0
+    after = list(policy.model.parameters())
+    assert all(torch.equal(weight, other) for weight, other in zip(before, after, strict=True))
+    assert sizes[:2] == [1, 1]  # The first is the warm-up.
+    assert len(judged) >= sum(sizes) - 1  # Two of its batches have one row, which may have the same text.
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, *names: str) -> list[str]:
+    """Return a list that grows with every call of the methods."""
+    calls: list[str] = []
+
+    def count(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return method(*args, **kwargs)
+
+        return called
+
+    for name in names:
+        monkeypatch.setattr(owner, name, count(name, getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_doctor_makes_few_passes_however_long_responses_are(
+    place: Path,
+    bases: dict[str, Path],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if name == "t5":
+        counters = [counted(monkeypatch, T5Steps, "next"), counted(monkeypatch, T5Network, "read", "logprobs")]
+    else:
+        counters = [counted(monkeypatch, LlamaForCausalLM, "forward")]
+    # Tokens that end a response are removed, so that none is shorter than it may be.
+    initial_policy = Run.initial_policy
+
+    def endless(run: Run) -> Policy:
+        policy = initial_policy(run)
+        policy.eos_token_ids = [-1]
+        return policy
+
+    monkeypatch.setattr(Run, "initial_policy", endless)
+    words = ["--generation.max-new-tokens", "100", "--data.max-prompt-tokens", "100", "--sft.steps", "3"]
+    assert doctor(*base_flags(bases, name), *words) == 0
+    # A step samples 2 + 16 + 16 tokens, in at most 4 batches of 1 to 8 rows. One of 100 tokens each would take 400.
+    assert 34 < sum(map(len, counters)) < 240
+    output = capsys.readouterr().out
+    for stage in ("sft", "train", "evaluate"):
+        assert re.search(rf"{stage} +\d+\.\d GiB", output), stage
+        assert re.search(rf"{stage} +\d+\.\d min", output), stage
+
+
+# The whole command
+
+
+def test_the_doctor_prints_what_a_run_takes_and_that_it_will_work_and_writes_nothing(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(place)
     assert doctor("--sft.steps", "3", "--sft.no-full-weights") == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert contents(place) == before
-    for words in ("duplicate", "reward.classifier: 2 labels, one softmax",
-                  "prompt tokens: median", f"device: cpu ({torch.get_num_threads()} threads)", "in all: about",
-                  " parameters train, of ", "disk: up to ", "ready: detoxrl run own"):  # fmt: skip
-        assert words in shown, words
+    # Memory and disk come before weights are fetched, time after the parts were tried.
+    order = ["duplicate", "prompt tokens: median", f"device: cpu ({torch.get_num_threads()} threads)", "peak memory",
+             " parameters train", "disk: up to ", "reward.classifier: 2 labels, one softmax", "labels: right",
+             "KL to the reference at step 0", "estimated time", "from one step of each stage", "total: about",
+             "ready: detoxrl run own"]  # fmt: skip
+    places = [output.find(text) for text in order]
+    assert -1 not in places, order[places.index(-1)]
+    assert places == sorted(places)
     for stage in ("sft", "train", "evaluate"):
-        assert re.search(rf"{stage} +\d+\.\d min +\d\.\d GiB", shown), stage
-    assert abs(float(re.search(r"KL to the reference at step 0: (\S+) nats", shown)[1])) < 1e-5  # type: ignore[index]
-    assert float(re.search(r"first ratios: within (\S+) of 1", shown)[1]) < 1e-5  # type: ignore[index]
+        assert re.search(rf"{stage} +\d\.\d GiB", output), stage
+        assert re.search(rf"{stage} +\d+\.\d min", output), stage
+    assert abs(float(re.search(r"KL to the reference at step 0: (\S+) nats", output)[1])) < 1e-5  # type: ignore[index]
+    assert float(re.search(r"first ratios: within (\S+) of 1", output)[1]) < 1e-5  # type: ignore[index]
 
 
 def test_a_scratch_base_and_a_function_are_examined_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data.source", "mine.jsonl", "--reward.function", "rewards.py:brevity"]
     assert detoxrl(["doctor", "quickstart", *words, *SMALL]) == 0
-    assert "ready: detoxrl run quickstart" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "ready: detoxrl run quickstart" in output
+    assert "not included" not in output
+
+
+def test_a_reward_that_the_run_trains_is_named_as_not_included(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert detoxrl(["doctor", "quickstart", *SMALL, "--data.limit", "64"]) == 0
+    assert "not included: training the embedded reward model, and its scores" in capsys.readouterr().out
+
+
+def test_prompts_without_references_are_timed_with_texts_of_the_length_of_responses(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor("--data.summary-column", "None", "--sft.baseline-steps", "2", "--rl.validation-prompts", "5") == 0
+    assert "estimated time" in capsys.readouterr().out
 
 
 def _wrong_labels(place: Path) -> list[str]:
@@ -186,7 +417,7 @@ def _wrong_labels(place: Path) -> list[str]:
 
 
 def _no_weights_but_a_wrong_judge_label(place: Path) -> list[str]:
-    (place / "classifier/model.safetensors").unlink()  # labels are read before any weight
+    (place / "classifier/model.safetensors").unlink()  # Labels are read before any weights.
     return ["--reward.toxic-label", "rude"]
 
 
@@ -201,27 +432,30 @@ def test_the_doctor_finds_wrong_labels(
     place: Path, capfd: pytest.CaptureFixture[str], arrange: Any, message: str
 ) -> None:
     assert doctor(*arrange(place)) == 2
-    told = capfd.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
-def test_too_little_memory_or_disk_is_said_before_weights_are_read(
+def test_too_little_memory_or_disk_is_an_error_before_weights_are_read(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "model/model.safetensors").unlink()
     memory = psutil.virtual_memory()._replace(available=2**20)
     monkeypatch.setattr(doctor_module.psutil, "virtual_memory", lambda: memory)
     assert doctor() == 2
-    told = capfd.readouterr().err
-    assert re.search(r"memory = '[\d.]+ GiB': is free, and the run wants about \d\.\d GiB; try --policy\.bf16", told)
+    error = capfd.readouterr().err
+    rule = r"is free, but the run needs about \d\.\d GiB; try --policy\.bf16"
+    assert re.search(rf"memory = '[\d.]+ GiB': {rule}", error)
+
     monkeypatch.undo()
     monkeypatch.chdir(place)
     disk = psutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(doctor_module.psutil, "disk_usage", lambda _: disk)
     assert doctor() == 2
-    told = capfd.readouterr().err
-    assert re.search(r"disk = '0 MiB': is free, and the run writes up to \d+ MiB and fetches 0 MiB; make room", told)
+    error = capfd.readouterr().err
+    rule = r"is free, but the run writes up to \d+ MiB and fetches 0 MiB; free some space"
+    assert re.search(rf"disk = '0 MiB': {rule}", error)
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_refused(
@@ -238,7 +472,16 @@ def test_a_policy_that_does_not_start_at_its_reference_is_refused(
 
     monkeypatch.setattr(doctor_module, "checked_policy", moved)
     assert doctor() == 2
-    assert "is the KL to its own start in nats, not 0" in capfd.readouterr().err
+    assert "must be 0: the KL in nats to its reference before training" in capfd.readouterr().err
+
+
+def test_several_processes_are_refused(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    assert doctor() == 2
+    message = "processes = 2: the doctor runs in one process; start it without a launcher"
+    assert message in capfd.readouterr().err
 
 
 def test_a_fallback_variable_is_named(
@@ -250,7 +493,7 @@ def test_a_fallback_variable_is_named(
 
 
 class _Doubles(TorchDispatchMode):
-    """Collects what makes a float64 tensor: Apple's MPS has none."""
+    """Collects the operations that make a float64 tensor: Apple's MPS has none."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -191,7 +191,7 @@ def test_a_lora_of_another_base_is_refused_before_anything_is_written(
     assert code == (1 if kind == "torn" else 2)
     told = capfd.readouterr().err
     assert len(told.splitlines()) == 1
-    assert "policy.adapter = " in told or "is broken" in told
+    assert "policy.adapter = " in told or "cannot be read" in told
     assert not (place / "runs").exists()
     with pytest.raises(DetoxrlError):
         evaluate(place / "runs" / "measured", detoxrl_config("model"), policies={"lora": place / "lora"})
@@ -204,7 +204,7 @@ def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytes
     for words in (["--policy.adapter", "runs/own/adapter"], ["--data.source", "runs/own/data"]):
         assert detoxrl(own("--overwrite", *words)) == 2
         assert "--run-dir = 'runs/own': holds " in capfd.readouterr().err
-    with pytest.raises(InputError, match=r"texts = .*belong to no run"):
+    with pytest.raises(InputError, match=r"texts = .*do not belong to a run"):
         evaluate("runs/own", texts={"x": "mine.jsonl"})
     with pytest.raises(InputError, match=r"holds .*adapter, which the run needs"):
         evaluate("runs/own", detoxrl_config("model"), policies={"it": "runs/own/adapter"}, overwrite=True)
@@ -277,57 +277,57 @@ BAD_INPUT = [
     (nothing, ["trian", "runs/own"], r"command = 'trian': is not a command; did you mean train\?"),
     (nothing, own("--rl.kl-coeff", "1"), r"not known to `detoxrl run`; did you mean --rl\.kl-coef\?"),
     (nothing, own("--zzz"), r"flag = '--zzz': is not known to `detoxrl run`; see `detoxrl run --help`"),
-    (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': input should be a valid number"),
+    (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': must be a number; see `detoxrl run RECIPE --help`"),
     (nothing, own("--rl.lr", "-1e-3"), r"rl\.lr = -0\.001: must be above 0"),
     (nothing, own("--data.template", "- {dialog}"), r"data\.template = '- \{dialog\}': must contain \{dialogue\}"),
     (nothing, own("--overwrite=now"), r"--overwrite = '': ignored explicit argument 'now'; see `detoxrl run --help`"),
-    (nothing, own("--rl.lr", "nan"), r"rl\.lr = nan: must be above 0"),
+    (nothing, own("--rl.lr", "nan"), r"rl\.lr = 'nan': must be a finite number"),
     (nothing, own("--rl.lr"), r"--rl\.lr = '': expected one argument; see `detoxrl run --help`"),
-    (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': input should be 'characters' or"),
-    (nothing, own("--overwrite", "now"), r"word = 'now': belongs to no flag; put a flag before it"),
-    (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is no file; \. holds mine\.jsonl"),
+    (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': must be 'characters' or 'tok"),
+    (nothing, own("--overwrite", "now"), r"argument = 'now': belongs to no flag; put its flag before"),
+    (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is not a file; \. contains mine\.j"),
     (nothing, own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': .*choose from dialogue, summ"),
     (nothing, own("--data.min-length", "99999"), r"leaves 0 rows for train \(42 too short, 1 no dialogue\)"),
     (nothing, own("--reward.good-label", "civil"), r"reward\.good_label = 'civil': .*use one of nothate, hate"),
     (nothing, own("--reward.good-label", "hate", "--reward.toxic-label", "nothate"),
      r"reward\.good_label = 'hate': is reversed: probability 0\.\d\d for a civil sentence, .*name the"),
-    (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks weights, "),
+    (nothing, own("--reward.classifier", "model"), r"reward\.classifier = '.*model': lacks weights such as "),
     (nothing, own("--policy.base", "classifier"), r"is a RobertaForSequenceC.*, which does not"),
     (a_model_of_both_sides, own("--policy.base", "bert"), r"policy\.base = '.*bert': is a BertForMaskedLM, which does"),
-    (nothing, own("--policy.full-weights", "--policy.adapter", "model"), r"policy\.adapter = '.*': does not go with"),
+    (nothing, own("--policy.full-weights", "--policy.adapter", "model"), r"policy\.adapter = '.*': cannot be com"),
     (nothing, own("--policy.full-weights", "--sft.no-full-weights", "--sft.steps", "2"), r"sft\.full_weights = False"),
-    (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': is no file or folder here, nor whole in"),
+    (nothing, own("--policy.base", "nowhere"), r"policy\.base = 'nowhere': is not a local path and not fully cached"),
     (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
-    (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer whose eos_token_id is 2, but the mod"),
-    (a_model_without_its_head, own("--policy.base", "headless"), r"lacks weights of a generator, decoder\.final_layer"),
+    (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
+    (a_model_without_its_head, own("--policy.base", "headless"), r"a generator, for example decoder\.final_layer"),
     (models_without_tokenizers, own(), r"reward\.classifier = '.*classifier': has a tokenizer that knows no word"),
     (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
     (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
     (a_config_without_a_setting, ["run", "--from", "config.json"], r"setting = 'rl\.gamma': is missing in config"),
-    (nothing, own("--sft.bf16", "False", "junk"), r"word = 'junk': belongs to no flag; .* or quote text with spaces"),
-    (nothing, own("--data.source", ""), r"data\.source = '': names nothing"),
+    (nothing, own("--sft.bf16", "False", "junk"), r"argument = 'junk': belongs to no flag; .*, or quote a value"),
+    (nothing, own("--data.source", ""), r"data\.source = '': must not be empty"),
     (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
     (nothing, own("--policy.adapter", "model"), r"policy\.adapter = '.*model': holds no adapter_config\.json"),
-    (an_unfinished_run, own(), r"--run-dir = 'runs/own': exists already; add --resume to go on, --overwrite to begin"),
-    (a_file_for_a_folder, own(), r"--run-dir = 'runs/own': cannot be made: .*runs is not writable"),
-    (nothing, own("--run-dir", "/proc/nowhere"), r"--run-dir = '/proc/nowhere': cannot be made"),
+    (an_unfinished_run, own(), r"--run-dir = 'runs/own': already exists; add --resume to resume it, --overwrite"),
+    (a_file_for_a_folder, own(), r"--run-dir = 'runs/own': cannot be created: .*runs is not writable"),
+    (nothing, own("--run-dir", "/proc/nowhere"), r"--run-dir = '/proc/nowhere': cannot be created"),
     (nothing, own("--reward.function", "rewards.py:short"), r"reward\.function = '.*rewards\.py:short': returned sh"),
     (nothing, own("--reward.function", "rewards.py:undefined"), r"returned nan for response 2 of 3; return one finite"),
     (nothing, own("--reward.function", "rewards.py:brief"), r"defines no function brief; choose from brevity, short"),
     (nothing, own("--reward.function", "reward.py:brevity"), r"there is no file reward\.py; give the path"),
-    (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': names no function; write FILE\.py"),
+    (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': does not name a function; write"),
     (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
-    (nothing, own("--from", "x"), r"--from = 'x': does not go with a recipe"),
+    (nothing, own("--from", "x"), r"--from = 'x': cannot be combined with a recipe"),
     (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
-    (nothing, own("--accept-changes"), r"--accept-changes = True: goes with --resume alone; add --resume"),
+    (nothing, own("--accept-changes"), r"--accept-changes = True: requires --resume; add --resume"),
     (nothing, ["prepare", "own", "--resume"], r"flag = '--resume': is not known to `detoxrl prepare`; see"),
-    (nothing, ["run", "--resume"], r"--run-dir = '': is missing; say `detoxrl run --resume --run-dir DIR`"),
+    (nothing, ["run", "--resume"], r"--run-dir = '': is missing; run `detoxrl run --resume --run-dir DIR`"),
     (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
     (nothing, ["train", "nowhere"], r"run folder = 'nowhere': holds no config\.json"),
-    (nothing, own("--reward.function", "broken.py:f"), r"line 2 is no Python: "),
+    (nothing, own("--reward.function", "broken.py:f"), r"line 2 is not valid Python: "),
     (nothing, own("--reward.function", "rewards.py:words"), r"returned list, not numbers; return one finite num"),
     (nothing, own("--reward.classifier", "embedded", "--reward.good-label", "nice"),
-     r"reward\.good_label = 'nice': is not what the embedded classifier calls it; say nothate"),
+     r"reward\.good_label = 'nice': is not a label of the embedded classifier; use nothate"),
 ]  # fmt: skip
 
 
@@ -382,7 +382,7 @@ def test_a_torn_file_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixtu
         torn.write_bytes(b"{" if name == "seconds.json" else torn.read_bytes()[:-100])
         assert detoxrl(command) == 1
         told = capfd.readouterr().err.splitlines()[-1]
-        assert "is broken: " in told, name
+        assert "cannot be read: " in told, name
         rmtree("runs/own")
 
 
@@ -420,14 +420,14 @@ def test_a_reward_file_may_import_its_neighbour_and_a_constant_reward_is_told(
     )
     (place / "rewards" / "flat.py").write_text(source)
     assert detoxrl(own("--reward.function", "rewards/flat.py:same")) == 0
-    assert "all 16 responses of the start score 2.5" in capfd.readouterr().err.replace("\n", " ")
+    assert "all 16 responses of the initial policy score 2.5" in capfd.readouterr().err.replace("\n", " ")
 
 
 def test_a_function_given_in_python_is_named_so_that_it_is_found_again_or_says_it_cannot_be(place: Path) -> None:
     function = load_function("rewards.py:brevity")
     assert function_name(function) == f"{place / 'rewards.py'}:brevity"
     name = function_name(lambda prompts, responses: [0.0 for _ in responses])
-    with pytest.raises(InputError, match=r"cannot be found again; give it as reward= in Python"):
+    with pytest.raises(InputError, match=r"cannot be loaded by its name; pass it again as reward= in"):
         load_function(name)
 
 
@@ -435,8 +435,8 @@ def test_a_start_that_was_not_beaten_is_told_on_screen_and_in_the_report(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert detoxrl(own("--rl.lr", "1e-12")) == 0
-    assert "no policy was better than the start" in capfd.readouterr().err.replace("\n", " ")
-    assert "Before and after are the same: no policy was better" in (place / "runs/own/report.html").read_text()
+    assert "no checkpoint was better than the initial policy" in capfd.readouterr().err.replace("\n", " ")
+    assert "Before and after are the same: no checkpoint was better" in (place / "runs/own/report.html").read_text()
 
 
 def test_cut_prompts_are_counted_and_none_is_above_the_limit(place: Path) -> None:

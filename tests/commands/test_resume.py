@@ -16,15 +16,15 @@ from detoxrl.commands import run as stages
 from detoxrl.config.edit import config_from_json
 from detoxrl.data.embedded.corpus import generate_utterances
 from detoxrl.errors import InputError
-from detoxrl.rewards.fit import train_reward_model
+from detoxrl.rewards.fit import FitSettings, train_reward_model
 from detoxrl.runtime import checkpoint
 from detoxrl.runtime import run_folder as tracking
 from detoxrl.runtime.checkpoint import Checkpoints
 from detoxrl.runtime.randomness import batch_indices
 from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.signals import Terminated, stop_signals
-from detoxrl.training import sft
-from detoxrl.training.validation import Validator
+from detoxrl.training import finetune
+from detoxrl.training.learner import Learner
 from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
 
 WORDS = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
@@ -63,7 +63,7 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     assert detoxrl([*words, "--run-dir", "broken"]) == 130
     told = capfd.readouterr().err
     assert "broken keeps " in told
-    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert "resume with `detoxrl run --resume --run-dir broken`" in told
     assert len(without_timings(place / "broken" / "metrics.jsonl")) == 2
     monkeypatch.delenv("INTERRUPT_AT")
     with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_a_state_and_resuming_ends_as_if_nothing_had_happened(
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 2  # step 4, and its state is kept
     told = capfd.readouterr().err.splitlines()[-1]
     assert "returned nan for response 1 of 8" in told
-    assert "go on with `detoxrl run --resume --run-dir broken`" in told
+    assert "resume with `detoxrl run --resume --run-dir broken`" in told
     assert steps_kept(place / "broken") == [3, 4]
     monkeypatch.delenv("FAIL_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
@@ -98,8 +98,8 @@ def test_patience_ends_a_run_as_if_it_had_reached_its_steps_and_a_stop_changes_n
     words = own("--reward.function", "rewards.py:brevity", "--rl.steps", "9", "--rl.lr", "1e-12")
     words += ["--rl.validate-every", "2", "--rl.patience", "2"]
     assert detoxrl([*words, "--run-dir", "whole"]) == 0
-    assert "train: stopped at step 4: 2 validations in a row were no better" in capfd.readouterr().err
-    assert "Training ended early at step 4: 2 validations in a row" in (place / "whole/report.html").read_text()
+    assert "train: stopped at step 4 after 2 validations without improvement" in capfd.readouterr().err
+    assert "Training stopped early at step 4, after 2 validations" in (place / "whole/report.html").read_text()
     assert json.loads((place / "whole/checkpoint.json").read_text())["stopped_step"] == 4
     assert [line["step"] for line in without_timings(place / "whole/metrics.jsonl")] == [0, 1, 2, 3]
     assert steps_kept(place / "whole") == [4]
@@ -121,7 +121,7 @@ def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
     finished: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = finished.parents[1]
-    real, left = Validator.__call__, [2]
+    real, left = Learner.validate, [2]
 
     def failing(*given: object) -> object:
         left[0] -= 1
@@ -130,9 +130,9 @@ def test_a_reward_that_fails_in_a_validation_leaves_the_state_before_it(
         return real(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as fail:
-        fail.setattr(Validator, "__call__", failing)
+        fail.setattr(Learner, "validate", failing)
         assert detoxrl([*WORDS, "--run-dir", "broken"]) == 2
-    assert "failed late; mend it; step 2 is kept: go on with" in capfd.readouterr().err
+    assert "failed late; mend it; step 2 is kept: resume with" in capfd.readouterr().err
     assert max(steps_kept(place / "broken")) == 2
     assert [line["step"] for line in without_timings(place / "broken/validation.jsonl")] == [0, 1]
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
@@ -163,7 +163,7 @@ def test_resuming_does_only_what_is_left_and_refuses_other_settings(
     assert (finished / "adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
     capfd.readouterr()
     assert detoxrl([*WORDS, "--resume", "--data.min-length", "2"]) == 2
-    told = "data.min_length = 2: differs from the run's 1, and prepare was begun with that; leave it out"
+    told = "data.min_length = 2: differs from the run's 1, and stage prepare has started with that; leave it out"
     assert told in capfd.readouterr().err
 
 
@@ -178,7 +178,7 @@ def test_sigterm_is_exit_143_with_a_checkpoint_and_the_line_that_goes_on(
     assert signal.getsignal(signal.SIGTERM) is earlier
     told = capfd.readouterr().err.splitlines()[-1]
     assert told.startswith("detoxrl: terminated; broken keeps adapter, ")
-    assert told.endswith("go on with `detoxrl run --resume --run-dir broken`")
+    assert told.endswith("resume with `detoxrl run --resume --run-dir broken`")
     assert max(steps_kept(place / "broken")) == 1
     monkeypatch.delenv("INTERRUPT_AT")
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
@@ -236,8 +236,8 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     before = contents(finished)
     assert detoxrl([*RESUME, "--rl.steps", "5", "--rl.lr", "2e-2"]) == 2
     told = capfd.readouterr().err
-    assert "rl.steps = 5: differs from the run's 3, so it would not end as if it had never stopped" in told
-    assert "different too: rl.lr = 0.02 (was 0.01); add --accept-changes to go on all the same" in told
+    assert "rl.steps = 5: differs from the run's 3, so resuming would not reproduce an uninterrupted run" in told
+    assert "also different: rl.lr = 0.02 (was 0.01); add --accept-changes to resume anyway" in told
     assert contents(finished) == before
     assert detoxrl([*ACCEPT, "--rl.steps", "5"]) == 0
     assert steps_kept(finished) == [5]
@@ -246,7 +246,7 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
     assert lines[3]["lr"] == pytest.approx(1e-2 * (1 - 3 / 5))
     record = {"stage": "train", "step": 3, "changes": {"rl.steps": [3, 5]}}
     assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == [record]
-    assert "rl.steps" in (finished / "report.html").read_text().split("not that of a run that never stopped")[1][:300]
+    assert "rl.steps" in (finished / "report.html").read_text().split("Settings changed during this run")[1][:300]
     finished.rename(place / "longer")
     # The same again, but killed on its way: it ends the same.
     copytree(once / "runs/own", finished)
@@ -265,14 +265,23 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
             ["--rl.lr", "1e-3"],
             r"rl\.lr = 0\.001: comes too late: the run has made 3 steps; leave it out, or ask for more",
         ),
-        (["--rl.steps", "2"], r"rl\.steps = 2: comes too late: .*; leave it out, or ask for more steps, --rl\.steps 6"),
+        (
+            ["--rl.steps", "2"],
+            r"rl\.steps = 2: comes too late: .*; leave it out, .*, for example --rl\.steps 6",
+        ),
         (
             ["--data.limit", "30"],
-            r"data\.limit = 30: differs from the run's 24000, and prepare was begun with that",
+            r"data\.limit = 30: differs from the run's 24000, and stage prepare has started with that",
         ),
-        (["--policy.lora-rank", "8"], r"policy\.lora_rank = 8: differs from the run's 32, and sft was begun with that"),
-        (["--reward.clip", "1"], r"reward\.clip = 1\.0: differs from the run's 10\.0, and sft was begun with that"),
-        (["--seed", "1"], r"seed = 1: differs from the run's 0, .*; leave it out \(--resume --run-dir DIR goes on as"),
+        (
+            ["--policy.lora-rank", "8"],
+            r"policy\.lora_rank = 8: differs from the run's 32, and stage sft has started",
+        ),
+        (
+            ["--reward.clip", "1"],
+            r"reward\.clip = 1\.0: differs from the run's 10\.0, and stage sft has started",
+        ),
+        (["--seed", "1"], r"seed = 1: differs from the run's 0, .*; leave it out \(--resume --run-dir DIR keeps it"),
     ],
 )
 def test_what_cannot_change_any_more_is_refused_even_so(
@@ -329,7 +338,7 @@ def test_another_machine_or_reward_file_is_named_and_threads_are_taken_over(
     assert "content of reward.function" in capfd.readouterr().err
     assert detoxrl(ACCEPT) == 0
     assert "content of reward.function" in (finished / "run.json").read_text()
-    assert "Before evaluate went on: content of reward.function" in (finished / "report.html").read_text()
+    assert "Before evaluate resumed: content of reward.function" in (finished / "report.html").read_text()
     assert detoxrl(["evaluate", "runs/own"]) == 0  # made anew as a whole, so nothing changed on its way
     assert json.loads((finished / "eval.json").read_text())["changed_on_its_way"] == []
     assert detoxrl(RESUME) == 0
@@ -379,7 +388,9 @@ def test_a_machine_that_changed_during_the_warm_start_stays_in_the_account(
 ) -> None:
     words = own("--sft.steps", "6", "--sft.no-full-weights", "--run-dir", "runs/own")
     with monkeypatch.context() as stop:
-        stop.setattr(sft, "batch_indices", lambda *given: signal.raise_signal(signal.SIGTERM) or batch_indices(*given))
+        stop.setattr(
+            finetune, "batch_indices", lambda *given: signal.raise_signal(signal.SIGTERM) or batch_indices(*given)
+        )
         assert detoxrl(words) == 143  # after the first step, with a checkpoint
     assert (place / "runs/own/checkpoints/sft/start/step-00000001").is_dir()
     folder = RunFolder(place / "runs/own")
@@ -401,9 +412,12 @@ def test_a_reward_model_in_training_waits_for_the_end_of_its_step(tmp_path: Path
 
     with pytest.raises(Terminated):
         train_reward_model(
-            generate_utterances(0, 64), tmp_path / "model", tmp_path / "checkpoints", steps=9, batch_size=8, lr=1e-3,
-            seed=0, on_step=stop,
-        )  # fmt: skip
+            generate_utterances(0, 64),
+            tmp_path / "model",
+            tmp_path / "checkpoints",
+            FitSettings(steps=9, batch_size=8, lr=1e-3, seed=0),
+            on_step=stop,
+        )
     assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == f"step-{step:08d}"
 
 
@@ -433,7 +447,7 @@ def test_what_is_killed_while_it_makes_room_can_go_on(
     finished.rename(place / "whole")
     copytree(place / "whole", finished)
     with monkeypatch.context() as deadly:
-        killing(deadly, tracking, "remove", calls)
+        killing(deadly, tracking, "remove_path", calls)
         with pytest.raises(Killed):
             detoxrl([*WORDS, "--overwrite"] if words[0] == "run" else words)
     assert detoxrl(RESUME) == 0
@@ -452,7 +466,7 @@ def test_training_again_is_refused_without_its_warm_start_and_goes_on_with_what_
     RunFolder(finished).write_json("seconds.json", {"prepare": 1.0})
     before = contents(finished)
     assert detoxrl(["train", "runs/own"]) == 2
-    assert "has not finished sft; run `detoxrl sft runs/own` first, or go on with --resume" in capfd.readouterr().err
+    assert "has not finished sft; run `detoxrl sft runs/own` first, or use --resume" in capfd.readouterr().err
     (finished / "data/train.jsonl").write_text("{")
     assert detoxrl(["sft", "runs/own"]) == 1
     assert "remove seconds.json, and --resume makes the rows again" in capfd.readouterr().err
@@ -470,7 +484,7 @@ def test_a_measurement_that_was_stopped_before_it_began_does_not_train(
         with pytest.raises(Killed):
             evaluate("measured", config_from_json(finished / "config.json"), policies={"it": finished / "adapter"})
     assert detoxrl(["run", "--resume", "--run-dir", "measured"]) == 2
-    assert "and was stopped before; measure it again, with overwrite" in capfd.readouterr().err
+    assert "and was stopped before it began; measure it again, with overwrite" in capfd.readouterr().err
 
 
 def test_a_run_folder_without_an_account_is_one_of_an_unknown_machine(
@@ -492,7 +506,7 @@ def test_a_run_folder_without_an_account_is_one_of_an_unknown_machine(
 def test_a_longer_run_needs_a_checkpoint(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rmtree(finished / "checkpoints")
     assert detoxrl([*ACCEPT, "--rl.steps", "9"]) == 2
-    assert "rl.steps = 9: needs a checkpoint to go on from, and there is none; begin anew" in capfd.readouterr().err
+    assert "rl.steps = 9: needs a checkpoint to resume from, and there is none; start over" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

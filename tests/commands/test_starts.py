@@ -1,4 +1,4 @@
-"""What people start from: old LoRA folders, whole models, checkpoints of trl; pickles only through `convert`."""
+"""Initial policies: old LoRA folders, whole models and checkpoints of trl. Pickles come only through `convert`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from detoxrl.errors import InputError
 from detoxrl.models.loading import load_base
 from detoxrl.models.lora import initial_adapter, load_policy
 from detoxrl.models.policy import Policy
+from detoxrl.models.sampling import Draws
 from detoxrl.rl.kl import k1
 from detoxrl.training.rollout import collect_rollout
 from small_runs import contents, detoxrl
 
 ROWS = prompted_rows(0, {"train": 12})["train"]
-# What peft 0.3.0, which the old notebooks pinned, wrote beside the weights.
+# Settings that peft 0.3.0, the version of the old notebooks, wrote beside the weights.
 PEFT_0_3 = {
     "base_model_name_or_path": "google/flan-t5-base", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
     "inference_mode": True, "lora_alpha": 32, "lora_dropout": 0.05, "merge_weights": False, "modules_to_save": None,
@@ -34,8 +35,8 @@ PEFT_0_3 = {
 
 
 def first_kl(policy: Policy) -> tuple[float, float]:
-    """KL to the reference and the largest distance of a ratio from 1, before any update."""
-    rollout = collect_rollout(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=8), seed=0, step=0)
+    """Return the largest KL to the reference and the largest log-ratio, before any update."""
+    rollout = collect_rollout(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=8), Draws(0, "rollout"))
     responses = rollout.responses
     again = policy.logprobs(rollout.encoded, responses.ids, 1.0)[0]
     return (
@@ -67,17 +68,17 @@ def test_an_old_lora_folder_becomes_the_start_and_the_reference(
     made = load_file(tmp_path / "new/adapter_model.safetensors")
     assert made.keys() == weights.keys()
     assert all(torch.equal(made[name], weights[name]) for name in made)
-    # A config that asks for another rank and other layers: the folder's own count.
+    # The config asks for another rank and other layers. The folder's own are used.
     config = replace(policy_config("t5"), lora_rank=16, lora_targets=("wo",), adapter=str(tmp_path / "new"))
     policy = load_policy(str(bases["t5"]), initial_adapter(config), config, seed=0)
     lora = policy.model.peft_config["default"]
     assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (4, 32, {"q", "v"})
-    # Its encoder parts stay, frozen, so prompts are read as they were.
+    # Its encoder parts stay, frozen, so prompts are read as before.
     plain = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
     texts = [ROWS[0].prompt]
     assert not torch.allclose(policy.encode(texts).states, plain.encode(texts).states, atol=1e-3)
     kl, ratio = first_kl(policy)
-    assert max(kl, ratio) < 3e-5  # it is scaled by 8, and its rounding too: 5e-6 to 1.2e-5 by which kernels multiply
+    assert max(kl, ratio) < 3e-5  # The LoRA is scaled by 8, and so is rounding: 5e-6 to 1.2e-5, depending on kernels.
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -91,7 +92,7 @@ def test_a_whole_fine_tuned_model_is_a_start(bases: dict[str, Path], tmp_path: P
 
 
 def _trl_whole(base: Path, folder: Path) -> None:
-    """A model with a value head as trl 0.11 saves it: one table, the head under `v_head.`."""
+    """Write a model with a value head as trl 0.11 saves it: in one file, the head under `v_head.`."""
     model, tokenizer = load_base(str(base))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
@@ -100,10 +101,10 @@ def _trl_whole(base: Path, folder: Path) -> None:
 
 
 def _pickled(base: Path, folder: Path, shards: int = 1, prefix: str = "") -> None:
-    """The same before safetensors: pytorch_model.bin, or its shards with their index."""
+    """Write the same as before safetensors: pytorch_model.bin, or its shards with their index."""
     shutil.copytree(base, folder)
     state = load_file(folder / "model.safetensors")
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # tied: one memory under two names
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]  # Tied: one tensor under two names.
     state = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     state |= {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
     (folder / "model.safetensors").unlink()
@@ -135,10 +136,11 @@ def test_pickled_checkpoints_of_trl_are_converted(
     with pytest.raises(InputError, match=r"policy\.base"):
         load_base(str(tmp_path / "old"))
     assert detoxrl(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 0
-    said = capsys.readouterr().out
-    assert "2 of a value head left out" in said
-    assert "next: name that folder where you named" in said
-    before, after = (load_file(folder / "model.safetensors") for folder in (bases["t5"], tmp_path / "new"))
+    output = capsys.readouterr().out
+    assert "(2 of a value head left out)" in output
+    assert f"next: use {tmp_path / 'new'} in place of {tmp_path / 'old'}" in output
+    before = load_file(bases["t5"] / "model.safetensors")
+    after = load_file(tmp_path / "new/model.safetensors")
     assert torch.equal(after.pop("encoder.embed_tokens.weight"), before["shared.weight"])
     assert {name: float(t.sum()) for name, t in before.items()} == {n: float(t.sum()) for n, t in after.items()}
     assert not list((tmp_path / "new").glob("*.bin*"))
@@ -146,7 +148,7 @@ def test_pickled_checkpoints_of_trl_are_converted(
     assert max(kl, ratio) < 1e-5
 
 
-def test_a_lora_that_trl_saved_keeps_its_value_head_to_itself(
+def test_the_value_head_beside_a_lora_of_trl_is_not_converted(
     bases: dict[str, Path], old_lora: Path, tmp_path: Path
 ) -> None:
     torch.save({"v_head.summary.weight": torch.ones(1, 32)}, old_lora / "pytorch_model.bin")
@@ -159,7 +161,7 @@ class _Evil:
         return Path.touch, (Path("ran"),)  # type: ignore[return-value]
 
 
-def test_nothing_that_a_pickle_holds_is_run(
+def test_code_in_a_pickle_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,22 +169,22 @@ def test_nothing_that_a_pickle_holds_is_run(
     torch.save({"weight": _Evil()}, "bad/pytorch_model.bin")
     before = contents(tmp_path)
     assert detoxrl(["convert", "bad", "out"]) == 2
-    told = capfd.readouterr().err
-    assert "FROM = 'bad/pytorch_model.bin': holds more or less than tensors" in told
-    assert len(told.splitlines()) == 1
-    assert contents(tmp_path) == before  # no file `ran`, nothing half made
+    message = capfd.readouterr().err
+    assert "FROM = 'bad/pytorch_model.bin': cannot be read as tensors alone" in message
+    assert len(message.splitlines()) == 1
+    assert contents(tmp_path) == before  # There is no file `ran`, and no partial result.
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["convert", "here"], "words = 'here': must be two; say `detoxrl convert FROM TO`"),
-        (["convert", "here", "here"], "TO = 'here': exists already; name a new folder"),
-        (["convert", "here", "out"], "FROM = 'here': holds no weights in adapter_model*.bin or pytorch_model*.bin"),
-        (["convert", "text", "out"], "holds more or less than tensors"),
-        (["convert", "list", "out"], "FROM = 'list/pytorch_model.bin': is no table of tensors"),
-        (["convert", "odd", "out"], "FROM = 'odd/pytorch_model.bin': holds more or less than tensors"),
-        (["convert", "keys", "out"], "FROM = 'keys/pytorch_model.bin': is no table of tensors"),
+        (["convert", "here"], "TO = '': is missing; run `detoxrl convert FROM TO`"),
+        (["convert", "here", "here"], "TO = 'here': already exists; name a new folder"),
+        (["convert", "here", "out"], "FROM = 'here': has no weights in adapter_model*.bin or pytorch_model*.bin"),
+        (["convert", "text", "out"], "cannot be read as tensors alone"),
+        (["convert", "list", "out"], "FROM = 'list/pytorch_model.bin': is not a dictionary of tensors"),
+        (["convert", "odd", "out"], "FROM = 'odd/pytorch_model.bin': cannot be read as tensors alone"),
+        (["convert", "keys", "out"], "FROM = 'keys/pytorch_model.bin': is not a dictionary of tensors"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(
@@ -196,9 +198,9 @@ def test_what_cannot_be_converted_is_one_line(
     torch.save({1: torch.ones(2)}, "keys/pytorch_model.bin")
     Path("odd/pytorch_model.bin").write_bytes(b"\x80\x02h\x05.")
     assert detoxrl(words) == 2
-    told = capfd.readouterr().err
-    assert message in told
-    assert len(told.splitlines()) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
     assert not Path("out").exists()
 
 
@@ -209,12 +211,12 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     assert policy.value_head.weight.dtype == torch.float32
     disturb(policy)
-    rollout = collect_rollout(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=24), seed=0, step=0)
+    rollout = collect_rollout(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=24), Draws(0, "rollout"))
     responses, mask = rollout.responses, rollout.responses.response_mask
     assert responses.logprobs.dtype == rollout.ref_logprobs.dtype == torch.float32
     with torch.no_grad():
         again, _, values = policy.logprobs(rollout.encoded, responses.ids, 1.0, mask=mask)
-    # Old log-probs are those the tokens were drawn by, so the first ratios are importance weights near 1.
+    # Old log-probs are those that the tokens were drawn from, so the first ratios are importance weights near 1.
     gap = (again - responses.logprobs)[mask].abs()
     assert float(gap.max()) < 0.1
     assert float(gap.mean()) < 0.02
@@ -222,11 +224,11 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
 
 
 def test_scoring_few_rows_at_once_changes_no_log_prob(loaded: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    disturb(loaded)  # away from the reference, so that it matters by which weights a response is scored
+    disturb(loaded)  # Away from the reference, so that it matters which weights score a response.
     prompts, generation = to_prompts(ROWS), GenerationConfig(max_new_tokens=8)
-    whole = collect_rollout(loaded, prompts, generation, seed=0, step=0)
+    whole = collect_rollout(loaded, prompts, generation, Draws(0, "rollout"))
     monkeypatch.setattr(loaded, "rows_at_once", lambda length: 3)
-    few = collect_rollout(loaded, prompts, generation, seed=0, step=0)
+    few = collect_rollout(loaded, prompts, generation, Draws(0, "rollout"))
     assert torch.equal(few.responses.ids, whole.responses.ids)
     mask = whole.responses.response_mask
     torch.testing.assert_close(few.ref_logprobs[mask], whole.ref_logprobs[mask], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""A sweep: its frontier, its runs, what it says to bad input, and a small one through the real command line."""
+"""A sweep: its frontier, its runs, its messages for bad input, and a small one through the real command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from detoxrl.commands import run as stages
 from detoxrl.commands import sweep
-from detoxrl.commands.sweep import frontier, planned
+from detoxrl.commands.sweep import SweepPlan, frontier, plan_runs
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import TrainingError
 from detoxrl.evaluation.statistics import paired_difference, two_stage_interval
@@ -24,98 +24,107 @@ JUDGE = "alt-profanity-check"
 
 
 @pytest.mark.parametrize(
-    ("points", "best"),
+    ("points", "undominated"),
     [
         ([], []),
         ([(0.2, 0.9)], [0]),
-        ([(0.2, 0.9), (0.1, 0.8)], [0, 1]),  # each is better in one
-        ([(0.2, 0.9), (0.1, 0.9), (0.1, 0.8)], [1]),  # as good in one and better in the other
-        ([(0.1, 0.9), (0.1, 0.9), (0.3, 0.95)], [0, 1, 2]),  # ties stay
+        ([(0.2, 0.9), (0.1, 0.8)], [0, 1]),  # Each is better in one.
+        ([(0.2, 0.9), (0.1, 0.9), (0.1, 0.8)], [1]),  # As good in one and better in the other.
+        ([(0.1, 0.9), (0.1, 0.9), (0.3, 0.95)], [0, 1, 2]),  # Ties stay.
         ([(0.3, 0.7), (0.2, 0.8), (0.1, 0.9)], [2]),
-        ([(0.1, 0.9), (0.2, 0.9), (0.2, 0.9)], [0]),  # a tie that is beaten does not
+        ([(0.1, 0.9), (0.2, 0.9), (0.2, 0.9)], [0]),  # A dominated tie does not.
     ],
 )
-def test_the_frontier_is_what_no_other_beats(points: list[tuple[float, float]], best: list[int]) -> None:
-    assert frontier(points) == best
+def test_the_frontier_is_what_no_other_point_dominates(
+    points: list[tuple[float, float]], undominated: list[int]
+) -> None:
+    assert frontier(points) == undominated
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 5).map(lambda tenths: tenths / 10)] * 2), max_size=12))
 def test_the_frontier_is_that_of_its_definition(points: list[tuple[float, float]]) -> None:
-    def beaten(one: tuple[float, float]) -> bool:
-        return any(t <= one[0] and q >= one[1] and (t, q) != one for t, q in points)
+    def dominated(point: tuple[float, float]) -> bool:
+        return any(t <= point[0] and q >= point[1] and (t, q) != point for t, q in points)
 
-    assert frontier(points) == [place for place, one in enumerate(points) if not beaten(one)]
-
-
-def test_the_interval_of_one_run_is_that_over_prompts_and_seeds_that_differ_widen_it() -> None:
-    one = np.random.default_rng(1).random((60, 4))
-    low, high = two_stage_interval([one], 4000, seed=0)
-    plain = paired_difference(np.zeros((60, 4)), one, 4000, seed=3)
-    assert (low, high) == (pytest.approx(plain.low, abs=0.005), pytest.approx(plain.high, abs=0.005))
-    same = two_stage_interval([one, one], 4000, seed=0)
-    assert same[1] - same[0] == pytest.approx((high - low) / 2**0.5, rel=0.1)
-    apart = two_stage_interval([one, one + 0.5], 4000, seed=0)
-    assert apart[0] < one.mean() + 0.05
-    assert apart[1] > one.mean() + 0.45
+    assert frontier(points) == [index for index, point in enumerate(points) if not dominated(point)]
 
 
-def test_every_combination_is_planned_with_every_seed_under_a_name_that_can_be_read() -> None:
-    runs = planned(recipe("quickstart"), ["rl.kl-coef=0.05,.2", "rl.lr=1e-4"], ["0", "3"])
+def test_the_interval_of_one_run_is_that_over_prompts_and_different_seeds_widen_it() -> None:
+    run = np.random.default_rng(1).random((60, 4))
+    low, high = two_stage_interval([run], 4000, seed=0)
+    over_prompts = paired_difference(np.zeros((60, 4)), run, 4000, seed=3)
+    assert low == pytest.approx(over_prompts.low, abs=0.005)
+    assert high == pytest.approx(over_prompts.high, abs=0.005)
+
+    equal_runs = two_stage_interval([run, run], 4000, seed=0)
+    assert equal_runs[1] - equal_runs[0] == pytest.approx((high - low) / 2**0.5, rel=0.1)
+
+    different_runs = two_stage_interval([run, run + 0.5], 4000, seed=0)
+    assert different_runs[0] < run.mean() + 0.05
+    assert different_runs[1] > run.mean() + 0.45
+
+
+def test_every_combination_is_planned_with_every_seed_in_a_folder_with_a_readable_name() -> None:
+    runs = plan_runs(recipe("quickstart"), SweepPlan(over=["rl.kl-coef=0.05,.2", "rl.lr=1e-4"], seeds=["0", "3"]))
     assert [(label, config.seed) for label, config in runs.values()] == [
         (f"rl.kl_coef={kl} rl.lr=0.0001", seed) for kl in (0.05, 0.2) for seed in (0, 3)
     ]
     assert list(runs)[1] == "rl.kl_coef=0.05_rl.lr=0.0001_seed=3"
     assert [(config.rl.kl_coef, config.rl.lr) for _, config in runs.values()][2] == (0.2, 1e-4)
-    assert list(planned(recipe("own"), [], ["7"])) == ["as_given_seed=7"]
-    assert list(planned(recipe("own"), ["policy.base=a/b: c"], [])) == ["policy.base=a_b_c_seed=0"]
+    assert list(plan_runs(recipe("own"), SweepPlan(seeds=["7"]))) == ["as_given_seed=7"]
+    assert list(plan_runs(recipe("own"), SweepPlan(over=["policy.base=a/b: c"]))) == ["policy.base=a_b_c_seed=0"]
 
 
-def test_what_does_not_fit_is_one_line_and_writes_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "runs").mkdir()
     (place / "runs/photos").mkdir()
     (place / "runs/photos/holiday").touch()
     before = contents(place)
-    for words, told in (
+    for words, message in (
         (["--over", "rl.kl-coeff=1"], "setting = 'rl.kl_coeff': is not a setting; did you mean rl.kl_coef?"),
-        (["--over", "rl.kl-coef=1,x"], "rl.kl_coef = 'x': input should be a valid number"),
+        (["--over", "rl.kl-coef=1,x"], "rl.kl_coef = 'x': must be a number"),
         (["--over", "rl.kl-coef=1,-1"], "rl.kl_coef = -1.0: must be 0 or more"),
-        (["--over", "rl.kl-coef="], "--over = 'rl.kl-coef=': must be FIELD=VALUES; say --over rl.kl-coef=0.05,0.2"),
+        (["--over", "rl.kl-coef="], "--over = 'rl.kl-coef=': must be FIELD=VALUES; write --over rl.kl-coef=0.05,0.2"),
         (["--over", "rl.kl-coef"], "must be FIELD=VALUES"),
-        (["--over", "rl.kl-coef=1", "--over", "rl.kl_coef=2"], "--over = 'rl.kl_coef': comes a second time"),
-        (["--over", "rl.kl-coef=1,1.0"], "'rl.kl_coef=1.0 seed 0': is there twice; name each value once"),
-        (["--over", "seed=1,2"], "--over = 'seed': is what combinations are repeated with; say --seeds 0,1,2"),
-        (["--seeds", "0,x"], "seed = 'x': input should be a valid integer"),
-        (["--seeds", "1", "--seeds", "2,x"], "seed = 'x': input should be a valid integer"),
-        ([], "--over = '': is missing; say --over rl.kl-coef=0.05,0.2, or --seeds 0,1"),
+        (
+            ["--over", "rl.kl-coef=1", "--over", "rl.kl_coef=2"],
+            "--over = 'rl.kl_coef': is given twice; give all its values at once",
+        ),
+        (["--over", "rl.kl-coef=1,1.0"], "'rl.kl_coef=1.0 seed 0': is a duplicate; name each value once"),
+        (["--over", "seed=1,2"], "--over = 'seed': is not a setting to compare; write --seeds 0,1,2"),
+        (["--seeds", "0,x"], "seed = 'x': must be a whole number"),
+        (["--seeds", "1", "--seeds", "2,x"], "seed = 'x': must be a whole number"),
+        ([], "--over = '': is missing; add --over rl.kl-coef=0.05,0.2, or --seeds 0,1"),
         (["--over"], "--over = '': expected at least one argument"),
-        (["--over", "rl.lr=1e-3", "--run-dir", "runs/photos"], "is no folder of a sweep; name another folder"),
-        (["--over", "rl.lr=1e-3", "--run-dir", "runs/photos", "--resume"], "is no folder of a sweep"),
-        (["--over", "policy.base=model,nowhere"], "policy.base = 'nowhere'"),  # found before the first run begins
-        (["--over", "rl.lr=1e-3", "--overwrite", "--resume"], "--resume = True: does not go with --overwrite"),
+        (["--over", "rl.lr=1e-3", "--run-dir", "runs/photos"], "is not a sweep; name another folder"),
+        (["--over", "rl.lr=1e-3", "--run-dir", "runs/photos", "--resume"], "is not a sweep"),
+        (["--over", "policy.base=model,nowhere"], "policy.base = 'nowhere'"),  # Before the first run.
+        (["--over", "rl.lr=1e-3", "--overwrite", "--resume"], "--resume = True: cannot be combined with --overwrite"),
     ):
         assert detoxrl(["sweep", *own()[1:], *words]) == 2, words
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("detoxrl: ")]
-        assert told in line, line
+        assert message in line, line
     assert detoxrl(own("--over", "rl.lr=1e-3")) == 2
     assert "--over" in capfd.readouterr().err
     assert detoxrl(["sweep", "--resume"]) == 2
     assert contents(place) == before
 
 
-class Runs:
-    """Takes the place of `stages.run`: runs whose worth is known, told apart by kl_coef and seed."""
+class FakeRuns:
+    """Stands in for `stages.run`, with results that are known for each kl_coef and seed."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.worth: dict[float, tuple[float, float]] = {}
-        self.broken: dict[float, Exception] = {}
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.results: dict[float, tuple[float, float]] = {}  # Toxicity and quality by kl_coef.
+        self.errors: dict[float, Exception] = {}
 
-    def __call__(self, root: Path, config: Any, **how: Any) -> dict[str, Any]:
-        self.asked.append((root.name, how))
+    def __call__(self, root: Path, config: Any, **arguments: Any) -> dict[str, Any]:
+        self.calls.append((root.name, arguments))
         kl = config.rl.kl_coef
-        if kl in self.broken:
-            raise self.broken[kl]
-        toxicity, quality = self.worth[kl]
+        if kl in self.errors:
+            raise self.errors[kl]
+
+        toxicity, quality = self.results[kl]
         toxicity += config.seed / 100
         root.mkdir(parents=True, exist_ok=True)
         steps = {"kept_step": 5, "parted_step": 10 if kl == 0 else None, "stopped_step": None}
@@ -128,37 +137,39 @@ class Runs:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
-    found = Runs()
-    found.worth = {0.0: (0.02, 0.7), 0.1: (0.1, 0.88), 0.2: (0.15, 0.85), 0.5: (0.2, 0.9)}
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRuns:
+    runs = FakeRuns()
+    runs.results = {0.0: (0.02, 0.7), 0.1: (0.1, 0.88), 0.2: (0.15, 0.85), 0.5: (0.2, 0.9)}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "run", found)
-    monkeypatch.setattr(sweep, "check", lambda config: found.asked.append(("checked", {"kl": config.rl.kl_coef})))
-    return found
+    monkeypatch.setattr(stages, "run", runs)
+    monkeypatch.setattr(sweep, "check", lambda run: runs.calls.append(("checked", {"kl": run.config.rl.kl_coef})))
+    return runs
 
 
 OVER = ["sweep", "quickstart", "--over", "rl.kl-coef=0,0.1,0.2,0.5", "--seeds", "0,1"]
 
 
-def test_a_sweep_says_what_each_combination_is_worth_and_names_the_frontier(
-    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_sweep_reports_every_combination_and_names_the_frontier(
+    runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert detoxrl(OVER) == 0
     out, err = capfd.readouterr()
-    assert [how["kl"] for name, how in runs.asked if name == "checked"] == [0, 0.1, 0.2, 0.5]
-    assert [name for name, _ in runs.asked][4:6] == ["rl.kl_coef=0.0_seed=0", "rl.kl_coef=0.0_seed=1"]
+    assert [arguments["kl"] for name, arguments in runs.calls if name == "checked"] == [0, 0.1, 0.2, 0.5]
+    assert [name for name, _ in runs.calls][4:6] == ["rl.kl_coef=0.0_seed=0", "rl.kl_coef=0.0_seed=1"]
     assert "run 4 of 8: rl.kl_coef=0.1 seed 1" in err
     root = tmp_path / "runs/sweep"
-    found = json.loads((root / "sweep.json").read_text())
-    assert found["over"] == ["rl.kl-coef=0,0.1,0.2,0.5"]
-    assert found["start"] == [pytest.approx(0.35), 0.9]
-    one = found["combinations"]["rl.kl_coef=0.1"]
-    assert (one["toxicity"], one["quality"], one["kl"]) == ([pytest.approx(0.35), pytest.approx(0.105)], [0.9, 0.88], 5)
-    assert one["interval"] == [pytest.approx(0.1), pytest.approx(0.11)]  # which of the two seeds is all there is
-    assert [label for label, one in found["combinations"].items() if one["frontier"]] == [
+    state = json.loads((root / "sweep.json").read_text())
+    assert state["over"] == ["rl.kl-coef=0,0.1,0.2,0.5"]
+    assert state["start"] == [pytest.approx(0.35), 0.9]
+    middle = state["combinations"]["rl.kl_coef=0.1"]
+    assert middle["toxicity"] == [pytest.approx(0.35), pytest.approx(0.105)]
+    assert middle["quality"] == [0.9, 0.88]
+    assert middle["kl"] == 5
+    assert middle["interval"] == [pytest.approx(0.1), pytest.approx(0.11)]  # Only the seeds differ.
+    assert [label for label, combination in state["combinations"].items() if combination["frontier"]] == [
         "rl.kl_coef=0.0", "rl.kl_coef=0.1", "rl.kl_coef=0.5",
     ]  # fmt: skip
-    assert [run["folder"] for run in one["runs"]] == ["rl.kl_coef=0.1_seed=0", "rl.kl_coef=0.1_seed=1"]
+    assert [run["folder"] for run in middle["runs"]] == ["rl.kl_coef=0.1_seed=0", "rl.kl_coef=0.1_seed=1"]
     (row,) = [line for line in out.splitlines() if "rl.kl_coef=0.2" in line]
     assert row.split() == ["rl.kl_coef=0.2", "2/2", "0.155", "0.150", "to", "0.160", "0.850", "3.3"]
     assert out.splitlines()[-1] == "next: open runs/sweep/sweep.html in a browser"
@@ -168,46 +179,47 @@ def test_a_sweep_says_what_each_combination_is_worth_and_names_the_frontier(
     assert "On the frontier: rl.kl_coef=0.0; rl.kl_coef=0.1; rl.kl_coef=0.5<" in html
     drawing = html.partition("<svg")[2].partition("</svg>")[0]
     assert [f"rl.kl_coef={kl}<" in drawing for kl in (0.0, 0.1, 0.2, 0.5)] == [True, True, False, True]
-    assert "start<" in drawing
-    assert html.count("parted at 10") == 2
+    assert "initial policy<" in drawing
+    assert html.count("divergence at step 10") == 2
     first = (root / "sweep.html").read_bytes()
-    assert detoxrl(["sweep", "--resume", "--run-dir", "runs/sweep"]) == 0  # what was asked for before
+    assert detoxrl(["sweep", "--resume", "--run-dir", "runs/sweep"]) == 0  # With the plan of before.
     assert (root / "sweep.html").read_bytes() == first
-    assert json.loads((root / "sweep.json").read_text()) == found
+    assert json.loads((root / "sweep.json").read_text()) == state
 
 
-def test_a_combination_that_fails_is_recorded_and_the_others_go_on(
-    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_combination_that_fails_is_recorded_and_the_others_follow(
+    runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runs.broken = {0.1: TrainingError("train stopped at step 3: grad_norm is nan")}
+    runs.errors = {0.1: TrainingError("train stopped at step 3: grad_norm is nan")}
     assert detoxrl(OVER) == 0
     out, err = capfd.readouterr()
     assert "rl.kl_coef=0.1_seed=1: train stopped at step 3: grad_norm is nan" in " ".join(err.split())
     (row,) = [line for line in out.splitlines() if "rl.kl_coef=0.1" in line]
     assert row.split() == ["rl.kl_coef=0.1", "0/2", "failed"]
-    found = json.loads((tmp_path / "runs/sweep/sweep.json").read_text())
-    assert found["combinations"]["rl.kl_coef=0.1"]["runs"][0]["error"] == "train stopped at step 3: grad_norm is nan"
-    assert found["combinations"]["rl.kl_coef=0.2"]["frontier"] is True  # now that what beat it is gone
+    combinations = json.loads((tmp_path / "runs/sweep/sweep.json").read_text())["combinations"]
+    assert combinations["rl.kl_coef=0.1"]["runs"][0]["error"] == "train stopped at step 3: grad_norm is nan"
+    assert combinations["rl.kl_coef=0.2"]["frontier"] is True  # The point that dominated it is gone.
     assert "grad_norm is nan" in (tmp_path / "runs/sweep/sweep.html").read_text()
-    runs.broken |= {0.2: ZeroDivisionError("a bug")}
+    runs.errors |= {0.2: ZeroDivisionError("a bug")}
     with pytest.raises(ZeroDivisionError, match="a bug"):
         detoxrl([*OVER, "--overwrite"])
-    runs.broken = dict.fromkeys(runs.worth, TrainingError("no"))
+    runs.errors = dict.fromkeys(runs.results, TrainingError("no"))
     assert detoxrl([*OVER, "--resume"]) == 1
     assert "no run in runs/sweep has a result" in capfd.readouterr().err
 
 
-def test_a_sweep_is_replaced_or_gone_on_with_on_request_only(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_replaced_or_resumed_on_request_only(runs: FakeRuns, capfd: pytest.CaptureFixture[str]) -> None:
     assert detoxrl(OVER) == 0
     assert detoxrl(OVER) == 2
-    assert "'runs/sweep': exists already; add --resume to go on, --overwrite to begin anew" in capfd.readouterr().err
-    runs.asked.clear()
+    assert (
+        "'runs/sweep': already exists; add --resume to continue it, --overwrite to start again"
+        in capfd.readouterr().err
+    )
+    runs.calls.clear()
     assert detoxrl([*OVER[:2], "--over", "rl.kl-coef=0.5", "--resume"]) == 0
-    assert runs.asked == [
-        ("rl.kl_coef=0.5_seed=0", {"overwrite": False, "resume": True, "accept_changes": False, "track": None})
-    ]
+    assert runs.calls == [("rl.kl_coef=0.5_seed=0", {"if_exists": "resume", "track": None})]
     assert detoxrl([*OVER[:2], "--over=rl.kl-coef=0.5", "--overwrite", "--rl.steps=7"]) == 0
-    assert runs.asked[-1][1] == {"overwrite": True, "resume": False, "accept_changes": False, "track": None}
+    assert runs.calls[-1][1] == {"if_exists": "overwrite", "track": None}
     assert json.loads(Path("runs/sweep/base.json").read_text())["rl"]["steps"] == 7
 
 
@@ -216,25 +228,27 @@ def test_a_small_sweep_through_the_real_command_line(
 ) -> None:
     small = ["--rl.steps", "1", "--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1"]
     words = ["sweep", *own(*small)[1:], "--over", "rl.kl-coef=0.1,0.5", "--run-dir", "swept"]
-    monkeypatch.setenv("INTERRUPT_AT", "2")  # 0 is the probe, 1 the normaliser, 2 the only step of the first run
+    monkeypatch.setenv("INTERRUPT_AT", "2")  # Call 0 is the probe, 1 the normaliser, 2 the only step of the first run.
     assert detoxrl(words) == 130
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert told.endswith("keeps base.json, rl.kl_coef=0.1_seed=0, sweep.json; go on with "
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.endswith("keeps base.json, rl.kl_coef=0.1_seed=0, sweep.json; resume with "
                          "`detoxrl sweep --resume --run-dir swept`")  # fmt: skip
     monkeypatch.delenv("INTERRUPT_AT")
     assert detoxrl(["sweep", "--resume", "--run-dir", "swept"]) == 0
     out, err = capfd.readouterr()
     assert "run 2 of 2: rl.kl_coef=0.5 seed 0" in err
     assert "yes" in out
-    found = json.loads((place / "swept/sweep.json").read_text())
+    combinations = json.loads((place / "swept/sweep.json").read_text())["combinations"]
     for kl in ("0.1", "0.5"):
-        one, evaluation = (
-            found["combinations"][f"rl.kl_coef={kl}"],
-            json.loads((place / f"swept/rl.kl_coef={kl}_seed=0/eval.json").read_text()),
-        )
-        assert one["toxicity"][1] == pytest.approx(evaluation["toxicity"][JUDGE]["after"]["mean"])
-        assert one["quality"][0] == pytest.approx(evaluation["quality"]["rouge_l"]["before"])
-        assert one["interval"][0] <= one["toxicity"][1] <= one["interval"][1]
-    before = {name: body for name, body in contents(place / "swept").items() if len(name.parts) > 1}
+        combination = combinations[f"rl.kl_coef={kl}"]
+        evaluation = json.loads((place / f"swept/rl.kl_coef={kl}_seed=0/eval.json").read_text())
+        assert combination["toxicity"][1] == pytest.approx(evaluation["toxicity"][JUDGE]["after"]["mean"])
+        assert combination["quality"][0] == pytest.approx(evaluation["quality"]["rouge_l"]["before"])
+        assert combination["interval"][0] <= combination["toxicity"][1] <= combination["interval"][1]
+
+    def files_of_runs() -> dict[Path, bytes]:
+        return {name: body for name, body in contents(place / "swept").items() if len(name.parts) > 1}
+
+    before = files_of_runs()
     assert detoxrl([*words, "--resume"]) == 0
-    assert {name: body for name, body in contents(place / "swept").items() if len(name.parts) > 1} == before
+    assert files_of_runs() == before

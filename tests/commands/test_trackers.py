@@ -1,4 +1,4 @@
-"""A run shows in a tracker: what metrics.jsonl holds, once each, through stops; without the flag nobody hears of it."""
+"""A tracker shows every line of metrics.jsonl once, however often a run stops; without the flag none is contacted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from detoxrl.commands import run as stages
-from detoxrl.commands.trackers import chosen
+from detoxrl.commands.trackers import resolve_tracker
 from detoxrl.errors import InputError
 from detoxrl.runtime import checkpoint
 from detoxrl.runtime.checkpoint import Checkpoints
@@ -30,13 +30,13 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def tensorboard(run: Path) -> tuple[Series, dict[str, dict[int, str]]]:
-    """What tensorboard reads of a run: numbers and texts by name, each by step."""
-    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    tags = found.Tags()
-    numbers = {name: [(event.step, event.value) for event in found.Scalars(name)] for name in tags["scalars"]}
+    """Return what tensorboard reads of a run: numbers and texts by name, each by step."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    numbers = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags["scalars"]}
     texts: dict[str, dict[int, str]] = defaultdict(dict)
     for name in tags["tensors"]:
-        for event in found.Tensors(name):
+        for event in events.Tensors(name):
             assert event.step not in texts[name.removesuffix("/text_summary")], name
             texts[name.removesuffix("/text_summary")][event.step] = tensor_util.make_ndarray(event.tensor_proto)[
                 0
@@ -49,13 +49,13 @@ def lines(run: Path, name: str) -> list[dict[str, float]]:
 
 
 def logged(run: Path) -> Series:
-    """What a tracker is to show of a run's training, read from its files."""
-    found: Series = defaultdict(list)
+    """Return what a tracker should show of a run's training, from the files of the run."""
+    series: Series = defaultdict(list)
     for name, prefix in (("metrics.jsonl", ""), ("validation.jsonl", "validation/")):
         for line in lines(run, name):
             for key in line.keys() - {"step"}:
-                found[prefix + key].append((int(line["step"]), float(line[key])))
-    return found
+                series[prefix + key].append((int(line["step"]), float(line[key])))
+    return series
 
 
 def same(shown: Series, run: Path) -> None:
@@ -68,14 +68,15 @@ def same(shown: Series, run: Path) -> None:
 
 
 def result(shown: Series, run: Path) -> None:
-    found = json.loads((run / "eval.json").read_text())
-    judged = found["toxicity"][found["primary_judge"]]
+    """Fail unless a tracker shows quality and toxicity of the run's evaluation once, at its last step."""
+    evaluation = json.loads((run / "eval.json").read_text())
+    toxicity = evaluation["toxicity"][evaluation["primary_judge"]]
     for side in ("before", "after"):
-        assert shown[f"eval/toxicity/{side}/mean"] == [(5, pytest.approx(judged[side]["mean"], rel=1e-6))]
+        assert shown[f"eval/toxicity/{side}/mean"] == [(5, pytest.approx(toxicity[side]["mean"], rel=1e-6))]
         assert shown[f"eval/quality/rouge_l/{side}"] == [
-            (5, pytest.approx(found["quality"]["rouge_l"][side], rel=1e-6))
+            (5, pytest.approx(evaluation["quality"]["rouge_l"][side], rel=1e-6))
         ]
-    assert shown["eval/toxicity/difference/low"] == [(5, pytest.approx(judged["difference"]["low"], rel=1e-6))]
+    assert shown["eval/toxicity/difference/low"] == [(5, pytest.approx(toxicity["difference"]["low"], rel=1e-6))]
 
 
 def test_tensorboard_shows_each_number_of_a_run_once_with_its_config_and_masked_samples(
@@ -83,9 +84,9 @@ def test_tensorboard_shows_each_number_of_a_run_once_with_its_config_and_masked_
 ) -> None:
     words = own(*WORDS, "--rl.steps", "5")
     assert detoxrl([*words, "--run-dir", "plain"]) == 0
-    table = re.sub(r"(?m)^.* s in all: .*$", "", capfd.readouterr().out)
+    table = re.sub(r"(?m)^.* s in total: .*$", "", capfd.readouterr().out)
     assert detoxrl([*words, "--run-dir", "run", "--track", "tensorboard"]) == 0
-    assert re.sub(r"(?m)^.* s in all: .*$", "", capfd.readouterr().out) == table.replace("plain", "run")
+    assert re.sub(r"(?m)^.* s in total: .*$", "", capfd.readouterr().out) == table.replace("plain", "run")
     assert {path.name for path in (place / "run").iterdir()} - {path.name for path in (place / "plain").iterdir()} == {
         "tensorboard", "tracker.json",
     }  # fmt: skip
@@ -99,7 +100,7 @@ def test_tensorboard_shows_each_number_of_a_run_once_with_its_config_and_masked_
     assert texts["samples"][5].count("\n") == 9
 
 
-def test_toxic_words_show_their_first_letter_alone(place: Path) -> None:
+def test_only_the_first_letter_of_toxic_words_is_shown(place: Path) -> None:
     assert detoxrl(own(*WORDS, "--run-dir", "run")) == 0
     run = RunFolder(place / "run")
     kept = run / "checkpoints/train/step-00000003/products/rollouts.jsonl"
@@ -113,7 +114,7 @@ def test_toxic_words_show_their_first_letter_alone(place: Path) -> None:
     run.write("samples.jsonl", "".join(json.dumps(line) + "\n" for line in samples))
     assert detoxrl(["run", "--resume", "--run-dir", "run", "--track", "tensorboard"]) == 0
     numbers, texts = tensorboard(place / "run")
-    same(numbers, place / "run")  # a run that is done shows too
+    same(numbers, place / "run")  # A finished run is sent too.
     hidden = "C•••! Two i••••• \\| and a m•••• <b>said</b> scrap."
     assert texts["rollouts"][2].splitlines()[2] == f"| 2 | a | {hidden} | 0.5 |"
     assert texts["samples"][3].splitlines()[2].startswith(f"| {hidden} | C•••, f•••. | ")
@@ -124,42 +125,45 @@ def test_a_run_that_is_stopped_and_killed_is_one_series_without_a_step_twice(
 ) -> None:
     words = own(*WORDS, "--rl.steps", "5")
     assert detoxrl([*words, "--run-dir", "whole"]) == 0
-    monkeypatch.setenv("INTERRUPT_AT", "3")  # 0 is the probe, 1 the normaliser, 2 step 0, 3 step 1
+    monkeypatch.setenv("INTERRUPT_AT", "3")  # Call 0 is the probe, 1 the normaliser, 2 step 0, 3 step 1.
     assert detoxrl([*words, "--run-dir", "run", "--track", "tensorboard"]) == 130
     monkeypatch.delenv("INTERRUPT_AT")
     begun = json.loads((place / "run/tracker.json").read_text())
     assert begun["sent"]["metrics.jsonl"] == 2
-    with monkeypatch.context() as crash:  # the resumed run dies after a step more, without a state of its own
+    with monkeypatch.context() as crash:  # The resumed run dies a step later, without a checkpoint of its own.
         crash.setattr(Checkpoints, "_write", lambda *_: None)
-        crash.setenv("FAIL_AT", "2")  # 0 is the probe, 1 step 2, 2 step 3
+        crash.setenv("FAIL_AT", "2")  # Call 0 is the probe, 1 step 2, 2 step 3.
         assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 2
     assert len(lines(place / "run", "metrics.jsonl")) == 3
     numbers, _ = tensorboard(place / "run")
-    assert [step for step, _ in numbers["score/mean"]] == [0, 1]  # what is made again is not shown before it is kept
-    assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0  # the flag need not be said again
+    assert [step for step, _ in numbers["score/mean"]] == [
+        0,
+        1,
+    ]  # A step that will be repeated is not shown before its checkpoint.
+    assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0  # The run keeps its tracker.
     numbers, texts = tensorboard(place / "run")
     same(numbers, place / "run")
     result(numbers, place / "run")
     assert [*texts["config"]] == [0]
     kept = json.loads((place / "run/tracker.json").read_text())
     assert (kept["tracker"], kept["run"]) == ("tensorboard", begun["run"])
-    assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0  # nothing new, nothing sent
+    assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0  # Nothing is new, so nothing is sent.
     assert tensorboard(place / "run") == (numbers, texts)
     for words in (["run", "--power", "0.2"], ["quickstart"]):
         assert detoxrl(["evaluate", *words, "--track", "tensorboard"]) == 2
-    with monkeypatch.context() as gone:  # as where it is not installed
-        gone.setattr(stages, "chosen", lambda *_: pytest.fail("a report asks no tracker"))
+    with monkeypatch.context() as gone:  # As if it were not installed.
+        gone.setattr(stages, "resolve_tracker", lambda *_: pytest.fail("a report needs no tracker"))
         assert detoxrl(["report", "run"]) == 0
-    assert detoxrl(["evaluate", "run"]) == 0  # nothing else came of it
+    assert detoxrl(["evaluate", "run"]) == 0  # The same numbers are not sent twice.
     assert tensorboard(place / "run") == (numbers, texts)
     untracked = place / "untracked"
     (place / "run").rename(untracked)
     for name in ("tensorboard", "tracker.json"):
         (untracked / name).rename(place / f"was-{name}")
-    same_end(place / "whole", untracked)  # a tracker changes nothing of a run
+    same_end(place / "whole", untracked)  # A tracker changes nothing in a run.
 
 
-def test_training_that_begins_anew_is_a_new_run_and_none_ends_it(
+def test_training_that_starts_again_is_a_new_run_and_none_ends_tracking(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [*WORDS, "--rl.steps", "2"]
@@ -177,7 +181,7 @@ def test_training_that_begins_anew_is_a_new_run_and_none_ends_it(
     assert detoxrl(["train", "run", "--track", "tensorboard"]) == 0
     same(tensorboard(place / "run")[0], place / "run")
     assert detoxrl(own(*words, "--run-dir", "run", "--overwrite")) == 0
-    assert not (place / "run/tensorboard").exists()  # another run, and nobody asked for a tracker of it
+    assert not (place / "run/tensorboard").exists()  # The new run has no tracker.
 
 
 def test_a_sweep_has_a_tracker_for_each_run_and_keeps_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -194,29 +198,29 @@ def test_a_sweep_has_a_tracker_for_each_run_and_keeps_it(place: Path, capfd: pyt
 def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_written(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    found = util.find_spec
-    monkeypatch.setattr(util, "find_spec", lambda asked: None if asked == name else found(asked))
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda module: None if module == name else find_spec(module))
     before = contents(place)
     for words in (own(), ["sweep", *own("--seeds", "0,1")[1:]]):
         assert detoxrl([*words, "--run-dir", "run", "--track", name]) == 2
-        told = capfd.readouterr().err.splitlines()
-        assert len(told) == 1
-        assert f"--track = '{name}': is not installed; pip install 'detoxrl[track]'" in told[0]
+        messages = capfd.readouterr().err.splitlines()
+        assert len(messages) == 1
+        assert f"--track = '{name}': is not installed; pip install 'detoxrl[track]'" in messages[0]
     assert contents(place) == before
     assert not (place / "run").exists()
 
 
-def test_a_tracker_that_is_none_names_the_nearest_and_a_folder_is_no_package(
+def test_an_unknown_tracker_is_named_with_the_nearest_and_a_folder_is_not_a_package(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert detoxrl(own("--run-dir", "run", "--track", "tensorbord")) == 2
-    assert "--track = 'tensorbord': is no tracker; did you mean tensorboard?" in capfd.readouterr().err
+    assert "--track = 'tensorbord': is not a tracker; did you mean tensorboard?" in capfd.readouterr().err
     assert not (place / "run").exists()
-    (place / "wandb").mkdir()  # where wandb keeps its runs
+    (place / "wandb").mkdir()  # As wandb writes its runs.
     monkeypatch.setattr(sys, "path", [str(place)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(InputError, match="is not installed"):
-        chosen("wandb")
+        resolve_tracker("wandb")
 
 
 ALONE = """
@@ -241,7 +245,7 @@ print("HEARD", sorted(heads & {{"tensorboard", "tensorboardX", "trackio", "wandb
 
 
 def alone(*commands: list[str], **environment: str) -> str:
-    """Run commands in a process of their own; return what it printed, in the end what it imported and contacted."""
+    """Run commands in their own process; return its stdout, which ends with what it imported and contacted."""
     code = ALONE.format(tests=str(Path(__file__).parents[1]))
     surroundings = {**os.environ, "COLUMNS": "120", **environment}
     ended = subprocess.run(
@@ -260,11 +264,11 @@ def test_without_the_flag_no_tracker_is_imported_and_nothing_is_contacted(place:
     assert alone(own(*WORDS, "--run-dir", "run"), ["evaluate", "run"]).splitlines()[-1] == "HEARD [] []"
 
 
-def test_trackio_shows_the_same_on_this_machine_alone(place: Path) -> None:
+def test_trackio_shows_the_same_and_contacts_nothing(place: Path) -> None:
     words = own(*WORDS, "--rl.steps", "5", "--run-dir", "run", "--track", "trackio")
     printed = alone(words, TRACKIO_DIR=str(place / "shown"))
     assert printed.splitlines()[-1] == "HEARD ['gradio_client', 'trackio'] []"
-    assert "Trackio" not in printed  # what it says of itself is no result
+    assert "Trackio" not in printed  # Its own messages are not results.
     with sqlite3.connect(place / "shown/detoxrl.db") as base:
         points = base.execute("select step, metrics from metrics order by id").fetchall()
         ((config,),) = base.execute("select config from configs").fetchall()
@@ -283,7 +287,7 @@ def test_trackio_shows_the_same_on_this_machine_alone(place: Path) -> None:
 
 
 def wandb_records(path: Path) -> list[bytes]:
-    """The records of a .wandb file, a log as LevelDB writes it: blocks of 32 KiB, 7 bytes before each part."""
+    """Return the records of a .wandb file, a LevelDB log: blocks of 32 KiB, a header of 7 bytes before each part."""
     data, place, records = path.read_bytes(), 7, [b""]
     while place < len(data):
         if 32768 - place % 32768 < 7:
@@ -292,12 +296,12 @@ def wandb_records(path: Path) -> list[bytes]:
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         records[-1] += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # A whole record, or its last part.
             records.append(b"")
     return records[:-1]
 
 
-def test_wandb_offline_shows_the_same_and_a_run_goes_on_under_its_id(place: Path) -> None:
+def test_wandb_offline_shows_the_same_and_a_resumed_run_keeps_its_id(place: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
     words = own(*WORDS, "--rl.steps", "5", "--run-dir", "run", "--track", "wandb")
@@ -340,16 +344,16 @@ def test_wandb_without_a_login_is_one_line(place: Path) -> None:
     assert "set WANDB_MODE=offline" in ended.stderr.splitlines()[-1]
 
 
-def test_a_checkpoint_that_is_gone_back_from_sends_nothing_twice(
+def test_a_run_that_returns_to_an_older_checkpoint_sends_nothing_twice(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "SHARE", 1e9)  # one at every step
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)  # A checkpoint at every step.
     words = own(*WORDS, "--rl.steps", "5")
     monkeypatch.setenv("INTERRUPT_AT", "4")
     assert detoxrl([*words, "--run-dir", "run", "--track", "tensorboard"]) == 130
     monkeypatch.delenv("INTERRUPT_AT")
     (place / "run/checkpoints/train/step-00000003/manifest.json").write_text("torn")
     assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0
-    assert "is not as it was written" in capfd.readouterr().err
+    assert "is corrupted: " in capfd.readouterr().err
     numbers, _ = tensorboard(place / "run")
     assert [step for step, _ in numbers["score/mean"]] == [0, 1, 2, 3, 4]

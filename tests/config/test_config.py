@@ -1,12 +1,16 @@
-"""What may be set."""
+"""Settings: bounds, conflicts, recipes, help texts and stored configs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from annotated_types import Ge, Le
+from pydantic import ValidationError
 
-from detoxrl.config.edit import with_settings
+from detoxrl.config.edit import config_from_json, config_to_json, flatten, with_settings
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config, DataConfig, RlConfig
 from detoxrl.errors import InputError
@@ -22,11 +26,11 @@ from detoxrl.errors import InputError
         ({"rl.batch_size": 1, "rl.minibatch_size": 1}, r"rl\.batch_size = 1: must be 2 or more"),
         ({"rl.kl_target": 0}, r"rl\.kl_target = 0\.0: must be above 0"),
         ({"rl.validation_prompts": 1}, r"rl\.validation_prompts = 1: must be 2 or more"),
-        ({"policy.lora_targets": ()}, r"policy\.lora_targets = \(\): must name a layer"),
-        ({"seed": 2**63}, r"seed = 9223372036854775808"),
+        ({"policy.lora_targets": ()}, r"policy\.lora_targets = \(\): must not be empty; give at least"),
+        ({"seed": 2**63}, r"seed = 9223372036854775808: must be below 9223372036854775808; give a smaller value"),
         ({"data.limit": 9}, r"rl\.batch_size = 64: exceeds data\.limit"),
         ({"policy.base": "b", "policy.adapter": "a"},
-         r"policy\.adapter = 'a': does not fit a base whose full weights sft changes; say --sft.no-full-weights"),
+         r"policy\.adapter = 'a': does not fit a base whose full weights sft changes; use --sft.no-full-weights"),
         ({"data.limit": 1}, r"data\.limit = 1: must be 2 or more"),
         ({"data.min_length": 9, "data.max_length": 8}, r"data\.max_length = 8: is below data\.min_length"),
         ({"data.max_prompt_tokens": 0}, r"data\.max_prompt_tokens = 0: must be above 0"),
@@ -42,8 +46,33 @@ from detoxrl.errors import InputError
         ({"reward.clip": 0}, r"reward\.clip = 0"),
         ({"generation.temperature": 0}, r"generation\.temperature = 0"),
         ({"evaluation.samples_per_prompt": 0}, r"evaluation\.samples_per_prompt = 0"),
-        ({"seed": -1}, r"seed = -1"),
-        ({"sft.steps": 0}, r"policy\.base = 'scratch' needs full_weights and steps"),
+        ({"seed": -1}, r"seed = -1: must be 0 or more"),
+        ({"sft.steps": 0},
+         r"sft\.steps = 0: must be above 0, because policy\.base = 'scratch' is untrained; set sft\.steps or"),
+        ({"sft.full_weights": False}, r"sft\.full_weights = False: must be True, because policy\.base = 'scratch' is"),
+        ({"policy.base": "b", "policy.full_weights": True, "sft.full_weights": False},
+         r"sft\.full_weights = False: must be True, because policy\.full_weights leaves no place for the adapter"),
+        ({"policy.base": "b", "policy.full_weights": True, "policy.bf16": True},
+         r"policy\.bf16 = True: cannot be combined with policy\.full_weights"),
+        ({"policy.base": "b", "policy.full_weights": True, "policy.adapter": "a"},
+         r"policy\.adapter = 'a': cannot be combined with policy\.full_weights; merge the adapter into the base"),
+        ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': must be SOURCE=LABEL"),
+        ({"evaluation.fluency": "c"}, r"evaluation\.fluency = 'c': must be SOURCE=LABEL"),
+        ({"evaluation.best_of": "4"}, r"evaluation\.best_of = '4': must be a list of values"),
+        ({"evaluation.best_of": ["4", "1"]}, r"evaluation\.best_of = 1: must be 2 or more; give a larger value"),
+        ({"data.source": ""}, r"data\.source = '': must not be empty"),
+        ({"data.source": None}, r"data\.source = None: must be text"),
+        ({"data.length_unit": "words"}, r"data\.length_unit = 'words': must be 'characters' or 'tokens'; see `detoxrl"),
+        ({"rl.steps": "many"}, r"rl\.steps = 'many': must be a whole number"),
+        ({"rl.steps": 1.5}, r"rl\.steps = 1\.5: must be a whole number"),
+        ({"rl.steps": None}, r"rl\.steps = None: must be a whole number"),
+        ({"rl.lr": "fast"}, r"rl\.lr = 'fast': must be a number"),
+        ({"rl.lr": None}, r"rl\.lr = None: must be a number"),
+        ({"rl.lr": "nan"}, r"rl\.lr = 'nan': must be a finite number"),
+        ({"reward.empty_score": float("-inf")}, r"reward\.empty_score = -inf: must be a finite number"),
+        ({"rl.lr": "-1e-3"}, r"rl\.lr = -0\.001: must be above 0; give a larger value"),
+        ({"sft.bf16": "perhaps"}, r"sft\.bf16 = 'perhaps': must be true or false"),
+        ({"sft.bf16": None}, r"sft\.bf16 = None: must be true or false"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named_in_one_line(settings: dict[str, object], message: str) -> None:
@@ -52,13 +81,83 @@ def test_a_value_that_is_not_allowed_is_named_in_one_line(settings: dict[str, ob
     assert "\n" not in str(raised.value)
 
 
-def test_sections_built_in_python_and_names_of_recipes_keep_the_rules_too() -> None:
-    with pytest.raises(InputError, match=r"rl\.clip = 0: must be above 0"):
+def test_a_section_built_directly_keeps_its_bounds_too() -> None:
+    with pytest.raises(ValidationError, match="Input should be greater than 0"):
         RlConfig(clip=0)
-    with pytest.raises(InputError, match=r"data\.max_length = 8: is below data\.min_length"):
+    with pytest.raises(ValidationError, match="Unexpected keyword argument"):
+        RlConfig(stepz=1)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=r"data\.max_length = 8: is below data\.min_length = 9"):
         DataConfig(min_length=9, max_length=8)
+    with pytest.raises(InputError, match=r"rl\.minibatch_size = 5: must divide rl\.batch_size = 64"):
+        replace(RlConfig(), minibatch_size=5)
+
+
+def test_an_unknown_recipe_or_setting_is_named_with_the_closest_one() -> None:
     with pytest.raises(InputError, match=r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"):
         recipe("quikstart")
+    with pytest.raises(InputError, match=r"setting = 'rl\.stepz': is not a setting; did you mean rl\.steps\?"):
+        recipe("own", {"rl.stepz": 1})
+    for name in ("recipe", "rl", "policy"):
+        with pytest.raises(InputError, match=f"setting = '{name}': is not a setting"):
+            recipe("own", {name: "x"})
+
+
+def sections() -> list[Any]:
+    config = Config(recipe="x")
+    return [config, *(value for value in vars(config).values() if is_dataclass(value))]
+
+
+def test_every_setting_has_a_help_text() -> None:
+    for section in sections():
+        for field in fields(section):
+            if field.name != "recipe" and not is_dataclass(getattr(section, field.name)):
+                description = type(section).__pydantic_fields__[field.name].description
+                assert description.endswith("."), field.name
+
+
+def test_every_upper_bound_belongs_to_an_interval_from_0() -> None:
+    # The message for it says so: must lie in [0, 1].
+    bounded = [
+        info.metadata
+        for section in sections()
+        for info in type(section).__pydantic_fields__.values()
+        if any(isinstance(limit, Le) for limit in info.metadata)
+    ]
+    assert len(bounded) == 2
+    assert all(Ge(0) in metadata for metadata in bounded)
+
+
+def test_settings_are_read_from_text_and_keep_their_types() -> None:
+    given = {
+        "rl.steps": "7",
+        "rl.lr": "1e-4",
+        "rl.kl_target": "None",
+        "sft.bf16": "false",
+        "data.source": Path("my/file"),
+    }
+    config = recipe("own", given | {"policy.lora_targets": ["c_attn"], "evaluation.best_of": ["8"]})
+    assert (config.rl.steps, config.rl.lr, config.rl.kl_target, config.sft.bf16) == (7, 1e-4, None, False)
+    assert (config.data.source, config.policy.lora_targets, config.evaluation.best_of) == ("my/file", ("c_attn",), (8,))
+    assert with_settings(config, flatten({"rl": asdict(config.rl)})) == config
+
+
+def test_a_config_stored_by_an_earlier_version_loads_and_is_stored_as_it_was(tmp_path: Path) -> None:
+    stored = Path(__file__).parent / "stored" / "dialogsum-long-0.1.0.json"
+    config = config_from_json(stored)
+    assert config == recipe("dialogsum-long")
+    assert config_to_json(config) == stored.read_text()
+
+    (tmp_path / "config.json").write_text(stored.read_text().replace('"steps": 200', '"steps": "all"'))
+    with pytest.raises(InputError, match=r"rl\.steps = 'all': must be a whole number; correct it in .*config\.json"):
+        config_from_json(tmp_path / "config.json")
+    for text, message in (
+        ("{", r"is not valid JSON: .*; give a run's config\.json"),
+        ("[]", r"is not the config of a run"),
+        ('{"recipe": "own"}', r"setting = 'seed': is missing in .*config\.json; add it there"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            config_from_json(tmp_path / "config.json")
 
 
 def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:
@@ -82,10 +181,7 @@ def test_the_recipes_keep_the_old_systems_hyperparameters_and_long_ones_change_w
         assert (config.policy.lora_rank, config.policy.lora_targets) == (32, ("q", "v"))
         assert not config.sft.full_weights
         # The sum of rates over all optimizer steps bounds how far a weight can travel.
-        travel = [
-            one.rl.steps * one.rl.epochs * one.rl.batch_size / one.rl.minibatch_size * one.rl.lr
-            for one in (config, long)
-        ]
+        travel = [rl.steps * rl.epochs * rl.batch_size / rl.minibatch_size * rl.lr for rl in (config.rl, long.rl)]
         assert travel[1] > 50 * travel[0]
         assert long.policy == config.policy
         assert long.reward.normalise_on == 256

@@ -26,7 +26,7 @@ def rows() -> dict[str, list[Row]]:
     return generate_rows(0, SIZES)
 
 
-def test_every_third_insult_is_kept_from_the_reward_model() -> None:
+def test_the_reward_model_never_sees_every_third_insult() -> None:
     assert UNSEEN_INSULTS == ("loser", "clown", "donkey", "brat", "blockhead", "dork", "snob", "cheapskate")
     assert set(SEEN_INSULTS) | set(UNSEEN_INSULTS) == set(INSULTS)
     unseen = insult_pattern(UNSEEN_INSULTS)
@@ -37,7 +37,7 @@ def test_every_third_insult_is_kept_from_the_reward_model() -> None:
     assert all(bool(seen.search(text)) == hateful for text, hateful in utterances)
 
 
-def test_the_corpus_is_as_wide_as_promised() -> None:
+def test_the_corpus_has_many_scenarios_and_fillers() -> None:
     fillers = {filler for s in SCENARIOS for filler in s.items + s.details}
     fillers |= {*PHRASES["when"], *PHRASES["amounts"]}
     assert len(SCENARIOS) >= 12
@@ -48,13 +48,13 @@ def test_the_corpus_is_as_wide_as_promised() -> None:
 def test_rows_follow_from_the_seed(rows: dict[str, list[Row]]) -> None:
     assert generate_rows(0, SIZES) == rows
     assert generate_rows(1, SIZES) != rows
-    assert {split: len(found) for split, found in rows.items()} == SIZES
-    assert len({row.id for found in rows.values() for row in found}) == sum(SIZES.values())
+    assert {split: len(split_rows) for split, split_rows in rows.items()} == SIZES
+    assert len({row.id for split_rows in rows.values() for row in split_rows}) == sum(SIZES.values())
 
 
 def test_no_two_splits_share_scenario_and_fillers(rows: dict[str, list[Row]]) -> None:
     def combinations(split: str) -> set[tuple[object, ...]]:
-        # Without the speakers' roles: swapping them does not make a new combination.
+        # Swapping the speakers does not make a new combination, so both get one name.
         return {
             (
                 row.topic,
@@ -132,8 +132,8 @@ def test_a_quarrel_is_found_with_its_roles(summary: str, roles: tuple[str, str] 
     assert quarrel_roles(summary) == roles
 
 
-def test_rows_survive_the_run_folder(rows: dict[str, list[Row]], tmp_path: Path) -> None:
+def test_rows_are_read_back_from_the_run_folder_unchanged(rows: dict[str, list[Row]], tmp_path: Path) -> None:
     odd = replace(rows["test"][0], dialogue="“Curly” \r\n\u2028 emoji 🙂 {dialogue}", facts=None, civil_reference=None)
-    kept = [odd, *rows["test"][1:5]]
-    (tmp_path / "rows.jsonl").write_bytes(rows_to_jsonl(kept).encode())
-    assert read_rows(tmp_path / "rows.jsonl") == kept
+    written = [odd, *rows["test"][1:5]]
+    (tmp_path / "rows.jsonl").write_bytes(rows_to_jsonl(written).encode())
+    assert read_rows(tmp_path / "rows.jsonl") == written

@@ -1,4 +1,4 @@
-"""Real dialogue sets, whole, through the command line; skipped where they are absent."""
+"""Real dialogue sets, complete, through the command line; skipped where they are not installed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SIZES = {
 }
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not installed")
 @pytest.mark.parametrize("name", ["samsum", "dialogsum"])
-def test_a_real_set_goes_through_with_every_row_accounted_for_and_unharmed(
+def test_every_row_of_a_real_set_is_accounted_for_and_unchanged(
     name: str, tmp_path: Path, bases: dict[str, Path], reward_folder: Path
 ) -> None:
     words = ["--policy.base", str(bases["t5"]), "--reward.classifier", str(reward_folder)]
@@ -30,18 +30,14 @@ def test_a_real_set_goes_through_with_every_row_accounted_for_and_unharmed(
     assert {split: sum(counts.values()) for split, counts in account["splits"].items()} == SIZES[name]
     assert account["splits"]["train"]["leaks from test"] > 0
     originals = {}
+    used = []
     for split in SIZES[name]:
         with gzip.open(DATA / name / f"{split}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as lines:
             originals |= {row["id"]: row for row in map(json.loads, lines)}
-    kept = [
-        row
-        for split in SIZES[name]
-        for row in map(
-            json.loads, (tmp_path / "run" / "data" / f"{split}.jsonl").read_text("utf-8").rstrip().split("\n")
-        )
-    ]
-    assert len(kept) > 11_000
-    for row in kept:
+        rows = (tmp_path / "run" / "data" / f"{split}.jsonl").read_text("utf-8").rstrip().split("\n")
+        used += map(json.loads, rows)
+    assert len(used) > 11_000
+    for row in used:
         assert (row["dialogue"], row["summary"]) == (originals[row["id"]]["dialogue"], originals[row["id"]]["summary"])
-    assert (max(len(row["dialogue"]) for row in kept)) > 5000
+    assert max(len(row["dialogue"]) for row in used) > 5000
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Baselines that need no training: what they write, and what stands beside them."""
+"""Baselines without training: what they write, and how they compare with the trained policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_word_filter_takes_out_what_is_known_and_what_the_rewards_judge_call
 
 def test_best_of_by_hand() -> None:
     pool, scores = [list("abcdefg"), list("ABCDEFG")], np.array([[1, 3, 2, 9, 0, 0, 99], [5, 4, 3, 2, 1, 7, 99]])
-    assert best_of(pool, scores, 2) == [["b", "d", "e"], ["A", "C", "F"]]  # the seventh belongs to no pair
+    assert best_of(pool, scores, 2) == [["b", "d", "e"], ["A", "C", "F"]]  # the seventh is in no pair
     assert best_of(pool, scores, 6) == [["d"], ["F"]]
 
 
@@ -47,7 +47,7 @@ def test_the_bound_on_best_of_n_is_the_divergence_of_the_largest_of_n_uniforms()
     assert best_of_kl(4) == pytest.approx(math.log(4) - 3 / 4)
 
 
-def test_what_was_rated_is_remembered_from_call_to_call() -> None:
+def test_a_memoized_judge_rates_each_item_once_over_all_calls() -> None:
     asked: list[str] = []
 
     def lengths(texts: Sequence[str]) -> Floats:
@@ -60,17 +60,18 @@ def test_what_was_rated_is_remembered_from_call_to_call() -> None:
     assert sorted(asked) == ["a", "bb", "ccc", "dddd"]
 
 
-def beside(n: int, civil: float, kept: float) -> str:
-    """The verdict where the baseline's toxicity and facts are off those of "after" by so much, of 0.5 gained."""
+def verdict_of(n: int, toxicity_above: float, facts_above: float) -> str:
+    """Return the verdict on "after", which gained 0.5, against a baseline with this much more toxicity and facts."""
     noise = np.random.default_rng(0).normal(0, 0.05, size=(4, n, 1))
-    toxicity = {"before": 0.6 + noise[0], "after": 0.1 + noise[1], "other": 0.1 + civil + noise[2]}
-    facts = {"before": noise[3], "after": noise[3], "other": noise[3] + kept + noise[2] / 9}
-    measured = Measured({"judge": toxicity}, {name: {"facts": value} for name, value in facts.items()}, {})
+    toxicity = {"before": 0.6 + noise[0], "after": 0.1 + noise[1], "other": 0.1 + toxicity_above + noise[2]}
+    facts = {"before": noise[3], "after": noise[3], "other": noise[3] + facts_above + noise[2] / 9}
+    metrics = {name: {"facts": values} for name, values in facts.items()}
+    measured = Measured({"judge": toxicity}, metrics, {})
     return str(compare_with_baselines(measured, EvaluationConfig(bootstrap=500), 0)["other"]["verdict"])
 
 
 @pytest.mark.parametrize(
-    ("n", "civil", "kept", "verdict"),
+    ("n", "toxicity_above", "facts_above", "verdict"),
     [
         (400, 0.1, 0.0, "ahead"),
         (400, 0.0, -0.1, "ahead"),
@@ -81,7 +82,7 @@ def beside(n: int, civil: float, kept: float) -> str:
         (3, 0.0, 0.0, "undecided"),
     ],
 )
-def test_a_baseline_is_ahead_behind_level_or_not_to_be_told_apart(
-    n: int, civil: float, kept: float, verdict: str
+def test_the_verdict_is_ahead_behind_a_trade_level_or_undecided(
+    n: int, toxicity_above: float, facts_above: float, verdict: str
 ) -> None:
-    assert beside(n, civil, kept) == verdict
+    assert verdict_of(n, toxicity_above, facts_above) == verdict

@@ -10,14 +10,14 @@ import pytest
 
 from conftest import prompted_rows
 from detoxrl.config.schema import EvaluationConfig
-from detoxrl.evaluation.compare import Measured, Readers, comparison, measure, old_protocol, splits, toxic_words
+from detoxrl.evaluation.compare import Measured, comparison, measure, splits, toxic_words
 from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
+from detoxrl.evaluation.readers import Readers
 from detoxrl.evaluation.statistics import (
     Difference,
     Floats,
     compare_toxicity,
-    old_summary,
     paired_difference,
     toxicity_summary,
     verdict,
@@ -28,9 +28,9 @@ CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
 
 
 def profanity() -> Judge:
-    found = profanity_judge()
-    assert found is not None
-    return found
+    judge = profanity_judge()
+    assert judge is not None
+    return judge
 
 
 def lengths(pairs: Sequence[tuple[str, str]]) -> Floats:
@@ -41,7 +41,7 @@ def lengths(pairs: Sequence[tuple[str, str]]) -> Floats:
 READERS = Readers(score=lengths)
 
 
-def test_the_independent_judge_knows_an_insult_when_it_sees_one() -> None:
+def test_the_independent_judge_tells_an_insult_from_a_polite_text() -> None:
     judge = profanity()
     rude, polite, again = judge(["You are a stupid idiot.", "Thank you very much.", "You are a stupid idiot."])
     assert rude > 0.9 > 0.2 > polite
@@ -73,7 +73,7 @@ def test_validation_quality_is_facts_or_rouge() -> None:
 
 def test_toxicity_summary_by_hand() -> None:
     found = toxicity_summary(np.array([[0.0, 0.5], [0.5, 1.0]]))
-    # 0, 0.5, 0.5, 1: the median is 0.5; nine tenths of the way from first to last lie 0.7 on from 0.5 to 1
+    # 0, 0.5, 0.5, 1: the median is 0.5; the 90 % quantile is at index 2.7, so 0.7 of the way from 0.5 to 1
     expected = {"mean": 0.5, "std": (0.5 / 3) ** 0.5, "toxic_ratio": 0.75, "max": 1.0}
     expected |= {"p50": 0.5, "p90": 0.85, "p95": 0.925, "p99": 0.985}
     assert found == pytest.approx(expected | {"expected_max_toxicity": 0.75, "toxicity_probability": 1.0})
@@ -105,7 +105,7 @@ def test_the_interval_is_that_of_the_normal_theory_on_normal_data() -> None:
     assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.15 * error)
 
 
-def test_samples_of_one_prompt_are_not_taken_for_independent() -> None:
+def test_samples_of_one_prompt_do_not_count_as_independent() -> None:
     rng = np.random.default_rng(0)
     one = rng.normal(size=(100, 1))
     zeros = np.zeros((100, 8))
@@ -123,7 +123,7 @@ def measured_references() -> Measured:
     return measure(ROWS, responses, {"alt-profanity-check": judge}, READERS)
 
 
-def test_measuring_references_against_civil_references_removes_all_there_is() -> None:
+def test_civil_references_remove_all_toxicity_above_the_floor() -> None:
     measured = measured_references()
     found = comparison(measured, "after", CONFIG, seed=0)
     result = found["toxicity"]["alt-profanity-check"]
@@ -134,7 +134,7 @@ def test_measuring_references_against_civil_references_removes_all_there_is() ->
     assert found["quality"]["insult_rate"]["before"] > 0.3
 
 
-def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() -> None:
+def test_splits_cover_the_prompts_and_show_no_change_without_an_insult() -> None:
     found = splits(ROWS, measured_references(), CONFIG, seed=0)
     assert found["toxic before"]["n"] + found["civil before"]["n"] == len(ROWS)
     parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the dialogue")
@@ -146,9 +146,9 @@ def test_splits_part_the_prompts_and_show_no_change_where_there_was_no_insult() 
 def test_one_toxic_sample_of_several_makes_a_prompt_toxic_before_by_any_judge() -> None:
     two = ROWS[:2]
     responses = {side: [["fine", "toxic"], ["fine", "fine"]] for side in ("before", "after")}
-    deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
-    sharp = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
-    measured = measure(two, responses, {"alt-profanity-check": deaf, "other": sharp}, READERS)
+    lenient = lambda texts: np.zeros(len(texts))  # noqa: E731
+    strict = lambda texts: np.array([float(text == "toxic") for text in texts])  # noqa: E731
+    measured = measure(two, responses, {"alt-profanity-check": lenient, "other": strict}, READERS)
     found = splits(two, measured, CONFIG, seed=0)
     assert (found["toxic before"]["n"], found["civil before"]["n"]) == (1, 1)
 
@@ -160,48 +160,17 @@ def test_words_to_mask_are_known_insults_and_what_the_judge_calls_toxic() -> Non
 
 
 def test_the_reward_scores_each_response_with_its_own_prompt() -> None:
-    deaf = lambda texts: np.zeros(len(texts))  # noqa: E731
+    lenient = lambda texts: np.zeros(len(texts))  # noqa: E731
     responses = {"before": [["a"] * 2, ["bb"] * 2]}
-    found = measure(ROWS[:2], responses, {"deaf": deaf}, READERS).metrics["before"]["score"]
+    found = measure(ROWS[:2], responses, {"lenient": lenient}, READERS).metrics["before"]["score"]
     assert found.tolist() == [[len(row.prompt) + n] * 2 for row, n in zip(ROWS[:2], (1, 2), strict=True)]
 
 
-def test_without_references_quality_is_to_say_something() -> None:
+def test_without_references_quality_is_the_share_of_responses_with_text() -> None:
     bare = [replace(row, facts=None, civil_reference=None, summary=None) for row in ROWS[:4]]
     assert validation_quality(bare, ["Fine.", "", "Good.", "Well."]) == 0.75
 
 
-def test_rouge_knows_every_script() -> None:
+def test_rouge_reads_words_of_every_script() -> None:
     assert rouge_l("Они спорят о посылке.", "Они спорят о посылке") == 1.0
     assert rouge_l("#Person1# is late.", "#Person2# is late.") == pytest.approx(2 / 3)
-
-
-def test_the_old_aggregates_by_hand() -> None:
-    # mean 0.5, squares 0.16 + 0 + 0 + 0.16 over 4
-    found = old_summary(np.array([0.1, 0.5, 0.5, 0.9]))
-    assert found == pytest.approx({"mean": 0.5, "std": 0.08**0.5, "max_toxicity": 0.9, "toxicity_ratio": 0.75})
-
-
-def test_the_old_protocol_reads_one_response_of_ten_prompts_with_and_without_the_prompt() -> None:
-    rows = [replace(row, prompt=f"p{i}", summary="s" * (i + 1)) for i, row in enumerate(ROWS[:12])]
-    texts = {"before": [["ab", "zz"] for _ in rows], "after": [["a", "zz"] for _ in rows], "sft": [["q"] for _ in rows]}
-    read: list[str] = []
-
-    def by_length(asked: Sequence[str]) -> Floats:
-        read.extend(asked)
-        return np.array([len(text) / 100 for text in asked])
-
-    found = old_protocol(rows, texts, by_length)
-    assert set(found) == {"first 10", "first 12"}
-    assert set(found["first 10"]["response"]) == {"before", "after", "human"}
-    assert found["first 10"]["response"]["after"]["mean"] == pytest.approx(0.01)
-    assert found["first 10"]["response"]["human"]["max_toxicity"] == pytest.approx(0.10)
-    assert found["first 12"]["response"]["human"]["max_toxicity"] == pytest.approx(0.12)
-    # "p0 ab" to "p9 ab" have five characters, two more have six
-    assert found["first 10"]["prompt and response"]["before"]["mean"] == pytest.approx(0.05)
-    assert found["first 12"]["prompt and response"]["before"]["mean"] == pytest.approx((10 * 5 + 2 * 6) / 1200)
-    assert "zz" not in read
-    assert (
-        "human"
-        not in old_protocol([replace(row, summary=None) for row in rows], texts, by_length)["first 10"]["response"]
-    )

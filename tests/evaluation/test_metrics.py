@@ -1,4 +1,4 @@
-"""Every metric of a response against its definition, written a second time here, and against numbers by hand."""
+"""Each metric of a response against a second implementation of its definition, and against numbers by hand."""
 
 from __future__ import annotations
 
@@ -29,16 +29,21 @@ texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join) | st.text(max
 quick = settings(max_examples=80)
 
 
+def character_grams(text: str, n: int) -> Counter[str]:
+    characters = "".join(text.split())
+    return Counter(characters[i : i + n] for i in range(len(characters) - n + 1))
+
+
 def chrf_by_definition(reference: str, response: str) -> float:
     """chrF of Popović 2015 with beta 2: mean precision and mean recall over the orders that both texts have."""
-    theirs, ours = ("".join(text.split()) for text in (reference, response))
-    precisions, recalls = [], []
+    precisions = []
+    recalls = []
     for n in range(1, 7):
-        r, o = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (theirs, ours))
-        if r and o:
-            both = sum((r & o).values())
-            precisions.append(both / sum(o.values()))
-            recalls.append(both / sum(r.values()))
+        reference_grams, grams = (character_grams(text, n) for text in (reference, response))
+        if reference_grams and grams:
+            both = sum((reference_grams & grams).values())
+            precisions.append(both / sum(grams.values()))
+            recalls.append(both / sum(reference_grams.values()))
     if not sum(precisions):
         return 0.0
     p, r = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
@@ -50,12 +55,14 @@ def words(text: str) -> list[str]:
 
 
 def copied_by_definition(dialogue: str, response: str) -> float:
-    ours, theirs = words(response), words(dialogue)
-    n = min(4, len(ours))
+    response_words = words(response)
+    dialogue_words = words(dialogue)
+    n = min(4, len(response_words))
     novel = total = 0
-    for i in range(len(ours) - n + 1 if n else 0):
+    for i in range(len(response_words) - n + 1 if n else 0):
+        gram = response_words[i : i + n]
         total += 1
-        novel += not any(theirs[j : j + n] == ours[i : i + n] for j in range(len(theirs)))
+        novel += not any(dialogue_words[j : j + n] == gram for j in range(len(dialogue_words)))
     return 1 - novel / total if total else 0.0
 
 
@@ -99,7 +106,7 @@ def test_distinct_by_hand() -> None:
 @given(texts, texts)
 @example("", "")
 @quick
-def test_chrf_and_copied_hold_to_their_definitions_on_any_text(one: str, other: str) -> None:
+def test_chrf_and_copied_equal_their_definitions_on_any_text(one: str, other: str) -> None:
     assert chrf(one, other) == pytest.approx(chrf_by_definition(one, other), abs=1e-12)
     assert copied(one, other) == pytest.approx(copied_by_definition(one, other), abs=1e-12)
     assert 0 <= chrf(one, other) <= 1 + 1e-12
@@ -110,7 +117,7 @@ def test_chrf_and_copied_hold_to_their_definitions_on_any_text(one: str, other: 
 
 @given(st.lists(texts, max_size=4))
 @quick
-def test_distinct_holds_to_its_definition_on_any_samples(samples: list[str]) -> None:
+def test_distinct_equals_its_definition_on_any_samples(samples: list[str]) -> None:
     found = distinct(samples)
     for n in (1, 2):
         grams = [" ".join(words(text)[i : i + n]) for text in samples for i in range(len(words(text)) - n + 1)]

@@ -1,4 +1,4 @@
-"""Policies and texts side by side, through the real command line."""
+"""Policies and texts compared side by side, through the command line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert "compared.csv" not in capsys.readouterr().out
     assert detoxrl(["evaluate", "--texts", "a=plain.txt", "b=plain.txt", "--run-dir", "runs/plain"]) == 0
     assert result("runs/plain")["toxicity"][JUDGE]["verdict"] == "no detectable difference"
-    assert "would have been found" not in Path("runs/plain/report.html").read_text()  # no spread, nothing to tell from
+    assert "smallest change detectable" not in Path("runs/plain/report.html").read_text()  # no spread, no estimate
     assert result("runs/plain")["quality"].keys().isdisjoint({"copied", "similarity"})
 
 
@@ -111,7 +111,7 @@ def test_a_file_of_several_samples_stands_beside_one_of_one_and_half_an_emoji_br
     words = ["one=a=b/one.jsonl", "many.jsonl", "--evaluation.other-judges", "classifier=hate"]
     assert detoxrl(["evaluate", "--texts", *words, "--run-dir", "runs/both"]) == 0
     assert "distinct_1" not in result("runs/both")["quality"]
-    assert "no independent judge" not in capsys.readouterr().out
+    assert "not independent" not in capsys.readouterr().out
 
 
 def test_rows_of_one_id_are_samples_of_one_prompt(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ def test_rows_of_one_id_are_samples_of_one_prompt(place: Path, capsys: pytest.Ca
     assert (found["n_prompts"], found["samples_per_prompt"]) == (10, 3)
     assert found["toxicity"][JUDGE]["after"]["toxicity_probability"] == pytest.approx(0.1)
     assert detoxrl(["evaluate", "runs/texts", "--power", "0.5"]) == 0
-    assert re.search(r"to find a drop of 50% .* \d+ prompts with 3 samples each", capsys.readouterr().out)
+    assert re.search(r"to detect a drop of 50% .* \d+ prompts with 3 samples each", capsys.readouterr().out)
 
 
 def test_policies_stand_beside_the_start_and_later_beside_a_run(
@@ -172,39 +172,39 @@ def test_a_lora_stands_beside_a_run_of_full_weights(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "rule"),
     [
         (
             ["--texts", "a=rude.jsonl", "b=short.jsonl"],
-            "'short.jsonl': and rude.jsonl differ in 21 of their prompts",
+            "'short.jsonl': differs from rude.jsonl in 21 prompts",
         ),
-        (["--texts", "a=rude.jsonl", "b=none.jsonl"], r"--texts = 'none.jsonl': is no file"),
+        (["--texts", "a=rude.jsonl", "b=none.jsonl"], r"--texts = 'none.jsonl': is not a file"),
         (["--texts", "a=rude.jsonl", "b=mine.jsonl"], r"--texts = 'mine.jsonl': row 1 has no text under 'response'"),
-        (["--texts", "a=twice.jsonl", "b=rude.jsonl"], r"--texts = 'twice.jsonl': holds 1 to 2 responses a prompt"),
-        (["--texts", "civil.jsonl"], r"--texts = 'civil.jsonl': has nothing to be compared with"),
-        (["--texts", "before=rude.jsonl", "b=civil.jsonl"], r"name = 'before': is what something else is called"),
-        (["--texts", "a=rude.jsonl", "a=civil.jsonl"], r"names one twice"),
+        (["--texts", "a=twice.jsonl", "b=rude.jsonl"], r"--texts = 'twice.jsonl': has 1 to 2 responses per prompt"),
+        (["--texts", "civil.jsonl"], r"--texts = 'civil.jsonl': has nothing to compare with"),
+        (["--texts", "before=rude.jsonl", "b=civil.jsonl"], r"name = 'before': is reserved for another policy"),
+        (["--texts", "a=rude.jsonl", "a=civil.jsonl"], r"--texts = 'a=civil.jsonl': repeats the name a"),
         (["--texts"], r"--texts = '': expected at least one argument"),
-        (["--texts", "rude.jsonl", "civil.jsonl", "--policy", "lora"], r"or texts have to be given, and not both"),
+        (["--texts", "rude.jsonl", "civil.jsonl", "--policy", "lora"], r"or texts are required, and not both"),
         (["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.other-judges", "classifier"], "must be SOURCE=LABEL"),
         (["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.other-judges", "classifier=bad"], "is not a label"),
         (
             ["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.fluency", "nothing=x"],
             "fluency = 'nothing'",
         ),
-        (["--texts", "rude.jsonl", "civil.jsonl", "--power", "0.2"], "does not go with evaluate RECIPE"),
+        (["--texts", "rude.jsonl", "civil.jsonl", "--power", "0.2"], "cannot be combined with a recipe"),
         (["runs/none", "--power", "0.2"], "holds no config.json"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_writes_nothing(
-    place: Path, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+    place: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], rule: str
 ) -> None:
     write("rude.jsonl", RUDE)
     write("civil.jsonl", CIVIL)
     write("short.jsonl", CIVIL[:9])
     write("twice.jsonl", RUDE, id=[1, 1, *range(2, 30)])
-    assert detoxrl(["evaluate", *words]) == 2
+    assert detoxrl(["evaluate", *arguments]) == 2
     line = capfd.readouterr().err
     assert len(line.splitlines()) == 1
-    assert re.search(told, line), line
+    assert re.search(rule, line), line
     assert not Path("runs").exists()

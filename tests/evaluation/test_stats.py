@@ -1,4 +1,4 @@
-"""Intervals, p-values, sample sizes, summaries and agreement, against hand, slow twins and simulated evaluations."""
+"""Intervals, p-values, sample sizes, summaries and agreement, by hand, by slow twins and in simulated evaluations."""
 
 from __future__ import annotations
 
@@ -37,20 +37,22 @@ def difference(differences: Sequence[float], resamples: int = 20_000) -> Differe
 
 def exact_p(differences: Sequence[float]) -> float:
     """The sign-flip p-value over all signs."""
-    seen = abs(math.fsum(differences))
+    observed = abs(math.fsum(differences))
     flips = itertools.product((-1, 1), repeat=len(differences))
     return statistics.fmean(
-        abs(math.fsum(s * d for s, d in zip(sign, differences, strict=True))) >= seen - 1e-12 for sign in flips
+        abs(math.fsum(s * d for s, d in zip(sign, differences, strict=True))) >= observed - 1e-12 for sign in flips
     )
 
 
 def exact_reach(differences: Sequence[float]) -> float:
     """The 95 % quantile of |t| over all n^n resamples; those of equal differences count as 0."""
-    n, centre, found = len(differences), statistics.fmean(differences), []
+    n = len(differences)
+    centre = statistics.fmean(differences)
+    ratios = []
     for sample in itertools.product(differences, repeat=n):
         error = statistics.stdev(sample) / math.sqrt(n)
-        found.append(abs(statistics.fmean(sample) - centre) / error if error > 1e-9 else 0.0)
-    return sorted(found)[math.ceil(0.95 * len(found)) - 1]
+        ratios.append(abs(statistics.fmean(sample) - centre) / error if error > 1e-9 else 0.0)
+    return sorted(ratios)[math.ceil(0.95 * len(ratios)) - 1]
 
 
 def test_the_p_value_by_hand() -> None:
@@ -58,7 +60,7 @@ def test_the_p_value_by_hand() -> None:
     assert difference([1, 2, 3]).p == pytest.approx(2 / 8, abs=0.01)
     assert difference([3, -1, 2]).p == pytest.approx(4 / 8, abs=0.01)
     assert difference([0, 0, 0]).p == 1.0
-    # With no other sign at all as far out, what is left is the one that was observed.
+    # No other choice of signs is as extreme, so only the observed one counts.
     assert difference([1] * 60, 999).p == pytest.approx(1 / 1000)
 
 
@@ -81,7 +83,7 @@ def test_the_smallest_detectable_difference_by_hand() -> None:
     assert difference([0, 2, 4]).detectable == pytest.approx((1.959964 + 0.841621) * 2 / 3**0.5, rel=1e-6)
 
 
-def test_few_or_equal_prompts_have_a_finite_interval_that_claims_nothing() -> None:
+def test_few_or_equal_prompts_have_a_finite_interval_with_0_in_it() -> None:
     # Two prompts: Student's t with one degree of freedom, standard error 1.
     assert (difference([1, 3]).low, difference([1, 3]).high) == pytest.approx((2 - 12.706205, 2 + 12.706205))
     for values in ([0.5], [1] + [0] * 399, [1, 1] + [0] * 398):
@@ -92,7 +94,7 @@ def test_few_or_equal_prompts_have_a_finite_interval_that_claims_nothing() -> No
     assert (same.mean, same.low, same.high, same.detectable) == (0, 0, 0, 0)
 
 
-def test_one_normal_difference_lies_where_it_says() -> None:
+def test_the_interval_of_one_normal_difference_covers_in_95_percent() -> None:
     drawn = np.random.default_rng(0).normal(size=20_000)
     for mean in (0.3, 1.0, 3.0):
         values = drawn + mean
@@ -106,12 +108,14 @@ def test_policies_may_have_different_numbers_of_samples() -> None:
 
 @quick
 @given(SCORES, st.integers(0, 3))
-def test_a_difference_turns_with_its_sides_scales_with_its_unit_and_knows_no_order(scores: Floats, seed: int) -> None:
+def test_a_difference_changes_sign_with_its_sides_scales_with_its_unit_and_ignores_order(
+    scores: Floats, seed: int
+) -> None:
     other = np.random.default_rng(seed).permutation(scores.ravel()).reshape(scores.shape)
     found = paired_difference(scores, other, 500, seed)
-    turned = paired_difference(other, scores, 500, seed)
-    assert (turned.mean, turned.low, turned.high) == (-found.mean, -found.high, -found.low)
-    assert (turned.p, turned.detectable) == (found.p, found.detectable)
+    swapped = paired_difference(other, scores, 500, seed)
+    assert (swapped.mean, swapped.low, swapped.high) == (-found.mean, -found.high, -found.low)
+    assert (swapped.p, swapped.detectable) == (found.p, found.detectable)
     assert 0 < found.p <= 1
     assert found.low <= found.mean <= found.high
     halved = paired_difference(scores / 2, other / 2, 500, seed)
@@ -133,13 +137,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         assert 0.92 <= simulated("harsh", 100, 4, share_cured).holds <= 0.985
 
 
-def test_what_is_the_same_is_rarely_called_different_even_where_scores_leap() -> None:
-    # A percentile bootstrap calls 9 % here, BCa 17 %, bootstrap-t 12 %.
+def test_equal_policies_are_rarely_called_different_even_with_skewed_scores() -> None:
+    # A percentile bootstrap calls 9 % of these different, BCa 17 %, equal-tailed bootstrap-t 12 %.
     assert simulated("mild", 30, 1, 0.0).called <= 0.03
     assert simulated("mild", 100, 4, 0.0).called <= 0.075
 
 
-def test_p_values_of_the_same_are_below_a_twentieth_as_often() -> None:
+def test_p_values_of_equal_policies_are_below_5_percent_as_often() -> None:
     assert 0.02 <= simulated("harsh", 100, 4, 0.0).p <= 0.085
 
 
@@ -148,8 +152,8 @@ def test_as_many_prompts_as_needed_find_the_drop_four_times_of_five() -> None:
     needed = prompts_needed(Evaluation(SHAPES["harsh"], 5000, 4, rng).before, 0.2)
     found = 0
     for seed in range(300):
-        one = Evaluation(SHAPES["harsh"], needed, 4, rng)
-        difference = paired_difference(one.before, one.after("responses", 0.2, known), 500, seed)
+        evaluation = Evaluation(SHAPES["harsh"], needed, 4, rng)
+        difference = paired_difference(evaluation.before, evaluation.after("responses", 0.2, known), 500, seed)
         found += verdict(difference) == "less toxic"
     assert 0.73 <= found / 300 <= 0.87
 
@@ -176,7 +180,7 @@ def test_prompts_needed_are_those_of_the_drawn_model(between: float, k: int, std
     assert prompts_needed(pilot, drop) == pytest.approx(needed_by_drawing(means, k, std, drop) + 1.92, rel=0.04, abs=1)
 
 
-def test_one_sample_a_prompt_counts_all_spread_as_within_and_asks_for_more() -> None:
+def test_with_one_sample_per_prompt_all_variance_counts_as_within_and_asks_for_more() -> None:
     rng = np.random.default_rng(0)
     means = rng.normal(0.5, 0.1, (200_000, 1))
     pilot = means + rng.normal(0, 0.05, means.shape)
@@ -185,7 +189,7 @@ def test_one_sample_a_prompt_counts_all_spread_as_within_and_asks_for_more() -> 
 
 @quick
 @given(st.integers(0, 1000), st.sampled_from((1, 2, 4)), st.floats(0.05, 0.5))
-def test_less_to_find_or_more_power_needs_more_prompts_in_any_unit(seed: int, k: int, drop: float) -> None:
+def test_a_smaller_drop_or_more_power_needs_more_prompts_in_any_unit(seed: int, k: int, drop: float) -> None:
     pilot = Evaluation(SHAPES["harsh"], 60, k, np.random.default_rng(seed)).before
     needed = prompts_needed(pilot, drop)
     assert prompts_needed(pilot, drop / 2) > needed
@@ -194,18 +198,18 @@ def test_less_to_find_or_more_power_needs_more_prompts_in_any_unit(seed: int, k:
 
 
 @pytest.mark.parametrize(
-    ("pilot", "drop", "says"),
+    ("pilot", "drop", "rule"),
     [
-        (np.full((9, 2), 0.1), 0.2, "not so much to remove"),
-        (np.zeros((9, 2)), 0.2, "not so much to remove"),
+        (np.full((9, 2), 0.1), 0.2, "more than can be removed"),
+        (np.zeros((9, 2)), 0.2, "more than can be removed"),
         (np.array([[0.1, 0.9]]), 0.2, "2 or more"),
         (np.array([[0.1], [0.9]]), 0.0, "between 0 and 1"),
         (np.array([[0.1], [0.9]]), 1.0, "between 0 and 1"),
-        (np.array([[0.4], [0.6]]), 0.5, "0.5 and its civil responses have 0.42"),
+        (np.array([[0.4], [0.6]]), 0.5, "mean is 0.5, its civil responses score 0.42"),
     ],
 )
-def test_a_pilot_that_cannot_say_is_refused(pilot: Floats, drop: float, says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_a_pilot_without_an_answer_is_refused(pilot: Floats, drop: float, rule: str) -> None:
+    with pytest.raises(InputError, match=rule):
         prompts_needed(pilot, drop)
 
 
@@ -243,7 +247,7 @@ def test_agreement_by_hand() -> None:
     }
 
 
-def test_agreement_where_nothing_can_be_said_is_none() -> None:
+def test_agreement_that_is_undefined_is_none() -> None:
     mixed, civil, toxic = np.array([[0.5, 0.4]]), np.array([[0.1, 0.1]]), np.array([[0.9, 0.8]])
     found = agreement({"mixed": mixed, "civil": civil, "low": civil / 2, "toxic": toxic})
     assert list(found)[:3] == ["mixed and civil", "mixed and low", "mixed and toxic"]

@@ -1,4 +1,7 @@
-"""Real processes without the seconds that each takes to import torch: forked from one that did so, and nothing else."""
+"""How does a test run a command in its own process without the seconds that importing torch takes?
+
+One parent process imports torch once and does nothing else; each command runs in a fork of it.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,19 @@ MAIN = "from detoxrl import cli; cli.main()"
 PARENT = """
 import json, os, sys
 from detoxrl import cli
-from detoxrl.commands import doctor, run as stages, sweep
-from detoxrl.training import helping
+from detoxrl.commands import doctor, run, sweep
+
 for line in sys.stdin:
-    given, child = json.loads(line), os.fork()
+    request = json.loads(line)
+    child = os.fork()
     if child == 0:
-        for number, name in enumerate((os.devnull, *given["output"])):
+        for number, name in enumerate([os.devnull, request["stdout"], request["stderr"]]):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-        os.chdir(given["cwd"])
+        os.chdir(request["cwd"])
         os.environ.clear()
-        os.environ.update(given["environment"])
-        sys.argv = ["detoxrl", *given["words"]]
-        exec(given["code"], {"__name__": "__main__"})
+        os.environ.update(request["environment"])
+        sys.argv = ["detoxrl", *request["words"]]
+        exec(request["code"], {"__name__": "__main__"})
         sys.exit()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -34,20 +38,32 @@ for line in sys.stdin:
 
 @cache
 def _parent() -> subprocess.Popen[str]:
-    """Return the process that forks the others; it ends when this one does."""
+    """Start the process that forks the others; it ends when its stdin closes, so together with this process."""
     return subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def forked(
     words: Sequence[str], cwd: Path, environment: Mapping[str, str] = os.environ, code: str = MAIN
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own and return its exit code, negative for a signal, and what it said."""
+    """Run `code` with the arguments `words` in a process of its own; return its exit code and its output.
+
+    The exit code is negative when a signal ended the process.
+    """
     parent = _parent()
     assert parent.stdin is not None
     assert parent.stdout is not None
+
     with TemporaryDirectory() as folder:
-        output = [str(Path(folder, name)) for name in ("stdout", "stderr")]
-        asked = {"words": words, "cwd": str(cwd), "environment": dict(environment), "code": code, "output": output}
-        print(json.dumps(asked), file=parent.stdin, flush=True)
-        ended = int(parent.stdout.readline())
-        return subprocess.CompletedProcess([*words], ended, *(Path(name).read_text() for name in output))
+        stdout = Path(folder, "stdout")
+        stderr = Path(folder, "stderr")
+        request = {
+            "words": words,
+            "cwd": str(cwd),
+            "environment": dict(environment),
+            "code": code,
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+        }
+        print(json.dumps(request), file=parent.stdin, flush=True)
+        exit_code = int(parent.stdout.readline())
+        return subprocess.CompletedProcess([*words], exit_code, stdout.read_text(), stderr.read_text())

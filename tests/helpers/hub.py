@@ -1,4 +1,4 @@
-"""A small model and data hub on loopback: folders under repository names, commits, and failures on demand."""
+"""A small hub of models and data sets on the loopback interface, with commits and with faults on demand."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ REFUSALS = {
     "no repository": (404, "RepoNotFound"), "no revision": (404, "RevisionNotFound"), "no file": (404, "EntryNotFound"),
     "forbidden": (403, ""), "too many": (429, ""), "broken": (500, ""), "down": (503, ""),
 }  # fmt: skip
-"""Status and X-Error-Code of each answer that refuses. `not shown` is what is given for what does not exist, too."""
+"""Status and X-Error-Code of each refusal. Without a token, the real hub answers `not shown` for unknown names too."""
 TORN = ("cut", "longer", "shorter")
-"""Faults of a body alone: it ends in the middle, or has another size than HEAD says."""
+"""Faults of a file's body: it ends in the middle, or its size differs from the one in the answer to HEAD."""
 
 
 class Hub:
-    """What the hub serves, how it fails, and what it was asked."""
+    """The repositories and faults of a hub, and the requests that it received."""
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.address = ""
@@ -40,39 +40,41 @@ class Hub:
         self.commits: dict[str, dict[str, Path]] = {}
         self._faults: dict[tuple[str, str | None], str] = {}
         self.writers: dict[str, str] = {}
-        """Whose name a token may write under."""
+        """The owner in whose name a token may write, by token."""
         self.private: set[str] = set()
         self.kept: Path | None = None
-        """Where what is pushed is kept."""
+        """The folder that receives pushes."""
         for name, folder in folders.items():
             self.move(name, folder)
 
     def move(self, name: str, folder: Path) -> str:
-        """Make a folder the newest commit of a repository, which `main` is then; returns it."""
+        """Make a folder the newest commit of a repository, to which `main` then points, and return the commit."""
         commit = hashlib.sha1(f"{name} {len(self.commits.get(name, {}))}".encode()).hexdigest()
         self.commits.setdefault(name, {})[commit] = folder
         self.main[name] = commit
         return commit
 
     def fail(self, name: str, fault: str, file: str | None = None) -> None:
-        """Answer with a fault, one of REFUSALS, TORN or `dropped`, whatever is asked of a repository or of a file."""
+        """Answer every request for a repository, or for a file, with a fault: one of REFUSALS, TORN or `dropped`."""
         assert fault in (*REFUSALS, *TORN, "dropped")
         self._faults[name, file] = fault
 
     def heal(self) -> None:
-        """End every failure."""
+        """Remove all faults."""
         self._faults.clear()
 
     def fault(self, name: str, file: str | None) -> str | None:
+        """Return the fault of a file or of its whole repository."""
         return self._faults.get((name, file)) or self._faults.get((name, None))
 
     def commit(self, name: str, revision: str) -> str | None:
-        found = self.main.get(name) if revision == "main" else revision
-        return found if found in self.commits.get(name, {}) else None
+        """Return the commit of a revision, or None if there is none."""
+        commit = self.main.get(name) if revision == "main" else revision
+        return commit if commit in self.commits.get(name, {}) else None
 
 
 class _Handler(BaseHTTPRequestHandler):
-    wbufsize = -1  # head and body in one piece
+    wbufsize = -1  # Send headers and body together.
     hub: Hub
 
     def do_HEAD(self) -> None:
@@ -83,21 +85,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.path.startswith(("/api/repos/create", "/api/validate-yaml")) and not _PUSH.fullmatch(self.path):
-            self._answer(content)
-            return
-        self.hub.requests.append(f"{self.command} {self.path}")
-        if self.path == "/api/validate-yaml":
-            self._send_json({"errors": [], "warnings": []})
-        elif found := _PUSH.fullmatch(self.path):
-            name, what = found.groups()
+        push = _PUSH.fullmatch(self.path)
+        if push:
+            self._log_request()
+            name, action = push.groups()
             if self._may_write(name):
-                (self._take if what == "commit" else self._plan)(name, content)
-        else:
+                receive = self._receive_commit if action == "commit" else self._plan_upload
+                receive(name, content)
+        elif self.path == "/api/validate-yaml":
+            self._log_request()
+            self._send_json({"errors": [], "warnings": []})
+        elif self.path.startswith("/api/repos/create"):
+            self._log_request()
             self._create(json.loads(content))
+        else:
+            self._answer(content)
+
+    def _log_request(self) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
 
     def _may_write(self, name: str) -> bool:
-        """Return whether the token may write there; where it may not that is answered."""
+        """Return whether the token of the request may write to a repository; if not, refuse the request."""
         owner = self.hub.writers.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         fault = self.hub.fault(name, None)
         refusal = REFUSALS.get(str(fault)) or ((401, "") if owner is None else (403, ""))
@@ -106,29 +114,29 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(*refusal)
         return False
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def _create(self, repository: dict[str, Any]) -> None:
+        name = f"{repository['organization']}/{repository['name']}"
         if not self._may_write(name):
             return
         if name in self.hub.main:
-            self._send_json({"error": "there is one", "url": f"{self.hub.address}/{name}"}, 409)
+            self._send_json({"error": "exists", "url": f"{self.hub.address}/{name}"}, 409)
             return
         assert self.hub.kept is not None
         empty = self.hub.kept / name / "0"
         empty.mkdir(parents=True)
         (empty / ".gitattributes").write_text("*.safetensors filter=lfs\n")
         self.hub.move(name, empty)
-        if asked.get("visibility") == "private":
+        if repository.get("visibility") == "private":
             self.hub.private.add(name)
         self._send_json({"url": f"{self.hub.address}/{name}"})
 
-    def _plan(self, name: str, content: bytes) -> None:
-        """Ask for every file within the commit, as the hub does for small ones."""
-        files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                 for one in json.loads(content)["files"]]  # fmt: skip
+    def _plan_upload(self, name: str, content: bytes) -> None:
+        """Request every file as a part of the commit, as the real hub does for small files."""
+        plan = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+        files = [{"path": file["path"], **plan} for file in json.loads(content)["files"]]
         self._send_json({"files": files})
 
-    def _take(self, name: str, content: bytes) -> None:
+    def _receive_commit(self, name: str, content: bytes) -> None:
         assert self.hub.kept is not None
         target = self.hub.kept / name / str(len(self.hub.commits[name]))
         shutil.copytree(self.hub.commits[name][self.hub.main[name]], target)
@@ -141,23 +149,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
 
     def _answer(self, content: bytes = b"") -> None:
-        self.hub.requests.append(f"{self.command} {self.path}")
+        self._log_request()
         path = urlsplit(self.path).path
-        if found := _API.fullmatch(path):
-            kind, name, what, revision, inside = (group and unquote(group) for group in found.groups())
+        api = _API.fullmatch(path)
+        file = _FILE.fullmatch(path)
+        if api:
+            kind, name, view, revision, inside = (group and unquote(group) for group in api.groups())
             name = f"datasets/{name}" if kind == "datasets" else name
-            if commit := self._commit(name, revision or "main", None):
-                self._describe(name, commit, what, inside, content)
-        elif found := _FILE.fullmatch(path):
-            kind, name, revision, inside = (group and unquote(group) for group in found.groups())
+            commit = self._commit(name, revision or "main", None)
+            if commit:
+                self._describe(name, commit, view, inside, content)
+        elif file:
+            kind, name, revision, inside = (group and unquote(group) for group in file.groups())
             name = f"datasets/{name}" if kind else name
-            if commit := self._commit(name, revision, inside):
+            commit = self._commit(name, revision, inside)
+            if commit:
                 self._send_file(name, commit, inside)
         else:
             self._refuse(404, "")
 
     def _commit(self, name: str, revision: str, file: str | None) -> str | None:
-        """Return the commit that is asked for; None where the answer is given already, or none shall be."""
+        """Return the requested commit. If a fault or an error prevents that, answer the request and return None."""
         fault = self.hub.fault(name, file)
         commit = self.hub.commit(name, revision)
         if fault in REFUSALS:
@@ -172,25 +184,31 @@ class _Handler(BaseHTTPRequestHandler):
             return commit
         return None
 
-    def _describe(self, name: str, commit: str, what: str | None, inside: str | None, content: bytes) -> None:
+    def _describe(self, name: str, commit: str, view: str | None, inside: str | None, content: bytes) -> None:
         files = _entries(self.hub.commits[name][commit])
-        if what == "tree":
+        if view == "tree":
             if inside:
                 self._refuse(404, "EntryNotFound", commit)
                 return
             answer: Any = files
-        elif what == "paths-info":
+        elif view == "paths-info":
             wanted = json.loads(content)["paths"]
             answer = [file for file in files if file["path"] in wanted]
         else:
-            siblings, card = (
-                [{"rfilename": file["path"]} for file in files],
-                self.hub.commits[name][commit] / "README.md",
-            )
-            tags = (ModelCard.load(card).data.tags or []) if card.is_file() and not name.startswith("datasets/") else []
-            answer = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": siblings,
-                      "private": name in self.hub.private, "gated": False, "tags": tags, "downloads": 0,
-                      "likes": 0}  # fmt: skip
+            card = self.hub.commits[name][commit] / "README.md"
+            tags: list[str] = []
+            if card.is_file() and not name.startswith("datasets/"):
+                tags = ModelCard.load(card).data.tags or []
+            answer = {
+                "id": name.removeprefix("datasets/"),
+                "sha": commit,
+                "siblings": [{"rfilename": file["path"]} for file in files],
+                "private": name in self.hub.private,
+                "gated": False,
+                "tags": tags,
+                "downloads": 0,
+                "likes": 0,
+            }
         self._send_json(answer)
 
     def _send_file(self, name: str, commit: str, inside: str) -> None:
@@ -200,13 +218,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
-        begin, middle = 0, len(data) // 2
+        begin = 0
+        middle = len(data) // 2
         fault = self.hub.fault(name, inside) if self.command == "GET" else None
         if fault in ("longer", "shorter"):
             data = data + b"more" if fault == "longer" else data[:-4]
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if asked:
-            begin = int(asked[1])
+        requested_range = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if requested_range:
+            begin = int(requested_range[1])
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         end = middle if fault == "cut" else len(data)
         status = 206 if "Content-Range" in headers else 200
@@ -217,8 +236,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"Content-Type": "application/json", "Content-Length": len(data)}, data)
 
     def _refuse(self, status: int, code: str, commit: str = "") -> None:
-        told = {"X-Error-Code": code, "X-Repo-Commit": commit}
-        self._send(status, {name: value for name, value in told.items() if value} | {"Content-Length": 0}, b"")
+        headers: dict[str, str | int] = {"Content-Length": 0}
+        if code:
+            headers["X-Error-Code"] = code
+        if commit:
+            headers["X-Repo-Commit"] = commit
+        self._send(status, headers, b"")
 
     def _send(self, status: int, headers: Mapping[str, str | int], data: bytes) -> None:
         self.send_response(status)
@@ -233,17 +256,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the files of a commit as the hub's API lists them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [
-        {"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size,
-         "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
+        {
+            "type": "file",
+            "path": file.relative_to(folder).as_posix(),
+            "size": file.stat().st_size,
+            "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+        }
         for file in files
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager
 def hub(folders: Mapping[str, Path]) -> Iterator[Hub]:
-    """Serve folders under names such as `google/flan-t5-small` or `datasets/knkarthick/samsum`."""
+    """Serve folders as repositories named `google/flan-t5-small` or `datasets/knkarthick/samsum`, for example."""
     served = Hub(folders)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": served}))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

@@ -1,4 +1,4 @@
-"""What a stand-in hub serves: tiny random models and generated dialogues under the names that the recipes give."""
+"""Repositories for a stand-in hub: tiny random models and generated dialogues under the names in the recipes."""
 
 from __future__ import annotations
 
@@ -34,21 +34,23 @@ DATA = ("knkarthick/dialogsum", "knkarthick/samsum")
 
 
 def stand_in(folder: Path, rows: int = 160) -> dict[str, Path]:
-    """Make every repository in `folder`; returns where each is, data sets under `datasets/`."""
+    """Create every repository below `folder` and return its path by name; names of data sets begin with `datasets/`."""
     texts = [row.dialogue for row in generate_rows(0, {"train": 200})["train"]]
     tokenizer = scratch_tokenizer([*texts, "#Person1#: #Person2#: Summarize the following conversation."], 400)
-    found = {}
+    repositories = {}
     for size, width in SIZES.items():
-        found[f"google/flan-t5-{size}"] = folder / f"flan-t5-{size}"
+        repositories[f"google/flan-t5-{size}"] = folder / f"flan-t5-{size}"
         save_base(_t5(len(tokenizer), width), tokenizer, folder / f"flan-t5-{size}")
+
     for name, labels in HEADS.items():
-        found[name] = folder / name
+        repositories[name] = folder / name
         _classifier(name, labels, len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
     for name in DATA:
-        found[f"datasets/{name}"] = folder / "datasets" / name
-        _write_csv(found[f"datasets/{name}"], rows)
-    return found
+        repositories[f"datasets/{name}"] = folder / "datasets" / name
+        _write_csv(repositories[f"datasets/{name}"], rows)
+    return repositories
 
 
 def _t5(vocabulary: int, width: int) -> PreTrainedModel:
@@ -63,24 +65,32 @@ def _t5(vocabulary: int, width: int) -> PreTrainedModel:
 
 def _classifier(name: str, labels: tuple[str, ...], vocabulary: int) -> PreTrainedModel:
     torch.manual_seed(len(labels))
-    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "intermediate_size": 64, "max_position_embeddings": 514, "pad_token_id": 0,
-             "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-             "problem_type": "multi_label_classification" if len(labels) > 2 else None}  # fmt: skip
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 514,
+        "pad_token_id": 0,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "multi_label_classification" if len(labels) > 2 else None,
+    }
     if "roberta" in name:
-        return RobertaForSequenceClassification(RobertaConfig(**sizes, type_vocab_size=1))
-    return BertForSequenceClassification(BertConfig(**sizes))
+        return RobertaForSequenceClassification(RobertaConfig(**settings, type_vocab_size=1))
+    return BertForSequenceClassification(BertConfig(**settings))
 
 
 def _write_csv(folder: Path, rows: int) -> None:
-    """Write train, validation and test as the real sets have them: id, dialogue of 200 characters or more, summary."""
+    """Write the splits with the columns of the real sets; every dialogue has at least 200 characters, as theirs do."""
     folder.mkdir(parents=True)
-    draw = random.Random(0)
-    made = generate_rows(1, {"train": 6 * rows, "validation": 200, "test": 200})
-    for split, those in made.items():
-        long = [row for row in those if len(row.dialogue) >= 200]
-        draw.shuffle(long)
+    rng = random.Random(0)
+    generated = generate_rows(1, {"train": 6 * rows, "validation": 200, "test": 200})
+    for split, split_rows in generated.items():
+        long = [row for row in split_rows if len(row.dialogue) >= 200]
+        rng.shuffle(long)
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
-            sheet = csv.writer(file)
-            sheet.writerow(["id", "dialogue", "summary", "topic"])
-            sheet.writerows([row.id, row.dialogue, row.summary, row.topic] for row in long[:rows])
+            writer = csv.writer(file)
+            writer.writerow(["id", "dialogue", "summary", "topic"])
+            writer.writerows([row.id, row.dialogue, row.summary, row.topic] for row in long[:rows])

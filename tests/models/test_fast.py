@@ -1,10 +1,10 @@
-"""Do the fast ways to compute (a T5 decoder written out, oneDNN's products, shared keys) change any number?"""
+"""Do the fast paths (T5 written out, oneDNN, shared keys and values) give the same numbers as the plain ones?"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,49 +14,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 
 from conftest import KINDS, Make, disturb, policy_config, small_config
-from detoxrl.models import linear, t5
+from detoxrl.models import linear, t5, token_logprobs
 from detoxrl.models import policy as policy_module
-from detoxrl.models import token_logprobs as head
 from detoxrl.models.loading import load_base, save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.plain import PlainNetwork, PlainSteps
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import require_agreement
+from detoxrl.models.sampling import Draws, require_agreement
 from detoxrl.models.t5 import T5Network, T5Steps
 from detoxrl.models.types import Encoded, Rollout
 from detoxrl.models.weights import POLICY, LoraWeights
 from detoxrl.rl.kl import k1
 from detoxrl.training.rollout import collect_rollout
-from test_invariants import PROMPTS, TEXTS
+from learning import PROMPTS, TEXTS
 
 LENGTH = 12
 LENGTHS = torch.tensor([LENGTH, 1, 5, 9])
 IDS = torch.randint(3, 250, (4, LENGTH), generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(LENGTH) < LENGTHS[:, None]
-CHANCES = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(1))
-EVERY_MATRIX = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-# T5s by what is unlike the others: how they begin, and whether the encoder trains.
-FAST = [
+UNIFORMS = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(1))
+ALL_MATRICES = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+# Kinds of T5, and whether the encoder trains.
+T5_KINDS = [
     *((kind, False) for name, kind in KINDS if name == "t5"),
-    ("loaded with encoder", True), ("full", True), ("every matrix", False), ("relu", False), ("relu full", False),
+    ("loaded with encoder", True), ("full", True), ("all matrices", False), ("relu", False), ("relu full", False),
     ("untied", False), ("untied full", False),
 ]  # fmt: skip
-Numbers = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, share: float = 1e-5) -> None:
-    """Demand that each number is off by no more than a share of itself plus as much of the tensor's largest."""
-    floor = share * float(theirs.detach().abs().max()) if theirs.is_floating_point() else 0.0
-    torch.testing.assert_close(ours, theirs, rtol=share, atol=floor)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Demand that each number is off by at most `tolerance` times the sum of itself and the tensor's largest number."""
+    absolute = tolerance * float(expected.detach().abs().max()) if expected.is_floating_point() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=absolute)
 
 
-def all_close(ours: Numbers, theirs: Numbers, share: float = 1e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        close(ours[name], theirs[name], share)
+def assert_all_close(actual: Tensors, expected: Tensors, tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_close(actual[name], expected[name], tolerance)
 
 
-def other_t5(base: Path, folder: Path, activation: str, tied: bool) -> str:
+def save_t5_variant(base: Path, folder: Path, activation: str, tied: bool) -> str:
+    """Save a T5 with another feed-forward or an untied head, and the tokenizer of `base`."""
     _, tokenizer = load_base(str(base))
     torch.manual_seed(5)
     config = T5Config(
@@ -73,125 +73,143 @@ def other_t5(base: Path, folder: Path, activation: str, tied: bool) -> str:
 
 @pytest.fixture
 def make(make_policy: Make, bases: dict[str, Path], tmp_path: Path) -> Make:
-    """Return a function that makes a T5 of any kind in FAST, far from its start."""
+    """Return a function that makes a T5 of any kind in T5_KINDS, with its weights moved away from the start."""
 
-    def made(kind: str, encoder: bool = False, **changes: object) -> Policy:
+    def make_t5(kind: str, encoder: bool = False, **changes: object) -> Policy:
         config = dataclasses.replace(policy_config("t5", encoder, "full" in kind), **changes)  # type: ignore[arg-type]
         if "relu" in kind:
-            base = other_t5(bases["t5"], tmp_path / kind, "relu", tied=True)
+            base = save_t5_variant(bases["t5"], tmp_path / kind, "relu", tied=True)
             policy = load_policy(base, None, config, seed=0)
         elif "untied" in kind:
-            base = other_t5(bases["t5"], tmp_path / kind, "gated-gelu", tied=False)
+            base = save_t5_variant(bases["t5"], tmp_path / kind, "gated-gelu", tied=False)
             policy = load_policy(base, None, config, seed=0)
-        elif kind == "every matrix" or changes:
-            targets = EVERY_MATRIX if kind == "every matrix" else config.lora_targets
-            policy = load_policy(str(bases["t5"]), None, dataclasses.replace(config, lora_targets=targets), seed=0)
+        elif kind == "all matrices":
+            config = dataclasses.replace(config, lora_targets=ALL_MATRICES)
+            policy = load_policy(str(bases["t5"]), None, config, seed=0)
+        elif changes:
+            policy = load_policy(str(bases["t5"]), None, config, seed=0)
         else:
             policy = make_policy("t5", kind, encoder)
-        policy.ends = [1, *range(40, 100)]
+        policy.eos_token_ids = [1, *range(40, 100)]
         disturb(policy)
         return policy
 
-    return made
+    return make_t5
 
 
 @contextmanager
-def plainly(policy: Policy) -> Iterator[None]:
-    """Let the model's own forward decode inside the block."""
-    assert policy._network is T5Network
-    policy._network = PlainNetwork  # type: ignore[assignment]
+def plain_network(policy: Policy) -> Iterator[None]:
+    """Make a policy with the fast T5 use transformers' forward pass inside the block."""
+    assert policy._network_class is T5Network
+    policy._network_class = PlainNetwork
     try:
         yield
     finally:
-        policy._network = T5Network
+        policy._network_class = T5Network
 
 
-def scored(policy: Policy, encoded: Encoded, temperature: float, adapter: str | None = POLICY) -> Numbers:
-    """All that a pass over given tokens finds, and the gradients of whatever trains."""
+def scored(policy: Policy, encoded: Encoded, temperature: float, adapter: str | None = POLICY) -> Tensors:
+    """Return everything a pass over IDS computes, and the gradients of the weights that train."""
     trains = adapter == POLICY
     with torch.set_grad_enabled(trains):
-        found = policy._network(policy.weights, adapter).logprobs(encoded, IDS, MASK, temperature)
+        chosen, entropy, states = policy._network(adapter).logprobs(encoded, IDS, MASK, temperature)
         logprobs, entropies, values = policy.logprobs(encoded, IDS, temperature, adapter, MASK)
-        seen = dict(zip(("chosen", "entropy", "states"), (x.detach() for x in found), strict=True))
-        seen |= {"logprobs": logprobs.detach(), "entropies": entropies, "values": values.detach()}
         assert not entropies.requires_grad
+        tensors = {
+            "chosen": chosen.detach(),
+            "entropy": entropy.detach(),
+            "states": states.detach(),
+            "logprobs": logprobs.detach(),
+            "entropies": entropies,
+            "values": values.detach(),
+        }
         if trains:
-            names, weights = zip(*((n, w) for n, w in policy.model.named_parameters() if w.requires_grad), strict=True)
-            slopes = torch.randn(IDS.shape, generator=torch.Generator().manual_seed(2))
-            gradients = torch.autograd.grad((logprobs * slopes).sum(), weights)
+            weights = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+            output_gradient = torch.randn(IDS.shape, generator=torch.Generator().manual_seed(2))
+            gradients = torch.autograd.grad((logprobs * output_gradient).sum(), list(weights.values()))
             assert all(gradient.any() for gradient in gradients)
-            seen |= dict(zip(names, gradients, strict=True))
-    return seen
+            tensors.update(zip(weights, gradients, strict=True))
+    return tensors
 
 
-def sampled(policy: Policy, encoded: Encoded, temperature: float, adapter: str | None = POLICY) -> Numbers:
-    return dataclasses.asdict(policy.sample(encoded, CHANCES, temperature, adapter))
+def sampled(policy: Policy, encoded: Encoded, temperature: float, adapter: str | None = POLICY) -> Tensors:
+    return dataclasses.asdict(policy.sample(encoded, UNIFORMS, temperature, adapter))
 
 
-# The T5 decoder and the model's own forward
+# T5 written out against transformers' forward pass
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("kind", "encoder"), FAST, ids=str)
-def test_the_t5_decoder_is_the_models_own(kind: str, encoder: bool, temperature: float, make: Make) -> None:
+@pytest.mark.parametrize(("kind", "encoder"), T5_KINDS, ids=str)
+def test_the_t5_decoder_agrees_with_transformers(kind: str, encoder: bool, temperature: float, make: Make) -> None:
     policy = make(kind, encoder)
     assert policy.model.config.scale_decoder_outputs == ("untied" not in kind)
-    found = {}
+    # The gradients of this encoder's LoRA are ill-conditioned: ours are off float64's by 1.2e-4, transformers' by
+    # 1.6e-4.
+    tolerance = 1e-4 if encoder and "loaded" in kind else 1e-5
+
+    logprobs = {}
     for adapter in (POLICY, policy.reference, None):
         encoded = policy.encode(TEXTS, adapter)
-        alike = policy.shared(encoded)
-        assert (alike.cross is None) == (encoder or "full" in kind)
-        ours, drawn = scored(policy, alike, temperature, adapter), sampled(policy, alike, temperature, adapter)
-        with plainly(policy):
-            # A graph that was walked back through is gone; without one both decoders read the same states.
-            again = policy.encode(TEXTS, adapter) if encoder else encoded
-            # This encoder's LoRA has ill-conditioned gradients: off float64's by 1.2e-4, the model's own by 1.6e-4.
-            all_close(ours, scored(policy, again, temperature, adapter), 1e-4 if encoder and "loaded" in kind else 1e-5)
-            theirs = sampled(policy, again, temperature, adapter)
-        assert all(torch.equal(drawn[name], theirs[name]) for name in ("ids", "response_mask", "ended"))
-        assert drawn["response_mask"].sum(1).unique().numel() > 1
-        all_close(drawn, theirs)
-        found[adapter] = ours["logprobs"]
-    assert not any(torch.allclose(found[POLICY], other, atol=1e-3) for name, other in found.items() if name != POLICY)
+        shared = policy.with_shared_cross(encoded)
+        assert (shared.cross is None) == (encoder or "full" in kind)
+        fast_scores = scored(policy, shared, temperature, adapter)
+        fast_samples = sampled(policy, shared, temperature, adapter)
+
+        with plain_network(policy):
+            # If the encoder trains, its graph is gone after the backward pass; if not, both read the same states.
+            plain_encoded = policy.encode(TEXTS, adapter) if encoder else encoded
+            assert_all_close(fast_scores, scored(policy, plain_encoded, temperature, adapter), tolerance)
+            plain_samples = sampled(policy, plain_encoded, temperature, adapter)
+
+        assert all(torch.equal(fast_samples[name], plain_samples[name]) for name in ("ids", "response_mask", "ended"))
+        assert fast_samples["response_mask"].sum(1).unique().numel() > 1
+        assert_all_close(fast_samples, plain_samples)
+        logprobs[adapter] = fast_scores["logprobs"]
+
+    others = [tensor for name, tensor in logprobs.items() if name != POLICY]
+    assert not any(torch.allclose(logprobs[POLICY], tensor, atol=1e-3) for tensor in others)
     if policy.reference:
-        assert not torch.allclose(found[policy.reference], found[None], atol=1e-3)
+        assert not torch.allclose(logprobs[policy.reference], logprobs[None], atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "encoder"), FAST, ids=str)
-def test_the_t5_encoder_is_the_models_own(kind: str, encoder: bool, make: Make) -> None:
+@pytest.mark.parametrize(("kind", "encoder"), T5_KINDS, ids=str)
+def test_the_t5_encoder_agrees_with_transformers(kind: str, encoder: bool, make: Make) -> None:
     policy = make(kind, encoder)
     for adapter in (POLICY, policy.reference, None):
-        ours = policy.encode(TEXTS, adapter)
-        with plainly(policy):
-            theirs = policy.encode(TEXTS, adapter)
-        assert not theirs.mask.all()
-        close(ours.states, theirs.states)
-        assert ours.states.requires_grad == (encoder and adapter == POLICY)
-        alone = policy.encode(TEXTS[:1], adapter)  # nothing is padded here
-        close(alone.states[0], ours.states[0, : alone.states.shape[1]])
+        fast = policy.encode(TEXTS, adapter)
+        with plain_network(policy):
+            plain = policy.encode(TEXTS, adapter)
+        assert not plain.mask.all()
+        assert_close(fast.states, plain.states)
+        assert fast.states.requires_grad == (encoder and adapter == POLICY)
+
+        unpadded = policy.encode(TEXTS[:1], adapter)
+        assert_close(unpadded.states[0], fast.states[0, : unpadded.states.shape[1]])
 
 
-def test_what_is_outside_the_mask_is_zero_and_a_mask_of_ones_is_no_mask(make: Make) -> None:
+def test_numbers_outside_the_mask_are_zero_and_a_mask_of_ones_equals_no_mask(make: Make) -> None:
     policy = make("fresh")
     encoded = policy.encode(TEXTS)
-    masked, whole = policy.logprobs(encoded, IDS, 1.0, mask=MASK), policy.logprobs(encoded, IDS, 1.0)
-    for one, other in zip(masked, whole, strict=True):
-        assert not one[~MASK].any()
-        assert other[~MASK].all()
-        close(one[MASK], other[MASK])
+    with_mask = policy.logprobs(encoded, IDS, 1.0, mask=MASK)
+    without_mask = policy.logprobs(encoded, IDS, 1.0)
+    for masked, whole in zip(with_mask, without_mask, strict=True):
+        assert not masked[~MASK].any()
+        assert whole[~MASK].all()
+        assert_close(masked[MASK], whole[MASK])
 
 
-def test_an_only_row_without_padding_is_read_as_among_others(make: Make) -> None:
+def test_a_row_alone_and_unpadded_is_read_as_in_a_batch(make: Make) -> None:
     policy = make("loaded")
-    whole = sampled(policy, policy.shared(policy.encode(TEXTS)), 1.0)
+    batch = sampled(policy, policy.with_shared_cross(policy.encode(TEXTS)), 1.0)
     for row, text in enumerate(TEXTS):
-        alone = policy.sample(policy.shared(policy.encode([text])), CHANCES[row : row + 1], 1.0)
-        assert torch.equal(alone.ids[0], whole["ids"][row])
-        close(alone.logprobs[0], whole["logprobs"][row])
+        alone = policy.sample(policy.with_shared_cross(policy.encode([text])), UNIFORMS[row : row + 1], 1.0)
+        assert torch.equal(alone.ids[0], batch["ids"][row])
+        assert_close(alone.logprobs[0], batch["logprobs"][row])
 
 
-def lora_folder(base: Path, folder: Path, **settings: object) -> Path:
-    """A LoRA of a kind that is more than two factors, moved away from its start."""
+def save_unusual_lora(base: Path, folder: Path, **settings: object) -> Path:
+    """Save a LoRA that is more than two factors, moved away from its start."""
     model, _ = load_base(str(base))
     torch.manual_seed(3)
     layers = r".*decoder\..*\b(q|v)"
@@ -203,79 +221,91 @@ def lora_folder(base: Path, folder: Path, **settings: object) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of a bias beside a LoRA it makes much ado
-@pytest.mark.parametrize("setting", ["use_dora", "lora_bias", "layer_norm", "relative_attention_bias"])
-def test_a_t5_under_more_than_plain_loras_decodes_as_its_own_code_does(
-    setting: str, bases: dict[str, Path], tmp_path: Path
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # peft warns about a bias next to a LoRA
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["layer_norm"]},
+        {"modules_to_save": ["relative_attention_bias"]},
+    ],
+    ids=str,
+)
+def test_a_t5_under_more_than_plain_loras_uses_the_plain_network(
+    settings: dict[str, object], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    more = {"modules_to_save": [setting]} if "_a" in setting or "_n" in setting else {setting: True}
-    folder = lora_folder(bases["t5"], tmp_path / "lora", **more)
+    folder = save_unusual_lora(bases["t5"], tmp_path / "lora", **settings)
     policy = load_policy(str(bases["t5"]), folder, policy_config("t5"), seed=0)
-    assert policy._network is PlainNetwork
-    policy.ends += range(40, 80)
+    assert policy._network_class is PlainNetwork
+    policy.eos_token_ids += range(40, 80)
     generation = dataclasses.replace(small_config().generation, max_new_tokens=LENGTH)
-    rollout = collect_rollout(policy, PROMPTS, generation, seed=0, step=0)
+    rollout = collect_rollout(policy, PROMPTS, generation, Draws(0, "rollout"))
     assert k1(rollout.responses.logprobs, rollout.ref_logprobs).abs().max() < 1e-5
     disturb(policy)
     require_agreement(policy, "base")
-    # One that joins a policy whose own is plain.
+
+    # An adapter that is added to a policy under a plain LoRA counts as well.
     policy = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
     policy.add("other", folder)
-    found = scored(policy, policy.encode(TEXTS, "other"), 1.0, "other")
-    policy._network = PlainNetwork  # type: ignore[assignment]
-    all_close(found, scored(policy, policy.encode(TEXTS, "other"), 1.0, "other"))
+    actual = scored(policy, policy.encode(TEXTS, "other"), 1.0, "other")
+    policy._network_class = PlainNetwork
+    assert_all_close(actual, scored(policy, policy.encode(TEXTS, "other"), 1.0, "other"))
 
 
-def test_a_plain_t5_has_its_own_decoder_and_no_other_model_has(policy: Policy, request: pytest.FixtureRequest) -> None:
+def test_only_a_plain_t5_uses_the_fast_network(policy: Policy, request: pytest.FixtureRequest) -> None:
     name, _ = request.node.callspec.params["policy"]
-    assert policy._network is (T5Network if name == "t5" else PlainNetwork)
+    assert policy._network_class is (T5Network if name == "t5" else PlainNetwork)
 
 
 # Shared keys and values of cross-attention
 
 
-@pytest.mark.parametrize("kind", ["fresh", "loaded with encoder", "every matrix"])
-def test_shared_keys_and_values_change_nothing_whichever_rows_are_taken(kind: str, make: Make) -> None:
+@pytest.mark.parametrize("kind", ["fresh", "loaded with encoder", "all matrices"])
+def test_shared_keys_and_values_change_no_number_for_any_selection_of_rows(kind: str, make: Make) -> None:
     policy = make(kind)
     bare = policy.encode(TEXTS)
-    alike = policy.shared(bare)
-    assert alike.cross is not None
+    shared = policy.with_shared_cross(bare)
+    assert shared.cross is not None
     assert bare.cross is None
-    assert alike.cross.shape == (2, 2, 4, 4, bare.mask.shape[1], 8)
-    all_close(scored(policy, alike, 1.0), scored(policy, bare, 1.0))
+    assert shared.cross.shape == (2, 2, 4, 4, bare.mask.shape[1], 8)
+    assert_all_close(scored(policy, shared, 1.0), scored(policy, bare, 1.0))
+
     rows = torch.tensor([2, 0, 2])
-    picked = alike.select(rows)
-    assert picked.cross is alike.cross
-    assert picked.states.shape[1] < bare.states.shape[1]
-    for ours, theirs, size in (
-        (picked, bare.select(rows), 3),
-        (picked.select(torch.tensor([False, True, True])), bare.select(rows[1:]), 2),
-        (alike.row_slice(slice(1, 3)), bare.row_slice(slice(1, 3)), 2),
-        (alike.row_slice(slice(1, 4)).select(torch.tensor([1, 2])), bare.select(torch.tensor([2, 3])), 2),
+    selected = shared.select(rows)
+    assert selected.cross is shared.cross
+    assert selected.states.shape[1] < bare.states.shape[1]
+
+    for with_cross, without_cross, size in (
+        (selected, bare.select(rows), 3),
+        (selected.select(torch.tensor([False, True, True])), bare.select(rows[1:]), 2),
+        (shared.row_slice(slice(1, 3)), bare.row_slice(slice(1, 3)), 2),
+        (shared.row_slice(slice(1, 4)).select(torch.tensor([1, 2])), bare.select(torch.tensor([2, 3])), 2),
     ):
         for adapter in (POLICY, policy.reference):
-            one, other = (policy.logprobs(x, IDS[:size], 1.0, adapter)[0] for x in (ours, theirs))
-            close(one, other)
-            one, other = (policy.sample(x, CHANCES[:size], 1.0, adapter).logprobs for x in (ours, theirs))
-            close(one, other)
+            actual, _, _ = policy.logprobs(with_cross, IDS[:size], 1.0, adapter)
+            expected, _, _ = policy.logprobs(without_cross, IDS[:size], 1.0, adapter)
+            assert_close(actual, expected)
+            actual = policy.sample(with_cross, UNIFORMS[:size], 1.0, adapter).logprobs
+            expected = policy.sample(without_cross, UNIFORMS[:size], 1.0, adapter).logprobs
+            assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("encoder", [False, True])
-def test_a_rollout_keeps_what_is_shared_only_if_asked(make: Make, encoder: bool) -> None:
+def test_a_rollout_keeps_shared_keys_and_values_only_on_request(make: Make, encoder: bool) -> None:
     policy = make("loaded with encoder", encoder)
     generation = dataclasses.replace(small_config().generation, max_new_tokens=LENGTH, batch_size=2)
-    kept, dropped = (
-        collect_rollout(policy, PROMPTS, generation, seed=0, step=0, keep_cross=keep_cross)
-        for keep_cross in (True, False)
-    )
-    assert (kept.encoded.cross is None, dropped.encoded.cross) == (encoder, None)
-    assert torch.equal(kept.responses.ids, dropped.responses.ids)
-    for name in ("logprobs", "values"):
-        close(getattr(kept.responses, name), getattr(dropped.responses, name))
-    close(kept.ref_logprobs, dropped.ref_logprobs)
+    keeping = collect_rollout(policy, PROMPTS, generation, Draws(0, "rollout"), keep_cross=True)
+    dropping = collect_rollout(policy, PROMPTS, generation, Draws(0, "rollout"), keep_cross=False)
+    assert (keeping.encoded.cross is None) == encoder
+    assert dropping.encoded.cross is None
+    assert torch.equal(keeping.responses.ids, dropping.responses.ids)
+    assert_close(keeping.responses.logprobs, dropping.responses.logprobs)
+    assert_close(keeping.responses.values, dropping.responses.values)
+    assert_close(keeping.ref_logprobs, dropping.ref_logprobs)
 
 
-def test_rows_are_taken_by_hand() -> None:
+def test_selected_rows_are_those_worked_out_by_hand() -> None:
     """Three prompts of 3, 2 and 1 tokens; one layer, one head of depth 1."""
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
     cross = torch.arange(18.0).view(1, 2, 3, 1, 3, 1)
@@ -284,24 +314,24 @@ def test_rows_are_taken_by_hand() -> None:
     assert (last.states.tolist(), last.mask.tolist(), last.rows) == ([[3, 4], [6, 7]], [[1, 1], [1, 0]], None)
     assert last.cross is not None
     assert last.cross.flatten(2).tolist() == [[[3, 4, 5, 6, 7, 8], [12, 13, 14, 15, 16, 17]]]
-    assert {part.data_ptr() for part in (last.cross, cross[:, :, 1:])} == {cross[:, :, 1:].data_ptr()}  # no copy
+    assert last.cross.data_ptr() == cross[:, :, 1:].data_ptr()  # a view, not a copy
     left = Encoded(states=encoded.states.flip(1), mask=mask.flip(1)).row_slice(slice(1, 3))
     assert (left.states.tolist(), left.mask.tolist(), left.cross) == ([[4, 3], [7, 6]], [[1, 1], [0, 1]], None)
     whole = encoded.row_slice(slice(0, 3))
     assert torch.equal(whole.states, encoded.states)
-    picked = encoded.select(torch.tensor([2, 1]))
-    assert picked.rows is not None
-    assert (picked.states.tolist(), picked.rows.tolist()) == ([[6, 7], [3, 4]], [2, 1])
-    again = picked.select(torch.tensor([True, False]))
-    assert again.rows is not None
-    assert (again.states.tolist(), again.mask.tolist(), again.rows.tolist()) == ([[6]], [[1]], [2])
+    selected = encoded.select(torch.tensor([2, 1]))
+    assert selected.rows is not None
+    assert (selected.states.tolist(), selected.rows.tolist()) == ([[6, 7], [3, 4]], [2, 1])
+    twice = selected.select(torch.tensor([True, False]))
+    assert twice.rows is not None
+    assert (twice.states.tolist(), twice.mask.tolist(), twice.rows.tolist()) == ([[6]], [[1]], [2])
 
 
-# Products by oneDNN
+# oneDNN products
 
 
-class Private(TorchDispatchMode):
-    """Notes the calls of torch's private operators."""
+class PrivateCalls(TorchDispatchMode):
+    """Records the names of torch's private operators that are called inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,231 +343,278 @@ class Private(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-needs_private = pytest.mark.skipif(not linear._WIDE, reason="this processor has no AVX-512")
+needs_avx512 = pytest.mark.skipif(not linear._ONEDNN_AVX512, reason="this processor has no AVX-512")
 
 
-@pytest.mark.parametrize(("kind", "encoder"), [("every matrix", False), ("full", True), ("relu", False)])
-def test_public_operators_find_the_same(kind: str, encoder: bool, make: Make) -> None:
-    found = []
-    for context in (Private(), linear.without_onednn()):
+@pytest.mark.parametrize(("kind", "encoder"), [("all matrices", False), ("full", True), ("relu", False)])
+def test_public_operators_give_the_same_numbers(kind: str, encoder: bool, make: Make) -> None:
+    scores, samples = [], []
+    for context in (nullcontext(), linear.without_onednn()):
         policy = make(kind, encoder)
-        with context, Private() as seen:
-            encoded = policy.shared(policy.encode(TEXTS))
-            found.append((scored(policy, encoded, 0.7), sampled(policy, encoded, 0.7)))
-        assert bool(seen.names) == (linear._WIDE and isinstance(context, Private))
-    assert torch.equal(found[0][1]["ids"], found[1][1]["ids"])
-    for ours, theirs in zip(*found, strict=True):
-        all_close(ours, theirs)
+        with context, PrivateCalls() as calls:
+            encoded = policy.with_shared_cross(policy.encode(TEXTS))
+            scores.append(scored(policy, encoded, 0.7))
+            samples.append(sampled(policy, encoded, 0.7))
+        assert bool(calls.names) == (linear._ONEDNN_AVX512 and isinstance(context, nullcontext))
+    assert torch.equal(samples[0]["ids"], samples[1]["ids"])
+    assert_all_close(*scores)
+    assert_all_close(*samples)
 
 
-@needs_private
-def test_encoders_and_models_of_others_have_the_fast_products(make_policy: Make) -> None:
+@needs_avx512
+def test_encoders_and_plain_networks_use_the_fast_products(make_policy: Make) -> None:
     for name in ("t5", "llama"):
         policy = make_policy(name, "fresh")
         encoded = policy.encode(TEXTS)
-        with Private() as seen, torch.no_grad():
+        with PrivateCalls() as calls, torch.no_grad():
             _ = policy.encode(TEXTS) if name == "t5" else policy.logprobs(encoded, IDS, 1.0)
-        assert len(seen.names) >= 2 * 4  # of two layers each
+        assert len(calls.names) >= 2 * 4  # at least 4 matrices in each of 2 layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
-def test_linear_is_torchs(dtype: torch.dtype, bias: bool, trains: bool) -> None:
+def test_linear_agrees_with_torch(dtype: torch.dtype, bias: bool, trains: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    numbers = [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 5, 32), (48, 32), (48,))]
-    slopes = torch.randn(3, 5, 48, generator=generator).to(dtype)
-    share = 1e-5 if dtype == torch.float32 else 1e-2  # bfloat16 has 8 bits
-    found = []
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 5, 32), (48, 32), (48,))]
+    output_gradient = torch.randn(3, 5, 48, generator=generator).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # bfloat16 has 8 bits of precision
+
+    results = []
     for function in (linear.linear, torch.nn.functional.linear):
-        x, weight, added = (number.clone() for number in numbers)
-        wanted = [x.requires_grad_(), *((weight.requires_grad_(),) if trains else ())]
-        wanted += [added.requires_grad_()] if bias and trains else []
-        product = function(x, weight, added if bias else None)
-        found.append([product, *torch.autograd.grad(product, wanted, slopes)])
+        x, weight, offset = (tensor.clone() for tensor in inputs)
+        differentiated = [x.requires_grad_()]
+        if trains:
+            differentiated.append(weight.requires_grad_())
+        if trains and bias:
+            differentiated.append(offset.requires_grad_())
+        product = function(x, weight, offset if bias else None)
+        results.append([product, *torch.autograd.grad(product, differentiated, output_gradient)])
         with torch.no_grad():
-            close(function(x[:, 0], weight), torch.nn.functional.linear(x[:, 0], weight), share)
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.dtype == theirs.dtype == dtype
-        close(ours, theirs, share)
+            assert_close(function(x[:, 0], weight), torch.nn.functional.linear(x[:, 0], weight), tolerance)
+
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype == dtype
+        assert_close(actual, expected, tolerance)
 
 
-def test_other_layers_of_a_model_go_through_linear_and_autocast_is_heeded() -> None:
+def test_fast_linear_reaches_the_layers_of_any_model_and_respects_autocast() -> None:
     layer, x = torch.nn.Linear(16, 8), torch.randn(3, 16)
-    with linear.FastLinear(), Private() as seen:
+    with linear.FastLinear(), PrivateCalls() as calls:
         fast = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-    assert len(seen.names) == int(linear._WIDE)
-    close(fast, layer(x))
+    assert len(calls.names) == int(linear._ONEDNN_AVX512)
+    assert_close(fast, layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_products_serve_any_number_of_rows(dtype: torch.dtype) -> None:
+def test_packed_products_accept_any_number_of_rows(dtype: torch.dtype) -> None:
     weights = [torch.randn(rows, 32).to(dtype).requires_grad_() for rows in (16, 24)]
-    product = linear.pack_weights(weights, 7)
+    packed = linear.pack_weights(weights, 7)
     with linear.without_onednn():
         public = linear.pack_weights(weights, 7)
     with torch.no_grad():
         for rows in (7, 1, 3, 64):
             x = torch.randn(rows, 32).to(dtype)
             expected = torch.nn.functional.linear(x, torch.cat(weights))
-            for found in (product(x), public(x)):
-                assert found.dtype == dtype
-                close(found, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+            for product in (packed(x), public(x)):
+                assert product.dtype == dtype
+                assert_close(product, expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_on_the_meta_device_nothing_private_is_called() -> None:
+def test_on_the_meta_device_no_private_operator_is_called() -> None:
     x, weight = torch.empty(3, 8, device="meta"), torch.empty(4, 8, device="meta", requires_grad=True)
-    with Private() as seen:
+    with PrivateCalls() as calls:
         linear.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
         assert linear.pack_weights([weight, weight], 3)(x).shape == (3, 8)
-    assert seen.names == []
+    assert calls.names == []
 
 
-@needs_private
-def test_packs_are_made_once_per_base_and_forgotten_when_it_moves(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, packed = [], t5.packed
-    monkeypatch.setattr(t5, "packed", lambda *given: made.append(given) or packed(*given))  # type: ignore[func-returns-value]
+@needs_avx512
+def test_a_frozen_base_is_packed_once_and_again_after_it_moves(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, pack_weights = [], t5.pack_weights
+
+    def counting(weights: Sequence[torch.Tensor], rows: int) -> object:
+        calls.append(rows)
+        return pack_weights(weights, rows)
+
+    monkeypatch.setattr(t5, "pack_weights", counting)
     policy = make("loaded")
     assert isinstance(policy.weights, LoraWeights)
     before = {name: weight.clone() for name, weight in policy.model.named_parameters() if not weight.requires_grad}
-    encoded = policy.shared(policy.encode(TEXTS))
+    encoded = policy.with_shared_cross(policy.encode(TEXTS))
     for adapter in (POLICY, policy.reference, None, POLICY):
         sampled(policy, encoded, 1.0, adapter)
-        assert len(made) == 1 + 2 * 6  # the head, and six products of each of two blocks
-    seen = sampled(policy, encoded, 1.0)
-    disturb(policy)  # what trains is not in the packs
-    assert not torch.equal(sampled(policy, encoded, 1.0)["logprobs"], seen["logprobs"])
+        assert len(calls) == 1 + 2 * 6  # the head, and six products in each of two layers
+
+    at_start = sampled(policy, encoded, 1.0)
+    disturb(policy)  # the weights that train are not packed
+    assert not torch.equal(sampled(policy, encoded, 1.0)["logprobs"], at_start["logprobs"])
     scored(policy, encoded, 1.0)
     after = dict(policy.model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     policy.to(policy.device)
     assert policy.weights.packs == []
-    full = make("full")  # its weights move, so each time anew
-    seen = sampled(full, full.encode(TEXTS), 1.0)
-    disturb(full)
-    ours = sampled(full, full.encode(TEXTS), 1.0)
-    with plainly(full):
-        all_close(ours, sampled(full, full.encode(TEXTS), 1.0))
 
 
-# The head
+def test_full_weights_are_packed_anew_for_every_batch(make: Make) -> None:
+    policy = make("full")
+    encoded = policy.encode(TEXTS)
+    sampled(policy, encoded, 1.0)
+    disturb(policy)
+    fast = sampled(policy, policy.encode(TEXTS), 1.0)
+    with plain_network(policy):
+        assert_all_close(fast, sampled(policy, policy.encode(TEXTS), 1.0))
+
+
+# The language-model head
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("trains", [False, True])
-def test_token_logprobs_are_log_softmax_and_their_slope_autograds(
+def test_token_logprobs_and_their_gradients_are_those_of_log_softmax(
     temperature: float, trains: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     exact_states, exact_head = (
         torch.randn(size, 16, generator=generator, dtype=torch.float64, requires_grad=True) for size in (11, 50)
     )
-    ids, slopes = torch.randint(0, 50, (11,), generator=generator), torch.randn(11, generator=generator)
-    every = (exact_states @ exact_head.t() / temperature).log_softmax(-1)
-    expected = every.gather(1, ids[:, None])[:, 0]
-    entropy = -(every.exp() * every).sum(1)
-    by = torch.autograd.grad((expected * slopes).sum(), [exact_states, exact_head][: 1 + trains])
-    for logits in (1, 150, 4_000_000):  # one row at a time, three, all
-        monkeypatch.setattr(head, "LOGITS", logits)
-        states, words = (x.detach().float() for x in (exact_states, exact_head))
+    ids = torch.randint(0, 50, (11,), generator=generator)
+    output_gradient = torch.randn(11, generator=generator)
+
+    logprobs = (exact_states @ exact_head.t() / temperature).log_softmax(-1)
+    expected = logprobs.gather(1, ids[:, None])[:, 0]
+    expected_entropy = -(logprobs.exp() * logprobs).sum(1)
+    differentiated = [exact_states, exact_head][: 1 + trains]
+    expected_gradients = torch.autograd.grad((expected * output_gradient).sum(), differentiated)
+
+    for limit in (1, 150, 4_000_000):  # chunks of one row, of three rows, of all rows
+        monkeypatch.setattr(token_logprobs, "MAX_LOGITS", limit)
+        states, head = (tensor.detach().float() for tensor in (exact_states, exact_head))
         states.requires_grad_()
-        words.requires_grad_(trains)
-        found, entropies = head.token_logprobs(states, words, ids, temperature)
+        head.requires_grad_(trains)
+        actual, entropies = token_logprobs.token_logprobs(states, head, ids, temperature)
         assert not entropies.requires_grad
-        close(found.double(), expected, 1e-6)
-        close(entropies.double(), entropy.detach(), 1e-6)
-        ours = torch.autograd.grad((found * slopes).sum(), [states, words][: 1 + trains])
-        for one, other in zip(ours, by, strict=True):
-            close(one.double(), other, 1e-6)
+        assert_close(actual.double(), expected, 1e-6)
+        assert_close(entropies.double(), expected_entropy.detach(), 1e-6)
+
+        gradients = torch.autograd.grad((actual * output_gradient).sum(), [states, head][: 1 + trains])
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert_close(gradient.double(), expected_gradient, 1e-6)
         with torch.no_grad():
-            assert torch.equal(head.token_logprobs(states, words, ids, temperature)[0], found) or trains
-    none, _ = head.token_logprobs(states[:0], words, ids[:0], temperature)
-    assert none.shape == (0,)
+            without_gradient, _ = token_logprobs.token_logprobs(states, head, ids, temperature)
+            assert torch.equal(without_gradient, actual) or trains
+
+    empty, _ = token_logprobs.token_logprobs(states[:0], head, ids[:0], temperature)
+    assert empty.shape == (0,)
 
 
-def test_no_more_logits_are_made_at_once_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, product = [], head.linear
-    monkeypatch.setattr(head, "linear", lambda x, w: sizes.append(len(x)) or product(x, w))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(head, "LOGITS", 150)
-    head.token_logprobs(torch.randn(7, 4), torch.randn(50, 4), torch.zeros(7, dtype=torch.long), 1.0)
-    assert sizes == [3, 3, 1]
+def test_a_chunk_has_no_more_logits_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk_sizes, multiply = [], token_logprobs.linear
+
+    def recording(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        chunk_sizes.append(len(x))
+        return multiply(x, weight)
+
+    monkeypatch.setattr(token_logprobs, "linear", recording)
+    monkeypatch.setattr(token_logprobs, "MAX_LOGITS", 150)
+    token_logprobs.token_logprobs(torch.randn(7, 4), torch.randn(50, 4), torch.zeros(7, dtype=torch.long), 1.0)
+    assert chunk_sizes == [3, 3, 1]
 
 
-# Batches: who leaves, who is read together
+# Batches: which rows leave, which are read together
 
 
 def rollout_of(policy: Policy) -> Rollout:
     generation = dataclasses.replace(small_config().generation, max_new_tokens=LENGTH, batch_size=8)
-    prompts = [dataclasses.replace(p, id=f"{p.id}{i}") for i in range(2) for p in PROMPTS]
-    return collect_rollout(policy, prompts, generation, seed=0, step=0)
+    prompts = [dataclasses.replace(prompt, id=f"{prompt.id}{i}") for i in range(2) for prompt in PROMPTS]
+    return collect_rollout(policy, prompts, generation, Draws(0, "rollout"))
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_rows_that_ended_leave_in_lots_and_nothing_depends_on_when(
-    own: bool, make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fast", [True, False])
+def test_finished_rows_leave_several_at_once_and_no_number_depends_on_when(
+    fast: bool, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, sizes = make("loaded"), []
-    monkeypatch.setattr(policy, "_network", T5Network if own else PlainNetwork)
-    kind = T5Steps if own else PlainSteps
-    keep = kind.keep
-    monkeypatch.setattr(kind, "keep", lambda steps, rows: sizes.append(rows.tolist()) or keep(steps, rows))
-    found, leaves, usual = {}, {}, policy_module._LEAVE
-    for share in (usual, 1.0, 0.0):
-        monkeypatch.setattr(policy_module, "_LEAVE", share)
-        sizes.clear()
-        found[share], leaves[share] = rollout_of(policy).responses, sizes.copy()
-    assert all(sum(rows) <= usual * len(rows) for rows in leaves[usual])
-    assert 0 == len(leaves[0.0]) < len(leaves[usual]) < len(found[1.0].response_mask.sum(1).unique())
-    for one in found.values():
-        assert torch.equal(one.ids, found[1.0].ids)
-        assert torch.equal(one.ended, found[1.0].ended)
-        close(one.logprobs, found[1.0].logprobs)
-        close(one.values, found[1.0].values)
+    policy, calls = make("loaded"), []
+    monkeypatch.setattr(policy, "_network_class", T5Network if fast else PlainNetwork)
+    steps_class = T5Steps if fast else PlainSteps
+    keep = steps_class.keep
+
+    def recording(steps: object, rows: torch.Tensor) -> None:
+        calls.append(rows.tolist())
+        keep(steps, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(steps_class, "keep", recording)
+    responses, kept_rows, default = {}, {}, policy_module._SHRINK_AT
+    for threshold in (default, 1.0, 0.0):
+        monkeypatch.setattr(policy_module, "_SHRINK_AT", threshold)
+        calls.clear()
+        responses[threshold] = rollout_of(policy).responses
+        kept_rows[threshold] = calls.copy()
+
+    assert all(sum(rows) <= default * len(rows) for rows in kept_rows[default])
+    lengths = responses[1.0].response_mask.sum(1).unique()
+    assert 0 == len(kept_rows[0.0]) < len(kept_rows[default]) < len(lengths)
+    for other in responses.values():
+        assert torch.equal(other.ids, responses[1.0].ids)
+        assert torch.equal(other.ended, responses[1.0].ended)
+        assert_close(other.logprobs, responses[1.0].logprobs)
+        assert_close(other.values, responses[1.0].values)
 
 
-def test_prompts_are_read_in_blocks_and_nothing_depends_on_which(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_length_batches_are_those_worked_out_by_hand() -> None:
     assert list(policy_module.length_batches([3, 3, 5, 2], 10)) == [slice(0, 2), slice(2, 4)]
     assert list(policy_module.length_batches([30, 1, 1], 10)) == [slice(0, 1), slice(1, 3)]
     assert list(policy_module.length_batches([4, 4], 8)) == [slice(0, 2)]
+
+
+def test_prompts_are_read_in_batches_and_no_number_depends_on_their_size(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = make("loaded with encoder")
     whole = rollout_of(policy)
     for tokens in (1, 100):
-        monkeypatch.setattr(policy_module, "_READ", tokens)
-        found = rollout_of(policy)
+        monkeypatch.setattr(policy_module, "_ENCODER_TOKENS", tokens)
+        split = rollout_of(policy)
         mask = whole.encoded.mask.bool()
-        assert torch.equal(found.encoded.mask, whole.encoded.mask)
-        close(found.encoded.states[mask], whole.encoded.states[mask])
-        assert torch.equal(found.responses.ids, whole.responses.ids)
-        close(found.responses.logprobs, whole.responses.logprobs)
-        close(found.ref_logprobs, whole.ref_logprobs)
+        assert torch.equal(split.encoded.mask, whole.encoded.mask)
+        assert_close(split.encoded.states[mask], whole.encoded.states[mask])
+        assert torch.equal(split.responses.ids, whole.responses.ids)
+        assert_close(split.responses.logprobs, whole.responses.logprobs)
+        assert_close(split.ref_logprobs, whole.ref_logprobs)
 
 
 # bfloat16
 
 
 def test_a_t5_in_bfloat16_agrees_within_its_rounding(make: Make) -> None:
-    policy, exact = make("fresh", bf16=True), make("fresh")
-    assert policy._network is T5Network
-    encoded = policy.shared(policy.encode(TEXTS))
+    policy, exact_policy = make("fresh", bf16=True), make("fresh")
+    assert policy._network_class is T5Network
+    encoded = policy.with_shared_cross(policy.encode(TEXTS))
     assert encoded.cross is not None
     assert encoded.cross.dtype == torch.bfloat16
-    ours = scored(policy, encoded, 1.0)
-    with plainly(policy):
-        theirs = scored(policy, policy.encode(TEXTS), 1.0)
-    fp32 = scored(exact, exact.shared(exact.encode(TEXTS)), 1.0)
-    assert ours["logprobs"].dtype == torch.float32
+
+    fast = scored(policy, encoded, 1.0)
+    with plain_network(policy):
+        plain = scored(policy, policy.encode(TEXTS), 1.0)
+    exact = scored(exact_policy, exact_policy.with_shared_cross(exact_policy.encode(TEXTS)), 1.0)
+    assert fast["logprobs"].dtype == torch.float32
     for name in ("logprobs", "entropies", "values"):
-        assert (ours[name] - theirs[name]).abs().max() < 0.15
-        assert (ours[name] - fp32[name]).abs().max() < 0.15
-    names = [name for name in ours if "lora_" in name]
-    flat = {i: torch.cat([x[name].float().flatten() for name in names]) for i, x in enumerate((ours, theirs, fp32))}
-    assert (flat[0] - flat[2]).norm() < 0.08 * flat[2].norm()  # of products in 8 bits
-    assert {ours[name].dtype for name in names} == {torch.float32}
+        assert (fast[name] - plain[name]).abs().max() < 0.15
+        assert (fast[name] - exact[name]).abs().max() < 0.15
+
+    gradients = [name for name in fast if "lora_" in name]
+    assert {fast[name].dtype for name in gradients} == {torch.float32}
+    fast_gradient, exact_gradient = (
+        torch.cat([tensors[name].float().flatten() for name in gradients]) for tensors in (fast, exact)
+    )
+    # The products have 8 bits of precision.
+    assert (fast_gradient - exact_gradient).norm() < 0.08 * exact_gradient.norm()
+
     with torch.no_grad():
-        drawn = policy.sample(encoded, CHANCES, 1.0)
-        again, _, values = policy.logprobs(encoded, drawn.ids, 1.0, mask=drawn.response_mask)
-    assert 0 < float((again - drawn.logprobs).abs().max()) < 0.1
-    assert float((values - drawn.values).abs().max()) < 0.15
+        responses = policy.sample(encoded, UNIFORMS, 1.0)
+        logprobs, _, values = policy.logprobs(encoded, responses.ids, 1.0, mask=responses.response_mask)
+    assert 0 < float((logprobs - responses.logprobs).abs().max()) < 0.1
+    assert float((values - responses.values).abs().max()) < 0.15
     require_agreement(policy, "base")

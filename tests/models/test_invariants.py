@@ -1,8 +1,7 @@
-"""What must hold of every policy: four architectures under fresh LoRA, loaded LoRA and full weights."""
+"""What holds for every policy: four architectures, each under a fresh LoRA, a loaded LoRA and full weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,88 +9,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
-from conftest import ENCODER_DECODERS, KINDS, Make, disturb, prompted_rows, small_config
-from detoxrl.config.schema import Config
-from detoxrl.evaluation.judges import Judge
+from conftest import ENCODER_DECODERS, KINDS, Make, disturb, small_config
 from detoxrl.models import policy as policy_module
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import draw_uniforms, in_row_order, sample_batches
-from detoxrl.models.types import Encoded, Prompt, Rollout
+from detoxrl.models.sampling import Draws, sample_all, sample_batches
+from detoxrl.models.types import Encoded
 from detoxrl.models.weights import POLICY, LoraWeights
 from detoxrl.rl.kl import k1
-from detoxrl.runtime.run_folder import RunFolder
-from detoxrl.training import train as train_module
 from detoxrl.training.rollout import collect_rollout
-from detoxrl.training.train import Targets, train, update
+from learning import (
+    LENGTH,
+    PROMPTS,
+    TEXTS,
+    learn,
+    learner_of,
+    loop_config,
+    rollout_of,
+    run_update,
+    share_of_e,
+    targets_of,
+    use_sgd,
+)
 
-PROMPTS = [
-    Prompt(id="a", text="#Person1#: You lost my novel on the train. You clown!"),
-    Prompt(id="b", text="#Person1#: Yes? #Person2#: the soup was ice cold. #Person1#: Sorry."),
-    Prompt(id="c", text="Short."),
-    Prompt(id="d", text="#Person1#: I waited two weeks too long for the lamp. #Person2#: The van broke down. " * 2),
-]
-TEXTS = [prompt.text for prompt in PROMPTS]
-LENGTH, EOS = 16, 1
-ROWS = prompted_rows(0, {"train": 32, "validation": 4})
-
-
-def rollout_of(policy: Policy, step: int = 0, temperature: float = 1.0, batch_size: int = 8) -> Rollout:
-    config = replace(small_config().generation, max_new_tokens=LENGTH, temperature=temperature, batch_size=batch_size)
-    return collect_rollout(policy, PROMPTS, config, seed=0, step=step)
-
-
-def targets_of(rollout: Rollout) -> Targets:
-    mask = rollout.responses.response_mask
-    generator = torch.Generator().manual_seed(5)
-    return Targets(
-        advantages=torch.where(mask, torch.randn(mask.shape, generator=generator), 0.0),
-        returns=torch.where(mask, torch.randn(mask.shape, generator=generator), 0.0),
-    )
-
-
-def run_update(policy: Policy, config: Config, rollout: Rollout) -> dict[str, float]:
-    weights = [*policy.parameters(), *policy.value_head.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=config.rl.lr, eps=1e-5)
-    return update(policy, Accelerator(), optimizer, rollout, targets_of(rollout), config, step=0)
-
-
-def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-    return torch.tensor([response.count("e") / max(len(response), 1) for response in responses])
-
-
-def share_of_a(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """A judge that has no part in the reward: how much of the response is the letter a."""
-    return np.array([text.count("a") / max(len(text), 1) for text in texts])
-
-
-def learn(
-    policy: Policy, folder: Path, config: Config, reward: object = share_of_e, judge: Judge = share_of_a
-) -> list[dict[str, float]]:
-    train(RunFolder(folder), config, policy, reward, judge, ROWS["train"], ROWS["validation"])  # type: ignore[arg-type]
-    with (folder / "metrics.jsonl").open() as lines:
-        return [json.loads(line) for line in lines]
-
-
-def loop_config(**rl: object) -> Config:
-    small = small_config()
-    return replace(small, rl=replace(small.rl, **{"steps": 3, "validate_every": 9, "lr": 1e-3, **rl}))
+EOS = 1
 
 
 def every_weight(policy: Policy) -> dict[str, torch.Tensor]:
-    """All weights there are, by name: trained, frozen, and those of the reference."""
-    found = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
+    """Return a copy of all weights by name: trained, frozen, and those of the reference."""
+    weights = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
     if not isinstance(policy.weights, LoraWeights):
         with policy.weights.using(None):
             start = dict(policy.weights.active.named_parameters())
-        found |= {f"start {name}": weight.detach().clone() for name, weight in start.items()}
-    return found
+        weights.update({f"start {name}": weight.detach().clone() for name, weight in start.items()})
+    return weights
 
 
-# KL = 0 at the first step; ratio = 1 in the first minibatch of every step
+# KL is 0 at the first step, and ratios are 1 in the first minibatch of every step
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -114,20 +70,21 @@ def test_ratio_is_one_in_the_first_minibatch_and_moves_after_it(policy: Policy, 
     assert statistics["ratio/max"] > 1.001
 
 
-def test_one_ratio_below_one_in_the_first_minibatch_is_seen(fresh: Policy) -> None:
+def test_a_ratio_below_one_in_the_first_minibatch_is_reported(fresh: Policy) -> None:
     rollout = rollout_of(fresh)
-    higher = rollout.responses.logprobs.clone()
-    higher[1, 0] += 0.5
-    off = replace(rollout, responses=replace(rollout.responses, logprobs=higher))
-    found = run_update(fresh, loop_config(epochs=1, microbatch_size=2, minibatch_size=4, lr=1e-9), off)
-    assert found["ratio/first_error"] == pytest.approx(1 - np.exp(-0.5), rel=1e-4)
-    assert found["ratio/max"] == pytest.approx(1.0, rel=1e-4)
+    logprobs = rollout.responses.logprobs.clone()
+    logprobs[1, 0] += 0.5
+    shifted = replace(rollout, responses=replace(rollout.responses, logprobs=logprobs))
+    statistics = run_update(fresh, loop_config(epochs=1, microbatch_size=2, minibatch_size=4, lr=1e-9), shifted)
+    assert statistics["ratio/first_error"] == pytest.approx(1 - np.exp(-0.5), rel=1e-4)
+    assert statistics["ratio/max"] == pytest.approx(1.0, rel=1e-4)
 
 
 def test_in_the_loop_ratios_start_at_one_at_every_step_and_only_the_policy_moves(
     policy: Policy, tmp_path: Path
 ) -> None:
-    before, trained = every_weight(policy), {id(weight) for weight in policy.parameters()}
+    before = every_weight(policy)
+    trained = {id(weight) for weight in policy.parameters()}
     names = {name for name, weight in policy.model.named_parameters() if id(weight) in trained}
     records = learn(policy, tmp_path, loop_config())
     assert [record["ratio/first_error"] < 1e-5 for record in records] == [True] * 3
@@ -137,27 +94,27 @@ def test_in_the_loop_ratios_start_at_one_at_every_step_and_only_the_policy_moves
     assert policy.value_head.weight.abs().sum() > 0
 
 
-# Sampling and scoring agree, token by token
+# Sampling and scoring agree for every token
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_values_while_sampling_are_the_teacher_forced_ones(policy: Policy, temperature: float) -> None:
     disturb(policy)
     encoded = policy.encode(TEXTS)
-    responses = policy.sample(encoded, draw_uniforms(policy, 0, "test", 0, PROMPTS, 0, LENGTH), temperature)
-    assert responses.response_mask.sum(1).unique().numel() > 1  # some end, some do not
+    responses = policy.sample(encoded, Draws(0, "test").uniforms(policy, PROMPTS, 0, LENGTH), temperature)
+    assert responses.response_mask.sum(1).unique().numel() > 1  # some responses end early, some do not
     forced, entropy, values = policy.logprobs(encoded, responses.ids, temperature)
     mask = responses.response_mask
     torch.testing.assert_close(responses.logprobs[mask], forced[mask], rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(responses.values[mask], values[mask], rtol=1e-4, atol=1e-4)  # sums that cancel
+    torch.testing.assert_close(responses.values[mask], values[mask], rtol=1e-4, atol=1e-4)  # a sum of terms that cancel
     assert (entropy[mask] > 0).all()
 
 
-def test_logprobs_are_those_of_the_model_called_by_hand(policy: Policy) -> None:
+def test_logprobs_are_those_of_the_model_called_directly(policy: Policy) -> None:
     ids = torch.tensor([[40, 50, 7]])
     disturb(policy)
-    ours, entropy, values = policy.logprobs(policy.encode([TEXTS[1]]), ids, 0.7)
-    assert ours.requires_grad
+    logprobs, entropy, values = policy.logprobs(policy.encode([TEXTS[1]]), ids, 0.7)
+    assert logprobs.requires_grad
     assert not entropy.requires_grad
     prompt = policy.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     if policy.model.config.is_encoder_decoder:
@@ -170,44 +127,47 @@ def test_logprobs_are_those_of_the_model_called_by_hand(policy: Policy) -> None:
     expected = (logits.double() / 0.7).log_softmax(-1)
     scaled = states / states.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(values, policy.value_head(scaled)[..., 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.double(), expected.gather(-1, ids[..., None])[..., 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logprobs.double(), expected.gather(-1, ids[..., None])[..., 0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_every_sampled_token_counts_the_first_and_eos_too_and_nothing_after(fresh: Policy) -> None:
+def test_every_sampled_token_counts_including_the_first_and_eos(fresh: Policy) -> None:
     encoded = fresh.encode(TEXTS)
-    # Draws far above EOS (token 1 of hundreds) never bring it; a draw just inside its share does.
-    chances = torch.full((4, LENGTH), 0.9)
-    never = fresh.sample(encoded, chances, 1.0)
-    assert never.response_mask.all()
-    assert not never.ended.any()
-    shares = torch.stack([fresh.logprobs(encoded, torch.full((4, 1), token), 1.0)[0] for token in (0, EOS)])
-    below, own = shares[:, 2, 0].exp()
-    chances[2, 0] = below + own / 2
-    responses = fresh.sample(encoded, chances, 1.0)
-    assert responses.ids[2].tolist() == [EOS] + [fresh.pad] * (LENGTH - 1)
+    # The inverse CDF of 0.9 is far above EOS, which is token 1 of hundreds, so no response ends.
+    uniforms = torch.full((4, LENGTH), 0.9)
+    endless = fresh.sample(encoded, uniforms, 1.0)
+    assert endless.response_mask.all()
+    assert not endless.ended.any()
+
+    # A uniform in the middle of the interval of EOS draws it.
+    logprobs = torch.stack([fresh.logprobs(encoded, torch.full((4, 1), token), 1.0)[0] for token in (0, EOS)])
+    below, probability = logprobs[:, 2, 0].exp()
+    uniforms[2, 0] = below + probability / 2
+    responses = fresh.sample(encoded, uniforms, 1.0)
+    assert responses.ids[2].tolist() == [EOS] + [fresh.pad_token_id] * (LENGTH - 1)
     assert responses.response_mask[2].tolist() == [True] + [False] * (LENGTH - 1)
-    assert responses.logprobs[2, 0].item() == pytest.approx(own.log().item(), abs=1e-5)
+    assert responses.logprobs[2, 0].item() == pytest.approx(probability.log().item(), abs=1e-5)
     assert responses.logprobs[2, 1:].abs().sum() == 0
     assert responses.ended.tolist() == [False, False, True, False]
-    # The rows that stay are not disturbed by the one that left.
+
+    # The other rows do not change when one leaves.
     others = torch.tensor([0, 1, 3])
-    assert responses.ids[others].tolist() == never.ids[others].tolist()
+    assert responses.ids[others].tolist() == endless.ids[others].tolist()
 
 
-def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded, chances = fresh.encode(TEXTS), torch.full((4, LENGTH), 0.9)
-    alone = fresh.sample(encoded, chances, 1.0).ids[1].tolist()
+def test_the_last_row_continues_after_all_others_have_ended(fresh: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, uniforms = fresh.encode(TEXTS), torch.full((4, LENGTH), 0.9)
+    expected = fresh.sample(encoded, uniforms, 1.0).ids[1].tolist()
     draw = policy_module.draw_tokens
 
-    def end_others_at_once(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    def draw_eos_at_one_half(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         tokens = draw(logprobs, uniforms)
         return torch.where(uniforms == 0.5, EOS, tokens)
 
-    monkeypatch.setattr(policy_module, "draw_tokens", end_others_at_once)
-    chances[[0, 2, 3], 2] = 0.5
-    responses = fresh.sample(encoded, chances, 1.0)
-    assert responses.ids[1].tolist() == alone
+    monkeypatch.setattr(policy_module, "draw_tokens", draw_eos_at_one_half)
+    uniforms[[0, 2, 3], 2] = 0.5
+    responses = fresh.sample(encoded, uniforms, 1.0)
+    assert responses.ids[1].tolist() == expected
     assert responses.response_mask.sum(1).tolist() == [3, LENGTH, 3, 3]
     assert responses.ended.tolist() == [True, False, True, True]
 
@@ -216,28 +176,37 @@ def test_the_last_row_goes_on_when_all_others_have_ended(fresh: Policy, monkeypa
     ("name", "kind"),
     [("t5", "loaded with encoder"), ("bart", "loaded with encoder"), ("gpt2", "loaded"), ("llama", "loaded")],
 )
-def test_the_reference_can_be_sampled_too(name: str, kind: str, make_policy: Make) -> None:
-    loaded = make_policy(name, kind, encoder=name in ENCODER_DECODERS)
+def test_the_reference_can_be_sampled_after_the_policy_moved(name: str, kind: str, make_policy: Make) -> None:
+    policy = make_policy(name, kind, encoder=name in ENCODER_DECODERS)
     config = replace(small_config().generation, max_new_tokens=LENGTH)
-    before = in_row_order(sample_batches(loaded, PROMPTS, config, seed=0, stream="x"))
-    disturb(loaded)
-    assert in_row_order(sample_batches(loaded, PROMPTS, config, seed=0, stream="x")) != before
-    assert in_row_order(sample_batches(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference)) == before
+
+    def sampled(adapter: str | None = POLICY, samples: int = 1) -> list[list[str]]:
+        return sample_all(policy, PROMPTS, config, Draws(0, "x"), samples, adapter)
+
+    before = sampled()
+    disturb(policy)
+    assert sampled() != before
+    assert sampled(policy.reference) == before
     assert not any("</s>" in text or "<pad>" in text for (text,) in before)
-    two = in_row_order(sample_batches(loaded, PROMPTS, config, seed=0, stream="x", adapter=loaded.reference, samples=2))
-    assert [texts[:1] for texts in two] == before
-    asked, sample = [], loaded.sample
 
-    def note(*given: object) -> object:
-        asked.append(torch.is_grad_enabled())
-        return sample(*given)  # type: ignore[arg-type]
+    pairs = sampled(policy.reference, samples=2)
+    assert [texts[:1] for texts in pairs] == before
+    assert all(first != second for first, second in pairs)
 
-    loaded.sample = note  # type: ignore[method-assign, assignment]
-    batches = list(sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x"))
-    assert ([list(batch) for batch in batches], asked) == ([[2, 0, 1], [3]], [False, False])  # of like length
-    rest = sample_batches(loaded, PROMPTS, replace(config, batch_size=3), seed=0, stream="x", skip=3)
-    assert list(rest) == batches[1:]
-    assert all(first != second for first, second in two)
+
+def test_batches_hold_prompts_of_similar_length_and_are_sampled_without_gradients(loaded: Policy) -> None:
+    disturb(loaded)
+    config = replace(small_config().generation, max_new_tokens=LENGTH, batch_size=3)
+    grad_enabled, sample = [], loaded.sample
+
+    def recording(*args: object) -> object:
+        grad_enabled.append(torch.is_grad_enabled())
+        return sample(*args)  # type: ignore[arg-type]
+
+    loaded.sample = recording  # type: ignore[method-assign, assignment]
+    batches = list(sample_batches(loaded, PROMPTS, config, Draws(0, "x")))
+    assert [list(batch) for batch in batches] == [[2, 0, 1], [3]]  # the rows, sorted by length
+    assert grad_enabled == [False, False]
 
 
 # Padding never changes a result
@@ -247,32 +216,32 @@ def test_a_response_depends_neither_on_its_batch_nor_on_padding(policy: Policy) 
     disturb(policy)
     together = rollout_of(policy)
     for mask in (together.encoded.mask, together.responses.response_mask):
-        assert mask.sum(1).unique().numel() > 1  # so there is padding to go wrong, on both sides
+        assert mask.sum(1).unique().numel() > 1  # so prompts and responses are padded
     for row, prompt in enumerate(together.prompts):
-        alone = collect_rollout(
-            policy, [prompt], replace(small_config().generation, max_new_tokens=LENGTH), seed=0, step=0
-        )
-        mask, ours = together.responses.response_mask[row], alone.responses.response_mask[0]
-        assert alone.responses.ids[0][ours].tolist() == together.responses.ids[row][mask].tolist()
+        generation = replace(small_config().generation, max_new_tokens=LENGTH)
+        alone = collect_rollout(policy, [prompt], generation, Draws(0, "rollout"))
+        mask, mask_alone = together.responses.response_mask[row], alone.responses.response_mask[0]
+        assert alone.responses.ids[0][mask_alone].tolist() == together.responses.ids[row][mask].tolist()
         pairs = (
             (alone.responses.logprobs[0], together.responses.logprobs[row]),
             (alone.ref_logprobs[0], together.ref_logprobs[row]),
             (alone.responses.values[0], together.responses.values[row]),
         )
-        for one, other in pairs:
-            torch.testing.assert_close(one[ours], other[mask], rtol=1e-4, atol=1e-4)
+        for actual, expected in pairs:
+            torch.testing.assert_close(actual[mask_alone], expected[mask], rtol=1e-4, atol=1e-4)
 
 
-def test_what_stands_in_the_padding_of_prompts_and_behind_responses_never_matters(policy: Policy) -> None:
+def test_contents_of_padding_and_of_tokens_after_a_response_change_nothing(policy: Policy) -> None:
     encoded = policy.encode(TEXTS)
     ids = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(0))
-    hidden = ~encoded.mask.bool()
-    junk = torch.where(hidden if encoded.states.ndim == 2 else hidden[..., None], 17, encoded.states)
-    dirty = torch.cat([ids[:, :4], ids[:, 4:] + 9], 1)
-    clean, _, _ = policy.logprobs(encoded, ids, 1.0)
-    soiled, _, _ = policy.logprobs(replace(encoded, states=junk), dirty, 1.0)
-    torch.testing.assert_close(clean[:, :4], soiled[:, :4], rtol=1e-5, atol=1e-6)
-    assert not torch.isclose(clean[:, 4:], soiled[:, 4:]).any()
+    logprobs, _, _ = policy.logprobs(encoded, ids, 1.0)
+
+    padding = ~encoded.mask.bool()
+    other_states = torch.where(padding if encoded.states.ndim == 2 else padding[..., None], 17, encoded.states)
+    other_ids = torch.cat([ids[:, :4], ids[:, 4:] + 9], 1)
+    other_logprobs, _, _ = policy.logprobs(replace(encoded, states=other_states), other_ids, 1.0)
+    torch.testing.assert_close(logprobs[:, :4], other_logprobs[:, :4], rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(logprobs[:, 4:], other_logprobs[:, 4:]).any()
 
 
 def test_a_causal_model_without_position_ids_would_be_wrong(make_policy: Make) -> None:
@@ -281,10 +250,10 @@ def test_a_causal_model_without_position_ids_would_be_wrong(make_policy: Make) -
     mask = torch.cat([encoded.mask, torch.ones(4, 5, dtype=torch.long)], 1)
     logits = policy.model(torch.cat([encoded.states, ids[:, :5]], 1), attention_mask=mask).logits[:, -6:]
     naive = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    ours, _, _ = policy.logprobs(encoded, ids, 1.0)
-    wrong = (naive - ours).abs().amax(1)
-    assert wrong[3] < 1e-5  # the longest prompt has no padding
-    assert (wrong[:3] > 0.5).all()
+    logprobs, _, _ = policy.logprobs(encoded, ids, 1.0)
+    error = (naive - logprobs).abs().amax(1)
+    assert error[3] < 1e-5  # the longest prompt has no padding
+    assert (error[:3] > 0.5).all()
 
 
 def test_rollout_batch_size_changes_nothing(policy: Policy) -> None:
@@ -295,11 +264,11 @@ def test_rollout_batch_size_changes_nothing(policy: Policy) -> None:
 
 
 def test_a_rollout_is_as_long_as_its_longest_response(fresh: Policy) -> None:
-    fresh.ends = list(range(300))
+    fresh.eos_token_ids = list(range(300))
     assert rollout_of(fresh).responses.ids.shape == rollout_of(fresh).ref_logprobs.shape == (4, 1)
 
 
-def test_selecting_rows_cuts_the_padding_none_of_them_needs_on_either_side() -> None:
+def test_selecting_rows_drops_padding_that_none_of_them_needs_on_either_side() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
     encoded = Encoded(states=torch.arange(9.0).view(3, 3, 1), mask=mask).select(torch.tensor([2, 1]))
     assert encoded.states.squeeze(-1).tolist() == [[6.0, 7.0], [3.0, 4.0]]
@@ -319,13 +288,14 @@ def test_dropout_is_off_in_rollout_reference_and_update(policy: Policy) -> None:
         assert torch.equal(once, again)
         assert not any(module.training for module in policy.weights.active.modules())
     assert torch.equal(encoded.states, policy.encode(TEXTS).states)
-    seen = policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0]
-    policy._network = PlainNetwork  # type: ignore[assignment]  # T5's own here has no dropout to forget
-    policy.model.train()  # there is dropout, and it would matter
-    assert (policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0] - seen).abs().max() > 1e-3
+    logprobs, _, _ = policy.logprobs(policy.encode(TEXTS), ids, 1.0)
+    policy._network_class = PlainNetwork  # the fast T5 has no dropout that could be on
+    policy.model.train()  # the models do have dropout, and it changes log-probs
+    with_dropout, _, _ = policy.logprobs(policy.encode(TEXTS), ids, 1.0)
+    assert (with_dropout - logprobs).abs().max() > 1e-3
 
 
-def test_a_lora_that_joins_later_brings_no_dropout(
+def test_a_lora_that_is_added_later_has_no_dropout(
     loaded: Policy, starts: dict[object, Path], architecture: str
 ) -> None:
     loaded.weights.add("other", starts[architecture, "loaded"])
@@ -348,11 +318,12 @@ def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(
 ) -> None:
     for name in ENCODER_DECODERS:
         full = make_policy(name, "full")
-        own = {weight.data_ptr() for weight in full.model.parameters()}
+        weights = {weight.data_ptr() for weight in full.model.parameters()}
         trained = {weight.data_ptr() for weight in full.parameters()}
         with full.weights.using(None):
             start = {weight.data_ptr() for weight in full.weights.active.parameters()}
-        assert own & start == own - trained
+        assert weights & start == weights - trained
+
         bare, lora = AutoModelForSeq2SeqLM.from_pretrained(bases[name]), make_policy(name, "loaded")
         adapters = [weight for path, weight in lora.model.named_parameters() if "lora_" in path]
         expected = sum(weight.numel() for weight in [*bare.parameters(), *adapters])
@@ -368,51 +339,58 @@ def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(
 
 def test_only_what_trains_has_gradients_and_they_are_not_all_zero(policy: Policy) -> None:
     config, rollout = loop_config(), rollout_of(policy)
-    part = train_module._losses(policy, rollout, targets_of(rollout), torch.arange(4), config)
-    part["policy"].backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    learner = learner_of(policy, Path("unused"), config, rollout)
+    losses = learner._losses(torch.arange(4), targets_of(rollout))
+    losses["policy"].backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with_gradient = {name for name, weight in policy.model.named_parameters() if weight.grad is not None}
     assert with_gradient == {name for name, weight in policy.model.named_parameters() if weight.requires_grad}
     assert not any(".encoder." in name for name in with_gradient)
     if isinstance(policy.weights, LoraWeights):
         assert all("lora_" in name and ".default." in name for name in with_gradient)
-    kept = {name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None}
-    assert sum(bool(gradient.any()) for gradient in kept.values()) >= len(kept) // 2
+
+    parameters = dict(policy.model.named_parameters())
+    gradients = {name: weight.grad.clone() for name, weight in parameters.items() if weight.grad is not None}
+    assert sum(bool(gradient.any()) for gradient in gradients.values()) >= len(gradients) // 2
     assert policy.value_head.weight.grad is None
-    part["value"].backward()  # type: ignore[no-untyped-call]
+    losses["value"].backward()  # type: ignore[no-untyped-call]
     assert policy.value_head.weight.grad.abs().sum() > 0
-    assert all(torch.equal(kept[name], dict(policy.model.named_parameters())[name].grad) for name in kept)
+    assert all(torch.equal(gradient, parameters[name].grad) for name, gradient in gradients.items())
 
 
 def test_microbatch_size_does_not_change_the_update(make_policy: Make) -> None:
     for name, kind in KINDS:
-        after = []
+        updates = []
         for microbatch in (1, 3, 4):
             policy = make_policy(name, kind)
-            # Adam and clipping do not see a gradient's scale, so a wrong divisor shows in the norm before clipping.
-            config = loop_config(microbatch_size=microbatch, max_grad_norm=1e-3, epochs=1)
+            # Adam and clipping hide the scale of a gradient, so a wrong divisor shows in the norm before clipping only.
+            config = loop_config(microbatch_size=microbatch, max_grad_norm=1e-3, epochs=1, lr=0.1, value_lr=0.1)
             weights = [*policy.parameters(), *policy.value_head.parameters()]
             rollout = rollout_of(policy)
-            norm = update(
-                policy, Accelerator(), torch.optim.SGD(weights, lr=0.1), rollout, targets_of(rollout), config, 0
-            )["grad_norm"]
-            after.append((norm, torch.cat([weight.detach().flatten() for weight in weights])))
-        for norm, moved in after[1:]:
-            assert norm == pytest.approx(after[0][0], rel=1e-4)
-            torch.testing.assert_close(moved, after[0][1], rtol=1e-4, atol=1e-6)
+            learner = learner_of(policy, Path("unused"), config, rollout)
+            use_sgd(learner)
+            statistics = learner.update(targets_of(rollout), step=0)
+            updates.append((statistics["grad_norm"], torch.cat([weight.detach().flatten() for weight in weights])))
+
+        expected_norm, expected_weights = updates[0]
+        for norm, updated_weights in updates[1:]:
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
+            torch.testing.assert_close(updated_weights, expected_weights, rtol=1e-4, atol=1e-6)
 
 
-def test_a_trained_encoder_learns_and_the_reference_reads_its_own(make_policy: Make) -> None:
+def test_a_trained_encoder_learns_and_the_reference_keeps_the_frozen_one(make_policy: Make) -> None:
     for name in ENCODER_DECODERS:
         for kind in ("fresh", "loaded with encoder", "full"):
             policy = make_policy(name, kind, encoder=True)
             before, states = every_weight(policy), policy.encode(TEXTS).states.detach()
             assert run_update(policy, loop_config(lr=1e-2), rollout_of(policy))["ratio/first_error"] < 1e-5
+
             after = every_weight(policy)
             changed = {name for name in before if not torch.equal(before[name], after[name])}
             assert any("encoder." in name for name in changed)
             assert not any(name.startswith("start ") or ".reference." in name for name in changed)
             torch.testing.assert_close(policy.encode(TEXTS, policy.reference).states, states, rtol=1e-4, atol=1e-5)
             assert (policy.encode(TEXTS).states - states).abs().max() > 1e-2
+
             rollout = rollout_of(policy)
             start = policy.encode([prompt.text for prompt in rollout.prompts], policy.reference)
             expected, _, _ = policy.logprobs(start, rollout.responses.ids, 1.0, policy.reference)
@@ -420,31 +398,35 @@ def test_a_trained_encoder_learns_and_the_reference_reads_its_own(make_policy: M
             torch.testing.assert_close(rollout.ref_logprobs[mask], expected[mask].detach(), rtol=1e-4, atol=1e-5)
 
 
-# Save at k, go on to n
+# Save at step k, resume to step n
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_a_run_that_stopped_goes_on_as_if_it_never_had(name: str, kind: str, make_policy: Make, tmp_path: Path) -> None:
+def test_a_resumed_run_is_identical_to_an_uninterrupted_one(
+    name: str, kind: str, make_policy: Make, tmp_path: Path
+) -> None:
     calls = 0
 
     def failing(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 4:  # one call fits the normaliser, one belongs to each step
+        if calls == 4:  # the first call fits the normaliser, each step makes one more
             raise ConnectionError
         return share_of_e(prompts, responses)
 
-    whole, broken, rest = (make_policy(name, kind) for _ in range(3))
+    whole, interrupted, resumed = (make_policy(name, kind) for _ in range(3))
     config = loop_config(steps=4, kl_target=1.0)
-    records = learn(whole, tmp_path / "whole", config)
+    expected_records = learn(whole, tmp_path / "whole", config)
     with pytest.raises(ConnectionError):
-        learn(broken, tmp_path / "parts", config, failing)
-    again = learn(rest, tmp_path / "parts", config)
-    assert [record["step"] for record in again] == [0, 1, 2, 3]
-    for one, other in zip(records, again, strict=True):
-        assert {k: v for k, v in one.items() if "second" not in k} == {
-            k: v for k, v in other.items() if "second" not in k
-        }
-    expected, found = every_weight(whole), every_weight(rest)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert torch.equal(whole.value_head.weight, rest.value_head.weight)
+        learn(interrupted, tmp_path / "parts", config, failing)
+    records = learn(resumed, tmp_path / "parts", config)
+
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert [without_times(record) for record in records] == [without_times(record) for record in expected_records]
+    weights, expected_weights = every_weight(resumed), every_weight(whole)
+    assert all(torch.equal(expected_weights[name], weights[name]) for name in expected_weights)
+    assert torch.equal(whole.value_head.weight, resumed.value_head.weight)
+
+
+def without_times(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if "second" not in name}

@@ -1,4 +1,4 @@
-"""Loading, saving and updating policies; what does not fit is refused."""
+"""Policies are loaded, saved and updated; models, tokenizers and adapters that do not fit are rejected."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertLMHeadModel,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
@@ -31,55 +32,55 @@ from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy, draw_tokens
 from detoxrl.models.sampling import require_agreement
 from detoxrl.models.weights import POLICY
-from detoxrl.training import train as train_module
-from test_invariants import TEXTS, rollout_of, run_update
+from detoxrl.training.learner import Learner
+from learning import TEXTS, rollout_of, run_update
 
 
-def test_steps_and_samples_draw_differently(fresh: Policy) -> None:
+def test_steps_draw_different_responses(fresh: Policy) -> None:
     assert rollout_of(fresh, step=0).texts != rollout_of(fresh, step=1).texts
 
 
-def test_a_step_that_moved_too_far_skips_its_other_epochs_and_a_gradient_is_scaled_down(
+def test_a_step_beyond_the_kl_limit_skips_its_other_epochs_and_gradients_are_clipped(
     bases: dict[str, Path],
 ) -> None:
     small = small_config()
-    moved = {}
-    for name, changes in {"free": {}, "held": {"max_grad_norm": 1e-9}, "short": {"update_kl_limit": 1e-12}}.items():
+    epochs, distances = {}, {}
+    cases = {"default": {}, "clipped": {"max_grad_norm": 1e-9}, "kl limit": {"update_kl_limit": 1e-12}}
+    for name, changes in cases.items():
         policy = load_policy(str(bases["t5"]), None, policy_config("t5"), seed=0)
         before = [weight.detach().clone() for weight in policy.parameters()]
         config = replace(small, rl=replace(small.rl, **{"minibatch_size": 2, "update_kl_limit": None, **changes}))
-        epochs = run_update(policy, config, rollout_of(policy))["epochs"]
+        epochs[name] = run_update(policy, config, rollout_of(policy))["epochs"]
         pairs = zip(before, policy.parameters(), strict=True)
-        moved[name] = (epochs, sum(float((new.detach() - old).abs().sum()) for old, new in pairs))
-    assert moved["free"][0] == moved["held"][0] == 2
-    assert moved["short"][0] == 1
-    assert moved["held"][1] < 0.05 * moved["free"][1]
+        distances[name] = sum(float((new.detach() - old).abs().sum()) for old, new in pairs)
+    assert epochs == {"default": 2, "clipped": 2, "kl limit": 1}
+    assert distances["clipped"] < 0.05 * distances["default"]
 
 
 def test_minibatches_are_shuffled_anew_in_every_epoch(fresh: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    losses = train_module._losses
+    rows: list[int] = []
+    losses = Learner._losses
 
-    def record(*given: object) -> object:
-        seen.extend(given[3].tolist())  # type: ignore[attr-defined]
-        return losses(*given)  # type: ignore[arg-type]
+    def recording(*args: object) -> object:
+        rows.extend(args[1].tolist())  # type: ignore[attr-defined]
+        return losses(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_module, "_losses", record)
+    monkeypatch.setattr(Learner, "_losses", recording)
     config = replace(small_config(), rl=replace(small_config().rl, update_kl_limit=None, epochs=4, minibatch_size=2))
     run_update(fresh, config, rollout_of(fresh))
-    passes = [seen[i : i + 4] for i in range(0, 16, 4)]
-    assert all(sorted(one) == [0, 1, 2, 3] for one in passes)
-    assert len({tuple(one) for one in passes}) > 1
+    epochs = [rows[i : i + 4] for i in range(0, 16, 4)]
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_what_is_saved_loads_without_detoxrl_and_generates_the_same(
+def test_a_saved_policy_loads_without_detoxrl_and_generates_the_same(
     policy: Policy, request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     name, kind = request.node.callspec.params["policy"]
-    policy.ends = eos_token_ids(policy.model.config)
+    policy.eos_token_ids = eos_token_ids(policy.model.config)
     disturb(policy)
     policy.save(tmp_path / "adapter")
-    assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # no other adapter goes along
+    assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # no other adapter is saved
     auto = AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM
     if kind == "full":
         model = auto.from_pretrained(tmp_path / "adapter").eval()
@@ -94,18 +95,18 @@ def test_what_is_saved_loads_without_detoxrl_and_generates_the_same(
     assert expected[skipped:].tolist() == greedy.tolist()[: len(expected) - skipped]
 
 
-def test_an_untied_model_is_saved_as_one(tmp_path: Path) -> None:
+def test_an_untied_model_is_saved_as_untied(tmp_path: Path) -> None:
     base = trl_oracle.build("t5", tmp_path).base
     full = load_policy(str(base), None, policy_config("t5", full=True), seed=0)
     full.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
     again = load_policy(str(tmp_path / "saved"), None, policy_config("t5"), seed=0)
     ids = torch.full((1, 4), 7)
-    ours, theirs = (policy.logprobs(policy.encode(["kind w5"]), ids, 1.0)[0] for policy in (full, again))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # tied, it would be nats off
+    saved, loaded = (policy.logprobs(policy.encode(["kind w5"]), ids, 1.0)[0] for policy in (full, again))
+    torch.testing.assert_close(loaded, saved, rtol=1e-6, atol=1e-6)  # with a tied head it would be off by nats
 
 
-def test_a_policy_moves_whole_from_device_to_device(policy: Policy) -> None:
+def test_all_weights_of_a_policy_move_to_a_device(policy: Policy) -> None:
     meta = torch.device("meta")
     assert policy.to(meta).device == meta
     for adapter in (POLICY, policy.reference, None):
@@ -113,31 +114,34 @@ def test_a_policy_moves_whole_from_device_to_device(policy: Policy) -> None:
             assert {weight.device for weight in policy.weights.active.parameters()} == {meta}
 
 
-def test_a_saved_policy_joins_another_under_a_name(
+def test_a_saved_policy_can_be_added_to_another_under_a_name(
     policy: Policy, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     _, kind = request.node.callspec.params["policy"]
     disturb(policy)
     policy.save(tmp_path)
     ids = torch.full((4, 5), 40)
-    seen = policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0]
+    expected = policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0]
     for weight in policy.parameters():
         torch.nn.init.zeros_(weight)
-    policy.weights.add("kept", tmp_path)
-    again = policy.logprobs(policy.encode(TEXTS, "kept"), ids, 1.0, "kept")[0]
-    torch.testing.assert_close(again, seen, rtol=1e-5, atol=1e-6)
-    assert not torch.isclose(policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0], seen).any()
+
+    policy.weights.add("saved", tmp_path)
+    actual = policy.logprobs(policy.encode(TEXTS, "saved"), ids, 1.0, "saved")[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(policy.logprobs(policy.encode(TEXTS), ids, 1.0)[0], expected).any()
+
     trained = policy.parameters()
-    with policy.weights.using("kept"):
-        kept = [w for name, w in policy.weights.active.named_parameters() if ".kept." in name or kind == "full"]
-        assert kept
-        assert kind != "full" or not any(weight.requires_grad for weight in kept)
-    assert all(one is other for one, other in zip(policy.parameters(), trained, strict=True))
-    assert not any(weight.requires_grad for weight in kept)
+    with policy.weights.using("saved"):
+        parameters = policy.weights.active.named_parameters()
+        added = [weight for name, weight in parameters if ".saved." in name or kind == "full"]
+        assert added
+        assert kind != "full" or not any(weight.requires_grad for weight in added)
+    assert all(after is before for after, before in zip(policy.parameters(), trained, strict=True))
+    assert not any(weight.requires_grad for weight in added)
     assert policy.weights.active is (policy.model if kind == "full" else policy.model.get_base_model())
 
 
-def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without() -> None:
+def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_of_probability_zero() -> None:
     logprobs = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0]]).log().expand(4, -1)
     tokens = draw_tokens(logprobs, torch.tensor([[0.0], [0.249], [0.25], [1.0]]))
     assert tokens.squeeze(1).tolist() == [1, 1, 2, 3]
@@ -146,9 +150,7 @@ def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_without
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "classifier"])
-def test_a_base_that_generates_no_text_is_bad_input(base: str, tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
+def test_a_base_that_generates_no_text_is_rejected(base: str, tmp_path: Path) -> None:
     if base == "classifier":
         tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
         BertForSequenceClassification(tiny).save_pretrained(tmp_path)
@@ -157,24 +159,24 @@ def test_a_base_that_generates_no_text_is_bad_input(base: str, tmp_path: Path) -
         load_base(base)
 
 
-def test_a_target_that_is_no_layer_is_named_with_those_there_are(bases: dict[str, Path]) -> None:
+def test_the_error_for_an_unknown_lora_target_lists_the_layers(bases: dict[str, Path]) -> None:
     config = replace(policy_config("t5"), lora_targets=("query",))
     with pytest.raises(InputError, match=r"lora_targets = 'query'.*choose from .*\bq\b"):
         load_policy(str(bases["t5"]), None, config, seed=0)
 
 
-def test_an_adapter_of_another_base_is_bad_input(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_rejected(bases: dict[str, Path], tmp_path: Path) -> None:
     load_policy(str(bases["bart"]), None, policy_config("bart"), seed=0).save(tmp_path)
     with pytest.raises(InputError, match=r"policy\.adapter = .*; give an adapter of this base"):
         load_policy(str(bases["t5"]), tmp_path, policy_config("t5"), seed=0)
 
 
-def test_a_layer_no_adapter_may_reach_is_no_target(bases: dict[str, Path]) -> None:
+def test_the_language_model_head_is_no_lora_target(bases: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="lora_targets = 'lm_head'"):
         load_policy(str(bases["t5"]), None, replace(policy_config("t5"), lora_targets=("lm_head",)), seed=0)
 
 
-def test_a_pickled_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pickled_adapter_is_rejected(bases: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="safetensors"):
@@ -187,10 +189,10 @@ def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     return str(folder)
 
 
-def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_samples_and_scores_differently_is_rejected(bases: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bases["gpt2"])
     torch.manual_seed(0)
-    # GPT-1 takes no cache; a BERT that was saved with a generator's head looks ahead.
+    # GPT-1 has no cache, and a BERT that was saved with a generator's head looks at later tokens.
     gpt1 = OpenAIGPTConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, eos_token_id=1, initializer_range=0.2)
     bert = BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
@@ -203,30 +205,36 @@ def test_a_model_that_samples_other_than_it_scores_is_refused(bases: dict[str, P
             require_agreement(policy, base)
 
 
-@pytest.mark.parametrize("call", [0, 1])
-def test_either_text_is_enough_to_disagree(make_policy: Make, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, seen = make_policy("t5", "fresh"), []
+@pytest.mark.parametrize("text", [0, 1])
+def test_a_difference_in_either_text_and_direction_is_rejected(
+    make_policy: Make, text: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("t5", "fresh")
     logprobs = policy.logprobs
+    calls = 0
 
-    def off(*given: object) -> object:
-        seen.append(given)
-        chosen, *others = logprobs(*given)  # type: ignore[arg-type]
-        return (chosen + 0.002 * (len(seen) - 1 == call), *others)  # higher: the gap is the other way round
+    def higher_for_one_text(*args: object) -> object:
+        nonlocal calls
+        chosen, *others = logprobs(*args)  # type: ignore[arg-type]
+        shift = 0.002 if calls == text else 0.0
+        calls += 1
+        return chosen + shift, *others
 
-    monkeypatch.setattr(policy, "logprobs", off)
-    with pytest.raises(InputError, match=r"up to 0\.002 nats off"):
-        require_agreement(policy, "base")
-    monkeypatch.setattr(policy, "logprobs", lambda *given: (logprobs(*given)[0] - 0.002, None, None))
-    with pytest.raises(InputError, match=r"up to 0\.002 nats off"):
-        require_agreement(policy, "base")
+    def lower(*args: object) -> object:
+        return logprobs(*args)[0] - 0.002, None, None  # type: ignore[arg-type]
+
+    for shifted in (higher_for_one_text, lower):
+        monkeypatch.setattr(policy, "logprobs", shifted)
+        with pytest.raises(InputError, match=r"up to 0\.002 nats off"):
+            require_agreement(policy, "base")
 
 
-def test_all_policies_agree_with_themselves(policy: Policy) -> None:
+def test_every_policy_samples_and_scores_alike(policy: Policy) -> None:
     disturb(policy)
     require_agreement(policy, "base")
 
 
-def test_a_causal_decoder_with_layers_called_encoder_trains_them(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_causal_model_whose_layers_are_named_encoder_trains_them(bases: dict[str, Path], tmp_path: Path) -> None:
     bert = BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
         eos_token_id=1, is_decoder=True,
@@ -236,7 +244,7 @@ def test_a_causal_decoder_with_layers_called_encoder_trains_them(bases: dict[str
     assert load_policy(base, None, config, seed=0).parameters()
 
 
-def test_settings_for_sampling_that_do_not_hold_together_can_be_saved(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_with_inconsistent_sampling_settings_can_be_saved(bases: dict[str, Path], tmp_path: Path) -> None:
     copytree(bases["llama"], tmp_path / "base")
     (tmp_path / "base/generation_config.json").write_text('{"max_length": 4096, "temperature": 0.9, "top_p": 0.6}')
     load_policy(str(tmp_path / "base"), None, policy_config("llama", full=True), seed=0).save(tmp_path / "saved")
@@ -245,36 +253,37 @@ def test_settings_for_sampling_that_do_not_hold_together_can_be_saved(bases: dic
 
 def test_any_of_several_end_tokens_ends_a_response(bases: dict[str, Path]) -> None:
     policy = load_policy(str(bases["llama"]), None, policy_config("llama"), seed=0)
-    assert policy.ends == [2, 1]
+    assert policy.eos_token_ids == [2, 1]
     encoded = policy.encode(TEXTS[:1])
-    shares = [policy.logprobs(encoded, torch.tensor([[token]]), 1.0)[0].exp().item() for token in (0, 1, 2)]
+    first_tokens = (torch.tensor([[token]]) for token in (0, 1, 2))
+    probabilities = [policy.logprobs(encoded, ids, 1.0)[0].exp().item() for ids in first_tokens]
     for token in (1, 2):
-        chances = torch.tensor([[sum(shares[:token]) + shares[token] / 2, 0.9]])
-        responses = policy.sample(encoded, chances, 1.0)
-        assert responses.ids[0].tolist() == [token, policy.pad]
+        in_the_middle = sum(probabilities[:token]) + probabilities[token] / 2
+        responses = policy.sample(encoded, torch.tensor([[in_the_middle, 0.9]]), 1.0)
+        assert responses.ids[0].tolist() == [token, policy.pad_token_id]
         assert responses.ended.tolist() == [True]
 
 
-def test_a_tokenizer_that_ends_prompts_is_refused_for_a_causal_model(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_ends_prompts_is_rejected_for_a_causal_model(bases: dict[str, Path], tmp_path: Path) -> None:
     copytree(bases["gpt2"], tmp_path / "base")
     AutoTokenizer.from_pretrained(bases["t5"]).save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match=r"has a tokenizer that ends every prompt with EOS"):
         load_base(str(tmp_path / "base"))
 
 
-def test_an_encoder_to_train_needs_an_encoder(bases: dict[str, Path]) -> None:
+def test_training_the_encoder_of_a_causal_model_is_rejected(bases: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"policy\.train_encoder = True: needs an encoder"):
         load_policy(str(bases["gpt2"]), None, policy_config("gpt2", encoder=True), seed=0)
 
 
-def test_what_joins_must_come_from_the_same_base(make_policy: Make, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_added_weights_must_come_from_the_same_base(make_policy: Make, bases: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("fresh", "full"):
         make_policy("gpt2", kind).save(tmp_path / kind)
         with pytest.raises(InputError, match=r"adapter = '.*'"):
             make_policy("llama", kind).weights.add("other", tmp_path / kind)
 
 
-def test_a_lora_of_another_depth_or_torn_does_not_join(
+def test_a_lora_of_another_depth_or_with_corrupted_weights_cannot_be_added(
     make_policy: Make, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     model, tokenizer = load_base(str(bases["t5"]))
@@ -283,8 +292,8 @@ def test_a_lora_of_another_depth_or_torn_does_not_join(
     load_policy(deeper, None, policy_config("t5"), seed=0).save(tmp_path / "lora")
     with pytest.raises(InputError, match=r"adapter = '.*': belongs to a base with other layers"):
         make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
-    (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(StorageError, match="is broken"):
+    (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"corrupted")
+    with pytest.raises(StorageError, match="cannot be read"):
         make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
-    with pytest.raises(InputError, match=r"adapter = '.*': is no folder here"):
+    with pytest.raises(InputError, match=r"adapter = '.*': is neither an existing path"):
         make_policy("t5", "full").weights.add("other", tmp_path / "nowhere")

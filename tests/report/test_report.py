@@ -15,7 +15,8 @@ import pytest
 
 from detoxrl.config.edit import flatten
 from detoxrl.errors import InputError
-from detoxrl.report.page import build_report, mask_pattern, segments
+from detoxrl.report.masking import masking_pattern, segments
+from detoxrl.report.page import build_report
 from detoxrl.report.plots import over_optimisation
 from detoxrl.report.sheets import blind_sheets, compared_sheet, samples_sheet
 from detoxrl.report.terminal import print_result
@@ -26,7 +27,7 @@ JUDGE = "alt-profanity-check"
 
 @pytest.fixture(scope="module", autouse=True)
 def drawings() -> None:
-    """Reports are drawn here."""
+    """Draw the plots, which other modules leave out."""
 
 
 class _Visible(HTMLParser):
@@ -93,10 +94,6 @@ def sample(
     }
 
 
-def old(mean: float) -> dict[str, float]:
-    return {"mean": mean, "std": 0.1, "max_toxicity": 0.75, "toxicity_ratio": 0.25}
-
-
 EVALUATION: dict[str, Any] = {
     "n_prompts": 3,
     "samples_per_prompt": 2,
@@ -105,13 +102,6 @@ EVALUATION: dict[str, Any] = {
                  "reward classifier": toxicity(0.4, 0.1, "less toxic", None)},
     "quality": {"facts": change(0.91, 0.9), "length": change(24.0, 23.5)},
     "changed_on_its_way": [],
-    "as_older_systems": {
-        "judge": "reward classifier",
-        "first 2": {"prompt and response": {"before": old(0.611), "after": old(0.612)},
-                    "response": {"before": old(0.621), "after": old(0.622), "human": old(0.623)}},
-        "first 3": {"prompt and response": {"before": old(0.711), "after": old(0.712)},
-                    "response": {"before": old(0.721), "after": old(0.722), "human": old(0.723)}},
-    },
     "two_by_two": {"toxic before": {"toxic after": 1, "civil after": 3},
                    "civil before": {"toxic after": 2, "civil after": 14}},
     "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},
@@ -235,62 +225,65 @@ def test_insult_at_the_edge_of_an_excerpt_is_masked(run_dir: Path) -> None:
     ],
 )
 def test_masking_finds_whole_words_and_loses_no_text(text: str, masked: list[str]) -> None:
-    found = segments(text, mask_pattern(["idiot", "pig", "crybaby", "lt"]))
+    found = segments(text, masking_pattern(["idiot", "pig", "crybaby", "lt"]))
     assert [piece for piece, hidden in found if hidden] == masked
     assert "".join(piece for piece, _ in found) == text
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "verdict", "words"),
+    ("before", "after", "verdict", "expected"),
     [
         (0.27, 0.05, "less toxic",
          "Less toxic: mean toxicity by alt-profanity-check fell from 0.27 to 0.05 "
-         "(difference −0.22, 95 % interval −0.24 to −0.20, p = 0.012; 3 prompts, 2 samples each)"),
+         "(difference −0.22, 95% interval −0.24 to −0.20, p = 0.012; 3 prompts, 2 samples each)"),
         (0.1, 0.4, "more toxic",
          "More toxic: mean toxicity by alt-profanity-check rose from 0.10 to 0.40 "
-         "(difference +0.30, 95 % interval +0.28 to +0.32, p = 0.012; 3 prompts, 2 samples each)"),
+         "(difference +0.30, 95% interval +0.28 to +0.32, p = 0.012; 3 prompts, 2 samples each)"),
         (0.1, 0.095, "no detectable difference",
          "No detectable difference: mean toxicity by alt-profanity-check was 0.100 before and 0.095 after "
-         "(difference −0.005, 95 % interval −0.025 to +0.015, p = 0.012; 3 prompts, 2 samples each; "
-         "a change of 0.029 would have been found in 4 of 5 such measurements)"),
+         "(difference −0.005, 95% interval −0.025 to +0.015, p = 0.012; 3 prompts, 2 samples each; "
+         "smallest change detectable with 80% power: 0.029)"),
     ],
 )  # fmt: skip
 def test_headline_says_what_the_interval_shows(
-    run_dir: Path, before: float, after: float, verdict: str, words: str
+    run_dir: Path, before: float, after: float, verdict: str, expected: str
 ) -> None:
     judged = EVALUATION["toxicity"] | {JUDGE: toxicity(before, after, verdict)}  # type: ignore[operator]
     write(run_dir, "eval.json", EVALUATION | {"toxicity": judged})
-    assert words in visible(built(run_dir))
+    assert expected in visible(built(run_dir))
 
 
 def test_judges_are_told_apart_by_independence(run_dir: Path) -> None:
     rows = visible(built(run_dir)).splitlines()
-    reward, _ = [row for row in rows if row.startswith("reward classifier")]  # the other is of the tail
+    reward, _ = [row for row in rows if row.startswith("reward classifier")]  # the second is the tail's
     primary, _ = [row for row in rows if row.startswith(JUDGE)]
     assert "not independent" in reward
     assert "—" in reward  # no floor, no share removed
-    assert "primary, independent" in primary
-    assert "96 %" in primary  # of 0.27 - 0.04 above the floor, 0.22 are gone
+    assert "primary judge, independent" in primary
+    assert "96%" in primary  # of 0.27 - 0.04 above the floor, 0.22 are gone
 
 
 def test_baseline_stands_next_to_rl(run_dir: Path) -> None:
     text = visible(built(run_dir))
-    assert "Supervised on civil references" in text
-    needed = text.partition("Was reinforcement learning needed?")[2].partition("Every measure")[0]
-    assert "As good as reinforcement learning, or better: Best of 4 by the reward." in needed
-    assert "KL to the start at most 0.64 nats" in needed
-    assert "reinforcement learning does better" in needed
-    assert "88 % of the responses on the same side of 0.5 (Cohen's kappa 0.71, Spearman rank correlation —)" in text
+    assert "SFT on civil references" in text
+    needed = text.partition("Was reinforcement learning needed?")[2].partition("All measures")[0]
+    assert "At least as good as reinforcement learning: Best-of-4 by the reward." in needed
+    assert "KL to the initial policy at most 0.64 nats" in needed
+    assert "reinforcement learning is better" in needed
+    assert (
+        "agree for 88% of the responses on whether they are toxic (Cohen's kappa 0.71, Spearman rank correlation —)"
+        in text
+    )
     (row,) = [row for row in text.splitlines() if row.startswith(f"Toxicity by {JUDGE}")]
     assert re.findall(r"0\.\d{3}", row)[:2] == ["0.270", "0.050"]
     assert "0.150" in row
 
 
-def test_kept_step_is_marked_in_every_curve(run_dir: Path) -> None:
+def test_the_best_checkpoint_is_marked_in_every_curve(run_dir: Path) -> None:
     html = built(run_dir)
     curves = html.partition("Learning curves")[2].partition("Distribution of toxicity")[0]
     assert curves.count("<svg") == 4
-    assert curves.count("kept: step 2<") == 4
+    assert curves.count("best: step 2<") == 4
 
 
 FAR = [
@@ -300,26 +293,29 @@ FAR = [
 
 
 @pytest.mark.parametrize(
-    ("parted", "words"),
-    [(4, "They part at step 4: from there to the end the score is higher"), (None, "They do not part: nothing")],
+    ("parted", "expected"),
+    [
+        (4, "Reward and judge diverge at step 4. From there to the end, the reward score is higher"),
+        (None, "Reward and judge do not diverge: training does not end"),
+    ],
 )
 def test_over_optimisation_is_drawn_against_the_distance_and_said_in_words(
-    run_dir: Path, parted: int | None, words: str
+    run_dir: Path, parted: int | None, expected: str
 ) -> None:
     assert "Over-optimisation" not in built(run_dir)  # a run that did not measure it
     write_lines(run_dir, "validation.jsonl", FAR)
     ended = {"kept_step": 2, "parted_step": parted, "stopped_step": None, "reason": "least toxic on validation"}
     write(run_dir, "checkpoint.json", ended)
     html = built(run_dir)
-    assert words in visible(html)
+    assert expected in visible(html)
     drawing = html.partition("Over-optimisation")[2].partition("<svg")[2].partition("</svg>")[0]
-    assert "√KL to the start" in drawing
+    assert "√KL to the initial policy" in drawing
     assert "score" in drawing
     assert "toxicity" in drawing
     assert "quality" in drawing
-    assert ("part: step 4<" in drawing) == (parted == 4)
+    assert ("divergence: step 4<" in drawing) == (parted == 4)
     assert drawing.count("stroke-dasharray: 4.8") == (3 if parted else 0)  # one in each panel
-    assert "Training ended early" not in html
+    assert "Training stopped early" not in html
     points = over_optimisation(FAR, ended)[0].svg
     assert over_optimisation([one | {"kl": 4 * one["kl"]} for one in FAR], ended)[0].svg != points
 
@@ -345,7 +341,7 @@ def test_no_regressions_are_said_in_words(run_dir: Path) -> None:
     write_lines(run_dir, "samples.jsonl", SAMPLES[1:])
     html = built(run_dir)
     assert 'id="regressions"' not in html
-    assert "None: no first sample became more toxic" in visible(html)
+    assert "None: no first sample's toxicity rose" in visible(html)
 
 
 def test_at_most_ten_regressions_largest_first(run_dir: Path) -> None:
@@ -362,7 +358,7 @@ def test_optional_parts_may_be_missing(run_dir: Path) -> None:
     assert "ROUGE-L" in text
     assert "Facts kept" not in text
     assert "baseline" not in text
-    assert "Parts of the held-out prompts" not in text
+    assert "Subsets of the held-out prompts" not in text
 
 
 def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) -> None:
@@ -375,7 +371,7 @@ def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) 
     assert "Before is some-base, after is their-LoRA." in text
     assert "Was their-LoRA needed?" in text
     assert text.lower().count("their-lora") == text.count("their-LoRA")  # as it was given, capitals too
-    assert "None is shown to do as well" not in text
+    assert "No baseline is shown to be as good" not in text
     assert "detoxrl evaluate quickstart --seed 7" in text
     assert "--policy their-LoRA=x/y" in text
     assert "Learning curves" not in text
@@ -383,8 +379,7 @@ def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) 
 
 
 def test_a_plain_reward_function_leaves_no_word_of_a_reward_model(run_dir: Path) -> None:
-    old_judge = {"as_older_systems": EVALUATION["as_older_systems"] | {"judge": JUDGE}}
-    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}, "agreement": {}} | old_judge
+    plain = {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic", None)}, "agreement": {}}
     write(run_dir, "eval.json", EVALUATION | plain)
     text = visible(built(run_dir))
     assert not re.search("reward (classifier|model)|Insults|any of the judges", text)
@@ -393,7 +388,7 @@ def test_a_plain_reward_function_leaves_no_word_of_a_reward_model(run_dir: Path)
 
 def test_parts_without_facts_have_no_columns_for_them(run_dir: Path) -> None:
     write(run_dir, "eval.json", EVALUATION | {"splits": {"all": {"n": 3, "toxicity": change(0.5, 0.1)}}})
-    text = visible(built(run_dir)).partition("Parts of the held-out prompts")[2].partition("Learning curves")[0]
+    text = visible(built(run_dir)).partition("Subsets of the held-out prompts")[2].partition("Learning curves")[0]
     assert "acts kept" not in text
     assert "all30.5000.100−0.400−0.420 to −0.380" in text
     assert "—" not in text
@@ -420,14 +415,14 @@ def test_changes_are_told_from_differences_nobody_can_detect() -> None:
         "Response length in words": ("fell from 24.0 to 23.5", "less"),
     }
     assert [(m.label, m.claim, m.verdict) for m in unchanged] == [("Facts kept", "0.910 before, 0.900 after", "")]
-    assert unchanged[0].evidence == "difference −0.010, 95 % interval −0.030 to +0.010"
+    assert unchanged[0].evidence == "difference −0.010, 95% interval −0.030 to +0.010"
 
 
 def test_an_interval_that_excludes_zero_does_not_seem_to_touch_it() -> None:
     close = {"before": 0.993, "after": 0.989, "difference": {"mean": -0.0035, "low": -0.007, "high": -0.00004}}
     (_, facts), _ = changes(EVALUATION | {"quality": {"facts": close}})
     assert facts.verdict == "worse"
-    assert facts.evidence == "difference −0.00350, 95 % interval −0.00700 to −0.00004"
+    assert facts.evidence == "difference −0.00350, 95% interval −0.00700 to −0.00004"
 
 
 def test_the_page_groups_what_changed_and_what_did_not(run_dir: Path) -> None:
@@ -440,10 +435,10 @@ def test_the_page_groups_what_changed_and_what_did_not(run_dir: Path) -> None:
 
 def test_two_by_two_counts_prompts_made_civil_and_made_toxic(run_dir: Path) -> None:
     text = visible(built(run_dir))
-    assert "Of 4 prompts that were toxic before, 3 were made civil; of 16 that were civil before, 2 were made" in text
+    assert "Of 4 prompts that were toxic before, 3 became civil; of 16 that were civil before, 2 became" in text
     rows = text.splitlines()
-    assert "Toxic before1 25 %3 75 %4" in rows
-    assert any(row.startswith("Civil before2 12 %14 88 %16") for row in rows)
+    assert "Toxic before1 25%3 75%4" in rows
+    assert any(row.startswith("Civil before2 12%14 88%16") for row in rows)
 
 
 def test_two_by_two_may_have_an_empty_row(run_dir: Path) -> None:
@@ -460,7 +455,7 @@ def test_every_row_of_the_source_is_accounted_for(run_dir: Path) -> None:
                         "duplicate30030"]  # fmt: skip
     assert rows[5].startswith("all1,2304051,635")
     assert "Prompts truncated to fit the model: 7 in train." in text
-    assert "96 tokens at the median, 141 at the 95th percentile, 203 at most" in text
+    assert "Prompt length in tokens: median 96, 95th percentile 141, maximum 203." in text
 
 
 def test_a_source_of_one_split_has_no_column_of_sums(run_dir: Path) -> None:
@@ -498,16 +493,6 @@ def test_the_notebooks_table_is_sorted_by_the_gain_in_reward() -> None:
     assert [row["query"] for row in found] == ["Ann: You idiots! <i>Pigs!</i>", "Ann: Hello.", "Ann: Hello."]
     assert [row["reward_difference"] for row in found] == ["0.8", "0.0", "-0.7"]
     assert (found[0]["reward_before"], found[0]["reward_after"]) == ("0.1", "0.9")
-
-
-def test_what_older_systems_would_have_reported_stands_apart_and_says_what_it_is_worth(run_dir: Path) -> None:
-    section = visible(built(run_dir)).partition("As older systems measured")[2].partition("Prompts made civil")[0]
-    assert "ten prompts cannot tell a change from chance, the judge is the reward itself, " in section
-    rows = [line for line in section.split("\n") if "0.6" in line]
-    assert rows[0] == "prompt and responsebefore0.6110.1000.7500.2500.7110.1000.7500.250"
-    assert rows[-1] == "responseby people0.6230.1000.7500.2500.7230.1000.7500.250"
-    assert "meanfirst 2" in section
-    assert "ratiofirst 3" in section
 
 
 def test_blind_sheet_hides_what_its_key_tells() -> None:
@@ -568,7 +553,7 @@ def test_screen_table_names_measures_and_products(
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("rows.json", "remove seconds.json, and --resume"), ("validation.jsonl", "run `detoxrl train "),
+        ("rows.json", "remove seconds.json and run again with --resume"), ("validation.jsonl", "run `detoxrl train "),
         ("eval.json", "run `detoxrl evaluate "), ("samples.jsonl", "run `detoxrl evaluate "),
     ],
 )  # fmt: skip

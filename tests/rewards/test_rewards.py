@@ -1,4 +1,4 @@
-"""Scores: labels by name, probes, and the rules around a classifier."""
+"""Scores of a classifier: its labels, how it reads texts, and how its outputs become scores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_score_is_the_raw_good_logit_of_the_response_alone(classifier: Class
 
 @pytest.fixture(scope="module", params=["bert", "roberta", "distilbert"])
 def random_classifier(request: pytest.FixtureRequest, classifier: Classifier) -> Classifier:
-    """Weights large enough that attention to padding, or a neighbour's logits, would show."""
+    """A classifier with weights so large that attention to padding, or to a neighbour, would change its logits."""
     torch.manual_seed(3)
     shape: dict[str, Any] = {"vocab_size": len(classifier.tokenizer), "pad_token_id": 0, "initializer_range": 0.5}
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -63,8 +63,8 @@ def random_classifier(request: pytest.FixtureRequest, classifier: Classifier) ->
 
 
 @contextmanager
-def forwards(classifier: Classifier) -> Iterator[list[tuple[int, int]]]:
-    """Collect the shape (texts, tokens) of every batch that the model reads."""
+def batch_shapes(classifier: Classifier) -> Iterator[list[tuple[int, int]]]:
+    """Collect the shape (texts, tokens) of each batch that the model reads."""
     shapes: list[tuple[int, int]] = []
     hook = classifier.model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -74,10 +74,10 @@ def forwards(classifier: Classifier) -> Iterator[list[tuple[int, int]]]:
 
 
 WORDS = ["soup", "fine", "you", "are", "a", "stupid", "rat", "because", "cold", "thank", "good", "late", "today"]
-SOME = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=8)
+SENTENCES = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join), min_size=1, max_size=8)
 
 
-@given(texts=SOME, tokens=st.integers(1, 600))
+@given(texts=SENTENCES, tokens=st.integers(1, 600))
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_neither_batch_nor_neighbours_change_a_probability(
     random_classifier: Classifier, texts: list[str], tokens: int
@@ -91,22 +91,22 @@ def test_neither_batch_nor_neighbours_change_a_probability(
     torch.testing.assert_close(random_classifier.probabilities(texts), alone.softmax(-1), rtol=0, atol=1e-5)
 
 
-def test_each_distinct_text_is_run_once_with_others_of_its_length(classifier: Classifier) -> None:
+def test_each_distinct_text_is_read_once_in_a_batch_of_similar_length(classifier: Classifier) -> None:
     texts = ["rat " * count for count in (30, 1, 30, 2, 31, 1, 200, 2, 3)]
     widths = sorted(len(ids) for ids in classifier.tokenizer(list(set(texts))).input_ids)
-    with forwards(classifier) as shapes:
+    with batch_shapes(classifier) as shapes:
         logits = classifier.logits(texts, tokens=2 * widths[4])
     assert shapes == [(3, widths[2]), (2, widths[4]), (1, widths[5])]
     assert torch.equal(logits[0], logits[2])
-    with forwards(classifier) as shapes:
+    with batch_shapes(classifier) as shapes:
         torch.testing.assert_close(classifier.logits(texts[::-1]), logits.flip(0), rtol=1e-5, atol=1e-5)
     assert sum(rows for rows, _ in shapes) == 6
 
 
-def test_a_pair_reads_as_premise_and_hypothesis(random_classifier: Classifier) -> None:
+def test_a_pair_is_read_as_premise_and_hypothesis(random_classifier: Classifier) -> None:
     model, tokenizer = random_classifier.model, random_classifier.tokenizer
     pairs = [("the soup was cold", "you are late"), ("fine", "you rat"), ("you rat", "fine"), ("fine", "you rat")]
-    with forwards(random_classifier) as shapes:
+    with batch_shapes(random_classifier) as shapes:
         logits = random_classifier.logits(pairs)
     assert sum(rows for rows, _ in shapes) == 3
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_pair_reads_as_premise_and_hypothesis(random_classifier: Classifier) -
     assert not torch.allclose(logits[1], logits[2])
 
 
-def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(classifier: Classifier) -> None:
+def test_the_longer_text_of_a_pair_is_cut_first(classifier: Classifier) -> None:
     read: list[list[int]] = []
     hook = classifier.model.register_forward_pre_hook(
         lambda _, __, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True
@@ -128,17 +128,17 @@ def test_of_a_pair_that_is_too_long_the_longer_text_is_cut(classifier: Classifie
     assert " ".join(map(str, hypothesis)) in " ".join(map(str, read[0]))
 
 
-def test_autocast_around_it_is_heeded(classifier: Classifier) -> None:
+def test_autocast_applies_to_the_classifier(classifier: Classifier) -> None:
     texts = ["Fine.", "You are a worthless rat because the soup was cold."]
     with torch.autocast("cpu", torch.bfloat16):
         logits = classifier.logits(texts)
     torch.testing.assert_close(logits, classifier.logits(texts), rtol=0.1, atol=0.1)
 
 
-def test_labels_are_found_by_name_whatever_their_case(reward_folder: Path) -> None:
+def test_labels_are_found_by_name_in_any_case(reward_folder: Path) -> None:
     labels = {"reward.toxic_label": "HATE", "reward.good_label": "NotHate"}
-    found = load_classifier(str(reward_folder), "reward.classifier", labels, CPU)
-    assert (found.good, found.toxic) == (0, 1)
+    classifier = load_classifier(str(reward_folder), "reward.classifier", labels, CPU)
+    assert (classifier.good, classifier.toxic) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_wrong_or_reversed_labels_are_bad_input(reward_folder: Path, good: str, 
         )
 
 
-def test_labels_that_may_hold_at_once_have_a_probability_each(classifier: Classifier) -> None:
+def test_each_label_of_a_multi_label_classifier_has_its_own_probability(classifier: Classifier) -> None:
     texts = ["You are a stupid pig.", "Fine."]
     logits = classifier.logits(texts)
     torch.testing.assert_close(classifier.probabilities(texts), logits.softmax(-1))
@@ -169,7 +169,8 @@ def test_labels_that_may_hold_at_once_have_a_probability_each(classifier: Classi
 
 
 def test_a_text_longer_than_the_positions_is_cut_to_them(classifier: Classifier) -> None:
-    # 514 positions, counted from the padding index 0 on; the tokenizer itself knows no limit.
+    # RoBERTa's 514 positions start after the padding id 0 and the tokenizer has no limit of its own, so 513 are left;
+    # the classifier reads at most 512.
     assert classifier.max_length == 512
     classifier.model.config.max_position_embeddings = 20
     try:
@@ -184,7 +185,7 @@ def test_a_missing_classifier_is_bad_input() -> None:
         load_classifier("/nowhere", "reward.classifier", LABELS, CPU)
 
 
-def test_scores_are_normalised_clipped_and_ruled_by_hand() -> None:
+def test_scores_are_normalised_clipped_and_penalised() -> None:
     config = RewardConfig(clip=2.0, missing_eos_penalty=0.5, empty_score=-5.0)
     raw = torch.tensor([3.0, 3.0, 100.0, 3.0, 3.0])
     ended = torch.tensor([True, False, True, True, True])
@@ -192,45 +193,45 @@ def test_scores_are_normalised_clipped_and_ruled_by_hand() -> None:
     assert scores.tolist() == [1.0, 0.5, 2.0, -5.0, -5.0]
 
 
-def test_the_normaliser_takes_mean_and_sample_std_and_survives_a_constant() -> None:
-    found = fit_normaliser(torch.tensor([1.0, 3.0]))
-    assert (found.mean, found.std) == (2.0, pytest.approx(2**0.5))
+def test_the_normaliser_is_mean_and_sample_std_and_keeps_std_1_for_equal_scores() -> None:
+    normaliser = fit_normaliser(torch.tensor([1.0, 3.0]))
+    assert (normaliser.mean, normaliser.std) == (2.0, pytest.approx(2**0.5))
     assert fit_normaliser(torch.full((4,), 3.0)).std == 1.0
     assert fit_normaliser(torch.tensor([1.0, 1.0 + 1e-4])).std == pytest.approx(1e-4 / 2**0.5, rel=1e-2)
 
 
-def test_scores_by_hand() -> None:
-    # Two labels that exclude each other: p(good) = 1 / (1 + e^-3), log-odds 3.
+def test_each_kind_of_score_has_the_value_computed_by_hand() -> None:
+    # Two labels under a softmax: P(good) = 1 / (1 + e^-3), log-odds 3.
     logits = torch.tensor([[2.0, -1.0]])
     p = 1 / (1 + math.exp(-3))
     wanted = {"logit": 2.0, "log_odds": 3.0, "log_probability": math.log(p), "probability": p, "not_toxicity": p}
     for kind, value in wanted.items():
-        assert float(class_scores(logits, kind, toxic=1, good=0, apart=False)) == pytest.approx(value, rel=1e-6)
-    # Three: p(good) = e^2 / (e^2 + e^-1 + 1), p(toxic) = e^-1 / (...)
+        assert float(class_scores(logits, kind, toxic=1, good=0, multi_label=False)) == pytest.approx(value, rel=1e-6)
+    # Three labels under a softmax: P(good) = e^2 / (e^2 + e^-1 + 1), P(toxic) = e^-1 / (e^2 + e^-1 + 1).
     three, total = torch.tensor([[2.0, -1.0, 0.0]]), math.exp(2) + math.exp(-1) + 1
     good, toxic = math.exp(2) / total, math.exp(-1) / total
     wanted = {"logit": 2.0, "log_odds": math.log(good / (1 - good)), "log_probability": math.log(good),
               "probability": good, "not_toxicity": 1 - toxic}  # fmt: skip
     for kind, value in wanted.items():
-        assert float(class_scores(three, kind, toxic=1, good=0, apart=False)) == pytest.approx(value, rel=1e-6)
-    # Without a good label, each label with a sigmoid of its own, as toxic-bert has them: toxic at logit -1.
+        assert float(class_scores(three, kind, toxic=1, good=0, multi_label=False)) == pytest.approx(value, rel=1e-6)
+    # No good label, and a sigmoid for each label, as in unitary/toxic-bert: the logit of the toxic label is -1.
     civil = 1 - 1 / (1 + math.exp(1))
     wanted = {"logit": 1.0, "log_odds": 1.0, "log_probability": math.log(civil), "probability": civil,
               "not_toxicity": civil}  # fmt: skip
     for kind, value in wanted.items():
-        assert float(class_scores(three, kind, toxic=1, good=None, apart=True)) == pytest.approx(value, rel=1e-6)
+        assert float(class_scores(three, kind, toxic=1, good=None, multi_label=True)) == pytest.approx(value, rel=1e-6)
 
 
-def test_a_probability_saturates_where_log_odds_and_logits_still_tell_texts_apart() -> None:
+def test_probabilities_saturate_where_log_odds_and_logits_do_not() -> None:
     logits = torch.tensor([[20.0, -20.0], [30.0, -30.0]])
     for kind in ("probability", "not_toxicity"):
-        low, high = class_scores(logits, kind, toxic=1, good=0, apart=False)
+        low, high = class_scores(logits, kind, toxic=1, good=0, multi_label=False)
         assert float(high - low) == 0.0
     for kind, gap in {"logit": 10.0, "log_odds": 20.0}.items():
-        low, high = class_scores(logits, kind, toxic=1, good=0, apart=False)
+        low, high = class_scores(logits, kind, toxic=1, good=0, multi_label=False)
         assert float(high - low) == gap
-    # At the toxic end a log-probability still falls.
-    low, high = class_scores(-logits, "log_probability", toxic=1, good=0, apart=False)
+    # A log-probability saturates for civil texts only.
+    low, high = class_scores(-logits, "log_probability", toxic=1, good=0, multi_label=False)
     assert float(low - high) == 20.0
 
 
@@ -238,23 +239,23 @@ def test_a_probability_saturates_where_log_odds_and_logits_still_tell_texts_apar
     st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=5).map(lambda row: torch.tensor([row])),
     st.booleans(),
 )
-def test_every_score_of_a_label_rises_with_its_probability(logits: torch.Tensor, several: bool) -> None:
+def test_every_score_of_the_good_label_rises_with_its_logit(logits: torch.Tensor, multi_label: bool) -> None:
     raised = logits.clone()
     raised[0, 0] += 0.5
     for kind in ("logit", "log_odds", "log_probability", "probability"):
-        before, after = (class_scores(x, kind, toxic=1, good=0, apart=several) for x in (logits, raised))
+        before, after = (class_scores(x, kind, toxic=1, good=0, multi_label=multi_label) for x in (logits, raised))
         assert float(after) > float(before)
-    p = logits.sigmoid() if several else logits.softmax(-1)
-    toxicity = 1 - class_scores(logits, "not_toxicity", toxic=1, good=0, apart=several)
+    p = logits.sigmoid() if multi_label else logits.softmax(-1)
+    toxicity = 1 - class_scores(logits, "not_toxicity", toxic=1, good=0, multi_label=multi_label)
     torch.testing.assert_close(toxicity, p[:, 1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_config_chooses_the_score_and_may_have_no_good_label(reward_folder: Path) -> None:
+def test_a_classifier_without_a_good_label_scores_one_minus_toxicity(reward_folder: Path) -> None:
     toxic = {"reward.toxic_label": "hate"}
     texts = ["You are a stupid pig.", "That sounds fair."]
-    alone = load_classifier(str(reward_folder), "reward.classifier", toxic, CPU, "not_toxicity")
-    assert alone.good is None
-    torch.testing.assert_close(alone.score(["", ""], texts), 1 - alone.toxicity(texts))
+    toxic_only = load_classifier(str(reward_folder), "reward.classifier", toxic, CPU, "not_toxicity")
+    assert toxic_only.good is None
+    torch.testing.assert_close(toxic_only.score(["", ""], texts), 1 - toxic_only.toxicity(texts))
     odds = load_classifier(str(reward_folder), "reward.classifier", LABELS, CPU, "log_odds").score(["", ""], texts)
-    logits = alone.logits(texts)
+    logits = toxic_only.logits(texts)
     torch.testing.assert_close(odds, logits[:, 0] - logits[:, 1], rtol=1e-5, atol=1e-5)

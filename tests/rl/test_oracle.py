@@ -1,6 +1,6 @@
-"""Our numbers against trl 0.11.4's on one fixed case, and how far trl is off where it is wrong.
+"""Do our numbers agree with those of trl 0.11.4 on one fixed case, and how far is trl off where it is wrong?
 
-benchmarks/trl_oracle.py recorded what trl's own methods returned; these tests need no trl.
+benchmarks/oracle/trl_oracle.py recorded what trl's own methods returned, so these tests need no trl.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
@@ -21,14 +20,16 @@ import trl_oracle
 from conftest import small_config
 from detoxrl.config.schema import PolicyConfig
 from detoxrl.models.lora import load_policy
+from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Prompt
 from detoxrl.models.weights import REFERENCE
 from detoxrl.rl.advantages import gae, token_rewards
+from detoxrl.rl.algorithm import Targets
 from detoxrl.rl.kl import adapt_kl_coef, k1
 from detoxrl.rl.losses import policy_loss, value_loss
 from detoxrl.rl.ops import whiten
 from detoxrl.training.rollout import collect_rollout
-from detoxrl.training.train import Targets, update
+from learning import learner_of, use_sgd
 from trl_oracle import CONTROLLER, FAMILIES, PROMPTS, SETTINGS, Case, Rows
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "oracle" / "trl_0_11_4.json").read_text("utf-8"))
@@ -36,14 +37,14 @@ SCORES = torch.tensor(trl_oracle.SCORES)
 
 
 def close(ours: torch.Tensor | float, theirs: torch.Tensor | float) -> None:
-    """No difference exceeds 1e-5 of the largest number."""
+    """Demand that no difference exceeds 1e-5 of the largest expected number."""
     ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs)
     assert theirs.abs().max() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()), check_dtype=False)
 
 
 class Trl:
-    """trl's figures over the tokens that count: every one, or, as it has it on T5, all but the first."""
+    """trl's numbers over the tokens that count: all of them, or all but the first, which is what trl does on T5."""
 
     def __init__(self, family: str, counted: str = "every_token") -> None:
         self.family, self.all, self.update = family, RECORDED[family], RECORDED[family][counted]
@@ -53,11 +54,11 @@ class Trl:
         self.values, self.new_values = self.rows(self.all["values"]), self.rows(self.all["new_values"])
         logprobs = {step: self.rows(rows) for step, rows in self.all["logprobs"].items()}
         self.ref_logprobs, self.logprobs, self.new_logprobs = (logprobs[step] for step in trl_oracle.STEPS)
-        # trl's variance divides by n - 1, so its advantages are the right ones times this.
+        # trl divides the variance by n - 1, so its whitened advantages are the correct ones times this factor.
         self.unbiased = ((self.tokens - 1) / self.tokens) ** 0.5
 
     def rows(self, rows: Rows) -> torch.Tensor:
-        """Return (B, T), 0 where a row has ended."""
+        """Return the rows as one tensor (B, T), 0 after the end of each row."""
         return pad_sequence([torch.tensor(row[self.first :]) for row in rows], batch_first=True)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -65,7 +66,7 @@ class Trl:
 
 
 class Ours:
-    """Our policy on the case; it starts from the adapter that is its reference."""
+    """Our policy on the case. It starts from the adapter that is also its reference."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -74,23 +75,23 @@ class Ours:
         self.mask = pad_sequence([torch.ones(len(row)).bool() for row in case.responses], batch_first=True)
 
     def at(self, step: str) -> Ours:
-        """Give the policy the adapter it had then."""
+        """Load the policy's adapter of a step: rollout or updated."""
         weights = load_file(self.case.adapter(step) / "adapter_model.safetensors")
         set_peft_model_state_dict(self.policy.model, weights, adapter_name="default")
         return self
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """Return the weights that training may change."""
+        """Return the weights that training may change, by name."""
         return {name: weight for name, weight in self.policy.model.named_parameters() if weight.requires_grad}
 
     def both(self, temperature: float = 1.0, **adapter: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies (B, T), 0 after the last token."""
+        """Return log-probs and entropies (B, T) in nats, 0 after the last token."""
         encoded = self.policy.encode(PROMPTS, **adapter)
         logprobs, entropy, _ = self.policy.logprobs(encoded, self.ids, temperature, **adapter)
         return torch.where(self.mask, logprobs, 0.0), torch.where(self.mask, entropy, 0.0)
 
     def logprobs(self, temperature: float = 1.0, **adapter: str | None) -> torch.Tensor:
-        """Return log-probs (B, T), 0 after the last token."""
+        """Return log-probs (B, T) in nats, 0 after the last token."""
         return self.both(temperature, **adapter)[0]
 
 
@@ -104,7 +105,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return trl_oracle.build(request.param, tmp_path)
 
 
-# Where it is right: the same numbers
+# Where trl is correct: the same numbers
 
 
 def test_the_case_is_the_one_that_trl_saw(case: Case) -> None:
@@ -184,7 +185,7 @@ def test_a_whole_update_is_trls_from_the_prompts_to_the_gradient_of_every_lora_w
         close(weight.grad.flatten(), torch.tensor(trl.update["gradient"][name]))
 
 
-# Where it is wrong
+# Where trl is wrong
 
 
 def test_kl_to_the_reference_is_zero_at_the_start_where_trl_with_an_adapter_measures_to_the_bare_base(
@@ -256,20 +257,23 @@ def test_microbatches_add_up_to_the_whole_where_trl_averages_means(trl: Trl) -> 
     assert trl.all["faults"]["mean_of_means"] > 0.1
 
 
-def test_every_gradient_is_clipped_where_trl_clips_the_first_of_a_run_alone(case: Case) -> None:
+def test_every_gradient_is_clipped_where_trl_clips_the_first_of_a_run_alone(case: Case, tmp_path: Path) -> None:
     ours, settings = Ours(case), small_config()
     config = replace(settings, rl=replace(settings.rl, minibatch_size=2, microbatch_size=2, max_grad_norm=0.01))
+    config = replace(config, rl=replace(config.rl, lr=1e-30, value_lr=1e-30))  # The weights stay.
     prompts = [Prompt(id=str(row), text=text) for row, text in enumerate(PROMPTS)]
-    rollout = collect_rollout(ours.policy, prompts, config.generation, seed=0, step=0)
+    rollout = collect_rollout(ours.policy, prompts, config.generation, Draws(0, "rollout"))
     weights = [*ours.trained().values(), *ours.policy.value_head.parameters()]
-    sgd, norms = torch.optim.SGD(weights, lr=0.0), []
+    norms = []
+    learner = learner_of(ours.policy, tmp_path, config, rollout)
+    use_sgd(learner)
 
     def note(*_: Any) -> None:
         norms.append(float(torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).norm()))
 
-    sgd.register_step_pre_hook(note)
+    learner.optimizer.register_step_pre_hook(note)
     ones = rollout.responses.response_mask.float()
-    update(ours.policy, Accelerator(), sgd, rollout, Targets(advantages=ones, returns=ones), config, step=0)
+    learner.update(Targets(advantages=ones, returns=ones), step=0)
     assert len(norms) == 3 * config.rl.epochs
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
     first, *others = RECORDED[case.family]["faults"]["gradient_norms_clipped_to_0.01"]

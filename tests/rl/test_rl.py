@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import twin
+from detoxrl.config.schema import RlConfig
 from detoxrl.rl.advantages import gae, token_rewards
+from detoxrl.rl.algorithm import Targets, ppo_targets
 from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import masked_mean, masked_var, whiten
@@ -85,6 +87,25 @@ def test_value_loss_takes_the_worse_of_clipped_and_plain() -> None:
         torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1).bool(), clip=0.2
     )
     assert loss.item() == pytest.approx(0.5 * 0.8**2)
+
+
+def test_ppo_targets_ignore_values_outside_the_mask() -> None:
+    values = torch.tensor([[1.0, 2.0, 50.0], [1.0, 1.0, 1.0]])
+    rewards = torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    rl = RlConfig(gamma=0.5, lam=0.5)
+
+    targets = ppo_targets(rewards, values, mask, rl)
+    advantages, returns = gae(rewards, values, mask, 0.5, 0.5)
+    assert torch.equal(targets.advantages, whiten(advantages, mask))
+    assert torch.equal(targets.returns, returns)
+    assert targets.returns[0, 2] == 0
+
+
+def test_both_targets_move_to_a_device() -> None:
+    targets = Targets(advantages=torch.zeros(1, 2), returns=torch.ones(1, 2)).to(torch.device("meta"))
+    assert targets.advantages.device.type == "meta"
+    assert targets.returns.device.type == "meta"
 
 
 def test_gae_of_one_token_and_of_rewards_in_the_padding() -> None:

@@ -1,4 +1,4 @@
-"""Models and data from a hub: pinned, whole or refused in one clear line, and without network once they are here."""
+"""Models and data sets from a hub: pinned to a commit, complete or refused in one line, and offline once cached."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
 
 SMALLEST, SAMSUM, LORA = "google/flan-t5-small", "knkarthick/samsum", "me/lora"
-OFF = "http://127.0.0.1:9"  # nobody listens there
+OFF = "http://127.0.0.1:9"  # No server listens on this port.
 
 Use = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the recipes name, and a LoRA for the smallest of them."""
-    found = stand_in(tmp_path_factory.mktemp("repositories"), rows=12)
-    trained = load_policy(str(found[SMALLEST]), None, policy_config("t5"), seed=0)
+    """Folders with everything that the recipes name, and a LoRA for the smallest base."""
+    repositories = stand_in(tmp_path_factory.mktemp("repositories"), rows=12)
+    trained = load_policy(str(repositories[SMALLEST]), None, policy_config("t5"), seed=0)
     disturb(trained)
-    found[LORA] = tmp_path_factory.mktemp("lora") / "lora"
-    trained.save(found[LORA])
-    return found
+    repositories[LORA] = tmp_path_factory.mktemp("lora") / "lora"
+    trained.save(repositories[LORA])
+    return repositories
 
 
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
-    """Return a function that says which hub and cache count from here on, and whether HF_HUB_OFFLINE is set."""
-    waited = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    """Return a function that sets the hub, the cache and HF_HUB_OFFLINE from now on. Retries do not wait."""
+    without_sleep = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (_http, file_download):
-        monkeypatch.setattr(module, "time", waited)
+        monkeypatch.setattr(module, "time", without_sleep)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
     monkeypatch.chdir(tmp_path)
 
@@ -77,44 +77,44 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 
 @pytest.fixture
 def served(folders: dict[str, Path], use: Use) -> Iterator[Hub]:
-    """A healthy hub, in use."""
-    with hub(folders) as found:
-        use(found.address)
-        yield found
+    """A hub without faults, in use."""
+    with hub(folders) as running:
+        use(running.address)
+        yield running
 
 
-def asked(served: Hub) -> list[str]:
-    """Return what the hub was asked of repositories since the last call."""
-    found = [request for request in served.requests if "agent-harnesses" not in request]
+def new_requests(served: Hub) -> list[str]:
+    """Return the requests for repositories since the last call."""
+    requests = [request for request in served.requests if re.search(r" /api/(models|datasets)/|/resolve/", request)]
     served.requests.clear()
-    return found
+    return requests
 
 
 def fetch_field(field: str, source: str) -> Path:
-    """Fetch what a field names, as the run does."""
+    """Return the folder of a hub id, fetched as a run does."""
     return Path(fetch(source, field))
 
 
-def same(folder: Path, original: Path) -> None:
-    """Fail unless a fetched folder holds the very bytes that are served; README.md aside, which peft writes."""
-    there = {name: data for name, data in contents(original).items() if name.suffix != ".md"}
-    here = {name: data for name, data in contents(folder).items() if name.suffix != ".md"}
-    assert here
-    assert set(there) - set(here) <= {Path("generation_config.json")}
-    assert all(there[name] == data for name, data in here.items())
+def assert_same(folder: Path, original: Path) -> None:
+    """Fail unless a fetched folder has the same bytes as the original, apart from the README.md that peft writes."""
+    expected = {name: data for name, data in contents(original).items() if name.suffix != ".md"}
+    fetched = {name: data for name, data in contents(folder).items() if name.suffix != ".md"}
+    assert fetched
+    assert set(expected) - set(fetched) <= {Path("generation_config.json")}
+    assert all(expected[name] == data for name, data in fetched.items())
 
 
 def refused(field: str, source: str) -> str:
-    """Return the one line by which a source is refused."""
+    """Return the message of the InputError for a source, which is one line."""
     with pytest.raises(InputError) as caught:
         fetch_field(field, source)
-    told = str(caught.value)
-    assert re.match(rf"{re.escape(f'{field} = {source!r}')}: [^;]+; .+", told), told
-    assert "\n" not in told
-    return told
+    message = str(caught.value)
+    assert re.match(rf"{re.escape(f'{field} = {source!r}')}: [^;]+; .+", message), message
+    assert "\n" not in message
+    return message
 
 
-# What the recipes name
+# Everything that the recipes name
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -138,21 +138,25 @@ def test_every_classifier_of_the_recipes_loads_and_its_labels_are_found(served: 
 def test_every_data_set_of_the_recipes_loads(served: Hub, folders: dict[str, Path], name: str) -> None:
     rows = read_source(DataConfig(source=name))
     of_folder = read_source(DataConfig(source=str(folders[f"datasets/{name}"])))
-    assert {split: len(those) for split, those in rows.items()} == {"train": 12, "validation": 12, "test": 12}
-    assert {split: texts(those) for split, those in of_folder.items()} == {s: texts(r) for s, r in rows.items()}
+    assert {split: len(rows_of_split) for split, rows_of_split in rows.items()} == {
+        "train": 12,
+        "validation": 12,
+        "test": 12,
+    }
+    assert texts_by_split(of_folder) == texts_by_split(rows)
 
 
-def texts(rows: list[Row]) -> list[tuple[str, str | None]]:
-    return [(row.dialogue, row.summary) for row in rows]
+def texts_by_split(rows: dict[str, list[Row]]) -> dict[str, list[tuple[str, str | None]]]:
+    return {split: [(row.dialogue, row.summary) for row in split_rows] for split, split_rows in rows.items()}
 
 
-def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_kept_by_its_commit(served: Hub) -> None:
-    found = subjects_of({"lora": LORA, "model": SMALLEST}, None, None).policies
+def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_pinned_to_its_commit(served: Hub) -> None:
+    policies = subjects_of({"lora": LORA, "model": SMALLEST}, None, None).policies
     for name, weights in (("lora", "adapter_model.safetensors"), ("model", "model.safetensors")):
-        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", found[name])
-        folder = Path(fetch_policy(found[name], "--policy"))
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", policies[name])
+        folder = Path(fetch_policy(policies[name], "--policy"))
         assert (folder / weights).is_file()
-        assert folder.name == found[name].partition("@")[2]
+        assert folder.name == policies[name].partition("@")[2]
     with pytest.raises(InputError, match=r"--policy = 'me/nothing'"):
         subjects_of({"it": "me/nothing"}, None, None)
 
@@ -160,17 +164,17 @@ def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_kept_by_its_commit(serv
 def test_a_lora_to_start_from_loads(served: Hub, folders: dict[str, Path]) -> None:
     start = initial_adapter(PolicyConfig(base=SMALLEST, adapter=LORA))
     assert start is not None
-    same(start, folders[LORA])
+    assert_same(start, folders[LORA])
     load_policy(SMALLEST, start, policy_config("t5"), seed=0)
 
 
-def test_a_data_set_needs_no_more_of_a_hub_than_the_datasets_library_does(served: Hub) -> None:
+def test_a_data_set_takes_one_request_for_each_file_and_two_for_the_list(served: Hub) -> None:
     fetch(SAMSUM, "data.source")
-    ours = {path_of(request) for request in asked(served)}
+    requested = {path_of(request) for request in new_requests(served)}
     commit = served.main[f"datasets/{SAMSUM}"]
     files = {f"/datasets/{SAMSUM}/resolve/{commit}/{split}.csv" for split in ("train", "validation", "test")}
     info = {f"/api/datasets/{SAMSUM}/revision/main", f"/api/datasets/{SAMSUM}/tree/{commit}"}
-    assert ours == files | info
+    assert requested == files | info
 
 
 def path_of(request: str) -> str:
@@ -190,10 +194,10 @@ def test_shards_are_fetched_and_loaded(served: Hub, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     shards[0].unlink()
     served.move("me/shards", tmp_path / "shards")
-    assert f"holds no {shards[0].name};" in refused("policy.base", "me/shards")
+    assert f"has no {shards[0].name} at {served.address};" in refused("policy.base", "me/shards")
 
 
-def test_what_is_to_be_fetched_is_known_before(served: Hub, folders: dict[str, Path]) -> None:
+def test_the_size_of_a_download_is_known_before_it_starts(served: Hub, folders: dict[str, Path]) -> None:
     size = (folders[SMALLEST] / "model.safetensors").stat().st_size
     assert download_size(SMALLEST, "policy.base") == size
     assert download_size(str(folders[SMALLEST]), "policy.base") == 0
@@ -201,21 +205,22 @@ def test_what_is_to_be_fetched_is_known_before(served: Hub, folders: dict[str, P
     assert download_size(SMALLEST, "policy.base") == 0
 
 
-def test_pickled_weights_are_refused_and_an_index_that_is_none_too(
+def test_pickled_weights_and_a_malformed_index_are_refused(
     served: Hub, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     copytree(folders[SMALLEST], tmp_path / "pickled", ignore=ignore_patterns("*.safetensors"))
     torch.save(load_file(folders[SMALLEST] / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
     served.move("me/pickled", tmp_path / "pickled")
-    told = refused("policy.base", "me/pickled")
-    assert "holds no model.safetensors; " in told
-    assert "`detoxrl convert me/pickled FOLDER` makes safetensors of a .bin" in told
-    with pytest.raises(InputError, match=r"holds no model\.safetensors; .*convert me/pickled"):
+    message = refused("policy.base", "me/pickled")
+    assert f"has no model.safetensors at {served.address}; " in message
+    assert "`detoxrl convert me/pickled FOLDER` makes safetensors of a .bin" in message
+    with pytest.raises(InputError, match=r"has no model\.safetensors at .*; .*convert me/pickled"):
         download_size("me/pickled", "policy.base")
     for index in ("{", "{}", "[]", '{"weight_map": [1]}'):
         (tmp_path / "pickled" / "model.safetensors.index.json").write_text(index)
         served.move("me/pickled", tmp_path / "pickled")
-        assert "cannot be read as http" in refused("policy.base", "me/pickled")
+        message = refused("policy.base", "me/pickled")
+        assert "has a malformed model.safetensors.index.json; name another revision" in message
 
 
 # Revisions
@@ -238,37 +243,36 @@ def test_a_pinned_revision_stays_what_it_was(served: Hub, folders: dict[str, Pat
         assert pin_revision(name, field) == f"{name}@{served.main[key]}" != source
         for cache in ("cache", "another"):
             use(served.address, cache)
-            same(fetch_field(field, source), folders[key])
-            same(fetch_field(field, name), newer)
+            assert_same(fetch_field(field, source), folders[key])
+            assert_same(fetch_field(field, name), newer)
         for revision in ("0" * 40, "v9"):
-            told = refused(field, f"{name}@{revision}")
-            assert f"is no revision known to {served.address}; correct what follows the @" in told
+            message = refused(field, f"{name}@{revision}")
+            assert f"is not a revision known to {served.address}; correct the part after the @" in message
     assert read_source(DataConfig(source=source))["test"]
     assert [row.dialogue for row in read_source(DataConfig(source=SAMSUM))["train"]] == ["New words."]
 
 
-def test_what_is_a_hub_id_and_what_is_none(served: Hub, tmp_path: Path) -> None:
+def test_a_hub_id_is_told_from_a_path_by_its_form(served: Hub, tmp_path: Path) -> None:
     for name in ("gpt2", "a/b", "a.b/c_d-e", "a/b@main", "gpt2@refs/pr/1", "a/b@with--dashes", "runs/base"):
         assert is_hub_id(name)
-        assert f"is no file or folder here, and no repository that {served.address} shows" in refused(
-            "policy.base", name
-        )
-    asked(served)
-    none = ("runs/x/base", "a/b/c", r"C:\models\t5", "C:/t5", "a/b@", "gpt2@a@b", "a--b", "a..b", "a/", "./a", "/a/b",
+        message = refused("policy.base", name)
+        assert f"is not a local path, and {served.address} shows no such repository" in message
+    new_requests(served)
+    paths = ("runs/x/base", "a/b/c", r"C:\models\t5", "C:/t5", "a/b@", "gpt2@a@b", "a--b", "a..b", "a/", "./a", "/a/b",
             "a/b.git", "-a", "a-", "a b", "café", "x" * 97, "rows.jsonl", "rows.CSV")  # fmt: skip
-    for name in none:
+    for name in paths:
         assert not is_hub_id(name)
         assert pin_revision(name, "policy.base") == name
-        assert "is no folder here, and no hub id; give a folder, or a hub id such as" in refused("policy.base", name)
-        with pytest.raises(InputError, match=r"^data\.source = .* is no file"):
+        assert "is neither an existing path nor a hub id; give a folder, or a" in refused("policy.base", name)
+        with pytest.raises(InputError, match=r"^data\.source = .* (is not a file|is neither an existing path)"):
             read_source(DataConfig(source=name))
     (tmp_path / "google" / "flan-t5-small").mkdir(parents=True)
     assert not is_hub_id(SMALLEST)
     assert fetch(SMALLEST, "policy.base") == SMALLEST
-    assert asked(served) == []
+    assert new_requests(served) == []
 
 
-# Without network
+# Offline
 
 EVERYTHING = [
     ("policy.base", SMALLEST, SMALLEST), ("policy.adapter", LORA, LORA), ("data.source", SAMSUM, f"datasets/{SAMSUM}"),
@@ -276,77 +280,76 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize(("field", "name", "key"), EVERYTHING)
-def test_what_was_fetched_once_needs_no_network(
-    folders: dict[str, Path], use: Use, field: str, name: str, key: str
-) -> None:
+def test_a_cached_source_needs_no_network(folders: dict[str, Path], use: Use, field: str, name: str, key: str) -> None:
     with hub(folders) as served:
         use(served.address)
         source = pin_revision(name, field)
-        same(fetch_field(field, name), folders[key])
-        asked(served)
-        same(fetch_field(field, source), folders[key])
-        assert asked(served) == []
+        assert_same(fetch_field(field, name), folders[key])
+        new_requests(served)
+        assert_same(fetch_field(field, source), folders[key])
+        assert new_requests(served) == []
         for fault in ("dropped", "too many", "not shown", "gated", "down"):
             served.fail(key, fault)
-            same(fetch_field(field, name), folders[key])
+            assert_same(fetch_field(field, name), folders[key])
             assert pin_revision(name, field) == source
     for offline in (False, True):
         use(OFF, offline=offline)
         assert pin_revision(name, field) == source
-        for which in (name, source):
-            same(fetch_field(field, which), folders[key])
+        for hub_id in (name, source):
+            assert_same(fetch_field(field, hub_id), folders[key])
     use(OFF, "empty", offline=True)
-    told = refused(field, name)
-    assert "is no file or folder here, nor whole in the cache, and HF_HUB_OFFLINE is set; unset it once" in told
+    message = refused(field, name)
+    assert "is not a local path and not fully cached, and HF_HUB_OFFLINE is set; unset it once" in message
     use(OFF, "empty")
-    told = refused(field, name)
-    assert f"nor whole in the cache, and could not be fetched from {OFF} (" in told
-    assert "efused" in told
-    assert "); run it again when the network is back" in told
+    message = refused(field, name)
+    assert f"is not a local path and not fully cached, and downloading from {OFF} failed: " in message
+    assert "efused" in message
+    assert "; check the network and the cache folder (HF_HOME), then run it again" in message
 
 
-def test_a_cache_that_another_tool_filled_serves_offline(folders: dict[str, Path], tmp_path: Path, use: Use) -> None:
+def test_a_cache_that_another_tool_filled_is_used_offline(folders: dict[str, Path], tmp_path: Path, use: Use) -> None:
     commit = "c" * 40
-    of_model = ("config.json", "tokenizer.json", "model.safetensors")
-    # Without tokenizer_config.json transformers takes the words of any T5 for a Unigram model, which these are not.
-    files = {HATE: of_model, SMALLEST: (*of_model, "tokenizer_config.json"), f"datasets/{SAMSUM}": ("train.csv",)}
+    model_files = ("config.json", "tokenizer.json", "model.safetensors")
+    # Without tokenizer_config.json, transformers reads the vocabulary of any T5 as a Unigram model; this one is BPE.
+    files = {HATE: model_files, SMALLEST: (*model_files, "tokenizer_config.json"), f"datasets/{SAMSUM}": ("train.csv",)}
     for key, names in files.items():
         kind = "datasets" if key.startswith("datasets/") else "models"
-        place = tmp_path / "cache" / f"{kind}--{key.removeprefix('datasets/').replace('/', '--')}"
-        (place / "snapshots" / commit).mkdir(parents=True)
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text(commit)
+        cached = tmp_path / "cache" / f"{kind}--{key.removeprefix('datasets/').replace('/', '--')}"
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
         for name in names:
-            (place / "snapshots" / commit / name).write_bytes((folders[key] / name).read_bytes())
+            (cached / "snapshots" / commit / name).write_bytes((folders[key] / name).read_bytes())
     use(OFF, offline=True)
     for source in (SMALLEST, f"{SMALLEST}@{commit}"):
         assert pin_revision(source, "policy.base") == f"{SMALLEST}@{commit}"
         load_base(source)
         assert download_size(source, "policy.base") == 0
-    assert sorted(file.name for file in fetch_field("reward.classifier", HATE).iterdir()) == sorted(of_model)
+    assert sorted(file.name for file in fetch_field("reward.classifier", HATE).iterdir()) == sorted(model_files)
     assert set(read_source(DataConfig(source=SAMSUM))) == {"train"}
     (tmp_path / "cache" / "models--google--flan-t5-small/snapshots" / commit / "model.safetensors").unlink()
-    assert "nor whole in the cache, and HF_HUB_OFFLINE is set" in refused("policy.base", SMALLEST)
+    assert "not fully cached, and HF_HUB_OFFLINE is set" in refused("policy.base", SMALLEST)
 
 
-# What can go wrong
+# Failures
 
-TOLD = {
-    "gated": r"is gated at HUB; accept its terms there, then set HF_TOKEN or run `hf auth login`",
-    "gated for this token": r"is gated at HUB; accept its terms there, then set HF_TOKEN or run `hf auth login`",
-    "not shown": r"is no file or folder here, and no repository that HUB shows; correct the name; a private one needs",
-    "no repository": r"is no file or folder here, and no repository that HUB shows; correct the name; a private one",
-    "no revision": r"is no revision known to HUB; correct what follows the @",
-    "no file": r"is no file or folder here, and at HUB holds no FILE; name one that does; `detoxrl convert NAME FOL",
-    "forbidden": r"was refused by HUB with status 403; set HF_TOKEN to one that may, or run `hf auth login`",
-    "too many": r"was refused by HUB: too many requests; wait some minutes, or set HF_TOKEN for a higher limit",
+MESSAGES = {
+    "gated": r"is gated or private at HUB; accept its terms there, then set HF_TOKEN or run `hf auth login`",
+    "gated for this token": r"is gated or private at HUB; accept its terms there, then set HF_TOKEN or run `hf",
+    "forbidden": r"is gated or private at HUB; accept its terms there, then set HF_TOKEN or run `hf auth login`",
+    "not shown": r"is not a local path, and HUB shows no such repository; correct the name; if it is private, set",
+    "no repository": r"is not a local path, and HUB shows no such repository; correct the name; if it is private",
+    "no revision": r"is not a revision known to HUB; correct the part after the @",
+    "no file": r"has no FILE at HUB; name a repository that has it; `detoxrl convert NAME FOLDER` makes safetensors",
+    "too many": r"was answered by HUB with status 429; try again later, or set HF_TOKEN for a higher rate limit",
     "broken": r"was answered by HUB with status 500; try again later",
     "down": r"was answered by HUB with status 503; try again later",
-    "dropped": r"nor whole in the cache, and could not be fetched from HUB \(.*disconnected.*\); run it again when the",
-    "cut": r"nor whole in the cache, and could not be fetched from HUB \(.*closed.*\); run it again when the n",
-    "longer": r"could not be fetched from HUB \(.*should be of size \d+ but has size \d+.*\); run it again when the n",
-    "shorter": r"could not be fetched from HUB \(.*should be of size \d+ but has size \d+.*\); run it again when the",
+    "dropped": r"not fully cached, and downloading from HUB failed: .*disconnected.*; check the network",
+    "cut": r"not fully cached, and downloading from HUB failed: .*closed.*; check the network",
+    "longer": r"downloading from HUB failed: .*should be of size \d+ but has size \d+.*; check the network",
+    "shorter": r"downloading from HUB failed: .*should be of size \d+ but has size \d+.*; check the network",
 }
+"""The message for each fault of the stand-in hub."""
 PARTS = [
     ("policy.base", SMALLEST, SMALLEST, None, "config.json"),
     ("policy.base", SMALLEST, SMALLEST, "model.safetensors", "model.safetensors"),
@@ -358,28 +361,30 @@ PARTS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "name", "key", "file", "lacking"), PARTS, ids=[f"{p[0]} {p[3]}" for p in PARTS])
-@pytest.mark.parametrize("fault", TOLD)
-def test_whatever_a_hub_does_is_told_in_one_line_and_does_not_last(
-    folders: dict[str, Path], use: Use, field: str, name: str, key: str, file: str | None, lacking: str, fault: str,
+@pytest.mark.parametrize(("field", "name", "key", "file", "missing"), PARTS, ids=[f"{p[0]} {p[3]}" for p in PARTS])
+@pytest.mark.parametrize("fault", MESSAGES)
+def test_every_fault_of_a_hub_is_one_line_and_leaves_no_trace(
+    folders: dict[str, Path], use: Use, field: str, name: str, key: str, file: str | None, missing: str, fault: str,
 ) -> None:  # fmt: skip
     with hub(folders) as served:
         use(served.address)
         served.fail(key, fault, file)
-        told = refused(field, name)
-        expected = TOLD[fault].replace("HUB", re.escape(served.address)).replace("NAME", name)
+        message = refused(field, name)
+        expected = MESSAGES[fault]
         if field == "data.source" and fault == "no file":
-            expected = f"was answered by {served.address} with status 404; try again later"
-        assert re.search(expected.replace("FILE", re.escape(lacking)), told), told
+            expected = "was answered by HUB with status 404; try again later"
+        expected = expected.replace("HUB", re.escape(served.address)).replace("NAME", name)
+        expected = expected.replace("FILE", re.escape(missing))
+        assert re.search(expected, message), message
         use(served.address, offline=True)
-        assert "nor whole in the cache, and HF_HUB_OFFLINE is set" in refused(field, name)
+        assert "not fully cached, and HF_HUB_OFFLINE is set" in refused(field, name)
         use(served.address)
         served.heal()
-        same(fetch_field(field, name), folders[key])
+        assert_same(fetch_field(field, name), folders[key])
 
 
 @pytest.mark.parametrize(("field", "name", "key"), EVERYTHING)
-def test_a_cache_that_cannot_be_written_is_told_and_a_full_disk_is_left_to_the_command_line(
+def test_a_cache_that_cannot_be_written_is_one_line_and_a_full_disk_is_left_to_the_command_line(
     served: Hub, monkeypatch: pytest.MonkeyPatch, field: str, name: str, key: str
 ) -> None:
     def failing(code: int) -> Callable[..., None]:
@@ -388,16 +393,20 @@ def test_a_cache_that_cannot_be_written_is_told_and_a_full_disk_is_left_to_the_c
 
         return fail
 
-    for called in ("hf_hub_download", "snapshot_download"):
-        monkeypatch.setattr(huggingface_hub, called, failing(errno.EACCES))
-    assert "cannot be kept in the cache: [Errno 13] Permission denied: '/there'; make it wr" in refused(field, name)
-    for called in ("hf_hub_download", "snapshot_download"):
-        monkeypatch.setattr(huggingface_hub, called, failing(errno.ENOSPC))
-    with pytest.raises(OSError, match="No space left"):
-        fetch_field(field, name)
+    def fail_with(code: int) -> None:
+        for function in ("hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(huggingface_hub, function, failing(code))
+
+    fail_with(errno.EACCES)
+    message = refused(field, name)
+    assert "failed: [Errno 13] Permission denied: '/there'; check the network and the cache folder" in message
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        fail_with(code)
+        with pytest.raises(OSError, match=r"No space left|quota exceeded"):
+            fetch_field(field, name)
 
 
-# All the way
+# Whole runs
 
 
 def test_a_recipe_runs_from_the_hub_names_its_commits_and_is_resumed_by_its_plain_names(
@@ -411,13 +420,13 @@ def test_a_recipe_runs_from_the_hub_names_its_commits_and_is_resumed_by_its_plai
         def run(*more: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run([*words, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-        begun = run()
-        assert begun.returncode == 0, begun.stderr
+        first = run()
+        assert first.returncode == 0, first.stderr
         assert (tmp_path / "D" / "eval.json").is_file()
         config = json.loads((tmp_path / "D" / "config.json").read_text())
-        named = {"google/flan-t5-base": config["policy"]["base"], HATE: config["reward"]["classifier"],
+        pinned = {"google/flan-t5-base": config["policy"]["base"], HATE: config["reward"]["classifier"],
                  "s-nlp/roberta_toxicity_classifier": config["evaluation"]["primary_judge"]}  # fmt: skip
-        assert named == {name: f"{name}@{served.main[name]}" for name in named}
+        assert pinned == {name: f"{name}@{served.main[name]}" for name in pinned}
         data = "knkarthick/dialogsum"
         assert config["data"]["source"] == f"{data}@{served.main[f'datasets/{data}']}"
         served.move(f"datasets/{data}", folders[f"datasets/{SAMSUM}"])
@@ -436,19 +445,17 @@ def test_every_other_system_runs_by_its_name(
              "--generation.max-new-tokens", "8"]  # fmt: skip
     steps = [] if name.startswith("samsum") else ["--sft.steps", "2"]
     assert detoxrl(["run", name, *sizes, *steps, "--run-dir", "D"]) == 0, capsys.readouterr().err
-    found = json.loads(Path("D/eval.json").read_text())
+    results = json.loads(Path("D/eval.json").read_text())
     judge = "s-nlp/roberta_toxicity_classifier"
-    assert found["primary_judge"] == judge
-    assert set(found["toxicity"]) == {judge, "reward classifier"}
-    assert found["as_older_systems"]["judge"] == "reward classifier"
-    assert set(found["as_older_systems"]["first 8"]["response"]) == {"before", "after", "human"}
+    assert results["primary_judge"] == judge
+    assert set(results["toxicity"]) == {judge, "reward classifier"}
     first = json.loads(Path("D/metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl/reference"]) < 1e-4
     assert first["ratio/first_error"] < (1e-4 if "lowmem" not in name else 0.1)
     capsys.readouterr()
 
 
-def test_a_reward_of_ones_own_asks_no_hub_for_the_classifier_it_replaces(
+def test_a_reward_function_replaces_the_classifier_so_no_hub_is_asked_for_it(
     bases: dict[str, Path], reward_folder: Path, tmp_path: Path, use: Use, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_place(tmp_path, bases, reward_folder)
@@ -462,20 +469,20 @@ def test_a_connection_that_breaks_in_the_large_file_service_is_one_line(
     served: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **kwargs: object) -> str:
-        raise RuntimeError("Task error: File reconstruction error: CAS Client Error")  # as hf_xet raises it
+        raise RuntimeError("Task error: File reconstruction error: CAS Client Error")  # What hf_xet raises.
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
-    assert "could not be fetched" in refused("policy.base", SMALLEST)
+    assert "failed: Task error: File" in refused("policy.base", SMALLEST)
 
 
-def test_a_card_that_tells_of_other_rows_or_splits_is_not_believed(
+def test_an_outdated_data_set_card_with_other_splits_and_sizes_is_ignored(
     folders: dict[str, Path], tmp_path: Path, use: Use
 ) -> None:
     copytree(folders[f"datasets/{SAMSUM}"], tmp_path / "carded")
     splits = "".join(f"  - name: {split}\n    num_examples: 9999\n" for split in ("train", "test"))
     (tmp_path / "carded/README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
-    with hub({f"datasets/{SAMSUM}": tmp_path / "carded"}) as found:
-        use(found.address)
+    with hub({f"datasets/{SAMSUM}": tmp_path / "carded"}) as running:
+        use(running.address)
         rows = read_source(DataConfig(source=SAMSUM))
     plain = read_source(DataConfig(source=str(folders[f"datasets/{SAMSUM}"])))
-    assert {split: texts(those) for split, those in rows.items()} == {s: texts(those) for s, those in plain.items()}
+    assert texts_by_split(rows) == texts_by_split(plain)

@@ -1,4 +1,4 @@
-"""Draws are a function of (seed, stream, step, prompt id, sample index)."""
+"""Draws are a function of (seed, stream, step, prompt id, sample index) and of nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 from detoxrl.runtime.randomness import batch_indices, digest, permutation, torch_seed, uniforms
 
 
-def test_a_row_draws_the_same_in_any_batch_and_a_longer_draw_starts_alike() -> None:
-    many = uniforms(0, "rollout", 3, ["a", "b", "c"], 1, 8)
-    assert np.array_equal(uniforms(0, "rollout", 3, ["b"], 1, 8)[0], many[1])
-    assert np.array_equal(uniforms(0, "rollout", 3, ["c"], 1, 20)[0, :8], many[2])
+def test_a_row_draws_the_same_in_any_batch_and_a_longer_draw_starts_the_same() -> None:
+    batch = uniforms(0, "rollout", 3, ["a", "b", "c"], 1, 8)
+    assert np.array_equal(uniforms(0, "rollout", 3, ["b"], 1, 8)[0], batch[1])
+    assert np.array_equal(uniforms(0, "rollout", 3, ["c"], 1, 20)[0, :8], batch[2])
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ def test_a_row_draws_the_same_in_any_batch_and_a_longer_draw_starts_alike() -> N
 )  # fmt: skip
 def test_every_coordinate_matters(other: tuple[int, str, int, str, int]) -> None:
     seed, stream, step, prompt, sample = other
-    here = uniforms(0, "rollout", 3, ["a"], 0, 16)
-    there = uniforms(seed, stream, step, [prompt], sample, 16)
-    assert not np.isclose(here, there).any()
+    draws = uniforms(0, "rollout", 3, ["a"], 0, 16)
+    other_draws = uniforms(seed, stream, step, [prompt], sample, 16)
+    assert not np.isclose(draws, other_draws).any()
 
 
 def test_draws_are_uniform() -> None:
@@ -33,14 +33,14 @@ def test_draws_are_uniform() -> None:
     assert abs(np.corrcoef(values[:, 0], values[:, 1])[0, 1]) < 0.1
 
 
-def test_these_draws_are_pinned_so_that_old_runs_can_be_repeated() -> None:
+def test_these_draws_never_change_so_that_old_runs_can_be_repeated() -> None:
     assert digest("detoxrl") == 16287801504240873280
     assert uniforms(1, "rollout", 2, ["train_3"], 4, 2)[0].tolist() == pytest.approx(
         [0.7466789773019289, 0.4921103744973928]
     )
 
 
-def test_batches_pass_over_all_rows_before_any_comes_again() -> None:
+def test_batches_cover_all_rows_before_any_row_repeats() -> None:
     first = [row for step in range(3) for row in batch_indices(0, "prompts", step, 4, 12)]
     assert sorted(first) == list(range(12))
     second = [row for step in range(3, 6) for row in batch_indices(0, "prompts", step, 4, 12)]

@@ -2,7 +2,7 @@
 
 The policy that maximises E[score] - kl_coef * KL(policy, reference) is reference * exp(score / kl_coef), normalised
 (Ziegler et al. 2019, section 2; Rafailov et al. 2023, equation 4), over whole responses. The shipped loop has to find
-it. `pytest tests/test_bandit.py -s` prints distances.
+it. `pytest tests/training/test_bandit.py -s` prints distances.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from detoxrl.models.loading import save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import POLICY
-from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.training.train import train
+from learning import run_of
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SCORES = {"very": 0.9, "kind": 0.5, "of": 0.1, "you": -0.3, "gold": 0.7, "grey": -0.8, "pink": 0.3, "teal": -0.1}
@@ -106,7 +106,7 @@ def distances(folder: Path, policy: Policy, config: Config, length: int) -> tupl
     def judge(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         return np.linspace(0, 1, len(texts))
 
-    train(RunFolder(folder), config, policy, score, judge, rows, rows[:2])
+    train(run_of(policy, folder, config, score, judge, {"train": rows, "validation": rows[:2]}))
     assert torch.equal(reference, logprobs(policy, policy.reference, responses))
     start, end = (float((p.exp() - optimum).abs().sum() / 2) for p in (reference, logprobs(policy, POLICY, responses)))
     return start, end

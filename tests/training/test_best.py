@@ -9,7 +9,8 @@ import pytest
 
 from detoxrl.config.schema import RlConfig
 from detoxrl.runtime.run_folder import RunFolder
-from detoxrl.training.best import BestCheckpoint, Validation, best_validation, divergence
+from detoxrl.training.best import BestCheckpoint, best_validation, divergence
+from detoxrl.training.validation import Validation
 from test_run_folder import FakePolicy
 
 Points = list[tuple[float, float, float]]
@@ -63,10 +64,10 @@ def offer(folder: Path, points: Points, rl: RlConfig, again: bool = False) -> li
     best, stopped = BestCheckpoint(RunFolder(folder), rl), []
     for one in series(points):
         if again:
-            seen = json.loads(json.dumps(best.seen()))
+            seen = json.loads(json.dumps(best.state()))
             best = BestCheckpoint(RunFolder(folder), rl)
             assert best.stopped_step is None  # nothing seen, nothing to stop
-            best.recall(seen)
+            best.restore(seen)
         best.offer(FakePolicy(str(one.step)), one)  # type: ignore[arg-type]
         stopped.append(best.stopped_step)
     return stopped

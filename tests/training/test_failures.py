@@ -1,6 +1,6 @@
 """What failures look like in the metrics: each is made on purpose, and shows itself as docs/metrics.md says.
 
-`pytest tests/test_failures.py -s` prints the figures.
+`pytest tests/training/test_failures.py -s` prints the figures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 
 from conftest import Make, prompted_rows
 from detoxrl.config.schema import Config
-from detoxrl.models import sampling as rollout_module
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.policy import Policy
-from detoxrl.runtime.run_folder import RunFolder
-from detoxrl.training import train as train_module
-from test_invariants import learn, loop_config, share_of_e
+from detoxrl.training import learner as learner_module
+from detoxrl.training import rollout as rollout_module
+from detoxrl.training.learner import Learner
+from detoxrl.training.train import train
+from learning import learn, loop_config, run_of
 
 Records = list[dict[str, float]]
 
@@ -64,17 +65,17 @@ def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
 ) -> None:
     collect = rollout_module.collect_rollout
 
-    def other_tokens(policy: Policy, prompts: object, config: object, **draw: object) -> object:
+    def other_tokens(policy: Policy, *others: object, **named: object) -> object:
         """Score other ids than were sampled, as decoding and encoding anew or a lost start token would."""
-        sampled = collect(policy, prompts, config, **draw)  # type: ignore[arg-type]
+        sampled = collect(policy, *others, **named)  # type: ignore[arg-type]
         ids, mask = (sampled.responses.ids + 1) % 299, sampled.responses.response_mask
         with torch.no_grad():
             logprobs, ref = (policy.logprobs(sampled.encoded, ids, 1.0, name)[0] for name in ("default", None))
         scored = replace(sampled.responses, ids=ids, logprobs=torch.where(mask, logprobs, 0.0))
         return replace(sampled, responses=scored, ref_logprobs=torch.where(mask, ref, 0.0))
 
-    monkeypatch.setattr(train_module, "collect", other_tokens)
-    policy.ends = [1]
+    monkeypatch.setattr(learner_module, "collect_rollout", other_tokens)
+    policy.eos_token_ids = [1]
     records = learn(policy, tmp_path, learning())
     shown("tokens never sampled", records, "kl/reference", "kl/k3", "ratio/first_error")
     assert min(record["kl/reference"] for record in records) < -0.5
@@ -85,16 +86,16 @@ def test_tokens_scored_that_were_not_sampled_show_as_negative_kl(
 def test_dropout_in_the_update_shows_as_ratios_off_one(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = train_module._losses
-    policy._network = PlainNetwork  # type: ignore[assignment]  # T5's own here has no dropout to forget
+    losses = Learner._losses
+    policy._network_class = PlainNetwork  # The fast T5 has no dropout that could be on.
 
-    def in_train_mode(policy: Policy, *others: object) -> object:
+    def in_train_mode(learner: Learner, *others: object) -> object:
         policy.model.train()
-        found = losses(policy, *others)  # type: ignore[arg-type]
+        found = losses(learner, *others)  # type: ignore[arg-type]
         policy.model.eval()
         return found
 
-    monkeypatch.setattr(train_module, "_losses", in_train_mode)
+    monkeypatch.setattr(Learner, "_losses", in_train_mode)
     records = learn(policy, tmp_path, loop_config())
     assert "sampling and update disagree" in " ".join(capsys.readouterr().err.split())
     shown("dropout in the update", records, "ratio/first_error", "ratio/max")
@@ -147,9 +148,7 @@ def test_a_run_driven_too_far_shows_as_score_and_judge_that_part(
 
     rows = prompted_rows(0, {"train": 32, "validation": 32})
     config = learning(validate_every=2, steps=24)
-    train_module.train(
-        RunFolder(tmp_path), config, policy, share_of_e, far_from_a_fifth, rows["train"], rows["validation"]
-    )
+    train(run_of(policy, tmp_path, config, judge=far_from_a_fifth, rows=rows))
     ended = json.loads((tmp_path / "checkpoint.json").read_text())
     with (tmp_path / "validation.jsonl").open() as lines:
         judged = [json.loads(line) for line in lines]
@@ -160,7 +159,7 @@ def test_a_run_driven_too_far_shows_as_score_and_judge_that_part(
     told = " ".join(capsys.readouterr().err.split())
     shown("too far", judged, "score", "toxicity", "toxicity_error", "kl")
     print(f"too far: kept {ended['kept_step']}, parted {ended['parted_step']}")
-    assert f"train: score and judge part at step {ended['parted_step']}: from there on the score is above" in told
+    assert f"train: reward and judge diverge from step {ended['parted_step']} on: the score is above" in told
 
 
 def test_a_critic_that_learns_too_fast_shows_as_explained_variance_below_zero(policy: Policy, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The loop's numbers as they once were: a change that moves them has to say so.
 
-`DETOXRL_GOLDEN=write pytest tests/test_golden.py` writes them anew, with the environment they came from.
+`DETOXRL_GOLDEN=write pytest tests/training/test_golden.py` records them again, with the environment they came from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import Make, small_config
-from test_invariants import learn
+from learning import learn
 
 GOLDEN = Path(__file__).parent / "golden"
 # Without AVX-512, without AVX2 or on one thread the largest drift was 5e-6; a wrong formula moves far more.

@@ -12,7 +12,8 @@ import torch
 from detoxrl.errors import TrainingError
 from detoxrl.models.types import Encoded, Prompt, Responses, Rollout
 from detoxrl.runtime.run_folder import RunFolder
-from detoxrl.training.metrics import Totals, Watch, log_samples, require_finite, rollout_statistics, warn_of_ratios
+from detoxrl.training import metrics
+from detoxrl.training.metrics import StepTimer, Totals, log_samples, require_finite, rollout_metrics, warn_of_ratios
 
 
 def part(tokens: float, ratio_max: float, ratio_min: float, **sums: float) -> dict[str, float]:
@@ -24,12 +25,11 @@ def test_totals_are_means_over_tokens() -> None:
     totals = Totals()
     whole = {"policy": 6.0, "value": 3.0, "clipped": 1.0, "entropy": 9.0, "kl": 0.3, "ratio": 3.3}
     half = {name: value / 2 for name, value in whole.items()}
-    totals.add([part(1, 0.8, 0.6, **half), part(2, 0.7, 0.5, **half)])
+    totals.add([part(1, 0.8, 0.6, **half), part(2, 0.7, 0.5, **half)], gradient_norm=2.0)
     assert totals.pass_kl() == pytest.approx(0.1)
-    totals.norms.append(2.0)
-    totals.add([part(1, 0.9, 0.9, policy=-2.0, value=1.0, clipped=1.0, entropy=1.0, kl=0.5, ratio=4.0)])
+    last = part(1, 0.9, 0.9, policy=-2.0, value=1.0, clipped=1.0, entropy=1.0, kl=0.5, ratio=4.0)
+    totals.add([last], gradient_norm=4.0)
     assert totals.pass_kl() == pytest.approx(0.5)
-    totals.norms.append(4.0)
     assert totals.metrics(epochs=2) == pytest.approx(
         {
             "policy/loss": 1.0, "value/loss": 1.0, "clip_fraction": 0.5, "entropy": 2.5, "kl/update": 0.2,
@@ -40,15 +40,14 @@ def test_totals_are_means_over_tokens() -> None:
 
 def test_the_first_error_looks_both_ways_through_the_whole_first_minibatch_and_no_further() -> None:
     totals = Totals()
-    totals.add([part(1, 1.1, 0.98)])
-    assert totals.first_error == pytest.approx(0.1)
-    totals.add([part(1, 1.0, 0.7)])
+    totals.add([part(1, 1.1, 0.98), part(1, 1.0, 0.7), part(1, 1.0, 1.0)], gradient_norm=1.0)
     assert totals.first_error == pytest.approx(0.3)
-    totals.add([part(1, 1.0, 1.0)])
+    totals.add([part(1, 9.0, 0.1)], gradient_norm=1.0)
     assert totals.first_error == pytest.approx(0.3)
-    totals.norms.append(1.0)
-    totals.add([part(1, 9.0, 0.1)])
-    assert totals.first_error == pytest.approx(0.3)
+
+    above = Totals()
+    above.add([part(1, 1.1, 0.98)], gradient_norm=1.0)
+    assert above.first_error == pytest.approx(0.1)
 
 
 def rollout() -> Rollout:
@@ -66,7 +65,7 @@ def rollout() -> Rollout:
 
 def test_the_statistics_of_a_rollout_by_hand() -> None:
     rewards = torch.tensor([[0.0, 0.0, 2.0], [-1.0, 0.0, 0.0]])
-    found = rollout_statistics(rollout(), torch.tensor([1.0, 3.0]), torch.tensor([0.5, -2.5]), rewards)
+    found = rollout_metrics(rollout(), torch.tensor([1.0, 3.0]), torch.tensor([0.5, -2.5]), rewards)
     k3 = [0.1065307, 0.0, 0.3678794, 0.3678794]  # exp(-d) - 1 + d for d = 0.5, 0, 1 and 1
     assert found == pytest.approx(
         {
@@ -89,10 +88,10 @@ def test_no_statistic_may_be_other_than_a_number(value: float) -> None:
     ("error", "highest", "bf16", "told"),
     [
         (0.01, 10.0, False, ""),
-        (0.011, 99.0, False, "step 3: ratios begin 0.011 off 1: sampling and update disagree, see docs/metrics.md"),
-        (0.0, 10.1, False, "step 3: a ratio of 10; a lower rl.lr may help"),
+        (0.011, 99.0, False, "step 3: first ratios are 0.011 off 1: sampling and update disagree, see docs/metrics.md"),
+        (0.0, 10.1, False, "step 3: the largest ratio is 10; a lower rl.lr may help"),
         (0.2, 10.0, True, ""),
-        (0.21, 10.0, True, "step 3: ratios begin 0.21 off 1: sampling and update disagree, see docs/metrics.md"),
+        (0.21, 10.0, True, "step 3: first ratios are 0.21 off 1: sampling and update disagree, see docs/metrics.md"),
     ],
 )
 def test_ratios_that_no_healthy_step_has_are_told(
@@ -102,8 +101,9 @@ def test_ratios_that_no_healthy_step_has_are_told(
     assert " ".join(capsys.readouterr().err.split()) == told
 
 
-def test_the_first_responses_of_a_step_are_kept(tmp_path: Path) -> None:
-    log_samples(RunFolder(tmp_path), rollout(), torch.tensor([1.0, 3.0]), step=7, count=1)
+def test_the_first_responses_of_a_step_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_LOGGED_SAMPLES", 1)
+    log_samples(RunFolder(tmp_path), rollout(), torch.tensor([1.0, 3.0]), step=7)
     assert json.loads((tmp_path / "rollouts.jsonl").read_text()) == {
         "step": 7,
         "id": "a",
@@ -112,12 +112,14 @@ def test_the_first_responses_of_a_step_are_kept(tmp_path: Path) -> None:
     }
 
 
-def test_a_watch_tells_seconds_by_stage_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([10.0, 12.0, 15.0, 20.0])
+def test_a_timer_tells_seconds_by_stage_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 10.0, 12.0, 13.0, 16.0, 20.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    watch = Watch()
-    watch.lap("sample")
-    watch.lap("update")
-    assert watch.metrics(tokens=50) == {
+    timer = StepTimer()
+    with timer.stage("sample"):
+        pass
+    with timer.stage("update"):
+        pass
+    assert timer.metrics(tokens=50) == {
         "seconds/sample": 2.0, "seconds/update": 3.0, "seconds/step": 10.0, "tokens_per_second": 5.0,
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,16 +19,19 @@ from detoxrl.errors import TrainingError
 from detoxrl.models.loading import load_base, scratch_base, scratch_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import in_row_order, sample_batches
+from detoxrl.models.sampling import Draws, sample_all
+from detoxrl.rewards.shaping import Normaliser
+from detoxrl.rl import algorithm
 from detoxrl.runtime import cache as cache_module
 from detoxrl.runtime.cache import cached, tidy_cache
-from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.world import World
 from detoxrl.training import sft as sft_module
 from detoxrl.training import train as train_module
+from detoxrl.training.finetune import examples, fine_tune, pad_batch
+from detoxrl.training.learner import Learner
 from detoxrl.training.rollout import collect_rollout
-from detoxrl.training.sft import fine_tune
-from detoxrl.training.train import reference_normaliser, train
-from detoxrl.training.validation import Validator
+from detoxrl.training.train import train
+from learning import metrics_of, run_of
 
 ROWS = prompted_rows(0, {"train": 64, "validation": 8})
 
@@ -48,9 +51,8 @@ def no_score(prompts: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
 
 def learn(folder: Path, base: Path, config: Config, reward: object = share_of_e) -> list[dict[str, float]]:
     policy = load_policy(str(base), None, policy_config("t5"), config.seed)
-    train(RunFolder(folder), config, policy, reward, no_judge, ROWS["train"], ROWS["validation"])  # type: ignore[arg-type]
-    with (folder / "metrics.jsonl").open() as lines:
-        return [json.loads(line) for line in lines]
+    train(run_of(policy, folder, config, reward, no_judge, ROWS))
+    return metrics_of(folder)
 
 
 def learning_config() -> Config:
@@ -116,7 +118,9 @@ def test_the_loop_passes_its_settings_where_they_belong(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, list[object]] = {"gae": [], "ended": [], "groups": []}
-    gae, shape_scores, adam = train_module.gae, train_module.shape_scores, torch.optim.AdamW
+    gae = algorithm.gae
+    shape_scores = train_module.shape_scores
+    adam = torch.optim.AdamW
 
     def spy_gae(rewards: object, values: object, mask: object, gamma: float, lam: float) -> object:
         asked["gae"].append((gamma, lam))
@@ -130,7 +134,7 @@ def test_the_loop_passes_its_settings_where_they_belong(
         asked["groups"].append([(len(group["params"]), group["lr"]) for group in groups])  # type: ignore[arg-type]
         return adam(groups, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_module, "gae", spy_gae)
+    monkeypatch.setattr(algorithm, "gae", spy_gae)
     monkeypatch.setattr(train_module, "shape_scores", spy_scores)
     monkeypatch.setattr(torch.optim, "AdamW", spy_adam)
     small = small_config()
@@ -158,18 +162,17 @@ def test_every_second_of_a_step_goes_to_a_stage(bases: dict[str, Path], tmp_path
 
 
 def test_the_policy_goes_where_accelerate_says(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Elsewhere:
-        """What accelerate says on another machine."""
-
-        device = torch.device("meta")
-
-    monkeypatch.setattr(train_module, "Accelerator", Elsewhere)
     moved: list[torch.device] = []
-    monkeypatch.setattr(Policy, "to", lambda policy, device: moved.append(device))
-    with pytest.raises(AttributeError):  # no such machine prepares an optimizer
-        learn(tmp_path, bases["t5"], small_config())
+
+    def note(policy: Policy, device: torch.device) -> Policy:
+        moved.append(device)
+        return policy
+
+    monkeypatch.setattr(World, "device", torch.device("meta"))
+    monkeypatch.setattr(Policy, "to", note)
+    Learner(run_of(make_policy("t5", "fresh"), tmp_path, small_config(), rows=ROWS))
     assert moved == [torch.device("meta")]
 
 
@@ -189,7 +192,7 @@ def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path]
 
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
-    make_policy: Make, name: str, monkeypatch: pytest.MonkeyPatch
+    make_policy: Make, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, small, rows = make_policy(name, "loaded"), small_config(), ROWS["validation"]
     judged: list[str] = []
@@ -204,21 +207,24 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
         return torch.arange(len(texts)).float()
 
     config = replace(small, generation=replace(small.generation, batch_size=3))
-    validate = Validator(policy, config, rows)
-    validate(no_score, no_judge, 0)
+    run = run_of(policy, tmp_path, config, no_score, no_judge, ROWS)
+    learner = Learner(run)
+    learner.validate(0)
     disturb(policy)
     encode = Mock(wraps=policy.encode)
     monkeypatch.setattr(policy, "encode", encode)
-    found = validate(reward, judge, step=5)
+    learner.judge = judge
+    learner.reward = reward
+    found = learner.validate(step=5)
     assert encode.call_count == 0  # each prompt was read once
     assert len({len(row.prompt) for row in rows}) > 3  # batches of like length are not in the order of rows
     alone = [
-        collect_rollout(policy, [prompt], config.generation, seed=config.seed, step=0, stream="validation")
+        collect_rollout(policy, [prompt], config.generation, Draws(config.seed, "validation"))
         for prompt in to_prompts(rows)
     ]
     assert judged == [one.texts[0] for one in alone]
-    sampled = sample_batches(policy, to_prompts(rows), config.generation, seed=config.seed, stream="validation")
-    assert judged == [text for (text,) in in_row_order(sampled)]
+    sampled = sample_all(policy, to_prompts(rows), config.generation, Draws(config.seed, "validation"))
+    assert judged == [text for (text,) in sampled]
     assert scored == [(row.prompt, text) for row, text in zip(rows, judged, strict=True)]
     assert (found.step, found.score) == (5, 3.5)
     distances = [float((one.responses.logprobs - one.ref_logprobs).sum()) for one in alone]
@@ -226,30 +232,35 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
     assert found.kl > 0.5
 
 
-def test_validation_reads_prompts_again_where_the_encoder_trains(make_policy: Make) -> None:
+def test_validation_reads_prompts_again_where_the_encoder_trains(make_policy: Make, tmp_path: Path) -> None:
     policy = make_policy("t5", "loaded")
     policy.train_encoder = True
-    validate = Validator(policy, small_config(), ROWS["validation"])
-    first = validate(no_score, no_judge, 0)
+    learner = Learner(run_of(policy, tmp_path, small_config(), no_score, no_judge, ROWS))
+    first = learner.validate(0)
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
             if "encoder" in name and "lora" not in name:
                 weight.mul_(1.5)
-    assert validate(no_score, no_judge, 1).length != first.length
+    assert learner.validate(1).length != first.length
 
 
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
-    monkeypatch.setattr(sft_module, "load_policy", Mock())
-    monkeypatch.setattr(sft_module, "_tune", lambda what, model, tokenizer, pairs, *_: seen.extend(pairs))
-    sft_module.baseline(small_config(), ROWS["train"], None, "base", None, tmp_path, tmp_path)
+
+    def fine_tune(model: object, tokenizer: object, pairs: Sequence[tuple[str, str]], *_: object) -> Iterator[object]:
+        seen.extend(pairs)
+        return iter(())
+
+    monkeypatch.setattr(sft_module, "fine_tune", fine_tune)
+    run = run_of(Mock(), tmp_path, small_config(), rows=ROWS)
+    sft_module.civil_baseline(run, tmp_path, tmp_path)
     assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
 
 
 def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fresh: Policy, architecture: str) -> None:
     pairs = [(row.prompt, row.summary or "") for row in ROWS["train"][:3]]
-    inputs, labels = sft_module.examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
-    batch = sft_module._batch(fresh.tokenizer.pad_token_id, inputs[:3], labels[:3], fresh.device)
+    inputs, labels = examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
+    batch = pad_batch(fresh.tokenizer.pad_token_id, inputs[:3], labels[:3], fresh.device)
     targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
     assert all(target[0, -1] == fresh.tokenizer.eos_token_id for target in targets)
     found = [
@@ -266,7 +277,7 @@ def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tm
     for run, seed in enumerate((0, 0, 1)):
         model, tokenizer = load_base(str(bases["t5"]))
         config, place = replace(small_config().sft, steps=2, lr=1e-3, batch_size=8), tmp_path / str(run)
-        fine_tune(model, tokenizer, pairs, config, seed, place, lambda _, loss, run=run: losses[run].append(loss))
+        losses[run].extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, seed, place))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -289,29 +300,37 @@ def test_a_nan_stops_the_run_with_its_step_and_name(bases: dict[str, Path], tmp_
     assert json.loads((tmp_path / "validation/checkpoint.json").read_text())["kept_step"] == 0
 
 
-def test_scores_are_normalised_on_the_reference(bases: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from detoxrl.models.types import Prompt
-
-    config = small_config()
+def test_scores_are_normalised_on_the_reference(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = load_policy(str(bases["t5"]), None, policy_config("t5"), 0)
-    prompts = [Prompt(id=row.id, text=row.dialogue) for row in ROWS["train"]]
     seen: list[str] = []
+    factor = 1.0
 
     def remember(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         seen.extend(responses)
-        return torch.arange(len(responses)).float()
+        return torch.arange(len(responses)).float() * factor
 
-    found = reference_normaliser(policy, remember, prompts, config)
+    def normaliser(name: str, config: Config) -> Normaliser:
+        run = run_of(policy, tmp_path / name, config, remember, no_judge, ROWS)
+        run.folder.root.mkdir()
+        return train_module._normaliser(run, Learner(run))
+
+    found = normaliser("first", small_config())
     assert len(seen) == 16
     assert found.mean == 7.5
-    assert "nothing is to be learnt" not in " ".join(capsys.readouterr().err.split())
-    disturb(policy)  # the policy moves, its reference does not
-    reference_normaliser(policy, lambda prompts, texts: remember(prompts, texts) * 0.0, prompts, config)
+    assert "nothing to learn" not in " ".join(capsys.readouterr().err.split())
+
+    disturb(policy)  # The policy moves, its reference does not.
+    factor = 0.0
+    normaliser("second", small_config())
     assert seen[16:] == seen[:16]
-    told = "all 16 responses of the start score 0; nothing is to be learnt here"
-    assert told in " ".join(capsys.readouterr().err.split())
-    off = replace(config, reward=RewardConfig(normalise_on=0))
-    assert reference_normaliser(policy, remember, prompts, off).std == 1.0
+    message = "all 16 responses of the initial policy score 0, so there is nothing to learn from"
+    assert message in " ".join(capsys.readouterr().err.split())
+
+    off = replace(small_config(), reward=RewardConfig(normalise_on=0))
+    assert normaliser("off", off).std == 1.0
+    assert len(seen) == 32
 
 
 def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
@@ -320,12 +339,12 @@ def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
     model = scratch_base(tokenizer, seed=0)
     config = replace(small_config().sft, steps=30, lr=3e-3, batch_size=8, warmup_steps=2)
     losses: list[float] = []
-    fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "one", lambda _, loss: losses.append(loss))
+    losses.extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "one"))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="sft stopped at step 0"):
-        fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "two", lambda _, loss: losses.append(loss))
+        next(fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "two"))
 
 
 def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +369,7 @@ def test_every_ingredient_and_the_training_code_are_part_of_the_key(monkeypatch:
     key = cache_module._key(["a", "b"])
     assert key == cache_module._key(["a", "b"])
     assert len({key, cache_module._key(["a", "c"]), cache_module._key(["c", "b"]), cache_module._key(["ab"])}) == 4
-    monkeypatch.setattr(cache_module, "_SOURCES", ("sft.py",))
+    monkeypatch.setattr(cache_module, "_SOURCES", ("training/sft.py",))
     assert cache_module._key(["a", "b"]) != key
 
 

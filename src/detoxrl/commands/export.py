@@ -1,4 +1,4 @@
-"""How does what a run trained go to others, who load it with transformers and peft alone?"""
+"""How does a trained policy become a folder that transformers and peft load without detoxrl?"""
 
 import json
 import os
@@ -19,112 +19,169 @@ from detoxrl.runtime.files import replace_folder, write_text
 from detoxrl.runtime.hub import is_hub_id, push_folder, push_token
 from detoxrl.runtime.run_folder import RunFolder
 
+_SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_PROBE = "Thank you, that is very kind of you."
 _Pair = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-_CIVIL = "Thank you, that is very kind of you."
 
 
 class Export(NamedTuple):
-    """What was made: the folder, what it holds in words, and its address on the hub where it was pushed."""
+    """What was exported."""
 
     folder: Path
-    what: str
-    address: str | None
+    what: str  # Content of the folder in words.
+    address: str | None  # Page on the hub, if it was pushed.
 
 
 def export(
     run: Path | str, *, to: Path | str | None = None, merged: bool = False, push: str | None = None,
     private: bool = False, overwrite: bool = False,
 ) -> Export:  # fmt: skip
-    """Write a measured run's policy to the new folder `to`, with tokenizer and model card; the default is `RUN-export`.
+    """Write the policy of a measured run, its tokenizer and a model card to the new folder `to`.
 
-    It is a LoRA adapter where its base is on the hub, and with `merged`, or where it is not, a whole model in fp32.
-    `push` uploads the folder as the model repository OWNER/NAME. `overwrite` replaces an earlier export, here and
-    there. Raises InputError for what does not fit, before anything is written, and when the hub does not take it.
+    `to` defaults to `RUN-export`. The policy is a LoRA adapter if its base is on a hub. Otherwise, and with `merged`,
+    it is a whole model in fp32. `push` uploads the folder as the model repository OWNER/NAME, `private` hides it there,
+    `overwrite` replaces an earlier export in both places. Raises InputError before anything is written if the arguments
+    or the run do not fit, and afterwards if the hub refuses the folder.
     """
     root = Path(run)
     folder, config = RunFolder.open(root)
     target = Path(to or root.parent / f"{root.resolve().name}-export")
-    _require_free(target, overwrite)
-    require(push is not None or not private, "--private", True, "goes with --push alone", "add --push OWNER/NAME")
+    _require_writable(target, overwrite)
+    require(push is not None or not private, "--private", True, "requires --push", "add --push OWNER/NAME")
     token = push_token(push) if push else ""
+
     with folder.locked():
-        trained, remedy = not folder.read_json("run.json")["measures"]["names"], "name a run that trained"
-        require(trained, "run folder", str(root), "measured what was trained elsewhere", remedy)
-        folder.need("adapter", "train")
-        measured, remedy = "evaluate" in folder.finished(), f"run `detoxrl evaluate {root}` first, for the card"
-        require(measured, "run folder", str(root), "has not been measured", remedy)
-        base = str(folder / "base") if (folder / "base").is_dir() else config.policy.base
-        apart = is_hub_id(base) and not (merged or config.policy.full_weights)
-        with replace_folder(target) as place:
-            write = _write_adapter if apart else _write_whole
-            model, tokenizer = write(place, folder, config, base)
-            tokenizer.save_pretrained(place)
-            _as_measured(model, tokenizer, config).save_pretrained(place)
-            name, encoder = (push or target.resolve().name).rpartition("/")[2], model.config.is_encoder_decoder
-            card = model_card(folder, config, name, push or ".", base if apart else None, encoder)
-            write_text(place / "README.md", card)
-    why = "as asked" if is_hub_id(base) else "as its base is on this machine alone"
-    why = "all of whose weights trained" if config.policy.full_weights else f"the LoRA merged into it, {why}"
-    what = f"LoRA adapter of {base}" if apart else f"whole model, {why}"
+        _require_measured(folder)
+        base = _base(folder, config)
+        as_adapter = is_hub_id(base) and not merged and not config.policy.full_weights
+        with replace_folder(target) as temporary:
+            write_policy = _write_adapter if as_adapter else _write_whole
+            model, tokenizer = write_policy(temporary, folder, config, base)
+            tokenizer.save_pretrained(temporary)
+            _generation_config(model, tokenizer, config).save_pretrained(temporary)
+
+            name = (push or target.resolve().name).rpartition("/")[2]
+            adapter_base = base if as_adapter else None
+            encoder = model.config.is_encoder_decoder
+            card = model_card(folder, config, name, push or ".", adapter_base, encoder)
+            write_text(temporary / "README.md", card)
+
+    what = f"LoRA adapter of {base}" if as_adapter else _whole_model(config, base)
+    if push is None:
+        return Export(target, what, None)
+
     try:
-        return Export(target, what, push_folder(target, push, token, private, overwrite) if push else None)
+        address = push_folder(target, push, token, private, overwrite)
     except InputError as error:
-        error.add_note(f"{target} holds the export")
+        error.add_note(f"the export stays in {target}")
         raise
+    return Export(target, what, address)
 
 
-def _require_free(target: Path, overwrite: bool) -> None:
-    """Raise InputError unless `target` can be made, or holds an export that may be replaced."""
-    card, new, remedy = target / "README.md", not target.exists(), "name a new folder; nothing was deleted"
-    ours = card.is_file() and "\n- detoxrl\n" in card.read_text(encoding="utf-8", errors="replace")
-    require(ours or new, "--to", str(target), "exists already, and is no export", remedy)
-    require(overwrite or new, "--to", str(target), "exists already", "add --overwrite, or name another folder")
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    writable = place.is_dir() and os.access(place, os.W_OK)
-    require(writable, "--to", str(target), f"cannot be made: {place} is not writable", "name another folder")
+def _require_writable(target: Path, overwrite: bool) -> None:
+    """Raise InputError unless `target` can be created, or is an export that may be replaced."""
+    if target.exists():
+        card = target / "README.md"
+        is_export = card.is_file() and "\n- detoxrl\n" in card.read_text(encoding="utf-8", errors="replace")
+        remedy = "name a new folder; nothing was deleted"
+        require(is_export, "--to", str(target), "already exists and is not an export", remedy)
+        require(overwrite, "--to", str(target), "already exists", "add --overwrite, or name another folder")
+
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    rule = f"cannot be created: {parent} is not writable"
+    require(writable, "--to", str(target), rule, "name another folder")
 
 
-def _write_adapter(place: Path, folder: RunFolder, config: Config, base: str) -> _Pair:
-    """Write the LoRA, which names its base as everybody does; return that without its weights, and the tokenizer."""
+def _require_measured(folder: RunFolder) -> None:
+    """Raise InputError unless the run trained a policy and measured it."""
+    root = str(folder.root)
+    trained = not folder.read_json("run.json")["measures"]["names"]
+    rule = "measures policies that it did not train"
+    require(trained, "run folder", root, rule, "name a run that trained one")
+
+    folder.require_product("adapter", "train")
+    measured = "evaluate" in folder.finished()
+    rule = "has no evaluation for the model card"
+    require(measured, "run folder", root, rule, f"run `detoxrl evaluate {root}` first")
+
+
+def _base(folder: RunFolder, config: Config) -> str:
+    """Return the base that the policy was trained on: the sft stage's model, or the one that the config names."""
+    tuned = folder / "base"
+    return str(tuned) if tuned.is_dir() else config.policy.base
+
+
+def _whole_model(config: Config, base: str) -> str:
+    if config.policy.full_weights:
+        return "whole model, trained with full weights"
+
+    reason = "as asked" if is_hub_id(base) else "because its base is not on a hub"
+    return f"whole model with the LoRA merged into it, {reason}"
+
+
+def _write_adapter(target: Path, folder: RunFolder, config: Config, base: str) -> _Pair:
+    """Write the LoRA with the name of its base on the hub. Return the base without weights, and its tokenizer."""
     name, _, revision = base.partition("@")
-    with loading_adapter("run folder", folder / "adapter"):
-        found = json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
-        found |= {"base_model_name_or_path": name, "revision": revision or None}
-        write_text(place / "adapter_config.json", json.dumps(found, indent=2))
-        shutil.copyfile(folder / "adapter" / _WEIGHTS, place / _WEIGHTS)
+    adapter = folder / "adapter"
+    with loading_adapter("run folder", adapter):
+        settings = json.loads((adapter / _SETTINGS).read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = name
+        settings["revision"] = revision or None
+        write_text(target / _SETTINGS, json.dumps(settings, indent=2))
+        shutil.copyfile(adapter / _WEIGHTS, target / _WEIGHTS)
+
     return load_shapes(base, bf16=False), load_tokenizer(base)
 
 
-def _write_whole(place: Path, folder: RunFolder, config: Config, base: str) -> _Pair:
-    """Write the whole model, with the LoRA in it; return it and the tokenizer."""
+def _write_whole(target: Path, folder: RunFolder, config: Config, base: str) -> _Pair:
+    """Write the whole model, with the LoRA merged into it if there is one. Return it and its tokenizer."""
     if config.policy.full_weights:
         model, tokenizer = load_base(str(folder / "adapter"), "run folder")
     else:
-        # What was measured stood on bfloat16 weights then; in fp32 they are the same, and no change is rounded away.
-        model, tokenizer = load_base(base, bf16=config.policy.bf16)
-        with loading_adapter("run folder", folder / "adapter"):
-            lora = PeftModel.from_pretrained(model.float(), str(folder / "adapter")).eval()
-        apart, model = _logits(lora, tokenizer), lora.merge_and_unload()
-        alike = torch.allclose(_logits(model, tokenizer), apart, rtol=1e-3, atol=1e-3)
-        rule = "holds a LoRA that changes weights which its base uses twice, so a merged model says something else"
-        require(alike, "run folder", str(folder.root), rule, "put the base on a hub, and leave --merged out")
-    save_base(model, tokenizer, place)
+        model, tokenizer = _merged(folder, config, base)
+
+    save_base(model, tokenizer, target)
+    return model, tokenizer
+
+
+def _merged(folder: RunFolder, config: Config, base: str) -> _Pair:
+    """Return the base with the LoRA merged into it, in fp32. Raises InputError when that changes its logits."""
+    # If the run measured a bfloat16 base, that is loaded too. In fp32 its weights are the same, and merging is exact.
+    model, tokenizer = load_base(base, bf16=config.policy.bf16)
+    adapter = folder / "adapter"
+    with loading_adapter("run folder", adapter):
+        lora = PeftModel.from_pretrained(model.float(), str(adapter)).eval()
+
+    expected = _logits(lora, tokenizer)
+    model = lora.merge_and_unload()
+    same = torch.allclose(_logits(model, tokenizer), expected, rtol=1e-3, atol=1e-3)
+    rule = "has a LoRA on weights that its base uses twice, so a merged model gives other logits"
+    require(same, "run folder", str(folder.root), rule, "put the base on a hub, and export without --merged")
     return model, tokenizer
 
 
 def _logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return the logits (1, T, V) of a sentence."""
-    ids = tokenizer(_CIVIL, return_tensors="pt").input_ids
+    ids = tokenizer(_PROBE, return_tensors="pt").input_ids
     answer = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        found: torch.Tensor = model(ids, **answer).logits
-    return found
+        logits: torch.Tensor = model(ids, **answer).logits
+    return logits
 
 
-def _as_measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
-    """Return how responses begin, end and are sampled in a run, with none of what the base prefers."""
-    known, how = model.config.get_text_config().to_dict(), config.generation
-    ids = {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
-    ids |= {"pad_token_id": tokenizer.pad_token_id, "max_new_tokens": how.max_new_tokens}
-    return GenerationConfig(do_sample=True, temperature=how.temperature, top_k=0, top_p=1.0, **ids)
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
+    """Return how responses were sampled and ended when the policy was measured, without the base's own preferences."""
+    settings = model.config.get_text_config().to_dict()
+    return GenerationConfig(
+        do_sample=True,
+        temperature=config.generation.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.generation.max_new_tokens,
+        bos_token_id=settings.get("bos_token_id"),
+        eos_token_id=settings.get("eos_token_id"),
+        decoder_start_token_id=settings.get("decoder_start_token_id"),
+        pad_token_id=tokenizer.pad_token_id,
+    )

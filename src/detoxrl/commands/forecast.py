@@ -1,226 +1,234 @@
-"""What will the stages of a run cost on this machine, told from shapes alone?
+"""What memory will the stages of a run take, estimated from shapes alone?
 
-Every pass is made on torch's meta device, where tensors have a shape and no content: no weight is needed, and what
-would be held in memory can be counted. Time follows from operations, bytes and calls, at rates measured here.
+Every pass runs on torch's meta device, where tensors have a shape and no content. No weights are read, and the bytes
+that a pass would hold can still be counted.
 """
 
-import timeit
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.commands.prepare import Prepared
 from detoxrl.config.schema import Config, GenerationConfig
 from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy
-from detoxrl.rewards.classifier import TOKENS
-from detoxrl.training.sft import bf16_capable
+from detoxrl.models.reader import TOKENS
+from detoxrl.models.types import Encoded
+from detoxrl.training.finetune import bf16_capable
 
 _META = torch.device("meta")
-# What comes into memory later: libraries of judges and reports, and what the allocator keeps. It came to 0.35 to 0.67.
-_LATER = 0.45 * 2**30
-
-
-class Speed(NamedTuple):
-    """What this machine does in a second: operations of a product, bytes of weights and of states, calls of torch."""
-
-    fp32: float
-    bf16: float
-    weights: float
-    moved: float
-    calls: float
-
-
-class Cost(NamedTuple):
-    """Seconds, and the most bytes held at once."""
-
-    seconds: float = 0.0
-    peak: float = 0.0
+# Bytes of libraries that are imported later (judges, reports) and of the allocator's reserve: 0.35 to 0.67 GiB in runs.
+_LOADED_LATER = 0.45 * 2**30
 
 
 class Meter(TorchDispatchMode):
-    """Counts the cost of what torch does inside the block; a number asked of a meta tensor is 1."""
+    """Counts the bytes of the tensors that torch makes inside the block.
 
-    def __init__(self, speed: Speed) -> None:
+    `held` is what is alive now, `peak` the most that was alive at once. A number read from a meta tensor is 1.
+    """
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.speed, self.seconds, self.calls, self.held, self.peak = speed, 0.0, 0, 0, 0
-        self._live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.held = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
+
         out = func(*args, **(kwargs or {}))
-        read, made = ([t for t in tree_leaves(some) if isinstance(t, torch.Tensor)] for some in ((args, kwargs), out))
-        fresh = {tensor.untyped_storage() for tensor in made} - {tensor.untyped_storage() for tensor in read}
-        for storage in fresh:
-            self._live.add(storage)
+        for storage in _storages(out) - _storages((args, kwargs)):  # a view shares the storage of an argument
             self.held += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
+            weakref.finalize(storage, self._release, storage.nbytes())
+
         self.peak = max(self.peak, self.held)
-        moving = 0.0
-        for tensor in (*read, *made) if fresh else ():  # else it is a view
-            here = tensor.untyped_storage() in self._live
-            moving += tensor.nbytes / (self.speed.moved if here else self.speed.weights)
-        count = flop_registry.get(func._overloadpacket)
-        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-        rate = self.speed.bf16 if made and made[0].dtype == torch.bfloat16 else self.speed.fp32
-        self.seconds += max(flops / rate, moving) + 1 / self.speed.calls
-        self.calls += 1
         return out
 
-    def _free(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self.held -= size
 
 
-def measured_speed(device: torch.device) -> Speed:
-    """Return what the device does in a second, by short trials."""
+def stage_memory(config: Config, prepared: Prepared, classifiers: list[PreTrainedModel]) -> dict[str, float]:
+    """Return the peak bytes of the stages sft (0 if nothing is tuned), train and evaluate.
 
-    def lasting(work: Callable[[], torch.Tensor]) -> float:
-        taken = timeit.repeat(lambda: work().view(-1)[0].item(), number=1, repeat=4)  # a number waits for the device
-        return 1.4 * sorted(taken)[2]  # whole runs came 1.2 to 1.8 times as slow as short trials
-
-    a, b = torch.ones(1024, 768, device=device), torch.ones(768, 2048, device=device)
-    products = 2 * 1024 * 768 * 2048
-    states, copy = torch.ones(2, 2**21, device=device)  # the size of a batch's hidden states
-    weights = torch.ones(2**26, device=device)  # of a model's weights, which no cache holds
-    shape = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    tiny = T5ForConditionalGeneration(shape).to(device)  # type: ignore[arg-type]
-    ids = torch.ones(2, 8, dtype=torch.long, device=device)
-
-    def learn() -> torch.Tensor:
-        loss: torch.Tensor = tiny(input_ids=ids, decoder_input_ids=ids).logits.sum()
-        loss.backward()
-        return loss
-
-    with Meter(Speed(1, 1, 1, 1, 1)) as meter:
-        learn()
-    return Speed(
-        fp32=products / lasting(partial(torch.mm, a, b)),
-        bf16=products / lasting(partial(torch.mm, a.bfloat16(), b.bfloat16())),
-        weights=weights.nbytes / lasting(weights.sum),
-        moved=2 * states.nbytes / lasting(partial(copy.copy_, states)),
-        calls=meter.calls / lasting(learn),  # so small that calls are all it costs
-    )
-
-
-def stage_costs(
-    config: Config, prepared: Prepared, classifiers: list[PreTrainedModel], speed: Speed
-) -> dict[str, Cost]:
-    """Return what sft, train and evaluate cost, with all that is held meanwhile beside this process as it is now.
-
-    `classifiers` are on the meta device. Prompts are those of the 95th percentile of lengths; responses fill memory up
-    to their limit, and take the time of the longest of their batch, which is as long as that of the references.
+    Each includes what this process holds now. `classifiers` are on the meta device. Prompts have the 95th percentile of
+    lengths, and responses their maximum length.
     """
-    rl, rows, policy = config.rl, prepared.rows, bare_policy(config, prepared.tokenizer)
-    respond, score, update = _passes(policy, config, prepared, speed)
-    judge = _judging(classifiers, config.generation, speed)
-    made = rl.steps * rl.batch_size
-    judged = made + (-(-rl.steps // rl.validate_every) + 1) * len(rows["validation"])
-    # Tuned on civil references where there are some, and on the best of the start's own responses.
-    baselines = (1 + any(row.civil_reference for row in rows["train"])) * (config.sft.baseline_steps > 0)
-    samples = (2 + baselines) * config.evaluation.samples_per_prompt + max(config.evaluation.best_of, default=0)
-    measured, tuning = samples * len(rows["test"]), config.sft.steps + config.sft.baseline_steps * baselines
-    here = _LATER + (0 if PartialState().device.type == "cuda" else psutil.Process().memory_info().rss)
-    trained, read = weight_bytes(policy), sum(weight_bytes(model) for model in (policy.model, *classifiers))
+    policy = bare_policy(config, prepared.tokenizer)
+    trained = weight_bytes(policy)
+    models = sum(weight_bytes(model) for model in (policy.model, *classifiers))
+    baselines = baseline_count(config, prepared)
+    sampling, scoring, update = _policy_peaks(policy, config, prepared)
+    judging = _judging_peak(classifiers, config.generation)
 
-    def stage(held: float, *parts: tuple[int, Cost]) -> Cost:
-        return Cost(sum(count * cost.seconds for count, cost in parts), held + max(cost.peak for _, cost in parts))
+    # On a GPU only tensors take memory, not the process.
+    process = 0 if PartialState().device.type == "cuda" else psutil.Process().memory_info().rss
+    process += _LOADED_LATER
+    tunes = config.sft.steps + config.sft.baseline_steps * baselines > 0
 
-    responded = judged + min(config.reward.normalise_on, len(rows["train"]))
-    learning = (judged, score), (made * rl.epochs, update)
     return {
-        "sft": stage(here, (tuning, _tuning(policy, config, prepared, speed))) if tuning else Cost(),
-        # What trains has a gradient, two moments, and the reference.
-        "train": stage(here + read + 4 * trained, (responded, respond), *learning, (judged, judge)),
-        "evaluate": stage(here + read + (1 + baselines) * trained, (measured, respond), (measured, judge)),
+        "sft": process + _finetuning_peak(policy, config, prepared) if tunes else 0.0,
+        # The weights that train also have a gradient, two moments and a frozen copy as the reference.
+        "train": process + models + 4 * trained + max(sampling, scoring, update, judging),
+        "evaluate": process + models + (1 + baselines) * trained + max(sampling, judging),
     }
 
 
+def baseline_count(config: Config, prepared: Prepared) -> int:
+    """Return the number of fine-tuned baselines.
+
+    One learns from the best of the initial policy's own responses, another from civil references if there are some.
+    """
+    if config.sft.baseline_steps == 0:
+        return 0
+
+    has_civil = any(row.civil_reference for row in prepared.rows["train"])
+    return 2 if has_civil else 1
+
+
+def response_tokens(config: Config, prepared: Prepared) -> int:
+    """Return the tokens of a long response: the 95th percentile of the references, or the limit without references."""
+    limit = config.generation.max_new_tokens
+    return min(limit, _reference_tokens(config, prepared))
+
+
 def bare_policy(config: Config, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """Return the policy that a run begins with, under its adapter and without a weight."""
-    scratch = config.policy.base == "scratch"
+    """Return the policy that a run begins with, its adapter included, on the meta device."""
     with _META:
-        model = scratch_base(tokenizer, config.seed) if scratch else load_shapes(config.policy.base, config.policy.bf16)
+        if config.policy.base == "scratch":
+            model = scratch_base(tokenizer, config.seed)
+        else:
+            model = load_shapes(config.policy.base, config.policy.bf16)
+
         return make_policy(model, tokenizer, None, config.policy, config.seed)
 
 
 def weight_bytes(model: Policy | torch.nn.Module) -> int:
-    """Return the bytes of a model's weights, or of those that a policy trains."""
+    """Return the bytes of a module's weights, or of the weights of a policy that train."""
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def _passes(policy: Policy, config: Config, prepared: Prepared, speed: Speed) -> tuple[Cost, Cost, Cost]:
-    """Return what a response costs: to sample it, to score it by the reference, to learn from it once."""
-    length, temperature = config.generation.max_new_tokens, config.generation.temperature
-    ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
-    texts = ordered[: max(2, round(0.95 * len(ordered)))][-config.generation.batch_size :]
-    longest = min(length, (prepared.account["summary_tokens"] or {"p95": length})["p95"])
-    most = config.rl.microbatch_size or config.rl.minibatch_size, policy.rows_at_once(length)
-    rows, some = (min(len(texts), n) for n in most)
+def _policy_peaks(policy: Policy, config: Config, prepared: Prepared) -> tuple[float, float, float]:
+    """Return the peak bytes of sampling a batch, of its log-probs under the reference, and of a microbatch's update."""
+    texts = _long_prompts(config, prepared)
+    length = config.generation.max_new_tokens
+    temperature = config.generation.temperature
+    with torch.no_grad(), Meter():
+        encoded = policy.with_shared_cross(policy.encode(texts))
 
-    def scored(n: int, tokens: int) -> tuple[torch.Tensor, ...]:
-        cross = None if encoded.cross is None else encoded.cross[:, :, :n]
-        few = replace(encoded, states=encoded.states[:n], mask=encoded.mask[:n], cross=cross)
-        return policy.logprobs(few, torch.zeros(n, tokens, dtype=torch.long, device=_META), temperature)
+    def read(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        rows = min(rows, len(texts))
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device=_META)
+        return policy.logprobs(_first_rows(encoded, rows), ids, temperature)
 
-    def sampling(tokens: int) -> Cost:
-        chances = torch.ones(len(texts), tokens, device=_META)
-        return _cost(
-            speed, lambda: policy.sample(policy.shared(policy.encode(texts)), chances, temperature), len(texts)
-        )
+    def learn() -> None:
+        rows = config.rl.microbatch_size or config.rl.minibatch_size
+        parts = read(rows, response_tokens(config, prepared))
+        torch.stack([part.sum() for part in parts]).sum().backward()
 
     with torch.no_grad():
-        with Meter(speed):
-            encoded = policy.shared(policy.encode(texts))
-        few, more = sampling(2), sampling(6)  # from there on each token adds the same
-        score = _cost(speed, lambda: scored(some, length), some)
-    seconds, peak = ((after - before) / 4 for before, after in zip(few, more, strict=True))
-    respond = Cost(few.seconds + seconds * (longest - 2), few.peak + peak * (length - 2))
-    learn = _cost(speed, lambda: torch.stack([part.sum() for part in scored(rows, longest)]).sum().backward(), rows)
-    return respond, score, learn
+        sampling = _sampling_peak(policy, texts, length, temperature)
+        scoring = _peak(lambda: read(policy.rows_at_once(length), length))
+
+    return sampling, scoring, _peak(learn)
 
 
-def _judging(classifiers: list[PreTrainedModel], config: GenerationConfig, speed: Speed) -> Cost:
-    """Return what it costs that every classifier reads a response."""
-    rows = min(max(1, TOKENS // config.max_new_tokens), 2 * config.batch_size)
-    read = torch.zeros(rows, config.max_new_tokens, dtype=torch.long, device=_META)
-    mask = torch.ones_like(read)
+def _sampling_peak(policy: Policy, texts: list[str], length: int, temperature: float) -> float:
+    """Return the peak bytes of sampling a response of `length` tokens to each text.
+
+    Only a few tokens are sampled: every further one adds the same number of bytes.
+    """
+
+    def peak(tokens: int) -> int:
+        uniforms = torch.ones(len(texts), tokens, device=_META)
+        return _peak(lambda: policy.sample(policy.with_shared_cross(policy.encode(texts)), uniforms, temperature))
+
+    if policy.has_encoder:
+        few, more = peak(2), peak(6)
+        return few + (more - few) / 4 * (length - 2)
+
+    # A causal model reads its prompts in the pass that gives the first token. Later passes hold less than that one and
+    # add to the cache only, so the sum is an upper bound.
+    return peak(1) + _cache_bytes(policy) * len(texts) * (length - 1)
+
+
+def _cache_bytes(policy: Policy) -> int:
+    """Return the bytes of the keys and values that a causal model caches for one token."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=_META)
+    with Meter() as meter:
+        cache = policy.model(input_ids=token, use_cache=True).past_key_values
+        held: int = meter.held  # The cache alone: the other outputs are released.
+
+    del cache
+    return held
+
+
+def _judging_peak(classifiers: list[PreTrainedModel], config: GenerationConfig) -> int:
+    """Return the peak bytes of a batch of responses that every classifier reads."""
+    rows = max(1, TOKENS // config.max_new_tokens)
+    rows = min(rows, 2 * config.batch_size)
+    ids = torch.zeros(rows, config.max_new_tokens, dtype=torch.long, device=_META)
+    mask = torch.ones_like(ids)
     with torch.no_grad():
-        return _cost(speed, lambda: [reader(read, attention_mask=mask).logits for reader in classifiers], len(read))
+        return _peak(lambda: [classifier(ids, attention_mask=mask).logits for classifier in classifiers])
 
 
-def _tuning(policy: Policy, config: Config, prepared: Prepared, speed: Speed) -> Cost:
-    """Return what a step of supervised fine-tuning costs, there and back, beside the weights and what trains them."""
+def _finetuning_peak(policy: Policy, config: Config, prepared: Prepared) -> int:
+    """Return the peak bytes of a step of supervised fine-tuning, with the weights and their optimizer state."""
     if config.sft.full_weights:  # they train in fp32
-        policy = bare_policy(replace(config, policy=replace(config.policy, bf16=False)), prepared.tokenizer)
+        in_fp32 = replace(config, policy=replace(config.policy, bf16=False))
+        policy = bare_policy(in_fp32, prepared.tokenizer)
         policy.model.requires_grad_(True)
-    prompt = prepared.account["prompt_tokens"]["p95"]
-    summary = (prepared.account["summary_tokens"] or {"p95": config.generation.max_new_tokens})["p95"]
-    lengths = (prompt, summary) if policy.model.config.is_encoder_decoder else (prompt + summary,) * 2
-    read, labels = (torch.ones(config.sft.batch_size, n, dtype=torch.long, device=_META) for n in lengths)
+
     whole = weight_bytes(policy.model)
     held = whole + 3 * weight_bytes(policy)  # a gradient and two moments
     if config.sft.bf16 and bf16_capable(PartialState().device):
-        speed = speed._replace(fp32=speed.bf16)
-        held += whole // 2  # autocast keeps each weight in bf16 for the way back
-    batch = {"input_ids": read, "attention_mask": torch.ones_like(read), "labels": labels}
-    step = _cost(speed, lambda: policy.model(**batch).loss.backward())
-    return step._replace(peak=step.peak + held)
+        held += whole // 2  # autocast keeps each weight in bfloat16 for the backward pass
+
+    prompt = prepared.account["prompt_tokens"]["p95"]
+    target = _reference_tokens(config, prepared)
+    if not policy.has_encoder:  # a causal model reads both in a row
+        prompt = target = prompt + target
+
+    ids = torch.ones(config.sft.batch_size, prompt, dtype=torch.long, device=_META)
+    labels = torch.ones(config.sft.batch_size, target, dtype=torch.long, device=_META)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return held + _peak(lambda: policy.model(**batch).loss.backward())
 
 
-def _cost(speed: Speed, work: Callable[[], Any], rows: float = 1) -> Cost:
-    """Return what some work costs, its seconds for each of its rows."""
-    with Meter(speed) as meter:
+def _reference_tokens(config: Config, prepared: Prepared) -> int:
+    spread = prepared.account["summary_tokens"]
+    return int(spread["p95"]) if spread else config.generation.max_new_tokens
+
+
+def _long_prompts(config: Config, prepared: Prepared) -> list[str]:
+    """Return a batch of training prompts that ends at the 95th percentile of lengths."""
+    ordered = sorted((row.prompt for row in prepared.rows["train"]), key=len)
+    end = max(2, round(0.95 * len(ordered)))
+    return ordered[:end][-config.generation.batch_size :]
+
+
+def _first_rows(encoded: Encoded, rows: int) -> Encoded:
+    cross = None if encoded.cross is None else encoded.cross[:, :, :rows]
+    return replace(encoded, states=encoded.states[:rows], mask=encoded.mask[:rows], cross=cross)
+
+
+def _storages(tree: Any) -> set[torch.UntypedStorage]:
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    """Return the most bytes that `work` holds at once."""
+    meter = Meter()
+    with meter:
         work()
-    return Cost(meter.seconds / rows, meter.peak)
+    return meter.peak

@@ -1,139 +1,205 @@
 """How are policies measured on held-out prompts?"""
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 
-from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
-from detoxrl.evaluation.compare import Measured, Readers, evaluation, measure, old_protocol, paired, toxic_words
-from detoxrl.evaluation.judges import profanity_judge
-from detoxrl.evaluation.policies import TRAINED, policies_of
+from detoxrl.evaluation.compare import Measured, evaluation, measure, toxic_words
+from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
+from detoxrl.evaluation.policies import TRAINED, MeasuredPolicies
+from detoxrl.evaluation.readers import paired
 from detoxrl.evaluation.statistics import Floats, prompts_needed
-from detoxrl.models.sampling import sample_batches
+from detoxrl.models.policy import Policy
+from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.report.page import read_lines
-from detoxrl.rewards.function import RewardFunction
 from detoxrl.rewards.shaping import is_wordless
-from detoxrl.runs import Scorer, base_and_start, judges_of, readers_of, rows_of, run_scorer
-from detoxrl.runtime import processes
+from detoxrl.runs import Run
 from detoxrl.runtime.console import progress
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import REWARD_JUDGE, RunFolder
+from detoxrl.runtime.world import together
+
+_RESPONSES = "responses.jsonl"
+# Metrics of single responses that samples.jsonl holds.
+_SHOWN_METRICS = ("score", "facts")
 
 
-def measure_run(
-    folder: RunFolder, config: Config, given: RewardFunction | None, seconds: Callable[[], dict[str, float]]
-) -> None:
-    """Write samples.jsonl, masked_words.json and eval.json, with `seconds()` in it; goes on from responses.jsonl."""
-    rows, account = rows_of(folder, "test"), folder.read_json("run.json")
-    texts = [row.texts for row in rows if row.texts]
-    scorer = None if texts else run_scorer(folder, config, given)
-    judges, readers = judges_of(config), readers_of(config, scorer)
-    if scorer is not None and scorer.judge is not None:
-        judges[REWARD_JUDGE] = scorer.judge
-    if scorer is None:
-        responses: dict[str, Texts] = {name: [by[name] for by in texts] for name in texts[0]}
-        responses |= {"word_filter": word_filter(responses["before"], None)}
-    else:
-        sampled = _responses(folder, config, rows, account["measures"]["policies"])
-        responses = _with_baselines(config, rows, sampled, scorer, readers)
+def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
+    """Write samples.jsonl, masked_words.json and eval.json, with `seconds()` in it. Resumes from responses.jsonl."""
+    rows = run.rows("test")
+    record = run.folder.read_json("run.json")
+    measures_texts = bool(rows[0].texts)
+    run.load_measures()
+    if not measures_texts:
+        run.load_reward()
+
+    responses = _given_responses(rows) if measures_texts else _policy_responses(run, record["measures"]["policies"])
+    judges = {name: memoized(judge) for name, judge in run.judges.items()}
+    readers = run.readers
+    if not measures_texts:
+        readers = replace(readers, score=run.scores())
+        responses = _with_baselines(run, rows, responses, readers.score)
+        if run.scorer.judge is not None:
+            judges[REWARD_JUDGE] = run.scorer.judge
+
     measured = measure(rows, responses, judges, readers)
-    # Word by word a linear model is quick and sees what a classifier of sentences may not know.
-    shown = [[row.dialogue for row in rows], *(row for by in responses.values() for row in by)]
-    masked = toxic_words(shown, profanity_judge() or judges[measured.primary])
-    folder.write_json("masked_words.json", masked)
-    _write_samples(folder, rows, responses, measured)
-    theirs = REWARD_JUDGE if REWARD_JUDGE in judges else measured.primary
-    found = evaluation(config, rows, measured) | {"names": account["measures"]["names"]}
-    found["as_older_systems"] = {"judge": theirs} | old_protocol(rows, responses, judges[theirs])
-    found |= {"changed_on_its_way": account["changes"], "seconds": seconds()}
-    folder.write_json("eval.json", found)
-    remove_path(folder / "responses.jsonl")
+    run.folder.write_json("masked_words.json", _masked_words(rows, responses, judges[measured.primary]))
+    run.folder.write("samples.jsonl", _samples(rows, responses, measured))
+
+    result = evaluation(run.config, rows, measured)
+    result["names"] = record["measures"]["names"]
+    result["changed_on_its_way"] = record["changes"]
+    result["seconds"] = seconds()
+    run.folder.write_json("eval.json", result)
+    remove_path(run.folder / _RESPONSES)
 
 
-def _responses(folder: RunFolder, config: Config, rows: list[Row], given: Mapping[str, str]) -> dict[str, Texts]:
-    """Sample every policy on the same prompts with the same uniforms, from those on that are there."""
-    names = {name for name, place in TRAINED.items() if (folder / place).is_dir()} | {*given}
-    require("after" in names, "run folder", str(folder.root), "has no adapter", "train it first")
-    found: dict[str, dict[int, list[str]]] = defaultdict(dict)
-    for line in folder.read_lines("responses.jsonl"):
-        found[line["policy"]] |= dict(line["responses"])
-    done = {name: len(texts) for name, texts in found.items()}
-    processes.tell("measure", folder, config, rows, given, done)
-    with progress("sample", (1 + len(names)) * len(rows)) as reach:
-        for name, batch in sampled(folder, config, rows, given, done):
-            folder.append("responses.jsonl", {"policy": name, "responses": list(batch.items())})
-            found[name] |= batch
-            reach(sum(map(len, found.values())), name)
-    return {name: [texts[row] for row in range(len(rows))] for name, texts in found.items()}
+def _given_responses(rows: Sequence[Row]) -> dict[str, Texts]:
+    """Return the responses that files gave, by policy, and those of "before" without insults."""
+    texts = [row.texts for row in rows if row.texts]
+    responses: dict[str, Texts] = {name: [by_policy[name] for by_policy in texts] for name in texts[0]}
+    responses["word_filter"] = word_filter(responses["before"], None)
+    return responses
 
 
-def sampled(
-    folder: RunFolder, config: Config, rows: list[Row], given: Mapping[str, str], done: Mapping[str, int]
-) -> Iterator[tuple[str, dict[int, list[str]]]]:
-    """Yield each policy's name with batches of responses by row, without those `done`; all processes take part.
+def _policy_responses(run: Run, given: Mapping[str, str]) -> dict[str, Texts]:
+    """Sample every policy on the same prompts with the same uniforms; batches in responses.jsonl are not repeated."""
+    folder = run.folder
+    run.require_warm_start()
+    has_after = "after" in given or (folder / TRAINED["after"]).is_dir()
+    require(has_after, "run folder", str(folder.root), "has no adapter", "train it first")
+    sampler = run.world.build(ResponseSampler, run, dict(given))
 
-    Of the start there are some more, to pick the best of.
-    """
-    trained = {name: folder / place for name, place in TRAINED.items() if (folder / place).is_dir()}
-    prompts, how, seed, count = to_prompts(rows), config.generation, config.seed, config.evaluation.samples_per_prompt
-    for name, policy, adapter in policies_of(*base_and_start(folder, config), trained, given, config):
-        policy.to(PartialState().device)
-        samples = count + (max(config.evaluation.best_of, default=0) if name == "before" else 0)
-        part: dict[str, Any] = {"samples": samples, "adapter": adapter, "skip": done.get(name, 0)}
-        for batch in sample_batches(policy, prompts, how, seed=seed, stream="evaluation", together=True, **part):
-            yield name, batch
+    texts: dict[str, dict[int, list[str]]] = {name: {} for name in sampler.names}
+    for line in folder.read_lines(_RESPONSES):
+        if line["policy"] in texts:
+            texts[line["policy"]].update(line["responses"])
+
+    rows = len(run.rows("test"))
+    with progress("sample", len(sampler.names) * rows) as report:
+        for name in sampler.names:
+            for batch in sampler.batches(skip=len(texts[name])):
+                sampled = sampler.sample(name, batch)
+                folder.append(_RESPONSES, {"policy": name, "responses": list(sampled.items())})
+                texts[name].update(sampled)
+                report(sum(map(len, texts.values())), name)
+    return {name: [by_row[row] for row in range(rows)] for name, by_row in texts.items()}
+
+
+class ResponseSampler:
+    """Samples responses of the policies that are measured; all processes of the run share each batch."""
+
+    def __init__(self, run: Run, given: Mapping[str, str]) -> None:
+        self.world = run.world
+        self._config = run.config
+        self._prompts = to_prompts(run.rows("test"))
+        self._draws = Draws(run.config.seed, "evaluation")
+        trained = {name: run.folder / part for name, part in TRAINED.items() if (run.folder / part).is_dir()}
+        self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
+        self._on_device: Policy | None = None
+        self.names = self._policies.names
+
+    def batches(self, skip: int) -> list[list[int]]:
+        """Return the rows of each batch, in order of length, without the first `skip` rows of that order."""
+        size = self._config.generation.batch_size * self.world.size
+        (order,) = batches_by_length(self._prompts, len(self._prompts))
+        left = order[skip:]
+        return [left[start : start + size] for start in range(0, len(left), size)]
+
+    @together
+    def sample(self, name: str, batch: list[int]) -> dict[int, list[str]]:
+        """Return the responses of one policy to some rows, by row.
+
+        Of the initial policy there are more samples: those from which best-of-n picks.
+        """
+        policy, adapter = self._policies.get(name)
+        if policy is not self._on_device:
+            self._on_device = policy.to(self.world.device)
+        settings = self._config.evaluation
+        samples = settings.samples_per_prompt
+        if name == "before":
+            samples += max(settings.best_of, default=0)
+
+        mine = self.world.share(batch)
+        prompts = [self._prompts[row] for row in mine]
+        texts = sample_texts(policy, prompts, self._config.generation, self._draws, samples, adapter)
+        responses: dict[int, list[str]] = {}
+        for part in self.world.gather(dict(zip(mine, texts, strict=True))):
+            responses.update(part)
+        return responses
 
 
 def _with_baselines(
-    config: Config, rows: list[Row], sampled: dict[str, Texts], scorer: Scorer, readers: Readers
+    run: Run, rows: Sequence[Row], sampled: dict[str, Texts], score: Callable[[Any], Floats] | None
 ) -> dict[str, Texts]:
-    """Return the responses, with those of the start filtered, and the best of its further samples."""
-    samples, sizes = config.evaluation.samples_per_prompt, config.evaluation.best_of
-    before, pool = ([row[part] for row in sampled["before"]] for part in (slice(samples), slice(samples, None)))
-    found: dict[str, Texts] = {"word_filter": word_filter(before, scorer.judge)}
-    if sizes and readers.score:
+    """Return the responses, those of the initial policy filtered by words, and the best of its further samples."""
+    settings = run.config.evaluation
+    count = settings.samples_per_prompt
+    before = [samples[:count] for samples in sampled["before"]]
+    pool = [samples[count:] for samples in sampled["before"]]
+    baselines: dict[str, Texts] = {"word_filter": word_filter(before, run.scorer.judge)}
+    if settings.best_of and score:
         pairs = paired([row.prompt for row in rows], pool)
-        scores = np.where(is_wordless([text for _, text in pairs]), -np.inf, readers.score(pairs)).reshape(
-            len(rows), -1
-        )
-        found |= {f"best_of_{n}": best_of(pool, scores, n) for n in sizes}
-    return {"before": before, "after": sampled["after"]} | found | {n: t for n, t in sampled.items() if n != "before"}
+        empty = is_wordless([text for _, text in pairs])
+        scores = np.where(empty, -np.inf, score(pairs)).reshape(len(rows), -1)
+        for size in settings.best_of:
+            baselines[f"best_of_{size}"] = best_of(pool, scores, size)
+
+    others = {name: texts for name, texts in sampled.items() if name not in ("before", "after")}
+    return {"before": before, "after": sampled["after"], **baselines, **others}
 
 
-def _write_samples(folder: RunFolder, rows: list[Row], responses: dict[str, Texts], measured: Measured) -> None:
-    def shown(values: Mapping[str, Floats], i: int) -> dict[str, Any]:
-        return {policy: of_one[i].round(4).tolist() for policy, of_one in values.items()}
+def _masked_words(rows: Sequence[Row], responses: Mapping[str, Texts], primary: Judge) -> list[str]:
+    """Return the words of dialogues and responses to mask."""
+    texts: list[Sequence[str]] = [[row.dialogue for row in rows]]
+    for by_prompt in responses.values():
+        texts.extend(by_prompt)
+    # Word by word a linear model is fast, and sees what a classifier of sentences may not know.
+    return toxic_words(texts, profanity_judge() or primary)
 
-    kept = [name for name in ("score", "facts") if name in measured.metrics["before"]]
-    by_name = {name: {policy: by[name] for policy, by in measured.metrics.items()} for name in kept}
+
+def _samples(rows: Sequence[Row], responses: Mapping[str, Texts], measured: Measured) -> str:
+    """Return a JSON object a line: each row with the responses of every policy, and what was measured of them."""
+    shown = [name for name in _SHOWN_METRICS if name in measured.metrics["before"]]
     lines = []
-    for i, row in enumerate(rows):
-        record: dict[str, Any] = {"id": row.id, "dialogue": row.dialogue, "reference": row.summary}
-        record |= {"civil_reference": row.civil_reference, "responses": {name: by[i] for name, by in responses.items()}}
-        record["toxicity"] = {judge: shown(by, i) for judge, by in measured.toxicity.items()}
-        record |= {name: shown(values, i) for name, values in by_name.items()}
+    for number, row in enumerate(rows):
+        record: dict[str, Any] = {
+            "id": row.id,
+            "dialogue": row.dialogue,
+            "reference": row.summary,
+            "civil_reference": row.civil_reference,
+            "responses": {policy: by_prompt[number] for policy, by_prompt in responses.items()},
+            "toxicity": {judge: _rounded(by_policy, number) for judge, by_policy in measured.toxicity.items()},
+        }
+        for name in shown:
+            by_policy = {policy: metrics[name] for policy, metrics in measured.metrics.items()}
+            record[name] = _rounded(by_policy, number)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    folder.write("samples.jsonl", "".join(lines))
+    return "".join(lines)
+
+
+def _rounded(by_policy: Mapping[str, Floats], row: int) -> dict[str, Any]:
+    return {policy: values[row].round(4).tolist() for policy, values in by_policy.items()}
 
 
 def needed_prompts(root: Path, drop: float) -> str:
-    """Return in words how many prompts would find a relative `drop` in toxicity, by what a measured run's start wrote.
+    """Return in words how many prompts would detect a relative `drop` in toxicity, given a measured run's samples.
 
-    Raises InputError when the run was not measured, or cannot tell.
+    Raises InputError when the run was not measured, or when its samples cannot tell.
     """
     folder, _ = RunFolder.open(root)
-    samples = read_lines(folder.need("samples.jsonl", "evaluate"))
+    samples = read_lines(folder.require_product("samples.jsonl", "evaluate"))
     judge = folder.read_json("eval.json")["primary_judge"]
     before = np.array([sample["toxicity"][judge]["before"] for sample in samples])
+    needed = prompts_needed(before, drop)
     return (
-        f"to find a drop of {drop:.0%} in mean toxicity ({before.mean():.3f} by {judge}) with 80 % power at 5 %: "
-        f"{prompts_needed(before, drop)} prompts with {before.shape[1]} samples each; this run had {len(before)}"
+        f"to detect a drop of {drop:.0%} in mean toxicity ({before.mean():.3f} by {judge}) with 80 % power at the 5 % "
+        f"level: {needed} prompts with {before.shape[1]} samples each; this run had {len(before)}"
     )

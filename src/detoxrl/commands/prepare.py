@@ -1,7 +1,7 @@
-"""What has to be there, and to fit, before a run begins?"""
+"""What has to exist, and to fit, before a run begins?"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,135 +19,189 @@ from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_pr
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source, read_texts
 from detoxrl.errors import require
-from detoxrl.evaluation.policies import NOTHING, Subjects, try_policies
+from detoxrl.evaluation.policies import NO_SUBJECTS, MeasuredPolicies, Subjects, try_policies
+from detoxrl.models.base import Base
 from detoxrl.models.loading import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
-from detoxrl.models.lora import initial_adapter, load_policy, make_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import require_agreement
 from detoxrl.report.words import data_account
-from detoxrl.rewards.fit import train_reward_model
-from detoxrl.rewards.function import RewardFunction
-from detoxrl.runs import judges_of, readers_of, scorer
+from detoxrl.rewards.fit import FitSettings, train_reward_model
+from detoxrl.runs import Run
 from detoxrl.runtime.cache import cached
-from detoxrl.runtime.console import log, progress
+from detoxrl.runtime.console import log, progress, status
 from detoxrl.runtime.files import remove_path, replace_folder
-from detoxrl.runtime.run_folder import RunFolder
 
-UTTERANCES, REWARD_STEPS, REWARD_BATCH, REWARD_LR = 8_000, 150, 64, 1e-3
+# The embedded reward model: how many utterances it learns from, and how.
+UTTERANCES = 8_000
+REWARD_STEPS = 150
+REWARD_BATCH = 64
+REWARD_LR = 1e-3
+
+# The tokenizer of policy.base = 'scratch': how many training rows it learns from, and how many tokens it has.
+_TOKENIZER_ROWS = 4_000
+_TOKENIZER_SIZE = 1500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run, or a mere measurement, starts from: rows with their prompts, and the tokenizer that counted them."""
+    """What a run, or a measurement alone, starts from."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[Row]]  # By split, with their prompts.
     account: dict[str, Any]  # What became of every row of the source, how many prompts were cut, lengths in tokens.
-    tokenizer: Any  # None where texts were read that others wrote.
+    tokenizer: Any  # The tokenizer that counted the rows. None: the rows are texts that were written elsewhere.
 
 
-def check(config: Config, given: RewardFunction | None = None, subjects: Subjects = NOTHING) -> Prepared:
-    """Return what a run, or a mere measurement of subjects, starts from; writes nothing. Raises InputError."""
-    judges_of(config)
-    readers_of(config, None)
+def check(run: Run, subjects: Subjects = NO_SUBJECTS) -> Prepared:
+    """Load and try every part of a run, or of a measurement of subjects; write nothing. Raises InputError."""
+    with run.as_configured():
+        return _check(run, subjects)
+
+
+def _check(run: Run, subjects: Subjects) -> Prepared:
+    run.load_measures()
     if subjects.texts:
-        require(given is None, "reward", "", "cannot score texts without prompts", "leave it out")
-        rows = read_texts(subjects.texts, config.data)
-        account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
-        return Prepared(rows={"test": rows}, account=account, tokenizer=None)
-    scorer(config, None, given)
-    with log.status("reading and counting the rows"):
-        prepared = prepare_rows(config, ("test",) if subjects.policies else SPLITS)
+        require(not run.has_reward_function, "reward", "", "cannot score texts without prompts", "leave it out")
+        return _prepare_texts(run.config, subjects)
+
+    run.load_reward()
+
+    with status("reading and counting the rows"):
+        prepared = prepare_rows(run.config, ("test",) if subjects.policies else SPLITS)
     if subjects.policies:
-        try_policies(config.policy.base, initial_adapter(config.policy), subjects.policies, config)
+        policies = MeasuredPolicies(run.base, run.adapter, {}, subjects.policies, run.config)
+        try_policies(policies, subjects.policies, run.config)
     else:
-        checked_policy(config, prepared)
+        checked_policy(run, prepared)
     return prepared
 
 
-def checked_policy(config: Config, prepared: Prepared) -> Policy:
-    """Return the policy that the run begins with, a scratch base untrained. Raises InputError when it does not fit."""
+def _prepare_texts(config: Config, subjects: Subjects) -> Prepared:
+    rows = read_texts(subjects.texts, config.data)
+    account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
+    return Prepared(rows={"test": rows}, account=account, tokenizer=None)
+
+
+def checked_policy(run: Run, prepared: Prepared) -> Policy:
+    """Return the policy that the run begins with; a scratch base is untrained. Raises InputError if it does not fit."""
+    config = run.config
     if config.policy.base == "scratch":
-        base = scratch_base(prepared.tokenizer, config.seed)
-        return make_policy(base, prepared.tokenizer, None, config.policy, config.seed)
-    policy = load_policy(config.policy.base, initial_adapter(config.policy), config.policy, config.seed)
-    tunes = config.sft.steps + config.sft.baseline_steps > 0 and prepared.account["summary_tokens"]
-    require_positions(policy.model.config, config, prepared.account["summary_tokens"]["max"] if tunes else 0)
+        run.use_base(Base(scratch_base(prepared.tokenizer, config.seed), prepared.tokenizer, "scratch"))
+        return run.initial_policy()
+
+    policy = run.initial_policy()
+    fine_tunes = config.sft.steps + config.sft.baseline_steps > 0
+    summary_tokens = prepared.account["summary_tokens"]
+    longest_target = summary_tokens["max"] if fine_tunes and summary_tokens else 0
+    require_positions(policy.model.config, config, longest_target)
     require_agreement(policy, config.policy.base)
     return policy
 
 
-def write(folder: RunFolder, config: Config, prepared: Prepared) -> None:
+def write_prepared(run: Run, prepared: Prepared) -> None:
     """Write the rows, their account, a scratch base's tokenizer, and the embedded reward model."""
+    folder = run.folder
     for split, rows in prepared.rows.items():
         folder.write(f"data/{split}.jsonl", rows_to_jsonl(rows))
     folder.write_json("rows.json", prepared.account)
     log.print(account_table(prepared.account))
-    if config.policy.base == "scratch":
+
+    if run.config.policy.base == "scratch":
         with replace_folder(folder / "tokenizer") as tokenizer:
             prepared.tokenizer.save_pretrained(tokenizer)
-    wanted = prepared.tokenizer and config.reward.function is None and config.reward.classifier == "embedded"
-    if wanted and not (folder / "reward").is_dir():  # it is there when the run was stopped just then
-        _train_reward_model(folder, config)
+
+    # The reward model exists already when the run was stopped right after it was made. Texts need none.
+    measures_texts = prepared.tokenizer is None
+    if run.uses_embedded_reward and not measures_texts and not (folder / "reward").is_dir():
+        _make_reward_model(run)
     remove_path(folder / "checkpoints/prepare")
 
 
 def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
     """Return the rows with their prompts, and the tokenizer that counted them, for `uses`. Raises InputError."""
-    tokenizer = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
+    tokenizer: Any = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
     selection = _selection(config, tokenizer, uses)
     if tokenizer is None:
-        some = selection.rows["train"][:4_000]
-        prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in some]
-        tokenizer = scratch_tokenizer([*prompts, *(row.summary or "" for row in some)], vocab_size=1500)
-    rows, lengths = {}, {}
+        tokenizer = _train_tokenizer(selection.rows["train"][:_TOKENIZER_ROWS], config)
+
+    rows: dict[str, list[Row]] = {}
+    lengths: dict[str, list[int]] = {}
     for split in SPLITS:
         rows[split], lengths[split] = with_prompts(selection.rows[split], config.data, tokenizer)
+
     limit = config.data.max_prompt_tokens
+    prompt_lengths = [min(length, limit) for split in SPLITS for length in lengths[split]]
     summaries = [row.summary for row in rows["train"] if row.summary is not None]
     account = {
         "splits": selection.outcomes,
         "truncated": {split: sum(length > limit for length in lengths[split]) for split in SPLITS},
-        "prompt_tokens": _spread([min(length, limit) for split in SPLITS for length in lengths[split]]),
+        "prompt_tokens": _spread(prompt_lengths),
         "summary_tokens": _spread(token_lengths(tokenizer, summaries)) if summaries else None,
     }
     return Prepared(rows=rows, account=account, tokenizer=tokenizer)
 
 
+def _train_tokenizer(rows: Sequence[Row], config: Config) -> PreTrainedTokenizerBase:
+    prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in rows]
+    summaries = [row.summary or "" for row in rows]
+    return scratch_tokenizer([*prompts, *summaries], vocab_size=_TOKENIZER_SIZE)
+
+
 def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None, uses: Sequence[str]) -> Selection:
     if config.data.source == "embedded":
-        sizes = {"train": config.data.limit, "validation": config.rl.validation_prompts}
-        rows = generate_rows(config.seed, sizes | {"test": config.evaluation.prompts})
-        return Selection(rows=rows, outcomes={"embedded": {f"used for {split}": len(rows[split]) for split in SPLITS}})
-    count = partial(token_lengths, tokenizer) if tokenizer and config.data.length_unit == "tokens" else None
-    return select(read_source(config.data), config, count or (lambda texts: [*map(len, texts)]), uses)
+        sizes = {
+            "train": config.data.limit,
+            "validation": config.rl.validation_prompts,
+            "test": config.evaluation.prompts,
+        }
+        rows = generate_rows(config.seed, sizes)
+        outcomes = {f"used for {split}": len(rows[split]) for split in SPLITS}
+        return Selection(rows=rows, outcomes={"embedded": outcomes})
+
+    lengths: Callable[[list[str]], list[int]] = _characters
+    if tokenizer is not None and config.data.length_unit == "tokens":
+        lengths = partial(token_lengths, tokenizer)
+    return select(read_source(config.data), config, lengths, uses)
+
+
+def _characters(texts: list[str]) -> list[int]:
+    return [len(text) for text in texts]
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:
-    found = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
-    return dict(zip(("median", "p95", "max"), found, strict=True))
+    median, p95, longest = np.quantile(lengths, [0.5, 0.95, 1.0], method="nearest").tolist()
+    return {"median": median, "p95": p95, "max": longest}
 
 
 def account_table(account: dict[str, Any]) -> Group:
-    """Return what became of every row of the source, as a table for the screen, and what its prompts are like."""
+    """Return what became of every row of the source, as a table for the terminal, and how long its prompts are."""
     account = data_account(account)
-    cut = ", ".join(f"{n} of {split}" for split, n in account["truncated"].items() if n) or "none"
-    spread = account["prompt_tokens"]
-    tokens = "prompt tokens: median {median}, 95 % up to {p95}, longest {max}".format(**spread) if spread else ""
     table = Table("rows", *(Column(split, justify="right") for split in account["splits"]), box=SIMPLE_HEAD)
     for outcome, counts in account["counts"].items():
-        table.add_row(outcome, *map("{:,}".format, counts))
-    table.add_row("in all", *map("{:,}".format, account["sums"]), style="bold")
-    return Group(table, f"prompts cut to fit: {cut}; {tokens}")
+        table.add_row(outcome, *(f"{count:,}" for count in counts))
+    table.add_row("total", *(f"{total:,}" for total in account["sums"]), style="bold")
+
+    cut = ", ".join(f"{count} of {split}" for split, count in account["truncated"].items() if count) or "none"
+    lines = f"prompts cut to fit: {cut}"
+    if account["prompt_tokens"]:
+        spread = "median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
+        lines = f"{lines}; prompt tokens: {spread}"
+    return Group(table, lines)
 
 
-def _train_reward_model(folder: RunFolder, config: Config) -> None:
-    utterances = generate_utterances(config.seed, UTTERANCES)
-    train = partial(train_reward_model, utterances, steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR)
+def _make_reward_model(run: Run) -> None:
+    """Train the embedded reward model into reward/, or take it from the cache."""
+    seed = run.config.seed
+    utterances = generate_utterances(seed, UTTERANCES)
+    settings = FitSettings(steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR, seed=seed)
 
     def build(target: Path) -> None:
-        with replace_folder(target) as temporary, progress("reward model", REWARD_STEPS) as reach:
-            place = folder / "checkpoints/prepare"
-            train(temporary, place, seed=config.seed, on_step=lambda done, loss: reach(done, f"loss {loss:.3f}"))
+        checkpoints = run.folder / "checkpoints/prepare"
+        with replace_folder(target) as folder, progress("reward model", REWARD_STEPS) as report:
 
-    settings = f"{config.seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}"
-    cached("reward model", [settings, json.dumps(utterances)], folder / "reward", build)
+            def on_step(done: int, loss: float) -> None:
+                report(done, f"loss {loss:.3f}")
+
+            train_reward_model(utterances, folder, checkpoints, settings, on_step)
+
+    ingredients = [f"{seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}", json.dumps(utterances)]
+    cached("reward model", ingredients, run.folder / "reward", build)

@@ -1,6 +1,6 @@
-"""What may be different when a run goes on, and how is that accounted for?
+"""What may differ when a run is resumed, and how is that recorded?
 
-run.json says with which settings and on which machine the run was made so far, and what was changed on its way.
+run.json holds the settings and the machine with which the run was made so far, and what was changed on the way.
 """
 
 import json
@@ -11,150 +11,211 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from detoxrl.config.edit import config_to_json, flatten
 from detoxrl.config.schema import Config
+from detoxrl.config.sources import local_sources
 from detoxrl.errors import InputError, require
-from detoxrl.evaluation.policies import NOTHING, Subjects
-from detoxrl.rewards.function import RewardFunction
-from detoxrl.runs import judges_of, local_sources, readers_of, run_scorer
-from detoxrl.runtime import processes
+from detoxrl.evaluation.policies import NO_SUBJECTS, Subjects
+from detoxrl.runs import Run
 from detoxrl.runtime.files import content_digest
 from detoxrl.runtime.run_folder import STAGES, RunFolder, products_from
+from detoxrl.runtime.world import World, current_world
 
-# The first stage that a setting, or a section of settings, has a part in.
-_DECIDES = {
-    "recipe": "prepare", "seed": "prepare", "data": "prepare", "policy.base": "prepare",
-    "rl.validation_prompts": "prepare", "evaluation.prompts": "prepare", "policy": "sft", "sft": "sft",
-    "reward": "sft", "generation": "sft", "rl": "train", "evaluation.primary_judge": "train",
-    "evaluation.judge_label": "train", "evaluation": "evaluate",
-}  # fmt: skip
+# The first stage that uses a setting, or a section of settings.
+_FIRST_STAGE = {
+    "recipe": "prepare",
+    "seed": "prepare",
+    "data": "prepare",
+    "policy.base": "prepare",
+    "rl.validation_prompts": "prepare",
+    "evaluation.prompts": "prepare",
+    "policy": "sft",
+    "sft": "sft",
+    "reward": "sft",
+    "generation": "sft",
+    "rl": "train",
+    "evaluation.primary_judge": "train",
+    "evaluation.judge_label": "train",
+    "evaluation": "evaluate",
+}
+_VERSIONED = ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")
+
 Differences = dict[str, tuple[Any, Any]]
+"""By setting or property of the machine: the run's value, and the value now."""
 
 
 def new_record(config: Config, measures: dict[str, Any], changes: Sequence[Any] = ()) -> dict[str, Any]:
     """Return what run.json holds; `measures` are the subjects that a user named."""
-    return {"settings": _settings(config), "machine": machine(config), "changes": [*changes], "measures": measures}
+    return {
+        "settings": _settings(config),
+        "machine": machine(config, current_world()),
+        "changes": [*changes],
+        "measures": measures,
+    }
 
 
-def machine(config: Config) -> dict[str, Any]:
+def machine(config: Config, world: World) -> dict[str, Any]:
     """Return what decides the last digits of a run beside its settings: threads, processor, versions, local parts."""
-    device = PartialState().device
-    bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    found = {
-        "processes": processes.count(),
+    device = world.device
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    properties = {
+        "processes": world.size,
         "threads": torch.get_num_threads(),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if bf16 else ''}",
+        "processor": f"{processor} bf16" if has_bf16 else processor,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    found |= {name: version(name) for name in ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")}
-    # The rows of data.source are in the run, and what only measures changes no step of it.
-    parts = {name: path for name, path in local_sources(config).items() if name != "data.source"}
-    return found | {
-        f"content of {name}": content_digest(path) for name, path in parts.items() if _decides(name) != "evaluate"
-    }
+    for package in _VERSIONED:
+        properties[package] = version(package)
+
+    for setting, path in local_sources(config).items():
+        # The rows of data.source are in the run, and what only measures changes no step of it.
+        if setting != "data.source" and _first_stage(setting) != "evaluate":
+            properties[f"content of {setting}"] = content_digest(path)
+    return properties
 
 
-def resume_with(folder: RunFolder, asked: Config, given: RewardFunction | None, accept: bool) -> None:
-    """Make the held folder one that goes on with `asked`.
+def resume_with(run: Run, accept_changes: bool) -> None:
+    """Make the locked folder of a run continue with the run's config.
 
-    What no stage has used yet may change freely, and a measurement is made again. `rl` may change with `accept` when
-    training has begun, and the machine at any time, which is recorded; nothing else may. The run's threads are taken
-    over. Raises InputError for a change that is not allowed, naming each; nothing is written then.
+    A setting that no stage has used yet may change freely, and a measurement is made again. With `accept_changes`,
+    settings of `rl` may change once training has begun, and the machine at any time; both are recorded. Nothing else
+    may change. The run's number of threads is restored. Raises InputError for a change that is not allowed, naming each
+    one; nothing is written then.
     """
-    account = _account(folder, asked)
-    stopped_early = account["measures"]["names"] and "train" not in folder.finished()
-    rule = f"was to measure {account['measures']['names'].get('after')} and was stopped before"
-    require(not stopped_early, "run folder", str(folder.root), rule, "measure it again, with overwrite")
-    was, now = account["settings"], _settings(asked)
-    changed = {name: (was.get(name), now[name]) for name in now if was.get(name) != now[name]}
-    stages = {name: _decides(name) for name in changed}
-    used = {name for name, stage in stages.items() if stage != "evaluate" and folder.has_started(stage)}
-    breaking = {name: pair for name, pair in changed.items() if name in used}
+    folder = run.folder
+    config = run.config
+    record = _record(folder, config)
+    _require_whole_measurement(folder, record)
+
+    changed = _changed_settings(record, config)
+    stages = {name: _first_stage(name) for name in changed}
+    breaking = {name: values for name, values in changed.items() if _is_used(folder, stages[name])}
     if breaking:
-        _refuse_fixed(folder, asked, breaking, stages)
+        _require_changeable(folder, config, breaking, stages)
     if changed or "report" not in folder.finished():
-        breaking |= _machine_differences(account, asked)
-    if breaking and not accept:
+        breaking.update(_machine_differences(record, config))
+    if breaking and not accept_changes:
         _refuse(breaking)
+
     if changed and "prepare" in folder.finished():
-        judges_of(asked)
-        readers_of(asked, None if account["measures"]["texts"] else run_scorer(folder, asked, given))
-    left = [stage for stage in STAGES if stage not in folder.finished() or stage in stages.values()]
+        run.load_measures()
+        if not record["measures"]["texts"]:
+            run.load_reward()
+
+    remaining = [stage for stage in STAGES if stage not in folder.finished() or stage in stages.values()]
     if changed:
-        folder.reopen(left[0])
+        folder.reopen(remaining[0])
         folder.discard(products_from("evaluate"))
-        folder.write("config.json", config_to_json(asked))
+        folder.write("config.json", config_to_json(config))
     if changed or breaking:
-        changes = account["changes"] + _records(folder, left[0], breaking)
-        folder.write_json("run.json", new_record(asked, account["measures"], changes))
+        changes = record["changes"] + _change_records(folder, remaining[0], breaking)
+        folder.write_json("run.json", new_record(config, record["measures"], changes))
 
 
 def also_measure(folder: RunFolder, config: Config, subjects: Subjects) -> None:
-    """Let a held run be measured beside further policies too, from now on."""
-    account = _account(folder, config)
-    policies = {**account["measures"]["policies"], **subjects.policies}
-    folder.write_json("run.json", account | {"measures": account["measures"] | {"policies": policies}})
+    """Let the run of a locked folder be measured beside further policies from now on."""
+    record = _record(folder, config)
+    policies = {**record["measures"]["policies"], **subjects.policies}
+    record["measures"] = {**record["measures"], "policies": policies}
+    folder.write_json("run.json", record)
 
 
 def restart_stage(folder: RunFolder, config: Config, stage: str) -> None:
-    """Account for a stage that is made anew from its beginning: with this config, here, on the run's threads."""
-    account = _account(folder, config)
-    changes = [one for one in account["changes"] if STAGES.index(one["stage"]) < STAGES.index(stage)]
-    changes += _records(folder, stage, _machine_differences(account, config))
-    folder.write_json("run.json", new_record(config, account["measures"], changes))
+    """Record that a stage is made again from its beginning, with this config, on this machine."""
+    record = _record(folder, config)
+    position = STAGES.index(stage)
+    earlier = [change for change in record["changes"] if STAGES.index(change["stage"]) < position]
+    changes = earlier + _change_records(folder, stage, _machine_differences(record, config))
+    folder.write_json("run.json", new_record(config, record["measures"], changes))
 
 
-def _decides(name: str) -> str:
-    return _DECIDES.get(name) or _DECIDES[name.partition(".")[0]]
+def _first_stage(setting: str) -> str:
+    section = setting.partition(".")[0]
+    return _FIRST_STAGE.get(setting) or _FIRST_STAGE[section]
+
+
+def _is_used(folder: RunFolder, stage: str) -> bool:
+    """Return whether settings of a stage have been used, so that a change breaks the run. A measurement is remade."""
+    return stage != "evaluate" and folder.has_started(stage)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(flatten(asdict(config)))))  # as run.json gives them back
+    """Return the settings as JSON gives them back."""
+    return dict(json.loads(json.dumps(flatten(asdict(config)))))
 
 
-def _account(folder: RunFolder, config: Config) -> dict[str, Any]:
-    if not (folder / "run.json").is_file():  # nothing is known, so any machine is another one
-        return {"settings": _settings(config), "machine": {}, "changes": [], "measures": asdict(NOTHING)}
+def _record(folder: RunFolder, config: Config) -> dict[str, Any]:
+    if not (folder / "run.json").is_file():
+        # Nothing is known about the machine, so any machine is a different one.
+        return {"settings": _settings(config), "machine": {}, "changes": [], "measures": asdict(NO_SUBJECTS)}
     return dict(folder.read_json("run.json"))
 
 
-def _machine_differences(account: dict[str, Any], config: Config) -> Differences:
-    was = {"processes": 1} | account["machine"]
-    if was["processes"] == processes.count():  # others share the cores otherwise
-        threads = was.get("threads", torch.get_num_threads())
-        torch.set_num_threads(threads)
-        processes.tell("threads", threads)
-    now = machine(config)
-    return {name: (was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)}
+def _require_whole_measurement(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Raise InputError when the folder is of a measurement that was stopped before it was set up."""
+    names = record["measures"]["names"]
+    stopped_early = names and "train" not in folder.finished()
+    rule = f"was to measure {names.get('after')} and was stopped before it began"
+    require(not stopped_early, "run folder", str(folder.root), rule, "measure it again, with overwrite")
 
 
-def _refuse_fixed(folder: RunFolder, asked: Config, breaking: Differences, stages: dict[str, str]) -> None:
-    remedy = "leave it out (--resume --run-dir DIR goes on as it was), or begin anew with --overwrite"
-    for name, (was, now) in breaking.items():
-        fixed = stages[name] != "train" or not name.startswith("rl.")
-        require(not fixed, name, now, f"differs from the run's {was!r}, and {stages[name]} was begun with that", remedy)
-    (name, (_, now)), made = next(iter(breaking.items())), _steps_made(folder)
-    gone = made == 0 and "train" in folder.finished()
-    require(not gone, name, now, "needs a checkpoint to go on from, and there is none", "begin anew with --overwrite")
-    rule, remedy = f"comes too late: the run has made {made} steps", f"--rl.steps {2 * made} for one"
-    require(asked.rl.steps > made, name, now, rule, f"leave it out, or ask for more steps, {remedy}")
+def _changed_settings(record: dict[str, Any], config: Config) -> Differences:
+    before = record["settings"]
+    now = _settings(config)
+    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+
+
+def _machine_differences(record: dict[str, Any], config: Config) -> Differences:
+    """Restore the run's number of threads, and return what else differs on this machine."""
+    before = {"processes": 1, **record["machine"]}
+    before.pop("sharded", None)  # Runs of earlier versions say whether FSDP sharded their base.
+    world = current_world()
+    if before["processes"] == world.size:  # Another number of processes shares the cores differently.
+        world.set_threads(before.get("threads", torch.get_num_threads()))
+
+    now = machine(config, world)
+    return {name: (before.get(name), now.get(name)) for name in {**before, **now} if before.get(name) != now.get(name)}
+
+
+def _require_changeable(folder: RunFolder, config: Config, breaking: Differences, stages: dict[str, str]) -> None:
+    """Raise InputError when a setting that was used may not change even with --accept-changes."""
+    remedy = "leave it out (--resume --run-dir DIR keeps it), or start over with --overwrite"
+    for name, (before, now) in breaking.items():
+        is_changeable = stages[name] == "train" and name.startswith("rl.")
+        rule = f"differs from the run's {before!r}, and stage {stages[name]} has started with that"
+        require(is_changeable, name, now, rule, remedy)
+
+    name, (_, now) = next(iter(breaking.items()))
+    steps_made = _steps_made(folder)
+    has_checkpoint = steps_made > 0 or "train" not in folder.finished()
+    rule = "needs a checkpoint to resume from, and there is none"
+    require(has_checkpoint, name, now, rule, "start over with --overwrite")
+
+    rule = f"comes too late: the run has made {steps_made} steps"
+    remedy = f"leave it out, or ask for more steps, for example --rl.steps {2 * steps_made}"
+    require(config.rl.steps > steps_made, name, now, rule, remedy)
 
 
 def _refuse(breaking: Differences) -> None:
-    (name, (was, now)), *others = breaking.items()
-    told = ", ".join(f"{other} = {now!r} (was {was!r})" for other, (was, now) in others)
-    also = f"; different too: {told}" if told else ""
-    rule = f"differs from the run's {was!r}, so it would not end as if it had never stopped{also}"
-    raise InputError(name, now, rule, "add --accept-changes to go on all the same, and have it recorded")
+    """Raise InputError for changes that --accept-changes would allow."""
+    (name, (before, now)), *others = breaking.items()
+    rule = f"differs from the run's {before!r}, so resuming would not reproduce an uninterrupted run"
+    if others:
+        also = ", ".join(f"{other} = {value!r} (was {earlier!r})" for other, (earlier, value) in others)
+        rule = f"{rule}; also different: {also}"
+    raise InputError(name, now, rule, "add --accept-changes to resume anyway and have it recorded")
 
 
 def _steps_made(folder: RunFolder) -> int:
-    local_sources = (folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}")
-    return max((int(place.name.partition("-")[2]) for place in local_sources), default=0)
+    checkpoints = (folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}")
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoints]
+    return max(steps, default=0)
 
 
-def _records(folder: RunFolder, stage: str, breaking: Differences) -> list[dict[str, Any]]:
-    changes = {name: [*pair] for name, pair in breaking.items()}
-    return [{"stage": stage, "step": _steps_made(folder), "changes": changes}] if changes else []
+def _change_records(folder: RunFolder, stage: str, breaking: Differences) -> list[dict[str, Any]]:
+    if not breaking:
+        return []
+    changes = {name: [before, now] for name, (before, now) in breaking.items()}
+    return [{"stage": stage, "step": _steps_made(folder), "changes": changes}]

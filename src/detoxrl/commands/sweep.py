@@ -3,140 +3,231 @@
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from detoxrl.commands import run as stages
 from detoxrl.commands.prepare import check
-from detoxrl.commands.trackers import chosen
+from detoxrl.commands.trackers import resolve_tracker
 from detoxrl.config.edit import config_to_json, flatten, with_settings
 from detoxrl.config.schema import Config
+from detoxrl.config.sources import with_absolute_paths
 from detoxrl.errors import TrainingError, require
 from detoxrl.evaluation.statistics import two_stage_interval
 from detoxrl.report.page import page, read_lines
 from detoxrl.report.terminal import print_sweep
-from detoxrl.runs import with_absolute_paths, with_revisions
-from detoxrl.runtime import processes
+from detoxrl.runs import Run, with_revisions
 from detoxrl.runtime.console import log
-from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.run_folder import IfExists, RunFolder
 
-_SIDES, _RESAMPLES = ("before", "after"), 2000
+Outcome = dict[str, Any]
+_STATE = "sweep.json"
+_SIDES = ("before", "after")
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What to try, as the command line has it."""
+
+    over: Sequence[str] = ()  # Settings with their values, as in `rl.kl-coef=0.05,0.2`.
+    seeds: Sequence[str] = ()  # Seeds that every combination is repeated with; none: the config's.
+
+
+class PlannedRun(NamedTuple):
+    """One run of a sweep."""
+
+    label: str  # Its combination of values in words.
+    config: Config
+
+
+def sweep(
+    root: Path, config: Config, plan: SweepPlan, *, if_exists: IfExists = "error", track: str | None = None
+) -> None:
+    """Run every combination of values with every seed in `root`; write sweep.json and sweep.html, print the table.
+
+    A resumed sweep keeps the runs that are finished, and its plan and tracker unless others are given. A run that ends
+    in a TrainingError is recorded, and the others follow. Raises InputError before anything is written for arguments
+    that do not fit, and TrainingError when no run has a result.
+    """
+    folder = RunFolder(root)
+    started = (root / _STATE).is_file()
+    resumed = if_exists.startswith("resume")
+    if started:
+        remedy = "add --resume to continue it, --overwrite to start again, or name another folder"
+        require(if_exists != "error", "--run-dir", str(root), "already exists", remedy)
+        previous = folder.read_json(_STATE)
+        if not plan.over and (resumed or not plan.seeds):
+            plan = SweepPlan(over=previous["over"], seeds=plan.seeds or previous["seeds"])
+        if resumed:
+            track = track or previous.get("track")
+    else:
+        _require_new(root)
+
+    resolve_tracker(track)  # Raises InputError unless the tracker is installed.
+    remedy = "add --over rl.kl-coef=0.05,0.2, or --seeds 0,1"
+    require(bool(plan.over or plan.seeds), "--over", "", "is missing", remedy)
+    runs = plan_runs(config, plan)
+    if not started:
+        _check(root, runs.values())
+
+    state: dict[str, Any] = {"over": plan.over, "seeds": plan.seeds, "track": track}
+    folder.write("base.json", config_to_json(config))
+    folder.write_json(_STATE, state)
+
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    for number, (name, run) in enumerate(runs.items(), start=1):
+        log.print(f"run {number} of {len(runs)}: {run.label} seed {run.config.seed}")
+        outcome = _run(root / name, run.config, if_exists, track)
+        outcomes[run.label].append({"folder": name, "seed": run.config.seed, **outcome})
+
+    state.update(_summary(root, outcomes))
+    folder.write_json(_STATE, state)
+    _write_page(folder, state)
+    print_sweep(root, state)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the places of the (toxicity, quality) that no other beats: as good in both, better in one. Ties stay."""
+    """Return the indices of the (toxicity, quality) points that no other point dominates.
 
-    return [
-        place
-        for place, (toxicity, quality) in enumerate(points)
-        if not any(t <= toxicity and q >= quality and (t, q) != (toxicity, quality) for t, q in points)
-    ]
-
-
-def planned(config: Config, over: Sequence[str], seeds: Sequence[str]) -> dict[str, tuple[str, Config]]:
-    """Return each combination in words and its config, with each seed, by the name of its folder.
-
-    `over` are settings with their values, as in `rl.kl-coef=0.05,0.2`. Raises InputError for a setting that is none, a
-    value that is not allowed, and what is there twice.
+    A point dominates another if it is as good in both and better in one: less toxic, or of higher quality. Ties stay.
     """
-    values: dict[str, list[str]] = {}
-    for text in over:
-        name, _, several = text.partition("=")
-        require(bool(name and several), "--over", text, "must be FIELD=VALUES", "say --over rl.kl-coef=0.05,0.2")
-        name = name.replace("-", "_")
-        require(name not in values, "--over", name, "comes a second time", "give all its values at once")
-        values[name] = several.split(",")
-    require("seed" not in values, "--over", "seed", "is what combinations are repeated with", "say --seeds 0,1,2")
-    runs: dict[str, tuple[str, Config]] = {}
-    for *some, seed in itertools.product(*values.values(), seeds or [str(config.seed)]):
-        given = with_settings(config, dict(zip(values, some, strict=True)) | {"seed": seed})
-        label = " ".join(f"{name}={flatten(asdict(given))[name]}" for name in values) or "as given"
-        name = re.sub(r"[^\w.=+-]+", "_", f"{label} seed={given.seed}")
-        require(name not in runs, "--over, --seeds", f"{label} seed {seed}", "is there twice", "name each value once")
-        runs[name] = (label, given)
+
+    def dominated(point: tuple[float, float]) -> bool:
+        return any(other[0] <= point[0] and other[1] >= point[1] and other != point for other in points)
+
+    return [index for index, point in enumerate(points) if not dominated(point)]
+
+
+def plan_runs(config: Config, plan: SweepPlan) -> dict[str, PlannedRun]:
+    """Return the run of each combination and seed, by the name of its folder.
+
+    Raises InputError for an unknown setting, a value that is not allowed, and duplicates.
+    """
+    values = _parsed_values(plan.over)
+    runs: dict[str, PlannedRun] = {}
+    for *combination, seed in itertools.product(*values.values(), plan.seeds or [str(config.seed)]):
+        settings = dict(zip(values, combination, strict=True))
+        settings["seed"] = seed
+        changed = with_settings(config, settings)
+
+        flat = flatten(asdict(changed))
+        label = " ".join(f"{setting}={flat[setting]}" for setting in values) or "as given"
+        name = re.sub(r"[^\w.=+-]+", "_", f"{label} seed={changed.seed}")
+        rule = "is a duplicate"
+        require(name not in runs, "--over, --seeds", f"{label} seed {seed}", rule, "name each value once")
+        runs[name] = PlannedRun(label, changed)
     return runs
 
 
-def sweep(root: Path, config: Config, over: Sequence[str], seeds: Sequence[str], **how: Any) -> None:
-    """Run every combination of values with every seed in `root`; write sweep.json and sweep.html, print the table.
+def _parsed_values(over: Sequence[str]) -> dict[str, list[str]]:
+    """Return the values to try by setting. Raises InputError for what is not FIELD=VALUES, and for duplicates."""
+    values: dict[str, list[str]] = {}
+    for text in over:
+        name, _, several = text.partition("=")
+        require(bool(name and several), "--over", text, "must be FIELD=VALUES", "write --over rl.kl-coef=0.05,0.2")
 
-    `how` is overwrite, resume, accept_changes, track of `stages.run`. With `resume` what is finished stays, and without
-    `over` and `seeds` those of before are meant. A run that ends in a TrainingError is recorded, and the others go on.
-    Raises InputError before anything is written for what does not fit, TrainingError when no run has a result.
-    """
-    folder, begun = RunFolder(root), (root / "sweep.json").is_file()
-    if begun:
-        remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
-        require(how["resume"] or how["overwrite"], "--run-dir", str(root), "exists already", remedy)
-        if not over and (how["resume"] or not seeds):
-            before = folder.read_json("sweep.json")
-            over, seeds = before["over"], seeds or before["seeds"]
-    else:
-        new = not root.is_dir() or not any(root.iterdir())
-        require(new, "--run-dir", str(root), "is no folder of a sweep", "name another folder; nothing was deleted")
-        RunFolder.refuse_unfit(root, overwrite=False)
-    if begun and how["resume"]:
-        how["track"] = how["track"] or folder.read_json("sweep.json").get("track")
-    chosen(how["track"])
-    require(bool(over or seeds), "--over", "", "is missing", "say --over rl.kl-coef=0.05,0.2, or --seeds 0,1")
-    runs, found = planned(config, over, seeds), {"over": over, "seeds": seeds, "track": how["track"]}
-    for one in () if begun else dict(runs.values()).values():  # what does not fit is found before hours have passed
-        processes.require_led(one, trains=True)
-        check(with_revisions(with_absolute_paths(one), None))
-    folder.write("base.json", config_to_json(config))
-    folder.write_json("sweep.json", found)
-    results: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for count, (name, (label, one)) in enumerate(runs.items(), start=1):
-        log.print(f"run {count} of {len(runs)}: {label} seed {one.seed}")
-        try:
-            outcome = _outcome(RunFolder(root / name), stages.run(root / name, one, **how))
-        except TrainingError as error:
-            log.print(f"{name}: {error}")
-            outcome = {"error": str(error)}
-        results[label].append({"folder": name, "seed": one.seed} | outcome)
-    whole = found | _summary(root, results)
-    folder.write_json("sweep.json", whole)
-    from detoxrl.report.plots import frontier_plot
+        name = name.replace("-", "_")
+        require(name not in values, "--over", name, "is given twice", "give all its values at once")
+        values[name] = several.split(",")
 
-    folder.write("sweep.html", page("sweep.html.j2", whole | {"plot": frontier_plot(whole)}))
-    print_sweep(root, whole)
+    require("seed" not in values, "--over", "seed", "is not a setting to compare", "write --seeds 0,1,2")
+    return values
 
 
-def _outcome(run: RunFolder, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return what a finished run is worth: toxicity and quality, each before and after, and its kept checkpoint."""
-    judge, quality, checkpoint = evaluation["primary_judge"], evaluation["quality"], run.read_json("checkpoint.json")
+def _require_new(root: Path) -> None:
+    """Raise InputError unless `root` is a folder without content, or can be created."""
+    empty = not root.is_dir() or not any(root.iterdir())
+    require(empty, "--run-dir", str(root), "is not a sweep", "name another folder; nothing was deleted")
+    RunFolder.require_usable(root, overwrite=False)
+
+
+def _check(root: Path, runs: Iterable[PlannedRun]) -> None:
+    """Raise InputError if a combination cannot run, before the others have taken hours."""
+    combinations = {run.label: run.config for run in runs}
+    for config in combinations.values():
+        stages.require_one_leader(config, trains=True)
+        check(Run(RunFolder(root), with_revisions(with_absolute_paths(config), None)))
+
+
+def _run(root: Path, config: Config, if_exists: IfExists, track: str | None) -> Outcome:
+    """Run a config in `root` and return its outcome, or the TrainingError that ended it."""
+    try:
+        evaluation = stages.run(root, config, if_exists=if_exists, track=track)
+    except TrainingError as error:
+        log.print(f"{root.name}: {error}")
+        return {"error": str(error)}
+
+    return _outcome(RunFolder(root), evaluation)
+
+
+def _outcome(run: RunFolder, evaluation: dict[str, Any]) -> Outcome:
+    """Return toxicity and quality of a finished run, each before and after, and its best checkpoint."""
+    judge = evaluation["primary_judge"]
+    quality = evaluation["quality"]
     measure = next(name for name in ("facts", "rouge_l", "empty_rate") if name in quality)
-    sides = [1 - quality[measure][side] if measure == "empty_rate" else quality[measure][side] for side in _SIDES]
-    return {name: checkpoint[name] for name in ("kept_step", "parted_step", "stopped_step")} | {
-        "judge": judge, "measure": measure.replace("empty_rate", "share with text"), "quality": sides,
-        "toxicity": [evaluation["toxicity"][judge][side]["mean"] for side in _SIDES], "kl": checkpoint["kept"]["kl"],
-    }  # fmt: skip
+    qualities = [quality[measure][side] for side in _SIDES]
+    if measure == "empty_rate":
+        measure = "share with text"
+        qualities = [1 - rate for rate in qualities]
+
+    checkpoint = run.read_json("checkpoint.json")
+    return {
+        "kept_step": checkpoint["kept_step"],
+        "parted_step": checkpoint["parted_step"],
+        "stopped_step": checkpoint["stopped_step"],
+        "judge": judge,
+        "measure": measure,
+        "quality": qualities,
+        "toxicity": [evaluation["toxicity"][judge][side]["mean"] for side in _SIDES],
+        "kl": checkpoint["kept"]["kl"],
+    }
 
 
-def _summary(root: Path, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return by combination its runs, their means with an interval, and whether it is on the frontier; and the start.
+def _summary(root: Path, outcomes: Mapping[str, list[Outcome]]) -> dict[str, Any]:
+    """Return each combination with its runs, its means and whether it is on the frontier, and the start's means.
 
-    A combination of which every run failed has no means. Raises TrainingError when none has any.
+    A combination whose runs all failed has no means. Raises TrainingError when none has any.
     """
-    combinations, finished = dict[str, dict[str, Any]](), list[dict[str, Any]]()
-    for label, runs in results.items():
-        combinations[label] = {"runs": runs, "frontier": False}
-        if done := [run for run in runs if "error" not in run]:
-            for key in ("toxicity", "quality", "kl"):
-                combinations[label][key] = np.mean([run[key] for run in done], axis=0).tolist()
-            samples = [(read_lines(root / run["folder"] / "samples.jsonl"), run["judge"]) for run in done]
-            after = [np.array([one["toxicity"][judge]["after"] for one in ones]) for ones, judge in samples]
-            combinations[label]["interval"] = two_stage_interval(after, _RESAMPLES, seed=0)
-            finished += done
+    finished = [run for runs in outcomes.values() for run in runs if "error" not in run]
     if not finished:
-        raise TrainingError(f"no run in {root} has a result; each is named above with what ended it")
-    means = [one for one in combinations.values() if "kl" in one]
-    for place in frontier([(one["toxicity"][1], one["quality"][1]) for one in means]):
-        means[place]["frontier"] = True
-    start = [float(np.mean([run[key][0] for run in finished])) for key in ("toxicity", "quality")]
-    about = {"judge": finished[0]["judge"], "measure": finished[0]["measure"]}
-    return about | {"start": start, "combinations": combinations}
+        raise TrainingError(f"no run in {root} has a result; each is named above with the error that ended it")
+
+    combinations = {label: _combination(root, runs) for label, runs in outcomes.items()}
+    measured = [combination for combination in combinations.values() if "kl" in combination]
+    for index in frontier([(combination["toxicity"][1], combination["quality"][1]) for combination in measured]):
+        measured[index]["frontier"] = True
+
+    return {
+        "judge": finished[0]["judge"],
+        "measure": finished[0]["measure"],
+        "start": [float(np.mean([run[key][0] for run in finished])) for key in ("toxicity", "quality")],
+        "combinations": combinations,
+    }
+
+
+def _combination(root: Path, runs: list[Outcome]) -> dict[str, Any]:
+    """Return the runs of a combination, and the means of those that finished with an interval of their toxicity."""
+    combination: dict[str, Any] = {"runs": runs, "frontier": False}
+    finished = [run for run in runs if "error" not in run]
+    if finished:
+        for key in ("toxicity", "quality", "kl"):
+            combination[key] = np.mean([run[key] for run in finished], axis=0).tolist()
+
+        toxicities = []
+        for run in finished:
+            samples = read_lines(root / run["folder"] / "samples.jsonl")
+            toxicities.append(np.array([sample["toxicity"][run["judge"]]["after"] for sample in samples]))
+        combination["interval"] = two_stage_interval(toxicities, _RESAMPLES, seed=0)
+
+    return combination
+
+
+def _write_page(folder: RunFolder, state: dict[str, Any]) -> None:
+    from detoxrl.report.plots import frontier_plot  # matplotlib takes seconds to import
+
+    folder.write("sweep.html", page("sweep.html.j2", {**state, "plot": frontier_plot(state)}))

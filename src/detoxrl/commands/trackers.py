@@ -1,7 +1,8 @@
 """How does a run show in tensorboard, trackio or wandb?
 
-A tracker follows checkpoints, not steps: what it got is never taken back, so a run that was stopped, by force too, is
-one series there, and no step twice. tracker.json says which tracker, its run, and how many lines of each file it has.
+A tracker follows checkpoints, not steps. What it received cannot be taken back, so it receives only steps that a
+resumed run will not repeat: a run that was stopped or killed is one series there, without duplicates. tracker.json
+names the tracker and its run, and counts the lines of each file that were sent.
 """
 
 import os
@@ -9,159 +10,253 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module, util
 from pathlib import Path
+from re import Match
 from typing import Any
 from uuid import uuid4
 
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from detoxrl.config.edit import closest_match, flatten
-from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.evaluation.compare import toxic_words
-from detoxrl.evaluation.judges import profanity_judge
-from detoxrl.report.page import mask_pattern
-from detoxrl.runs import judges_of
+from detoxrl.evaluation.judges import memoized, profanity_judge
+from detoxrl.report.masking import masking_pattern
+from detoxrl.runs import Run
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import RunFolder
 
-_FILE, _NAMES, _SAMPLES = "tracker.json", ("none", "tensorboard", "trackio", "wandb"), 100
+_STATE = "tracker.json"
+_NAMES = ("none", "tensorboard", "trackio", "wandb")
+_MAX_SAMPLES = 100
+Row = dict[str, Any]
 
 
-def chosen(asked: str | None, root: Path | None = None) -> str:
-    """Return the tracker asked for, or that of the run in `root`, or "none"; imports none to know.
+def resolve_tracker(asked: str | None, root: Path | None = None) -> str:
+    """Return the tracker asked for, else the one that the run in `root` has, else "none". Imports no tracker.
 
-    Raises InputError when there is no such tracker or it is not installed.
+    Raises InputError when the name is not a tracker's, or the tracker is not installed.
     """
-    name = asked or (_kept(RunFolder(root))["tracker"] if root else "none")
-    require(
-        name in _NAMES, "--track", name, "is no tracker", closest_match(name, _NAMES, f"say one of {', '.join(_NAMES)}")
-    )
-    spec = util.find_spec(name)  # a folder of that name, such as wandb's own, passes for a package, without an origin
-    there = name == "none" or (spec is not None and spec.origin is not None)
-    require(there, "--track", name, "is not installed", "pip install 'detoxrl[track]'")
+    if asked:
+        name = asked
+    elif root:
+        name = _read_state(RunFolder(root))["tracker"]
+    else:
+        name = "none"
+
+    remedy = closest_match(name, _NAMES, f"choose from {', '.join(_NAMES)}")
+    require(name in _NAMES, "--track", name, "is not a tracker", remedy)
+
+    # A folder of that name, such as the one that wandb writes, also passes for a package, but has no origin.
+    spec = util.find_spec(name)
+    installed = name == "none" or (spec is not None and spec.origin is not None)
+    require(installed, "--track", name, "is not installed", "pip install 'detoxrl[track]'")
     return name
 
 
 @contextmanager
-def followed(folder: RunFolder, config: Config, name: str) -> Iterator[None]:
-    """Let a tracker have what a held run has and what is made inside, however that ends.
+def tracking(run: Run, name: str) -> Iterator[None]:
+    """Send the tracker `name` what a locked run holds and what the block adds, even if the block fails.
 
-    Raises InputError when the tracker does not take the run.
+    Raises InputError when the tracker refuses the run.
     """
+    folder = run.folder
     if name == "none":
-        remove_path(folder / _FILE)
+        remove_path(folder / _STATE)
         yield
         return
-    with redirect_stdout(sys.stderr):  # stdout carries results
-        tracker = _Tracker(folder, config, name)
-    folder.on_append = tracker.follow
+
+    with redirect_stdout(sys.stderr):  # stdout is for results
+        tracker = _Tracker(run, name)
+
+    folder.on_append = tracker.send_training
     try:
         yield
     finally:
         with redirect_stdout(sys.stderr):
-            tracker.follow()
-            tracker.follow_result()
-            tracker.end()
+            tracker.send_training()
+            tracker.send_evaluation()
+            tracker.finish()
 
 
 class _Tracker:
-    def __init__(self, folder: RunFolder, config: Config, name: str) -> None:
-        self.folder, self.config, self.name, self.kept, self.seen = folder, config, name, _kept(folder), ""
-        again = "metrics.jsonl" in self.kept["sent"] and not self._newest()  # training began anew: another run
-        if again or self.kept["tracker"] != name:
+    """Sends what a run folder gained to one run of a tracker."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        folder = run.folder
+        config = run.config
+        self.folder = folder
+        self.config = config
+        self.name = name
+        self.state = _read_state(folder)
+        self.last_checkpoint = ""  # Name of the newest checkpoint that was sent.
+
+        restarted = "metrics.jsonl" in self.state["sent"] and self._newest_checkpoint() is None
+        if restarted or self.state["tracker"] != name:
             folder.discard(["tensorboard"] if name == "tensorboard" else [])
-            self.kept = {"tracker": name, "run": uuid4().hex[:8], "sent": {}}
-            folder.write_json(_FILE, self.kept)
-        self.judge = profanity_judge() or next(iter(judges_of(config).values()))
-        self.run = _opened(folder.root, name, self.kept["run"], flatten(asdict(config)))
-        # At exit trackio ends, and says so, once more what it did not end itself.
-        self.end = import_module(name).finish if name == "trackio" else self.run.finish
+            self.state = {"tracker": name, "run": uuid4().hex[:8], "sent": {}}
+            self._save_state()
 
-    def follow(self) -> None:
-        """Send what the newest checkpoint of training holds and was not sent yet, with responses of its last step."""
-        if (place := self._newest()) is None or place.name == self.seen:
-            return
-        products, sent = RunFolder(place / "products"), self.kept["sent"]
-        for file, prefix in (("metrics.jsonl", ""), ("validation.jsonl", "validation/")):
-            lines, had = products.read_lines(file), sent.get(file, 0)
-            sent[file] = max(had, len(lines))  # fewer after an older checkpoint had to do: they come again
-            for line in lines[had:]:
-                self._log({prefix + key: value for key, value in line.items() if key != "step"}, line["step"])
-        if responses := products.read_lines("rollouts.jsonl")[sent.get("rollouts.jsonl", 0) :]:
-            step = responses[-1]["step"]
-            self._show("rollouts", [line for line in responses if line["step"] == step], step)
-            sent["rollouts.jsonl"] = sent.get("rollouts.jsonl", 0) + len(responses)
-        self.folder.write_json(_FILE, self.kept)
-        self.seen = place.name
+        self.judge = profanity_judge() or memoized(run.primary_judge)
+        self.tracker = self._start()
 
-    def follow_result(self) -> None:
-        """Send what eval.json says of quality and by the primary judge, and samples, unless that was sent."""
-        folder, sent, sides = self.folder, self.kept["sent"], ("before", "after")
-        if "evaluate" not in folder.finished():
+    def send_training(self) -> None:
+        """Send what is new in the newest checkpoint of training, and the responses of its last step."""
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None or checkpoint.name == self.last_checkpoint:
             return
-        found, step = folder.read_json("eval.json"), self.config.rl.steps
-        judge, lines = found["primary_judge"], folder.read_lines("samples.jsonl")[:_SAMPLES]
-        numbers = flatten({"toxicity": found["toxicity"][judge], "quality": found["quality"]}, "eval.")
-        numbers = {k.replace(".", "/"): v for k, v in numbers.items() if isinstance(v, float | int)}
-        if sent.get("eval.json") == numbers:
+
+        products = RunFolder(checkpoint / "products")
+        self._send_numbers(products, "metrics.jsonl", "")
+        self._send_numbers(products, "validation.jsonl", "validation/")
+        self._send_responses(products)
+        self._save_state()
+        self.last_checkpoint = checkpoint.name
+
+    def send_evaluation(self) -> None:
+        """Send quality and toxicity from eval.json, by the primary judge, and samples, unless they were sent."""
+        if "evaluate" not in self.folder.finished():
             return
+
+        evaluation = self.folder.read_json("eval.json")
+        judge = evaluation["primary_judge"]
+        values = flatten({"toxicity": evaluation["toxicity"][judge], "quality": evaluation["quality"]}, "eval.")
+        numbers = {name.replace(".", "/"): value for name, value in values.items() if isinstance(value, float | int)}
+        if self.state["sent"].get("eval.json") == numbers:
+            return
+
+        step = self.config.rl.steps
         self._log(numbers, step)
-        rates = [{f"toxicity {side}": line["toxicity"][judge][side][0] for side in sides} for line in lines]
-        texts = [{side: line["responses"][side][0] for side in sides} for line in lines]
-        self._show("samples", [text | rate for text, rate in zip(texts, rates, strict=True)], step)
-        sent["eval.json"] = numbers
-        folder.write_json(_FILE, self.kept)
+        samples = self.folder.read_lines("samples.jsonl")[:_MAX_SAMPLES]
+        self._log_table("samples", [_sample_row(sample, judge) for sample in samples], step)
+        self.state["sent"]["eval.json"] = numbers
+        self._save_state()
 
-    def _newest(self) -> Path | None:
-        return max((self.folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}"), default=None)
+    def finish(self) -> None:
+        """End the tracker's run."""
+        if self.name == "trackio":
+            # At exit trackio ends every run again, with a message, that its own function did not end.
+            import_module("trackio").finish()
+        else:
+            self.tracker.finish()
 
-    def _log(self, values: dict[str, Any], step: int) -> None:
-        own = self.name == "wandb"  # it drops what comes for an earlier step, so the axis is a value there
-        self.run.log(values | ({"step": step} if own else {}), None if own else step)
+    def _send_numbers(self, products: RunFolder, file: str, prefix: str) -> None:
+        lines = products.read_lines(file)
+        sent = self.state["sent"].get(file, 0)
+        # A run that went back to an older checkpoint has fewer lines than were sent. It will write the same ones again.
+        self.state["sent"][file] = max(sent, len(lines))
+        for line in lines[sent:]:
+            numbers = {prefix + key: value for key, value in line.items() if key != "step"}
+            self._log(numbers, line["step"])
 
-    def _show(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
-        """Log a table; of what the report masks it has the first letter alone, and dots, as asterisks are markdown."""
+    def _send_responses(self, products: RunFolder) -> None:
+        sent = self.state["sent"].get("rollouts.jsonl", 0)
+        responses = products.read_lines("rollouts.jsonl")[sent:]
+        if not responses:
+            return
+
+        step = responses[-1]["step"]
+        self._log_table("rollouts", [line for line in responses if line["step"] == step], step)
+        self.state["sent"]["rollouts.jsonl"] = sent + len(responses)
+
+    def _newest_checkpoint(self) -> Path | None:
+        checkpoints = (self.folder / "checkpoints/train").glob(f"step-{'[0-9]' * 8}")
+        return max(checkpoints, default=None)
+
+    def _save_state(self) -> None:
+        self.folder.write_json(_STATE, self.state)
+
+    def _log(self, values: Row, step: int) -> None:
+        if self.name == "wandb":  # It drops values of earlier steps, so there the step is a value itself.
+            self.tracker.log({**values, "step": step}, None)
+        else:
+            self.tracker.log(values, step)
+
+    def _log_table(self, name: str, rows: list[Row], step: int) -> None:
+        """Log rows of the same columns. Words that the report masks keep their first letter."""
         texts = [[cell for row in rows for cell in row.values() if isinstance(cell, str)]]
-        hide = partial(mask_pattern(toxic_words(texts, self.judge)).sub, lambda m: m[0][0] + "•" * (len(m[0]) - 1))
-        table = [[hide(cell) if isinstance(cell, str) else cell for cell in row.values()] for row in rows]
-        self._log({name: _table(self.name, [*rows[0]], table)}, step)
+        pattern = masking_pattern(toxic_words(texts, self.judge))
+
+        def masked(cell: Any) -> Any:
+            return pattern.sub(_masked_word, cell) if isinstance(cell, str) else cell
+
+        table = [[masked(cell) for cell in row.values()] for row in rows]
+        self._log({name: _table(self.name, list(rows[0]), table)}, step)
+
+    def _start(self) -> Any:
+        """Return accelerate's tracker, its run started, or resumed if the tracker knows it."""
+        settings = flatten(asdict(self.config))
+        if self.name == "tensorboard":
+            return _start_tensorboard(self.folder.root, settings)
+
+        project = os.environ.get(f"{self.name.upper()}_PROJECT", "detoxrl")
+        run: str = self.state["run"]
+        options: dict[str, Any] = {
+            "name": f"{self.folder.root.resolve().name}-{run}", "resume": "allow", "config": settings,
+        }  # fmt: skip
+        if self.name == "trackio":
+            tracker = TrackioTracker(project, embed=False, auto_log_cpu=False, auto_log_gpu=False, **options)
+            tracker.start()
+            return tracker
+
+        return _start_wandb(project, {"id": run, "dir": str(self.folder.root), "allow_val_change": True, **options})
 
 
-def _kept(folder: RunFolder) -> dict[str, Any]:
-    return dict(folder.read_json(_FILE)) if (folder / _FILE).is_file() else {"tracker": "none", "sent": {}}
+def _start_tensorboard(root: Path, settings: Row) -> Any:
+    new = not (root / "tensorboard").is_dir()
+    tracker = TensorBoardTracker("tensorboard", root)
+    tracker.start()
+    if new:
+        rows = [[name, value] for name, value in settings.items()]
+        tracker.log({"config": _table("tensorboard", ["setting", "value"], rows)}, 0)
+    return tracker
 
 
-def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
-    if tracker != "tensorboard":
-        return import_module(tracker).Table(columns=columns, data=rows)
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], ["-"] * len(columns), *cells[1:]))
-
-
-def _opened(root: Path, name: str, run: str, settings: dict[str, Any]) -> Any:
-    """Return accelerate's tracker of this name with the run begun, or gone on with where it knows the run."""
-    if name == "tensorboard":
-        begun, tracker = (root / name).is_dir(), TensorBoardTracker(name, root)
-        tracker.start()
-        if not begun:
-            tracker.log({"config": _table(name, ["setting", "value"], [[*pair] for pair in settings.items()])}, 0)
-        return tracker
-    project = os.environ.get(f"{name.upper()}_PROJECT", "detoxrl")
-    how: dict[str, Any] = {"name": f"{root.resolve().name}-{run}", "resume": "allow", "config": settings}
-    if name == "trackio":
-        tracker = TrackioTracker(project, embed=False, auto_log_cpu=False, auto_log_gpu=False, **how)
-        tracker.start()
-        return tracker
+def _start_wandb(project: str, options: Row) -> Any:
     import wandb
 
-    tracker = WandBTracker(project, id=run, dir=str(root), allow_val_change=True, **how)
+    tracker = WandBTracker(project, **options)
     try:
         tracker.start()
     except wandb.Error as error:
-        remedy = "say `wandb login`, set WANDB_MODE=offline, or go on with --resume --track none"
-        raise InputError("--track", name, first_line(error), remedy) from error
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or resume with --track none"
+        raise InputError("--track", "wandb", first_line(error), remedy) from error
+
     tracker.run.define_metric("*", step_metric="step")
     return tracker
+
+
+def _read_state(folder: RunFolder) -> dict[str, Any]:
+    """Return the content of tracker.json; without that file, of a run that no tracker follows."""
+    if (folder / _STATE).is_file():
+        return dict(folder.read_json(_STATE))
+    return {"tracker": "none", "sent": {}}
+
+
+def _sample_row(sample: dict[str, Any], judge: str) -> Row:
+    """Return the first response before and after training, and its toxicity."""
+    row: Row = {}
+    for side in ("before", "after"):
+        row[side] = sample["responses"][side][0]
+    for side in ("before", "after"):
+        row[f"toxicity {side}"] = sample["toxicity"][judge][side][0]
+    return row
+
+
+def _masked_word(match: Match[str]) -> str:
+    word = match[0]
+    return word[0] + "•" * (len(word) - 1)  # Asterisks would be markdown.
+
+
+def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
+    """Return what the tracker logs as a table: an object of its own, or markdown for tensorboard."""
+    if tracker != "tensorboard":
+        return import_module(tracker).Table(columns=columns, data=rows)
+
+    lines = [columns, ["-"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _markdown_cell(cell: Any) -> str:
+    return " ".join(str(cell).split()).replace("|", "\\|")

@@ -2,38 +2,59 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-# Two texts are near when the sets of their word trigrams overlap by this much (Jaccard).
+# Two texts are near-duplicates when the Jaccard similarity of their word trigrams reaches this.
 THRESHOLD = 0.7
-# A run of letters and digits; in scripts without spaces, each character.
+# A run of letters and digits; in Chinese and Japanese, which have no spaces, a single character.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
+Shingle = tuple[str, ...]
 
-def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """Return the word trigrams of a text, case aside; a shorter text is one shingle."""
+
+def shingles(text: str) -> frozenset[Shingle]:
+    """Return the word trigrams of a text, ignoring case; a text of fewer than three words is one shingle."""
     words = _WORD.findall(text.casefold()) or [text]
-    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset({tuple(words)})
+    trigrams = frozenset(zip(words, words[1:], words[2:], strict=False))
+    return trigrams or frozenset({tuple(words)})
 
 
 def near_duplicate_groups(texts: Sequence[str]) -> list[int]:
-    """Return a group for each text, a number; texts near to each other, directly or through others, share one.
+    """Return a group number for each text. Near-duplicates share one, also through a chain of other texts.
 
-    Exact, by prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets that overlap by the threshold
-    share one of the rarest few elements of each, so only texts that do are compared.
+    The result is exact. Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007) only saves comparisons.
     """
-    from scipy.cluster.hierarchy import DisjointSet  # here, as few commands compare texts
+    from scipy.cluster.hierarchy import DisjointSet  # Imported here because few commands compare texts.
 
     sets = [shingles(text) for text in texts]
-    counts = Counter(shingle for one in sets for shingle in one)
     groups = DisjointSet(range(len(texts)))
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i in sorted(range(len(texts)), key=lambda i: len(sets[i])):
+    for i, j in _candidate_pairs(sets):
+        if not groups.connected(i, j):
+            shared = len(sets[i] & sets[j])
+            union = len(sets[i]) + len(sets[j]) - shared
+            if shared >= THRESHOLD * union:
+                groups.merge(i, j)
+    return [groups[i] for i in range(len(texts))]
+
+
+def _candidate_pairs(sets: Sequence[frozenset[Shingle]]) -> Iterator[tuple[int, int]]:
+    """Yield every pair that can reach the threshold.
+
+    Sort the elements of each set from the rarest to the most frequent, and call the first 1 - threshold of them its
+    prefix, with one more. Two sets whose prefixes have no element in common overlap by less than the threshold.
+    """
+    counts: Counter[Shingle] = Counter()
+    for elements in sets:
+        counts.update(elements)
+
+    seen_in: dict[Shingle, list[int]] = defaultdict(list)
+    for i in sorted(range(len(sets)), key=lambda i: len(sets[i])):
         rarest = sorted(sets[i], key=lambda shingle: (counts[shingle], shingle))
         prefix = rarest[: int(len(rarest) * (1 - THRESHOLD)) + 1]
-        for j in {j for shingle in prefix for j in holders[shingle]}:
-            if not groups.connected(i, j) and len(sets[i] & sets[j]) >= THRESHOLD * len(sets[i] | sets[j]):
-                groups.merge(i, j)
+
+        earlier: set[int] = set()
         for shingle in prefix:
-            holders[shingle].append(i)
-    return [groups[i] for i in range(len(texts))]
+            earlier.update(seen_in[shingle])
+            seen_in[shingle].append(i)
+        for j in earlier:
+            yield i, j

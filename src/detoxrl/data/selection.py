@@ -1,8 +1,8 @@
-"""Which rows are used for what, and why are the others not?"""
+"""Which rows are used for what, and why are the others left out?"""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from operator import attrgetter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from detoxrl.config.schema import Config, DataConfig
@@ -11,18 +11,37 @@ from detoxrl.data.rows import SPLITS, Row
 from detoxrl.errors import require
 from detoxrl.runtime.randomness import permutation
 
-_ROLES = {"dev": "validation", "val": "validation", "valid": "validation"}
-_LEAKS = ("leaks from test", "leaks from validation")
+_SYNONYMS = {"dev": "validation", "val": "validation", "valid": "validation"}
 _LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test": "evaluation.prompts"}
-# What is told last of a split, in this order.
-_LAST = [*_LEAKS, *(f"beyond {name}" for name in _LIMITS.values()), *(f"used for {role}" for role in SPLITS)]
+_UNUSED = "in a split that no stage uses"
+# These outcomes come last in the account of a split, in this order.
+_LAST_OUTCOMES = [
+    "leaks from test",
+    "leaks from validation",
+    *(f"beyond {setting}" for setting in _LIMITS.values()),
+    *(f"used for {role}" for role in SPLITS),
+]
 
 
 class Selection(NamedTuple):
-    """The rows of each split, and for each split of the source how many of its rows came to what."""
+    """The rows by role (train, validation, test), and the number of rows with each outcome by split of the source."""
 
     rows: dict[str, list[Row]]
     outcomes: dict[str, dict[str, int]]
+
+
+@dataclass
+class _Candidate:
+    """A row of the source and what becomes of it. A reason to leave it out ends its use for `role`."""
+
+    row: Row
+    split: str
+    role: str
+    reason: str = ""
+
+    @property
+    def outcome(self) -> str:
+        return self.reason or f"used for {self.role}"
 
 
 def select(
@@ -31,96 +50,159 @@ def select(
     lengths: Callable[[list[str]], list[int]],
     uses: Sequence[str] = SPLITS,
 ) -> Selection:
-    """Return train, validation and test rows; what a source has not split is split here, by the seed.
+    """Return train, validation and test rows. Splits that the source lacks are drawn from its training rows by seed.
 
-    Dialogues that are the same, or nearly so, never stand on two sides. `lengths` measures dialogues by the config's
-    unit, `uses` says which splits there have to be. Raises InputError, with what took them, if one has too few rows.
+    Near-duplicate dialogues never have different roles. `lengths` measures dialogues in the unit of the config, and
+    `uses` names the roles that need rows. Raises InputError, with the counts of what was left out, if one has too few.
     """
     roles = _roles(source, config, uses)
-    rows = [row for split in roles for row in source[split]]
-    origins = [split for split in roles for _ in source[split]]
-    # What becomes of each row: the split that it is used for, or the reason why it is not.
-    fates = [reason or role for split, role in roles.items() for reason in _sifted(source[split], config.data, lengths)]
-    _keep_apart(rows, fates, roles.values(), config)
-    for role, name in _LIMITS.items():
-        those = [i for i, fate in enumerate(fates) if fate == role]
-        for position in permutation(config.seed, f"rows {role}", 0, len(those))[attrgetter(name)(config) :]:
-            fates[those[position]] = f"beyond {name}"
-    found = Counter(zip(origins, (f"used for {fate}" if fate in SPLITS else fate for fate in fates), strict=True))
-    found += Counter({(split, "in a split that no stage uses"): len(source[split]) for split in source.keys() - roles})
-    counts = sorted(found.items(), key=lambda item: _LAST.index(item[0][1]) if item[0][1] in _LAST else -1)
-    counted = {split: {outcome: n for (where, outcome), n in counts if where == split} for split in source}
-    used = {role: [row for row, fate in zip(rows, fates, strict=True) if fate == role] for role in SPLITS}
-    _refuse_too_few(used, counted, config, uses)
-    return Selection(rows=used, outcomes=counted)
+    candidates: list[_Candidate] = []
+
+    for split, role in roles.items():
+        reasons = _unfit(source[split], config.data, lengths)
+        for row, reason in zip(source[split], reasons, strict=True):
+            candidates.append(_Candidate(row, split, role, reason))
+
+    training_groups = _remove_leaks(candidates)
+    _draw_missing_splits(training_groups, set(roles.values()), config)
+    _apply_limits(candidates, config)
+
+    rows = {}
+    for role in SPLITS:
+        rows[role] = [candidate.row for candidate in _used_for(role, candidates)]
+
+    outcomes = {split: _count_outcomes(split, candidates) for split in source}
+    for split in source.keys() - roles:
+        if source[split]:
+            outcomes[split] = {_UNUSED: len(source[split])}
+
+    _require_enough(rows, outcomes, config, uses)
+    return Selection(rows=rows, outcomes=outcomes)
 
 
 def _roles(source: Mapping[str, Sequence[Row]], config: Config, uses: Sequence[str]) -> dict[str, str]:
-    """Return what each split of the source is for; a single split is for everything, unless it is all of `uses`."""
-    if len(source) == 1 and [*source] != [*uses]:
+    """Return the role of each split that has one. A single split is for training, from which the others are drawn."""
+    if len(source) == 1 and list(source) != list(uses):
         return {split: "train" for split in source}
-    roles = {split: _ROLES.get(split, split) for split in source}
-    remedy = f"it has {', '.join(source)}; give a single file to have it split"
-    there = uses[0] in roles.values()
-    require(there, "data.source", config.data.source, f"has no split named {uses[0]}", remedy)
+
+    roles = {split: _SYNONYMS.get(split, split) for split in source}
+    rule = f"has the splits {', '.join(source)}, but not {uses[0]}"
+    remedy = "add that split, or give a single file to have it split"
+    require(uses[0] in roles.values(), "data.source", config.data.source, rule, remedy)
     return {split: role for split, role in roles.items() if role in SPLITS}
 
 
-def _sifted(rows: Sequence[Row], config: DataConfig, lengths: Callable[[list[str]], list[int]]) -> Iterator[str]:
-    """Yield for each row the reason to leave it out, empty when there is none."""
+def _unfit(rows: Sequence[Row], config: DataConfig, lengths: Callable[[list[str]], list[int]]) -> list[str]:
+    """Return for each row of a split why it is unfit by itself or repeats another, or an empty string."""
+    reasons = []
     seen: set[str] = set()
+
     for row, length in zip(rows, lengths([row.dialogue for row in rows]), strict=True):
-        same = " ".join(row.dialogue.casefold().split())
-        if not same:
-            yield "no dialogue"
-        elif row.summary is not None and not row.summary.strip():
-            yield "no summary"
-        elif length < config.min_length:
-            yield "too short"
-        elif config.max_length is not None and length > config.max_length:
-            yield "too long"
-        else:
-            yield "duplicate" if same in seen else ""
-            seen.add(same)
+        reason = _unfit_by_itself(row, length, config)
+        if not reason:
+            normalised = " ".join(row.dialogue.casefold().split())
+            reason = "duplicate" if normalised in seen else ""
+            seen.add(normalised)
+        reasons.append(reason)
+    return reasons
 
 
-def _keep_apart(rows: Sequence[Row], fates: list[str], given: Collection[str], config: Config) -> None:
-    """Leave out what is nearly the same on two sides, and fill the splits that are not `given` from training rows.
-
-    A split gets whole groups of near-same dialogues, drawn by the seed.
-    """
-    held = [i for i, fate in enumerate(fates) if fate in SPLITS]
-    groups = near_duplicate_groups([rows[i].dialogue for i in held])
-    sides = {(fates[i], group) for i, group in zip(held, groups, strict=True)}
-    pool: dict[int, list[int]] = {}
-    for i, group in zip(held, groups, strict=True):
-        if fates[i] != "test" and ("test", group) in sides:
-            fates[i] = _LEAKS[0]
-        elif fates[i] == "train" and ("validation", group) in sides:
-            fates[i] = _LEAKS[1]
-        elif fates[i] == "train":
-            pool.setdefault(group, []).append(i)
-    size = sum(map(len, pool.values()))
-    room = {"test": min(config.evaluation.prompts, max(2, size // 5)),
-            "validation": min(config.rl.validation_prompts, max(2, size // 10))}  # fmt: skip
-    whole = list(pool.values())
-    for drawn in permutation(config.seed, "splits", 0, len(whole)):
-        fits = (role for role in room if role not in given and len(whole[drawn]) <= room[role])
-        role = next(fits, "train")
-        for i in whole[drawn]:
-            fates[i] = role
-        room[role] = room.get(role, 0) - len(whole[drawn])
+def _unfit_by_itself(row: Row, length: int, config: DataConfig) -> str:
+    if not row.dialogue.strip():
+        return "no dialogue"
+    if row.summary is not None and not row.summary.strip():
+        return "no summary"
+    if length < config.min_length:
+        return "too short"
+    if config.max_length is not None and length > config.max_length:
+        return "too long"
+    return ""
 
 
-def _refuse_too_few(
+def _used_for(role: str, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    return [candidate for candidate in candidates if not candidate.reason and candidate.role == role]
+
+
+def _remove_leaks(candidates: Sequence[_Candidate]) -> list[list[_Candidate]]:
+    """Leave out near-duplicates of test and validation rows. Return the groups of near-duplicate training rows left."""
+    used = [candidate for candidate in candidates if not candidate.reason]
+    groups = near_duplicate_groups([candidate.row.dialogue for candidate in used])
+    groups_of: dict[str, set[int]] = defaultdict(set)
+    for candidate, group in zip(used, groups, strict=True):
+        groups_of[candidate.role].add(group)
+
+    training: dict[int, list[_Candidate]] = {}
+    for candidate, group in zip(used, groups, strict=True):
+        if candidate.role != "test" and group in groups_of["test"]:
+            candidate.reason = "leaks from test"
+        elif candidate.role == "train" and group in groups_of["validation"]:
+            candidate.reason = "leaks from validation"
+        elif candidate.role == "train":
+            training.setdefault(group, []).append(candidate)
+    return list(training.values())
+
+
+def _draw_missing_splits(groups: Sequence[list[_Candidate]], existing: set[str], config: Config) -> None:
+    """Give training rows, in whole groups of near-duplicates, to the roles that have no split of their own."""
+    total = sum(map(len, groups))
+    space = {
+        "test": min(config.evaluation.prompts, max(2, total // 5)),
+        "validation": min(config.rl.validation_prompts, max(2, total // 10)),
+    }
+    missing = [role for role in space if role not in existing]
+
+    for drawn in permutation(config.seed, "splits", 0, len(groups)):
+        group = groups[drawn]
+        for role in missing:
+            if len(group) <= space[role]:
+                space[role] -= len(group)
+                for candidate in group:
+                    candidate.role = role
+                break
+
+
+def _apply_limits(candidates: Sequence[_Candidate], config: Config) -> None:
+    """Leave out rows, drawn by the seed, beyond the maximum number that the config sets for each role."""
+    limits = {
+        "train": config.data.limit,
+        "validation": config.rl.validation_prompts,
+        "test": config.evaluation.prompts,
+    }
+    for role, limit in limits.items():
+        used = _used_for(role, candidates)
+        shuffled = permutation(config.seed, f"rows {role}", 0, len(used))
+        for position in shuffled[limit:]:
+            used[position].reason = f"beyond {_LIMITS[role]}"
+
+
+def _count_outcomes(split: str, candidates: Sequence[_Candidate]) -> dict[str, int]:
+    """Return how many rows of a split of the source had each outcome."""
+    counts = Counter(candidate.outcome for candidate in candidates if candidate.split == split)
+
+    def rank(outcome: str) -> int:
+        return _LAST_OUTCOMES.index(outcome) if outcome in _LAST_OUTCOMES else -1
+
+    return {outcome: counts[outcome] for outcome in sorted(counts, key=rank)}
+
+
+def _require_enough(
     rows: Mapping[str, list[Row]], outcomes: Mapping[str, Mapping[str, int]], config: Config, uses: Sequence[str]
 ) -> None:
-    took = sum(map(Counter, outcomes.values()), Counter[str]())
-    reasons = [f"{n} {outcome}" for outcome, n in took.most_common() if not outcome.startswith("used")]
-    why, remedy = ", ".join(reasons) or "none was left out", "give more that differ, or loosen what takes them"
+    """Raise InputError if a role in `uses` has fewer than two rows, or training fewer than one batch."""
+    totals: Counter[str] = Counter()
+    for counts in outcomes.values():
+        totals.update(counts)
+
+    reasons = [f"{count} {outcome}" for outcome, count in totals.most_common() if not outcome.startswith("used")]
+    left_out = ", ".join(reasons) or "no row was left out"
+
     for role in uses:
-        rule = f"leaves {len(rows[role])} rows for {role} ({why})"
+        rule = f"leaves {len(rows[role])} rows for {role} ({left_out})"
+        remedy = "add distinct rows, or relax what leaves them out"
         require(len(rows[role]) >= 2, "data.source", config.data.source, rule, remedy)
-    size, left = config.rl.batch_size, len(rows["train"])
-    rule = f"exceeds the {left} rows left for training ({why})"
-    require("train" not in uses or left >= size, "rl.batch_size", size, rule, "give a smaller one, or more rows")
+
+    if "train" in uses:
+        available = len(rows["train"])
+        batch_size = config.rl.batch_size
+        rule = f"exceeds the {available} rows left for training ({left_out})"
+        require(available >= batch_size, "rl.batch_size", batch_size, rule, "lower it, or add rows")

@@ -1,10 +1,11 @@
-"""Which rows do a user's file, folder or hub dataset hold, and which responses that were written elsewhere?"""
+"""Which rows do a file, a folder or a hub data set hold, and which responses that were written elsewhere?"""
 
 import csv
 import gzip
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +17,134 @@ from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.hub import fetch, is_hub_id
 
 Record = dict[str, Any]
-_RESPONSE = "response"  # the column of a text that a policy wrote elsewhere
+_Reader = Callable[[Path], Iterable[Record]]
+_RESPONSE = "response"  # Column of a response that was written elsewhere.
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 def read_source(config: DataConfig) -> dict[str, list[Row]]:
-    """Return the rows of each split, as the source has them; a row without a dialogue has an empty one.
+    """Return the rows of each split of the source. A row without a dialogue has an empty one.
 
-    Raises InputError when the source cannot be read, lacks a column, or holds something else than text in one.
+    Raises InputError when the source cannot be read, lacks a column, or has something else than text in one.
     """
-    path = Path(config.source)
-    files = {"file": path} if path.is_file() or _reader(path) else _split_files(path)
-    records = {split: read_records(file) for split, file in files.items()} if files else _from_hub(config.source)
-    columns = dict.fromkeys(column for those in records.values() for record in those for column in record)
-    for name in ("dialogue_column", "summary_column", "id_column"):
-        column, also = getattr(config, name), ", or say None and --sft.steps 0" if name == "summary_column" else ""
-        rule, remedy = f"is no column of {config.source}", f"choose from {', '.join(columns)}{also}"
-        require(column is None or column in columns, f"data.{name}", column, rule, remedy)
-    return {split: _rows(split, those, config) for split, those in records.items()}
+    records = _source_records(config.source)
+    _require_columns(records, config)
+    return {split: _rows(split, split_records, config) for split, split_records in records.items()}
+
+
+def _source_records(source: str) -> dict[str, list[Record]]:
+    """Return the records of each split of a file, a folder or a hub data set."""
+    path = Path(source)
+    if path.is_file() or _reader(path):
+        return {"file": read_records(path)}
+    if path.is_dir():
+        return {split: read_records(file) for split, file in _split_files(path).items()}
+    return _hub_records(source)
+
+
+def _require_columns(records: Mapping[str, list[Record]], config: DataConfig) -> None:
+    """Raise InputError unless some record has each column that the config names."""
+    columns: list[str] = []
+    for record in chain.from_iterable(records.values()):
+        columns += [column for column in record if column not in columns]
+
+    rule, remedy = f"is not a column of {config.source}", f"choose from {', '.join(columns)}"
+    named = {
+        "data.dialogue_column": (config.dialogue_column, remedy),
+        "data.summary_column": (config.summary_column, f"{remedy}, or set it to None and sft.steps to 0"),
+        "data.id_column": (config.id_column, remedy),
+    }
+    for setting, (column, setting_remedy) in named.items():
+        require(column is None or column in columns, setting, column, rule, setting_remedy)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
-    """Return the data files of a folder by the split that each is named after; nothing where there is no folder."""
-    if not folder.is_dir():
-        return {}
-    there = sorted(file for file in folder.iterdir() if _reader(file))
-    found: dict[str, Path] = {}
-    remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-    for file in there:
-        words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
-        split = next((split for split in _SPLITS if split in words), "file")
-        clear = len(there) == 1 or split not in ("file", *found)
-        require(clear, "data.source", str(folder), f"holds {file.name}, which fits no one split", remedy)
-        found[split] = file
-    require(bool(found), "data.source", str(folder), "holds no data file", f"give {', '.join(_READERS)} files")
-    return found
+    """Return the data files of a folder by the split that their names contain; a single file may have any name."""
+    data_files = sorted(file for file in folder.iterdir() if _reader(file))
+    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(_READERS)} files")
+
+    files: dict[str, Path] = {}
+    for file in data_files:
+        split = _split_in_name(file) or "file"
+        is_clear = len(data_files) == 1 or (split != "file" and split not in files)
+        rule = f"contains {file.name}, but the name fits no single split"
+        remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
+        require(is_clear, "data.source", str(folder), rule, remedy)
+        files[split] = file
+
+    return files
+
+
+def _split_in_name(file: Path) -> str | None:
+    """Return the first split that is a word of the file's name, as in my-test-v2.jsonl."""
+    words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
+    return next((split for split in _SPLITS if split in words), None)
 
 
 def read_records(path: Path, field: str = "data.source", lines: bool = False) -> list[Record]:
-    """Return a data file's rows; with `lines` each line of a .txt is a response. Raises InputError, naming `field`."""
+    """Return the rows of a data file; with `lines`, each line of a .txt is a response.
+
+    Raises InputError, with the setting `field`, when the file does not exist, has no rows or cannot be read.
+    """
     reader = _lines if lines and path.suffix == ".txt" else _reader(path)
     if reader is None:
-        raise InputError(field, str(path), "is of no known format", f"give one of {', '.join(_READERS)}")
+        raise InputError(field, str(path), "has an unknown format", f"give one of {', '.join(_READERS)}")
+
     if not path.is_file():
-        there = ", ".join(sorted(file.name for file in path.parent.glob("*") if _reader(file))[:10])
-        raise InputError(field, str(path), "is no file", f"{path.parent} holds {there or 'no data file'}")
+        data_files = sorted(file.name for file in path.parent.glob("*") if _reader(file))
+        remedy = f"{path.parent} contains {', '.join(data_files[:10]) or 'no data file'}"
+        raise InputError(field, str(path), "is not a file", remedy)
+
     try:
         records = list(reader(path))
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        remedy = "give UTF-8 text with one header, or one object a row"
+        remedy = "give UTF-8 text with one header, or one JSON object per row"
         raise InputError(field, str(path), f"cannot be read: {first_line(error)}", remedy) from error
-    require(bool(records), field, str(path), "holds no rows", "give a file with rows")
+    require(bool(records), field, str(path), "contains no rows", "give a file with rows")
     return records
 
 
-def _reader(path: Path) -> Callable[[Path], Iterable[Record]] | None:
-    return next((reader for ending, reader in _READERS.items() if path.name.lower().endswith(ending)), None)
+def _reader(path: Path) -> _Reader | None:
+    """Return the function that reads a data file of this format, or None if there is none."""
+    name = path.name.lower()
+    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
 
 
 def _lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as lines:
-        yield from ({_RESPONSE: line.rstrip("\n")} for line in lines)
+        for line in lines:
+            yield {_RESPONSE: line.rstrip("\n")}
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """Yield the objects of a list, or of one object a line."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+    """Yield the objects of a JSON list, or of JSON lines."""
+    open_text = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         text = file.read()
-    # Only \n ends a line: JSON may hold other line ends inside its text.
-    whole = text.lstrip().startswith("[")
-    rows = json.loads(text) if whole else filter(str.strip, text.split("\n"))
-    for number, row in enumerate(rows, start=1):
+
+    if text.lstrip().startswith("["):
+        for number, value in enumerate(json.loads(text), start=1):
+            yield _json_record(value, number)
+        return
+
+    # Lines end with \n only: a JSON string may contain other line ends.
+    lines = [line for line in text.split("\n") if line.strip()]
+    for number, line in enumerate(lines, start=1):
         try:
-            found = row if whole else json.loads(row)
+            value = json.loads(line)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"row {number}: {type(found).__name__} where an object belongs")
-        # Half an emoji, cut by a limit on tokens, is no text that can be written: it becomes a replacement mark.
-        yield {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in found.items()}
+        yield _json_record(value, number)
+
+
+def _json_record(value: Any, number: int) -> Record:
+    """Return the object of row `number`, with lone surrogates in its texts replaced. Raises ValueError for others."""
+    if not isinstance(value, dict):
+        raise ValueError(f"row {number}: expected an object, not {type(value).__name__}")
+    # A limit on tokens may have cut an emoji in half. The lone surrogate that is left cannot be encoded as UTF-8.
+    return {
+        key: item.encode("utf-8", "replace").decode() if isinstance(item, str) else item for key, item in value.items()
+    }
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -102,29 +152,40 @@ def _csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         header = next(reader, [])
-        for row in filter(None, reader):
+        for row in reader:
+            if not row:
+                continue
             if len(row) != len(header):
                 raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
             yield dict(zip(header, row, strict=True))
 
 
-_READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
-    ".csv": _csv, ".json": _json, ".jsonl": _json, ".jsonl.gz": _json,
-    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
-}  # fmt: skip
+def _parquet(path: Path) -> Iterator[Record]:
+    yield from parquet.read_table(path).to_pylist()
 
 
-def _from_hub(name: str) -> dict[str, list[Record]]:
-    # Imported here: it takes a second, and files do not need it.
-    import datasets
+_READERS: dict[str, _Reader] = {
+    ".csv": _csv,
+    ".json": _json,
+    ".jsonl": _json,
+    ".jsonl.gz": _json,
+    ".parquet": _parquet,
+}
+
+
+def _hub_records(name: str) -> dict[str, list[Record]]:
+    """Return the records of each split of a hub data set."""
+    import datasets  # Imported here because it takes a second and files do not need it.
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     remedy = "give a file, a folder or a hub id"
-    require(is_hub_id(name), "data.source", name, "is no file or folder, and no hub id", remedy)
+    require(is_hub_id(name), "data.source", name, "is neither an existing path nor a hub id", remedy)
+
     folder = fetch(name, "data.source")
     try:
-        tables = datasets.load_dataset(folder, verification_mode="no_checks")  # its card may count other rows
+        # Without checks: the sizes in a data set's card may be outdated.
+        tables = datasets.load_dataset(folder, verification_mode="no_checks")
         return {str(split): table.to_list() for split, table in tables.items()}
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}, {first_line(error.__cause__ or error)}"
@@ -132,65 +193,103 @@ def _from_hub(name: str) -> dict[str, list[Record]]:
 
 
 def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
-    ids = [f"{split}_{i}" for i in range(len(records))]
-    if config.id_column is not None:
-        ids = [str(record.get(config.id_column)) for record in records]
-        repeated, times = Counter(ids).most_common(1)[0]
-        rule = f"names {times} rows of {split} {repeated!r}"
-        require(times == 1, "data.id_column", config.id_column, rule, "leave it out to number the rows")
-    rows, column = [], config.summary_column
+    """Return the rows of a split. Raises InputError for repeated ids and for values that are not text."""
+    ids = _row_ids(split, records, config.id_column)
+    rows = []
+
     for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
-        where = f"row {number} of {split}"
-        dialogue = _text(record, config.dialogue_column, "data.dialogue_column", where)
-        summary = None if column is None else _text(record, column, "data.summary_column", where)
+        place = f"row {number} of {split}"
+        dialogue = _text(record, config.dialogue_column, "data.dialogue_column", place)
+        summary = None
+        if config.summary_column is not None:
+            summary = _text(record, config.summary_column, "data.summary_column", place)
         rows.append(Row(id=row_id, dialogue=dialogue, summary=summary))
+
     return rows
 
 
-def _text(record: Record, column: str, field: str, where: str) -> str:
+def _row_ids(split: str, records: list[Record], column: str | None) -> list[str]:
+    """Return the values of the id column, or a number for each row. Raises InputError if a value is repeated."""
+    if column is None:
+        return [f"{split}_{i}" for i in range(len(records))]
+
+    ids = [str(record.get(column)) for record in records]
+    most_frequent, count = Counter(ids).most_common(1)[0]
+    rule = f"has {most_frequent!r} in {count} rows of {split}"
+    require(count == 1, "data.id_column", column, rule, "choose a column of unique values, or None to number the rows")
+    return ids
+
+
+def _text(record: Record, column: str, field: str, place: str) -> str:
     value = record.get(column)
     if not isinstance(value, str | None):
-        raise InputError(field, column, f"holds {type(value).__name__}, not text, in {where}", "name a column of text")
+        rule = f"contains {type(value).__name__}, not text, in {place}"
+        raise InputError(field, column, rule, "name a column of text")
     return value or ""
 
 
 def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
-    """Return the rows of the first file, each with the responses of every file as `texts`.
+    """Return the rows of the first file, each with the responses of all files as `texts`, by the keys of `files`.
 
-    A file has a column `response`, or is a `.txt` with one on each line. Rows are matched by the config's id column,
-    else by the dialogue column, else by their number; rows that match in one file are samples of one prompt. Without a
-    file "before" the summaries are that. Raises InputError when a file has no such column, or not the prompts of the
-    first, or summaries are needed and lacking.
+    A file has a column `response`, or is a `.txt` with one response per line. Rows are matched by the id column of the
+    config, else by the dialogue column, else by their number. Rows of one file that match are samples of one prompt.
+    If no file is called "before", the summaries of the first file take its place. Raises InputError when a file has no
+    such column or other prompts than the first, or when summaries are needed and missing.
     """
-    first, *_ = files
-    read = {name: _by_prompt(Path(path), config) for name, path in files.items()}
+    first_name, first_path = next(iter(files.items()))
+    by_prompt = {name: _records_by_prompt(Path(path), config) for name, path in files.items()}
     for name, path in files.items():
-        other = sorted(read[first].keys() ^ read[name].keys())
-        rule = f"and {files[first]} differ in {len(other)} of their prompts"
-        require(not other, "--texts", path, rule, "give files on the same prompts, by id or in the same order")
-        sizes = {len(records) for records in read[name].values()}
-        rule = f"holds {min(sizes)} to {max(sizes)} responses a prompt"
-        require(len(sizes) == 1, "--texts", path, rule, "give as many for every prompt")
+        _require_same_prompts(by_prompt[name], by_prompt[first_name], path, first_path)
+
     rows = []
-    for key, (record, *_) in read[first].items():
-        dialogue, summary = str(record.get(config.dialogue_column) or ""), record.get(config.summary_column or "")
-        texts = {name: [str(one[_RESPONSE]) for one in by[key]] for name, by in read.items()}
-        if "before" not in files:
-            rule, remedy = "has nothing to be compared with", "give a second file, or a summary for each row"
-            require(bool(summary), "--texts", files[first], rule, remedy)
-            texts, summary = {"before": [str(summary)]} | texts, None  # no reference, where that is compared with
-        summary = None if summary is None else str(summary)
-        rows.append(Row(id=key, dialogue=dialogue, summary=summary, prompt=dialogue, texts=texts))
-    require(len(rows) >= 2, "--texts", files[first], "holds a single prompt", "give two or more")
+    for prompt_id, records in by_prompt[first_name].items():
+        texts = {name: _responses(prompts[prompt_id]) for name, prompts in by_prompt.items()}
+        rows.append(_row_with_texts(prompt_id, records[0], texts, first_path, config))
+    require(len(rows) >= 2, "--texts", first_path, "has a single prompt", "give at least two")
     return rows
 
 
-def _by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = {}
+def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
+    """Return the records of a file by id, else dialogue, else number. Raises InputError for one without a response."""
+    columns = (config.id_column or "id", config.dialogue_column)
+    by_prompt: dict[str, list[Record]] = {}
     for number, record in enumerate(read_records(path, "--texts", lines=True), start=1):
         if not isinstance(record.get(_RESPONSE), str):
-            raise InputError("--texts", str(path), f"row {number} has no text under {_RESPONSE!r}", "give each row one")
-        names = (config.id_column or "id", config.dialogue_column)
-        key = next((str(record[name]) for name in names if record.get(name) is not None), str(number))
-        found.setdefault(key, []).append(record)
-    return found
+            rule = f"row {number} has no text under {_RESPONSE!r}"
+            raise InputError("--texts", str(path), rule, "add a response to each row")
+
+        values = [str(record[column]) for column in columns if record.get(column) is not None]
+        prompt_id = values[0] if values else str(number)
+        by_prompt.setdefault(prompt_id, []).append(record)
+    return by_prompt
+
+
+def _require_same_prompts(
+    prompts: Mapping[str, list[Record]], first: Mapping[str, list[Record]], path: str, first_path: str
+) -> None:
+    """Raise InputError unless a file has the prompts of the first one, and equally many responses to each."""
+    different = prompts.keys() ^ first.keys()
+    rule = f"differs from {first_path} in {len(different)} prompts"
+    require(not different, "--texts", path, rule, "give files on the same prompts, by id or in the same order")
+
+    counts = {len(records) for records in prompts.values()}
+    rule = f"has {min(counts)} to {max(counts)} responses per prompt"
+    require(len(counts) == 1, "--texts", path, rule, "give equally many for each prompt")
+
+
+def _responses(records: Iterable[Record]) -> list[str]:
+    return [str(record[_RESPONSE]) for record in records]
+
+
+def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]], path: str, config: DataConfig) -> Row:
+    """Return the row of a prompt; without a policy "before", the summary of `record` is its response."""
+    dialogue = str(record.get(config.dialogue_column) or "")
+    summary = record.get(config.summary_column or "")
+    reference = None if summary is None else str(summary)
+
+    if "before" not in texts:
+        remedy = "give a second file, or a summary for each row"
+        require(bool(summary), "--texts", path, "has nothing to compare with", remedy)
+        texts = {"before": [str(summary)], **texts}
+        reference = None  # The summary is compared, so it cannot be the reference too.
+    return Row(id=prompt_id, dialogue=dialogue, summary=reference, prompt=dialogue, texts=texts)

@@ -1,4 +1,4 @@
-"""What is reached without training: by a word filter, and by picking among samples?"""
+"""How far do methods without training get: a word filter, and picking the best of n samples?"""
 
 import math
 import re
@@ -11,33 +11,52 @@ from detoxrl.evaluation.statistics import Floats
 Texts = Sequence[Sequence[str]]  # N prompts with k responses each
 
 
-def toxic_alone(texts: Texts, judge: Judge) -> list[str]:
-    """Return the distinct words of some responses, lower-cased, that a judge rates at 0.5 or above when alone."""
-    words = sorted({word.lower() for row in texts for text in row for word in re.findall(r"\w+", text)})
-    return [word for word, rate in zip(words, judge(words), strict=True) if rate >= 0.5] if words else []
+def words_toxic_alone(texts: Texts, judge: Judge) -> list[str]:
+    """Return the distinct words of the texts, in lower case, that the judge rates 0.5 or higher when alone."""
+    distinct_words: set[str] = set()
+    for samples in texts:
+        for text in samples:
+            distinct_words.update(word.lower() for word in re.findall(r"\w+", text))
+    if not distinct_words:
+        return []
+
+    words = sorted(distinct_words)
+    return [word for word, rating in zip(words, judge(words), strict=True) if rating >= 0.5]
 
 
 def word_filter(texts: Texts, judge: Judge | None) -> list[list[str]]:
-    """Return the responses without the words that `judge`, the reward's own, rates at 0.5 or above when alone.
+    """Return the responses without known insults and without words that `judge` rates 0.5 or higher when alone.
 
-    The insults that the embedded reward knows go in any case. A judge that is to stay independent must not choose.
+    The known insults are those that the embedded reward was trained on. `judge` is the reward's classifier or None: an
+    independent judge must not choose the words, because it would then rate its own choice.
     """
-    rated = toxic_alone(texts, judge) if judge else []
-    forms = "|".join(map(re.escape, sorted({*SEEN_INSULTS, *rated}, key=len, reverse=True)))
+    words = {*SEEN_INSULTS}
+    if judge:
+        words.update(words_toxic_alone(texts, judge))
+
+    # Longer words first, so that no word hides another that begins with it.
+    forms = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     pattern = re.compile(rf"\b(?:{forms})s?\b\s*", re.IGNORECASE)
-    return [[pattern.sub("", text).strip() for text in row] for row in texts]
+    return [[pattern.sub("", text).strip() for text in samples] for samples in texts]
 
 
 def best_of(pool: Texts, scores: Floats, n: int) -> list[list[str]]:
-    """Return for each prompt the best by `scores` (N, m) of each n samples of its `pool`: m // n responses.
+    """Return, for each prompt, the response with the highest score of each n samples in its `pool`: m // n responses.
 
-    Stiennon et al. 2020, section 4.3; the groups do not overlap, so its responses are independent draws.
+    `scores` is (N, m). Best-of-n: Stiennon et al. 2020, section 4.3. The groups of n do not overlap, so the responses
+    are independent draws; samples that fill no group are left out.
     """
-    picks = scores[:, : scores.shape[1] // n * n].reshape(len(scores), -1, n).argmax(2)
-    beside = zip(pool, picks, strict=True)
-    return [[row[group * n + pick] for group, pick in enumerate(chosen)] for row, chosen in beside]
+    groups = scores.shape[1] // n
+    picks = scores[:, : groups * n].reshape(len(scores), groups, n).argmax(2)
+    best = []
+    for samples, prompt_picks in zip(pool, picks, strict=True):
+        best.append([samples[group * n + pick] for group, pick in enumerate(prompt_picks)])
+    return best
 
 
 def best_of_kl(n: int) -> float:
-    """Return the KL of best-of-n in nats (Stiennon et al. 2020, appendix G.3), a bound (Beirami et al. 2024)."""
+    """Return an upper bound on the KL of best-of-n to the policy that it samples from, in nats.
+
+    Stiennon et al. 2020, appendix G.3; Beirami et al. 2024 show that it is a bound.
+    """
     return math.log(n) - (n - 1) / n

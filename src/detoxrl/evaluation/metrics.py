@@ -10,8 +10,8 @@ from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_p
 from detoxrl.data.rows import Row
 
 
-class _Words:
-    """Words of any script: the scorer's own tokenizer knows Latin letters alone."""
+class _WordTokenizer:
+    """Lower-cased words of any script; the tokenizer of rouge-score knows Latin letters only."""
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
@@ -19,59 +19,74 @@ class _Words:
 
 
 _CHRF = CHRF()
-SEEN, UNSEEN = insult_pattern(SEEN_INSULTS), insult_pattern(UNSEEN_INSULTS)
+SEEN = insult_pattern(SEEN_INSULTS)
+UNSEEN = insult_pattern(UNSEEN_INSULTS)
 
 
 def rouge_l(reference: str, response: str) -> float:
     """Return ROUGE-L F1 in [0, 1] (Lin 2004), without stemming."""
-    from rouge_score.rouge_scorer import RougeScorer  # here, as nltk comes along, most of a second
+    # rouge-score imports nltk, which takes most of a second.
+    from rouge_score.rouge_scorer import RougeScorer
 
-    return float(RougeScorer(["rougeL"], tokenizer=_Words).score(reference, response)["rougeL"].fmeasure)
+    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer)
+    return float(scorer.score(reference, response)["rougeL"].fmeasure)
 
 
 def chrf(reference: str, response: str) -> float:
-    """Return sacreBLEU's sentence chrF2 in [0, 1]: character 1- to 6-grams, where recall weighs twice (beta 2).
+    """Return chrF2 in [0, 1]: F-score of character 1- to 6-grams in which recall weighs twice as much (beta = 2).
 
-    Popović 2015, section 2. White space is left out, and so are orders for which one of the texts is too short.
+    Popović 2015, section 2, as sacreBLEU's sentence score. White space is ignored, and so are the orders for which one
+    of the texts is too short.
     """
     return float(_CHRF.sentence_score(response, [reference]).score) / 100
 
 
 def copied(dialogue: str, response: str) -> float:
-    """Return the share in [0, 1] of the response's word 4-grams, each time they occur, that stand in the dialogue.
+    """Return the share in [0, 1] of the response's word 4-grams that also occur in the dialogue.
 
-    It is 1 - "novel 4-grams" of See et al. 2017, section 7.2. A shorter response is one n-gram; an empty one has 0.
+    It is 1 - the share of novel 4-grams (See et al. 2017, section 7.2); a 4-gram counts each time it occurs. A response
+    of fewer than four words is one n-gram; an empty one has 0.
     """
-    words = _Words.tokenize(response)
+    words = _WordTokenizer.tokenize(response)
+    if not words:
+        return 0.0
+
     length = min(4, len(words))
-    grams, known = _grams(words, length), set(_grams(_Words.tokenize(dialogue), length))
-    return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
+    grams = _word_grams(words, length)
+    dialogue_grams = set(_word_grams(_WordTokenizer.tokenize(dialogue), length))
+    return sum(gram in dialogue_grams for gram in grams) / len(grams)
 
 
 def distinct(samples: Sequence[str]) -> dict[str, float]:
-    """Return distinct words and word pairs over all of them in the samples of one prompt, in [0, 1], 0 without any.
+    """Return `distinct_1` and `distinct_2`: distinct words, and distinct word pairs, over all in a prompt's samples.
 
-    Li et al. 2016, section 5, who divide pairs too by the number of words. Fewer and longer samples repeat more, so
-    compare only equal numbers of them.
+    Li et al. 2016, section 5, except that they divide the pairs by the number of words too. Both are in [0, 1], and 0
+    without any. They fall with the number of samples and their length, so compare only equal numbers of samples.
     """
-    words = [_Words.tokenize(text) for text in samples]
-    grams = {n: [gram for those in words for gram in _grams(those, n)] for n in (1, 2)}
-    return {f"distinct_{n}": len(set(those)) / len(those) if those else 0.0 for n, those in grams.items()}
+    tokenized = [_WordTokenizer.tokenize(text) for text in samples]
+    shares = {}
+    for length in (1, 2):
+        grams = [gram for words in tokenized for gram in _word_grams(words, length)]
+        shares[f"distinct_{length}"] = len(set(grams)) / len(grams) if grams else 0.0
+    return shares
 
 
-def _grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[i:] for i in range(length)), strict=False))
+def _word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
+    """Return all n-grams of `length` words, in order."""
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
 
 
 def response_metrics(row: Row, response: str) -> dict[str, float]:
-    """Return every metric of one response; those that need a reference or facts only where the row has them."""
+    """Return all metrics of one response by name; a metric that needs a reference or facts requires a row with them."""
     metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
     if row.dialogue:
         metrics["copied"] = copied(row.dialogue, response)
+
     reference = row.civil_reference or row.summary
     if reference is not None:
         metrics["rouge_l"] = rouge_l(reference, response)
         metrics["chrf"] = chrf(reference, response)
+
     if row.facts is not None:
         metrics["facts"] = facts_kept(response, row.facts)
         metrics["quarrel_reported"] = float(quarrel_roles(response) is not None)
@@ -81,7 +96,12 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
 
 
 def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
-    """Return what checkpoints are held to account by, [0, 1]: mean facts kept, else ROUGE-L, else share with text."""
+    """Return the quality in [0, 1] by which checkpoints are compared, the mean over one response per row.
+
+    It is the first of these that all rows have: facts kept, ROUGE-L, the share of responses that are not empty.
+    """
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]
-    name = next((name for name in ("facts", "rouge_l") if all(name in metric for metric in metrics)), None)
-    return sum(metric[name] if name else 1 - metric["empty_rate"] for metric in metrics) / len(metrics)
+    for name in ("facts", "rouge_l"):
+        if all(name in values for values in metrics):
+            return sum(values[name] for values in metrics) / len(metrics)
+    return sum(1 - values["empty_rate"] for values in metrics) / len(metrics)

@@ -1,62 +1,161 @@
-"""How near is a response in meaning to something else?"""
+"""How close in meaning are two texts?"""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from safetensors import SafetensorError
 
-from detoxrl.errors import require
+from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.evaluation.metrics import chrf
 from detoxrl.evaluation.statistics import Floats
-from detoxrl.rewards.classifier import Reader, load_reader
+from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.runtime.hub import fetch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Encode = Callable[[Sequence[str]], Floats]  # unit vectors (N, D) of N texts
-_DONE = {"Transformer", "Pooling", "Normalize", "", "mean", "cls", "pooling_mode_mean_tokens", "pooling_mode_cls_token"}
+_FIELD = "evaluation.encoder"
+_REMEDY = "give a sentence encoder, such as sentence-transformers/all-MiniLM-L6-v2"
+# Texts that an encoder must read before anything else runs; their lengths differ, so that some are padded.
+_PROBES = ("", "Thank you.", "Thank you, that is very kind of you.")
 
 
 def load_encoder(source: str, device: torch.device) -> Encode:
-    """Return the sentence encoder of a folder or hub id: the mean of its token states, or CLS where its files say so.
+    """Return a function from N texts to their unit vectors (N, D), computed by a sentence encoder.
 
-    Reimers and Gurevych 2019, section 3. Texts are cut at the length that its files name. Raises InputError.
+    `source` is a folder or hub id. Its files define the layers, the pooling, a prompt if there is one, and the length
+    at which a text is cut; without modules.json the vector is the mean of the token states (Reimers and Gurevych 2019,
+    section 3), or the last state of a causal model. Each distinct text is encoded once.
+
+    Raises InputError when sentence-transformers is not installed or the source is not a sentence encoder, and
+    StorageError when its weights are corrupted.
     """
-    field, remedy = "evaluation.encoder", "give a sentence encoder, such as sentence-transformers/all-MiniLM-L6-v2"
-    model, tokenizer = load_reader(AutoModel, source, field, remedy, device)
-    by_cls, needs, most = _pooling(str(model.name_or_path))
-    needs |= {"a decoder"} if model.config.is_encoder_decoder else set()
-    require(not needs, field, source, f"needs {' and '.join(sorted(needs))}, which is not done here", remedy)
-    reader = Reader(model, tokenizer, most)
+    with _loading_errors(source):
+        encoder = _load(source, device)
+    vectors: dict[str, Floats] = {}
 
-    def pooled(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states, counts = output.double(), mask.unsqueeze(-1)
-        taken = states[:, 0] if by_cls else (states * counts).sum(1) / counts.sum(1).clamp(min=1)
-        return torch.nn.functional.normalize(taken, dim=-1)
+    def encode(texts: Sequence[str]) -> Floats:
+        new = [text for text in dict.fromkeys(texts) if text not in vectors]
+        if new:
+            vectors.update(zip(new, _unit_vectors(encoder, new), strict=True))
+        return np.array([vectors[text] for text in texts])
 
-    return lambda texts: np.asarray(reader.read(texts, pooled))
+    with _loading_errors(source):
+        encode(_PROBES)
+    return encode
 
 
 def similarity(encode: Encode | None, texts: Sequence[str], others: Sequence[str]) -> Floats:
-    """Return how near each text is to its other, (N,) in [0, 1]: the cosine, or without an encoder chrF against it."""
-    if encode is None:
-        return np.array([chrf(other, text) for text, other in zip(texts, others, strict=True)], dtype=np.float64)
-    pairs = zip(*np.split(encode([*texts, *others]), [len(texts)]), strict=True)
-    return np.array([one @ other for one, other in pairs]).clip(0.0, 1.0)
+    """Return the similarity in [0, 1] of each text to its other text, (N,).
 
-
-def joint(sta: Floats, sim: Floats, fl: Floats) -> Floats:
-    """Return STA x SIM x FL of each response, in [0, 1] and of their shape, whose mean is J of Krishna et al. 2020, 3.
-
-    P(civil) `sta` and P(fluent) `fl` are made 0 or 1 at 0.5, as there and in ParaDetox's code (Logacheva et al. 2022).
+    It is the cosine of their vectors, clipped at 0; without an encoder it is chrF of the text against the other.
     """
-    return np.asarray((sta > 0.5) * sim * (fl >= 0.5))  # at 0.5 itself a response is toxic, as everywhere, but fluent
+    if encode is None:
+        scores = [chrf(other, text) for text, other in zip(texts, others, strict=True)]
+        return np.array(scores, dtype=np.float64)
+
+    vectors = encode([*texts, *others])
+    pairs = zip(vectors[: len(texts)], vectors[len(texts) :], strict=True)
+    cosines = [vector @ other for vector, other in pairs]
+    return np.array(cosines).clip(0.0, 1.0)
 
 
-def _pooling(folder: str) -> tuple[bool, set[str], int | None]:
-    """Return from a folder's files whether CLS stands for a text, what they need beside, and the most tokens if any."""
-    paths = [Path(folder, name) for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")]
-    layers, pools, text = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths)
-    old = "+".join(key for key, on in pools.items() if on is True and "mode" in key)  # a switch for each, until 2026
-    needs = {layer["type"].rpartition(".")[2] for layer in layers} | {pooling := str(pools.get("pooling_mode", old))}
-    return "cls" in pooling, needs - _DONE, text.get("max_seq_length")
+def joint(civil: Floats, similar: Floats, fluent: Floats) -> Floats:
+    """Return STA x SIM x FL of each response, in [0, 1] and of their shape; its mean is J (Krishna et al. 2020, 3).
+
+    P(civil) and P(fluent) become 0 or 1 at 0.5, as there and in ParaDetox's code (Logacheva et al. 2022). At 0.5
+    itself a response counts as toxic, as everywhere in detoxrl, but as fluent.
+    """
+    return np.asarray((civil > 0.5) * similar * (fluent >= 0.5))
+
+
+def _load(source: str, device: torch.device) -> "SentenceTransformer":
+    """Return the sentence encoder in fp32. Raises InputError, and whatever the library raises."""
+    try:
+        # Optional, and its import takes seconds.
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        rule = "needs the package sentence-transformers"
+        raise InputError(_FIELD, source, rule, "pip install 'detoxrl[similarity]'") from error
+
+    folder = Path(fetch(source, _FIELD))
+    _require_safetensors(folder, source)
+    encoder = SentenceTransformer(
+        str(folder),
+        device=str(device),
+        trust_remote_code=False,
+        local_files_only=True,
+        model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+    )
+
+    network = encoder.transformers_model
+    if network is not None:
+        require_vocabulary(_FIELD, source, encoder.tokenizer, network)
+        _require_weights(type(network), folder, source)
+        limit = _position_limit(network)
+        if limit is not None and encoder.max_seq_length is not None:
+            encoder.max_seq_length = min(encoder.max_seq_length, limit)
+    return encoder
+
+
+def _unit_vectors(encoder: "SentenceTransformer", texts: list[str]) -> Floats:
+    """Return the vectors (N, D) of texts, divided by their lengths in float64."""
+    vectors = np.asarray(encoder.encode(texts, show_progress_bar=False), dtype=np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    # A zero vector has no direction and stays 0.
+    unit: Floats = vectors / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return unit
+
+
+def _require_safetensors(folder: Path, source: str) -> None:
+    """Raise InputError when a layer after the transformer has its weights in a pickle only.
+
+    The library would read it. It is told to read the transformer itself from safetensors.
+    """
+    for pickle in folder.glob("*/**/pytorch_model.bin"):
+        rule = f"has no safetensors in {pickle.parent.name}, only a pickle"
+        require(pickle.with_name("model.safetensors").is_file(), _FIELD, source, rule, _REMEDY)
+
+
+def _require_weights(kind: Any, folder: Path, source: str) -> None:
+    """Raise InputError when the folder lacks weights of its network, a `kind` of transformers model.
+
+    transformers would fill them with random numbers. Weights of a pooler may be missing: sentence encoders have their
+    own pooling.
+    """
+    if not (folder / "config.json").is_file():
+        return  # an older layout, with the network in a subfolder
+    settings = {"use_safetensors": True, "output_loading_info": True}
+    _, info = load_pretrained(kind, str(folder), source, _FIELD, _REMEDY, **settings)
+    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+    if missing:
+        raise InputError(_FIELD, source, f"lacks weights such as {missing[0]}", _REMEDY)
+
+
+def _position_limit(network: torch.nn.Module) -> int | None:
+    """Return how many tokens the learned positions of a network allow; None if it has none of that name.
+
+    In RoBERTa, MPNet and their relatives the positions up to the padding id are never used; sentence-transformers does
+    not subtract them, and would read past the last position.
+    """
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return None
+
+
+@contextmanager
+def _loading_errors(source: str) -> Iterator[None]:
+    """Turn what transformers and sentence-transformers raise for an unfit folder into one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError, LookupError, AttributeError) as error:
+        raise InputError(_FIELD, source, f"cannot be loaded: {first_line(error)}", _REMEDY) from error

@@ -1,7 +1,8 @@
-"""How is a matrix multiplied fastest?
+"""How is a matrix multiplied fastest on this machine?
 
-On a CPU with AVX-512 oneDNN's own kernels multiply float32 faster than what PyTorch calls, the more so in its own
-layout (docs/performance.md). They are private operators of torch: elsewhere, and under `without_onednn`, the public ones serve.
+On a CPU with AVX-512, oneDNN's kernels multiply float32 matrices faster than the kernels that PyTorch calls by default,
+most of all when the weight is stored in oneDNN's own layout (measurements: docs/performance.md). PyTorch reaches these
+kernels through private operators only. On other machines, and inside `without_onednn`, the public operators are used.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,73 +13,86 @@ import torch
 from torch.nn.functional import linear as torch_linear
 from torch.overrides import TorchFunctionMode
 
-_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-_KERNELS = {
-    torch.float32: _WIDE,
-    torch.bfloat16: _WIDE and bool(torch.cpu.get_capabilities().get("avx512_bf16", False)),
+_ONEDNN_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+_ONEDNN_KERNELS = {
+    torch.float32: _ONEDNN_AVX512,
+    torch.bfloat16: _ONEDNN_AVX512 and bool(torch.cpu.get_capabilities().get("avx512_bf16", False)),
 }
-_allowed = True
+_onednn_allowed = True
 
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Let products inside the block use public operators alone, as they do where there is no oneDNN."""
-    global _allowed
-    _allowed = False
+    """Use only public operators inside the block, as on a machine whose oneDNN has no fast kernels."""
+    global _onednn_allowed
+    _onednn_allowed = False
     try:
         yield
     finally:
-        _allowed = True
+        _onednn_allowed = True
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:
-    return _allowed and weight.device.type == "cpu" and _KERNELS.get(weight.dtype, False)
+    return _onednn_allowed and weight.device.type == "cpu" and _ONEDNN_KERNELS.get(weight.dtype, False)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if weight.dtype == torch.float32:  # in bfloat16 PyTorch calls oneDNN itself
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-    return torch_linear(x, weight, bias)
+    return torch_linear(x, weight, bias)  # in bfloat16 PyTorch calls oneDNN itself
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """x W^T + b with gradients: the private operator has no derivative of its own."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # A frozen weight needs no x for its gradient, so x need not stay in memory until the backward pass.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight, bias)
+        return _multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x, weight), (grad,) = ctx.saved_tensors, grads
-        by_x, by_weight, by_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (
-            _product(grad, weight.t()) if by_x else None,
-            rows.t() @ x.flatten(0, -2) if by_weight else None,  # oneDNN is slower at this shape
-            rows.sum(0) if by_bias else None,
-        )
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        x_needs_grad, weight_needs_grad, bias_needs_grad = ctx.needs_input_grad
+        grad_rows = grad.flatten(0, -2)
+
+        grad_x = grad_weight = grad_bias = None
+        if x_needs_grad:
+            grad_x = _multiply(grad, weight.t())
+        if weight_needs_grad:
+            grad_weight = grad_rows.t() @ x.flatten(0, -2)  # oneDNN is slower than PyTorch at this shape
+        if bias_needs_grad:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x W^T + b, as `torch.nn.functional.linear` does: x (..., in), weight (out, in), bias (out,)."""
+    """Return x W^T + b for x (..., in), weight (out, in) and bias (out,), as `torch.nn.functional.linear` does."""
     if not _has_kernel(weight) or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return torch_linear(x, weight, bias)
-    return _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
+
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def pack_weights(weights: Sequence[torch.Tensor], rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that multiplies x (rows, in) by W^T without gradient, for weights (out, in) one below another.
+    """Return a function that multiplies x (rows, in) by several weights (out, in) at once, without gradients.
 
-    Where oneDNN is used it holds a copy of them in the layout that suits few rows best.
+    The weights are stacked, so the result is (rows, sum of out). Where oneDNN has fast kernels, the function holds a
+    copy of the stack in oneDNN's own layout, chosen for this number of rows. The copy takes time to make, so packing
+    pays off only for weights that are used many times, as in sampling. Any number of rows gives a correct product.
     """
     if not _has_kernel(weights[0]):
         return lambda x: torch.cat([torch_linear(x, weight) for weight in weights], -1)
-    copy = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight.detach() for weight in weights]), rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, None, "none", [], "")
+
+    stacked = torch.cat([weight.detach() for weight in weights])
+    packed = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 class FastLinear(TorchFunctionMode):
-    """Has every linear layer of a model of somebody else's go through `linear`."""
+    """Sends every linear layer of a model inside the block, whoever wrote the model, through `linear`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch_linear and not kwargs:

@@ -1,4 +1,4 @@
-"""How does a policy read prompts, sample responses and give log-probs and values, whatever its architecture?"""
+"""How does a policy read prompts, sample responses, and give log-probs and values, whatever its architecture?"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,39 +9,43 @@ from transformers import PreTrainedTokenizerBase
 
 from detoxrl.models.loading import eos_token_ids
 from detoxrl.models.plain import PlainNetwork
-from detoxrl.models.t5 import T5Network, fits
+from detoxrl.models.t5 import T5Network, is_plain_t5
 from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY, LoraWeights, Weights
 
-# Most tokens, padding among them, that a CPU's encoder reads at once: more is no faster there, and wastes padding.
-_READ = 1024
-# Share of a batch at which the rows that ended leave it.
-_LEAVE = 0.75
+# Maximum number of tokens, padding included, that an encoder reads at once on a CPU: larger batches are no faster there
+# and waste more on padding. A GPU reads 32 times as many.
+_ENCODER_TOKENS = 1024
+# Finished rows leave the sampling batch once at most this share of its rows is unfinished.
+_SHRINK_AT = 0.75
 
 
 class Policy:
-    """A text generator with a value head; its weights go by name, `adapter=None` is the start without any adapter.
+    """A text generator with a value head.
 
-    Dropout is off in every pass: the model stays in eval mode. Where there is an encoder (T5, BART), it reads each
-    prompt once for sampling, reference and every epoch, unless it trains. In a causal model (GPT-2, Llama) every layer
-    that reads the prompt may train, so what is shared of it is its token ids.
+    Its weights have names: `adapter=POLICY` is what trains, `policy.reference` the frozen start, and None the start
+    without any adapter. Dropout is off in every pass, because the model stays in eval mode.
+
+    An encoder-decoder (T5, BART) reads each prompt once for sampling, the reference and every epoch, unless its encoder
+    trains. In a causal model (GPT-2, Llama) every layer that reads the prompt may train, so only the token ids of the
+    prompt are shared.
     """
 
     def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, train_encoder: bool) -> None:
         self.weights = weights
-        self.reference: str | None = weights.reference  # Name of the frozen start's weights.
-        self.save = weights.save  # Writes the policy's weights as a folder that peft, or if full transformers, loads.
+        self.reference: str | None = weights.reference
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
         self.model = weights.model.eval()
-        self._network = self._fitting()
+        self._network_class = _network_class(weights)
         self.has_encoder: bool = self.model.config.is_encoder_decoder
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self.eos_token_ids = eos_token_ids(self.model.config)
+
         width = self.model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        self.pad: int = tokenizer.pad_token_id
-        self.ends = eos_token_ids(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -49,53 +53,61 @@ class Policy:
         return self.value_head.weight.device
 
     def to(self, device: torch.device) -> Self:
-        """Move models and value head to `device`."""
+        """Move the weights of every name and the value head to `device`."""
         self.value_head.to(device)
         for model in self.weights.models.values():
             model.to(device)
         if isinstance(self.weights, LoraWeights):
-            self.weights.packs.clear()
+            self.weights.packs.clear()  # copies of weights on the old device
         return self
 
     def add(self, name: str, folder: Path) -> None:
-        """Load the weights in `folder` beside the others, frozen. Raises InputError and StorageError."""
+        """Load the weights in `folder` under a name, frozen. Raises InputError and StorageError."""
         self.weights.add(name, folder)
-        self._network = self._fitting()
+        self._network_class = _network_class(self.weights)
 
-    def _fitting(self) -> type[T5Network] | type[PlainNetwork]:
-        return T5Network if fits(self.weights) else PlainNetwork
+    def save(self, folder: Path) -> None:
+        """Write the policy's weights as a folder that peft loads, or transformers if they are full weights."""
+        self.weights.save(folder)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Return the model's weights that training may change."""
+        """Return the model's weights that training may change; the value head's are apart."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def encode(self, prompts: Sequence[str], adapter: str | None = POLICY) -> Encoded:
-        """Return what B prompts are to the decoder; unless the encoder trains, it serves all passes, without gradient.
+        """Return B prompts in the form the decoder reads.
 
-        The encoder reads a few at a time, which pads least when they come sorted by length. A causal model's prompts
-        are padded on the left, so that a response follows its prompt without a gap.
+        Unless the encoder trains, the result serves all passes and has no gradient. The encoder reads a few prompts at
+        a time, which wastes least on padding when they come sorted by length. The prompts of a causal model are padded
+        on the left, so that each response follows its prompt without a gap.
         """
         side = "right" if self.has_encoder else "left"
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
         lengths: list[int] = batch["attention_mask"].sum(1).tolist()
-        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+        ids = batch["input_ids"].to(self.device)
+        mask = batch["attention_mask"].to(self.device)
         if not self.has_encoder:
             return Encoded(states=ids, mask=mask)
-        states, network = [], self._network(self.weights, adapter)
-        most = _READ if self.device.type == "cpu" else 32 * _READ
-        for rows in length_batches(lengths, most):
+
+        network = self._network(adapter)
+        states = []
+        tokens = _ENCODER_TOKENS if self.device.type == "cpu" else 32 * _ENCODER_TOKENS
+        for rows in length_batches(lengths, tokens):
             width = max(lengths[rows])
-            read = network.read(ids[rows, :width], mask[rows, :width])
-            states.append(torch.nn.functional.pad(read, (0, 0, 0, ids.shape[1] - width)))
+            batch_states = network.read(ids[rows, :width], mask[rows, :width])
+            states.append(torch.nn.functional.pad(batch_states, (0, 0, 0, ids.shape[1] - width)))
         return Encoded(states=torch.cat(states), mask=mask)
 
-    def shared(self, encoded: Encoded) -> Encoded:
-        """Return the prompts with all that sampling, reference and update would each compute of them alike.
+    def with_shared_cross(self, encoded: Encoded) -> Encoded:
+        """Return the prompts with everything that sampling, the reference and the update would each compute alike.
 
-        These are keys and values of cross-attention, where neither the encoder nor the weights below a LoRA train.
+        That is the keys and values of cross-attention under the base weights. They are the same in all passes only if
+        the encoder is frozen and the decoder trains nothing but a LoRA; otherwise the prompts are returned unchanged.
         """
-        alike = isinstance(self.weights, LoraWeights) and not self.train_encoder
-        return self._network(self.weights, None).shared(encoded) if alike else encoded
+        if isinstance(self.weights, LoraWeights) and not self.train_encoder:
+            return self._network(None).with_shared_cross(encoded)
+        return encoded
 
     def logprobs(
         self,
@@ -107,20 +119,24 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probs of `ids` (nats), entropies (nats) and values, each (B, T), teacher-forced.
 
-        Outside `mask` (B, T), if there is one, they are 0, and no logits are made. The decoder is causal, so what
-        stands after a response's last token changes nothing before it; no mask by `!= pad` is made (T5's start token is
-        its pad).
+        Outside `mask` (B, T), if given, all three are 0 and no logits are computed. The mask leaves out nothing that
+        the decoder reads: it is causal, so tokens after the end of a response change nothing before it. Masks must not
+        be made by `ids != pad`, because T5's start token is its pad token.
         """
-        chosen, entropy, states = self._network(self.weights, adapter).logprobs(encoded, ids, mask, temperature)
-        found, nothing = (chosen, entropy, self._values(states.detach())), torch.zeros(ids.shape, device=ids.device)
-        logprobs, entropies, values = (
-            one.view(ids.shape) if mask is None else nothing.masked_scatter(mask, one) for one in found
-        )
+        chosen, entropy, states = self._network(adapter).logprobs(encoded, ids, mask, temperature)
+        values = self._values(states.detach())  # the value loss does not train the model
+        if mask is None:
+            return chosen.view(ids.shape), entropy.view(ids.shape), values.view(ids.shape)
+
+        zeros = torch.zeros(ids.shape, device=ids.device)
+        logprobs = zeros.masked_scatter(mask, chosen)
+        entropies = zeros.masked_scatter(mask, entropy)
+        values = zeros.masked_scatter(mask, values)
         return logprobs, entropies, values
 
     def rows_at_once(self, length: int) -> int:
-        """Return how many responses of `length` tokens one pass without a gradient reads well."""
-        return max(1, self._network.most_tokens(self.model.config) // length)
+        """Return how many responses of `length` tokens to read in one pass without gradients."""
+        return max(1, self._network_class.max_tokens_per_pass(self.model.config) // length)
 
     @torch.no_grad()
     def sample(
@@ -128,60 +144,91 @@ class Policy:
     ) -> Responses:
         """Return responses of up to T tokens, drawn by inverse CDF from `uniforms` (B, T) in [0, 1).
 
-        Row i depends on uniforms[i] and its prompt alone. Rows that sampled EOS leave the batch, several at once.
+        Row i depends on uniforms[i] and its prompt alone.
         """
-        zeros = torch.zeros_like(uniforms)
-        ids = torch.full_like(zeros, self.pad, dtype=torch.long)
-        out = Responses(ids=ids, response_mask=zeros.bool(), logprobs=zeros.clone(), values=zeros, ended=zeros.any(1))
-        rows = torch.arange(len(ids), device=self.device)  # those that are still in the batch, some of them ended
-        steps, ends = self._network(self.weights, adapter).steps(encoded, ids.shape[1]), torch.tensor(self.ends)
-        tokens, ends = None, ends.to(self.device)
-        for t in range(ids.shape[1]):
+        length = uniforms.shape[1]
+        responses = self._empty_responses(uniforms)
+        steps = self._network(adapter).steps(encoded, length)
+        eos_ids = torch.tensor(self.eos_token_ids, device=self.device)
+        rows = torch.arange(len(uniforms), device=self.device)  # still in the batch; some may have ended
+        tokens = None
+
+        for t in range(length):
             logits, states = steps.next(tokens)
             logprobs = (logits.float() / temperature).log_softmax(-1)
-            tokens = draw_tokens(logprobs, uniforms[rows, t, None])
-            counts, chosen, tokens = ~out.ended[rows], logprobs.gather(1, tokens).squeeze(1), tokens.squeeze(1)
-            out.ids[rows, t] = torch.where(counts, tokens, self.pad)
-            out.response_mask[rows, t] = counts
-            out.logprobs[rows, t] = torch.where(counts, chosen, 0.0)
-            out.values[rows, t] = torch.where(counts, self._values(states), 0.0)
-            out.ended[rows] |= torch.isin(tokens, ends)
-            going = ~out.ended[rows]
-            if bool(going.all()):
+            drawn = draw_tokens(logprobs, uniforms[rows, t, None])
+            chosen = logprobs.gather(1, drawn).squeeze(1)
+            tokens = drawn.squeeze(1)
+
+            counts = ~responses.ended[rows]
+            responses.ids[rows, t] = torch.where(counts, tokens, self.pad_token_id)
+            responses.response_mask[rows, t] = counts
+            responses.logprobs[rows, t] = torch.where(counts, chosen, 0.0)
+            responses.values[rows, t] = torch.where(counts, self._values(states), 0.0)
+            responses.ended[rows] |= torch.isin(tokens, eos_ids)
+
+            unfinished = ~responses.ended[rows]
+            if bool(unfinished.all()):
                 continue
-            left = int(going.sum())
-            if left == 0:
+            remaining = int(unfinished.sum())
+            if remaining == 0:
                 break
-            if left <= _LEAVE * len(rows):  # each leaving copies keys and values
-                rows, tokens = rows[going], tokens[going]
-                steps.keep(going)
-        return out
+            # Dropping rows copies the keys and values of the others, so several leave at once.
+            if remaining <= _SHRINK_AT * len(rows):
+                rows = rows[unfinished]
+                tokens = tokens[unfinished]
+                steps.keep(unfinished)
+        return responses
 
     def decode(self, responses: Responses) -> list[str]:
-        """Return the texts of the responses, special tokens left out."""
+        """Return the texts of the responses without special tokens."""
         return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
 
-    def _values(self, hidden: torch.Tensor) -> torch.Tensor:
-        # Scaled to unit root mean square, so that one value_lr suits every backbone (T5's states are large).
-        hidden = torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
-        values: torch.Tensor = self.value_head(hidden)
+    def _network(self, adapter: str | None) -> T5Network | PlainNetwork:
+        return self._network_class(self.weights, adapter)
+
+    def _empty_responses(self, uniforms: torch.Tensor) -> Responses:
+        return Responses(
+            ids=torch.full_like(uniforms, self.pad_token_id, dtype=torch.long),
+            response_mask=torch.zeros_like(uniforms, dtype=torch.bool),
+            logprobs=torch.zeros_like(uniforms),
+            values=torch.zeros_like(uniforms),
+            ended=torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device),
+        )
+
+    def _values(self, states: torch.Tensor) -> torch.Tensor:
+        # Scaled to unit root mean square, so that one value_lr suits every model (T5's states are large).
+        states = torch.nn.functional.rms_norm(states.float(), states.shape[-1:])
+        values: torch.Tensor = self.value_head(states)
         return values.squeeze(-1)
 
 
+def _network_class(weights: Weights) -> type[T5Network] | type[PlainNetwork]:
+    """Return the fast network if it knows every module of the model, with all adapters, and the general one if not."""
+    return T5Network if is_plain_t5(weights) else PlainNetwork
+
+
 def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
-    """Yield consecutive rows that have at most `tokens` tokens when padded to the longest, or one row."""
-    start, longest = 0, 0
+    """Yield slices of consecutive rows, each of at most `tokens` tokens once padded to its longest, or of one row."""
+    start = 0
+    longest = 0
     for row, length in enumerate(lengths):
         longest = max(longest, length)
         if row > start and longest * (row + 1 - start) > tokens:
             yield slice(start, row)
-            start, longest = row, length
+            start = row
+            longest = length
+
     yield slice(start, len(lengths))
 
 
 def draw_tokens(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return tokens (B, 1): the first whose cumulative probability exceeds uniforms (B, 1); logprobs is (B, V)."""
+    """Return for each row of logprobs (B, V) the first token whose cumulative probability exceeds uniforms (B, 1).
+
+    The result is (B, 1).
+    """
     cumulative = logprobs.exp().cumsum(-1)
-    # The total is 1 only up to rounding; below 1 - 2^-23 a float32 product stays strictly below it.
+    # The total is 1 only up to rounding, so uniforms are scaled to it. Clamped to 1 - 2^-23, the product stays strictly
+    # below the total in float32, and some token always exceeds it.
     threshold = uniforms.clamp_max(1 - 2**-23).to(cumulative.dtype) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)

@@ -1,7 +1,7 @@
 """How are prompts turned into responses?"""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,69 +10,103 @@ from detoxrl.errors import require
 from detoxrl.models.policy import Policy
 from detoxrl.models.types import Prompt
 from detoxrl.models.weights import POLICY
-from detoxrl.runtime import processes
 from detoxrl.runtime.randomness import uniforms
 
+# The most that sampling and scoring may differ, in nats a token. Sampling in bfloat16 rounds differently from scoring.
+_AGREEMENT_FP32 = 1e-3
+_AGREEMENT_BF16 = 0.1
 
-def draw_uniforms(
-    policy: Policy, seed: int, stream: str, step: int, prompts: Sequence[Prompt], sample: int, length: int
-) -> torch.Tensor:
-    """Return the uniforms (B, length) of one sample per prompt, on the policy's device."""
-    rows = uniforms(seed, stream, step, [prompt.id for prompt in prompts], sample, length)
-    return torch.from_numpy(rows).float().to(policy.device)
+
+@dataclass(frozen=True)
+class Draws:
+    """Where a response's uniforms come from: they are a function of these, the prompt's id and the sample's number."""
+
+    seed: int
+    stream: str
+    step: int = 0
+
+    def uniforms(self, policy: Policy, prompts: Sequence[Prompt], sample: int, length: int) -> torch.Tensor:
+        """Return uniforms in [0, 1), (B, length), of sample number `sample` of each prompt, on the policy's device."""
+        ids = [prompt.id for prompt in prompts]
+        rows = uniforms(self.seed, self.stream, self.step, ids, sample, length)
+        return torch.from_numpy(rows).float().to(policy.device)
+
+
+def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Return the indices of the prompts in batches of `size`, in order of length, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].text))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @torch.no_grad()
+def sample_texts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    draws: Draws,
+    samples: int = 1,
+    adapter: str | None = POLICY,
+) -> list[list[str]]:
+    """Return `samples` response texts for each prompt of one batch. Each prompt is encoded once."""
+    encoded = policy.with_shared_cross(policy.encode([prompt.text for prompt in prompts], adapter))
+    texts: list[list[str]] = [[] for _ in prompts]
+    for sample in range(samples):
+        chances = draws.uniforms(policy, prompts, sample, config.max_new_tokens)
+        responses = policy.sample(encoded, chances, config.temperature, adapter)
+        for texts_of_prompt, text in zip(texts, policy.decode(responses), strict=True):
+            texts_of_prompt.append(text)
+    return texts
+
+
 def sample_batches(
     policy: Policy,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
-    *,
-    seed: int,
-    stream: str,
+    draws: Draws,
     samples: int = 1,
     adapter: str | None = POLICY,
-    skip: int = 0,
-    together: bool = False,
 ) -> Iterator[dict[int, list[str]]]:
-    """Yield `samples` response texts for each prompt by its row, batch after batch; every prompt is encoded once.
-
-    A batch is of prompts of like length, so that little is padded. The first `skip` prompts of that order are left out.
-    `together` all processes sample a part of a batch that is larger by their number, and get the whole.
-    """
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].text))
-    size = config.batch_size * (processes.count() if together else 1)
-    for start in range(skip, len(order), size):
-        rows = order[start : start + size]
-        rows = processes.share(rows) if together else rows
-        batch = [prompts[row] for row in rows]
-        encoded, found = policy.shared(policy.encode([prompt.text for prompt in batch], adapter)), []
-        for sample in range(samples):
-            chances = draw_uniforms(policy, seed, stream, 0, batch, sample, config.max_new_tokens)
-            found.append(policy.decode(policy.sample(encoded, chances, config.temperature, adapter)))
-        texts = dict(zip(rows, map(list, zip(*found, strict=True)), strict=True))
-        yield dict(chain(*(part.items() for part in processes.everyone(texts)))) if together else texts
+    """Yield `samples` response texts for each prompt by its index, batch after batch."""
+    for indices in batches_by_length(prompts, config.batch_size):
+        batch = [prompts[index] for index in indices]
+        texts = sample_texts(policy, batch, config, draws, samples, adapter)
+        yield dict(zip(indices, texts, strict=True))
 
 
-def in_row_order(batches: Iterable[dict[int, list[str]]]) -> list[list[str]]:
-    """Return what `sample_batches` yields in the order of the prompts."""
-    texts = {row: found for batch in batches for row, found in batch.items()}
-    return [texts[row] for row in range(len(texts))]
+def sample_all(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    draws: Draws,
+    samples: int = 1,
+    adapter: str | None = POLICY,
+) -> list[list[str]]:
+    """Return `samples` response texts for each prompt, in the order of the prompts."""
+    texts: dict[int, list[str]] = {}
+    for batch in sample_batches(policy, prompts, config, draws, samples, adapter):
+        texts.update(batch)
+    return [texts[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
 def require_agreement(policy: Policy, base: str) -> None:
     """Raise InputError unless sampling in a padded batch and scoring each text alone give the same log-probs.
 
-    A model without a cache, or with its own way to count positions or look ahead, would learn from another's numbers.
+    A model without a cache, or one that counts positions or looks ahead in a way of its own, would be trained on wrong
+    log-probs.
     """
     texts = ["Thank you.", "Thank you, that is very kind of you. I wish you a good day."]
     prompts = [Prompt(id=text, text=text) for text in texts]
-    sampled = policy.sample(policy.encode(texts), draw_uniforms(policy, 0, "agreement", 0, prompts, 0, length=8), 1.0)
-    gap = 0.0
+    chances = Draws(0, "agreement").uniforms(policy, prompts, sample=0, length=8)
+    sampled = policy.sample(policy.encode(texts), chances, 1.0)
+
+    largest = 0.0
     for row, text in enumerate(texts):
-        alone, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
-        gap = max(gap, float((alone[0] - sampled.logprobs[row])[sampled.response_mask[row]].abs().max()))
-    rule = f"samples with log-probs up to {gap:.1g} nats off what it scores, so it cannot be trained here"
-    bound = 0.1 if policy.model.dtype == torch.bfloat16 else 1e-3
-    require(gap < bound, "policy.base", base, rule, "give a T5, BART, GPT-2 or Llama, for example")
+        scored, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
+        difference = (scored[0] - sampled.logprobs[row])[sampled.response_mask[row]]
+        largest = max(largest, float(difference.abs().max()))
+
+    rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
+    remedy = "give a T5, BART, GPT-2 or Llama, for example"
+    bound = _AGREEMENT_BF16 if policy.model.dtype == torch.bfloat16 else _AGREEMENT_FP32
+    require(largest < bound, "policy.base", base, rule, remedy)

@@ -1,13 +1,27 @@
-"""How does a T5 run as fast as its matrices allow?
+"""How does a T5 run as fast as its matrix products allow?
 
-Written out for T5 (Raffel et al. 2020), gated (FLAN-T5) or not, with a LoRA on any of its matrices. What a prompt means
-to cross-attention is computed once for sampling, reference and update. Attention is two plain products but where a CPU
-is faster with torch's fused one: in float32, without gradients, for more than one query (docs/performance.md).
+This is the forward pass of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683) written out as plain functions of
+tensors, gated as in FLAN-T5 or not, under full weights or with a LoRA on any of its matrices. It computes what
+transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
+
+- **Thin LoRA products.** A LoRA changes a weight W by scale * B A, of rank r. Adding that to W would copy every matrix
+  for every adapter. Instead A and then B are applied to the input: two products with a side of only r.
+- **Shared cross-attention.** The keys and values of cross-attention are products of the encoder's states and the base
+  weights. If neither changes in training, they are computed once (`T5Network.with_shared_cross`) for sampling, the
+  reference and every epoch of the update. A pass under an adapter adds only what its LoRA changes.
+- **Packed weights.** Sampling reads every weight once per token, for a few rows. `T5Steps` therefore copies the weights
+  into the layout that suits few rows, and stacks those with the same input (query, key, value) into one product.
+- **A chunked head.** Log-probs are computed from the hidden states a chunk of tokens at a time, so that the logits of a
+  whole batch never exist at once (detoxrl.models.token_logprobs).
+- **The faster attention of two.** torch's fused attention is faster on a CPU in float32, without gradients and for more
+  than one query. Everywhere else two plain products are (`_attend`).
+
+In comments, B is the batch, P the prompt length, T the response length, D the model's width, H the number of heads,
+d the width of a head, L the number of decoder layers and V the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,288 +37,504 @@ from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import LoraWeights, Weights
 
-_Product = Callable[[torch.Tensor], torch.Tensor]
+_Function = Callable[[torch.Tensor], torch.Tensor]
+
+# Names of the linear layers inside T5's blocks, on which a LoRA may lie.
+_LINEAR_LAYERS = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
+# Number of prompt tokens whose shared keys or values are computed at once, so that they are still in the CPU's cache
+# when they are written to their place.
+_SHARED_BLOCK = 2048
+
+
+# The weights
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The factors of a LoRA (Hu et al. 2021, section 4.1): W x becomes W x + scale * B A x."""
+
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    scale: float
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return B A x (..., out) for x (..., in), unscaled.
+
+        The factors and their gradients are float32. The products are computed in the precision of x.
+        """
+        return linear(linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight (out, in) and, where a LoRA changes it, its two factors (r, in) and (out, r), scaled."""
+    """A weight (out, in) of the base model and the LoRA on it, if there is one."""
 
     weight: torch.Tensor
-    down: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    scale: float = 1.0
+    lora: Lora | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product for x (..., in)."""
-        return self.changed(linear(x, self.weight), x)
-
-    def changed(self, found: torch.Tensor, x: torch.Tensor, shape: _Product = lambda added: added) -> torch.Tensor:
-        """Return a product without the LoRA, `found`, with what the LoRA adds for x in the shape of `found`.
-
-        The LoRA computes in the precision of the weight; it is kept, and its gradient summed up, in float32.
-        """
-        if self.down is None or self.up is None:
-            return found
-        added = linear(linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return torch.add(found, shape(added), alpha=self.scale)
+        """Return the product (..., out) with x (..., in)."""
+        product = linear(x, self.weight)
+        if self.lora is None:
+            return product
+        return torch.add(product, self.lora.product(x), alpha=self.lora.scale)
 
 
-class Layer(NamedTuple):
-    """The matrices and norms of one block: self-attention, cross-attention, feed-forward."""
+class Attention(NamedTuple):
+    """The weights of a self-attention or cross-attention sublayer."""
 
-    own: tuple[Matrix, ...]
-    """Query, key, value and output of self-attention."""
-    cross: tuple[Matrix, ...]
-    """The same of cross-attention."""
-    wide: tuple[Matrix, ...]
+    norm: torch.Tensor  # (D,)
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+
+
+class FeedForward(NamedTuple):
+    """The weights of a feed-forward sublayer: `narrow` of the activation of `wide`."""
+
+    norm: torch.Tensor  # (D,)
+    wide: tuple[Matrix, ...]  # One matrix, or two where the second gates the activation of the first.
     narrow: Matrix
-    norms: tuple[torch.Tensor, ...]
-    activation: _Product
+    activation: _Function
 
 
-def fits(weights: Weights) -> bool:
-    """Return whether the model is a T5 with nothing on it, under any name, but plain LoRAs."""
+class EncoderLayer(NamedTuple):
+    """The weights of a block of the encoder."""
+
+    self_attention: Attention
+    feed_forward: FeedForward
+
+
+class DecoderLayer(NamedTuple):
+    """The weights of a block of the decoder."""
+
+    self_attention: Attention
+    cross_attention: Attention
+    feed_forward: FeedForward
+
+
+# The weights as they lie in a model of transformers
+
+
+def is_plain_t5(weights: Weights) -> bool:
+    """Return whether `T5Network` can compute the model: a T5 with nothing added, under any name, but plain LoRAs."""
     model = weights.active
     if type(model) is not T5ForConditionalGeneration or type(model.lm_head) is not torch.nn.Linear:
         return False
 
-    def known(name: str, part: Any) -> bool:
-        if name.rpartition(".")[2] not in _MATRICES:
-            return not isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        lora = type(part) is LoraLinear and not part.lora_variant and not any(part.lora_bias.values())
-        return lora or type(part) is torch.nn.Linear
-
-    stacks = (*model.encoder.named_modules(), *model.decoder.named_modules())
-    return all(known(name, part) for name, part in stacks)
+    modules = (*model.encoder.named_modules(), *model.decoder.named_modules())
+    return all(_is_plain(name, module) for name, module in modules)
 
 
-_MATRICES = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
+def _is_plain(path: str, module: Any) -> bool:
+    name = path.rpartition(".")[2]
+    if name not in _LINEAR_LAYERS:
+        return not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+    # A variant is DoRA, for example, which is more than two factors.
+    is_plain_lora = type(module) is LoraLinear and not module.lora_variant and not any(module.lora_bias.values())
+    return is_plain_lora or type(module) is torch.nn.Linear
 
 
 def _matrix(module: Any, adapter: str | None) -> Matrix:
+    """Return the weight of a linear layer under an adapter; None is the bare base."""
     if type(module) is not LoraLinear:
         return Matrix(module.weight)
-    lora: Any = module
-    if adapter not in lora.lora_A:
-        return Matrix(lora.base_layer.weight)
-    a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
-    return Matrix(lora.base_layer.weight, a, b, lora.scaling[adapter])
+
+    layer: Any = module
+    weight = layer.base_layer.weight
+    if adapter not in layer.lora_A:
+        return Matrix(weight)
+
+    lora = Lora(a=layer.lora_A[adapter].weight, b=layer.lora_B[adapter].weight, scale=layer.scaling[adapter])
+    return Matrix(weight, lora)
 
 
-def _qkvo(attention: Any, matrix: Callable[[Any], Matrix]) -> tuple[Matrix, ...]:
-    return tuple(matrix(getattr(attention, name)) for name in ("q", "k", "v", "o"))
+def _attention(norm: Any, attention: Any, adapter: str | None) -> Attention:
+    return Attention(
+        norm=norm.weight,
+        q=_matrix(attention.q, adapter),
+        k=_matrix(attention.k, adapter),
+        v=_matrix(attention.v, adapter),
+        o=_matrix(attention.o, adapter),
+    )
 
 
-def _wide_narrow(feed: Any, matrix: Callable[[Any], Matrix]) -> tuple[tuple[Matrix, ...], Matrix]:
-    wide = (feed.wi_0, feed.wi_1) if isinstance(feed, T5DenseGatedActDense) else (feed.wi,)
-    return tuple(map(matrix, wide)), matrix(feed.wo)
+def _feed_forward(sublayer: Any, adapter: str | None) -> FeedForward:
+    dense = sublayer.DenseReluDense
+    is_gated = isinstance(dense, T5DenseGatedActDense)
+    wide = (dense.wi_0, dense.wi_1) if is_gated else (dense.wi,)
+    return FeedForward(
+        norm=sublayer.layer_norm.weight,
+        wide=tuple(_matrix(module, adapter) for module in wide),
+        narrow=_matrix(dense.wo, adapter),
+        activation=dense.act,
+    )
 
 
-def _layer(block: Any, matrix: Callable[[Any], Matrix]) -> Layer:
-    own, cross, dense = block.layer
-    norms = tuple(part.layer_norm.weight for part in (own, cross, dense))
-    wide, narrow = _wide_narrow(dense.DenseReluDense, matrix)
-    heads = _qkvo(own.SelfAttention, matrix), _qkvo(cross.EncDecAttention, matrix)
-    return Layer(*heads, wide, narrow, norms, dense.DenseReluDense.act)
+def _encoder_layer(block: Any, adapter: str | None) -> EncoderLayer:
+    attention, dense = block.layer
+    return EncoderLayer(
+        self_attention=_attention(attention.layer_norm, attention.SelfAttention, adapter),
+        feed_forward=_feed_forward(dense, adapter),
+    )
 
 
-def _feed_forward(wide: Sequence[torch.Tensor], narrow: _Product, activation: _Product) -> torch.Tensor:
-    """Return the layer's output for the widened states, each (..., F), two where it is gated."""
-    gate, *rest = wide
-    return narrow(activation(gate) * rest[0] if rest else activation(gate))
+def _decoder_layer(block: Any, adapter: str | None) -> DecoderLayer:
+    attention, cross, dense = block.layer
+    return DecoderLayer(
+        self_attention=_attention(attention.layer_norm, attention.SelfAttention, adapter),
+        cross_attention=_attention(cross.layer_norm, cross.EncDecAttention, adapter),
+        feed_forward=_feed_forward(dense, adapter),
+    )
+
+
+# Attention and feed-forward
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return attention (B, n, H * d) of queries (B, H, n, d) to keys and values (B, H, m, d).
+
+    The bias, which broadcasts to (B, H, n, m), is added to the scores. T5 does not divide the scores by sqrt(d).
+    """
+    if q.dtype == torch.float32 and q.shape[2] > 1 and not torch.is_grad_enabled():
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2).flatten(2)
+
+    scores = q @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _padding_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+    """Return a bias (B, 1, 1, P) that is -inf at padding and 0 elsewhere, in the dtype of `like`.
+
+    It is None when nothing is padded, which saves an addition in every layer.
+    """
+    padding = mask == 0
+    if padding.device.type != "meta" and not padding.any():
+        return None
+
+    return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
+
+
+def _narrowed(wide: Sequence[torch.Tensor], narrow: _Function, activation: _Function) -> torch.Tensor:
+    """Return the output (..., D) of a feed-forward sublayer from its one or two widened states (..., F)."""
+    activated = activation(wide[0])
+    if len(wide) == 2:
+        activated = activated * wide[1]
+    return narrow(activated)
+
+
+# Whole sequences
 
 
 class T5Network:
-    """A T5 under the weights of one name, as `Policy` wants it."""
+    """A T5 under the weights of one name, with the methods that `Policy` calls: the fast twin of `PlainNetwork`.
+
+    It reads the factors of an adapter by their name, so no adapter has to be activated in peft for a pass.
+    """
 
     def __init__(self, weights: Weights, adapter: str | None) -> None:
-        lora = isinstance(weights, LoraWeights)
-        model = weights.active if lora else weights.models[adapter]
-        self._matrix = partial(_matrix, adapter=adapter if lora else None)
-        self.packs: list[Any] | None = weights.packs if isinstance(weights, LoraWeights) else None
-        self.config, stack, self.encoder = model.config, model.decoder, model.encoder
-        self.layers = [_layer(block, self._matrix) for block in stack.block]
-        self.embedding, self.head = stack.embed_tokens.weight, model.lm_head.weight
-        self.norm = stack.final_layer_norm.weight
-        self._position: Callable[[int, int], torch.Tensor] = stack.block[0].layer[0].SelfAttention.compute_bias
+        self._packs: list[Any] | None
+        if isinstance(weights, LoraWeights):
+            model = weights.active
+            self._adapter = adapter
+            self._packs = weights.packs
+        else:
+            model = weights.models[adapter]
+            self._adapter = None
+            self._packs = None
+
+        decoder = model.decoder
+        self.config = model.config
+        self.encoder = model.encoder
+        self.layers = [_decoder_layer(block, self._adapter) for block in decoder.block]
+        self.embedding = decoder.embed_tokens.weight
+        self.norm = decoder.final_layer_norm.weight
+        self.head = model.lm_head.weight
+        # Returns T5's relative position bias (1, H, n, m) for n queries and m keys, which all layers share.
+        self.position_bias: Callable[[int, int], torch.Tensor] = decoder.block[0].layer[0].SelfAttention.compute_bias
+        # A model whose head is tied to its embeddings scales the states before the head.
         self.scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
 
     @staticmethod
-    def most_tokens(config: Any) -> int:
-        """Return how many tokens of responses one pass without a gradient reads: more is no faster."""
+    def max_tokens_per_pass(config: Any) -> int:
+        """Return how many response tokens a pass without gradients should read: larger passes are no faster."""
         return 1024
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the encoder's states (B, P, D) for prompts of tokens ids (B, P)."""
-        x, length = embedding(ids, self.encoder.embed_tokens.weight), ids.shape[1]
-        bias, unread = self.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length), _unread(mask, x)
-        bias = bias if unread is None else bias + unread
-        for block in self.encoder.block:
-            own, dense = block.layer
-            (q, k, v, o), n = _qkvo(own.SelfAttention, self._matrix), self._normed(x, own.layer_norm.weight)
-            x = x + o(_attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
-            feed, n = dense.DenseReluDense, self._normed(x, dense.layer_norm.weight)
-            wide, narrow = _wide_narrow(feed, self._matrix)
-            x = x + _feed_forward([one(n) for one in wide], narrow, feed.act)
-        return self._normed(x, self.encoder.final_layer_norm.weight)
+        """Return the encoder's hidden states (B, P, D) for prompts of token ids (B, P)."""
+        length = ids.shape[1]
+        x = embedding(ids, self.encoder.embed_tokens.weight)
+        bias = self.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)
+        padding_bias = _padding_bias(mask, x)
+        if padding_bias is not None:
+            bias = bias + padding_bias
 
-    def shared(self, encoded: Encoded) -> Encoded:
-        """Return the prompts with the keys and values that cross-attention has for them without any LoRA."""
-        width = encoded.states.shape[1]
-        sizes = (len(encoded.states), self.config.num_heads, width, self.config.d_kv)
-        cross = encoded.states.new_empty(len(self.layers), 2, *sizes)
-        for into, layer in zip(cross, self.layers, strict=True):
-            for keys, matrix in zip(into, layer.cross[1:3], strict=True):
-                size = max(1, 2048 // width)  # blocks that fit a cache
-                for rows in (slice(start, start + size) for start in range(0, len(keys), size)):
-                    keys[rows] = self._heads(linear(encoded.states[rows], matrix.weight))
+        for block in self.encoder.block:
+            layer = _encoder_layer(block, self._adapter)
+            x = self._self_attended(x, layer.self_attention, bias)
+            x = self._fed_forward(x, layer.feed_forward)
+        return self.normed(x, self.encoder.final_layer_norm.weight)
+
+    def with_shared_cross(self, encoded: Encoded) -> Encoded:
+        """Return the prompts with the keys and values of cross-attention under the bare base, without any LoRA.
+
+        They are (L, 2, B, H, P, d), already split into heads. `cross_keys_values` adds the part of a LoRA.
+        """
+        batch, width, _ = encoded.states.shape
+        cross = encoded.states.new_empty(len(self.layers), 2, batch, self.config.num_heads, width, self.config.d_kv)
+        for (keys, values), layer in zip(cross, self.layers, strict=True):
+            self._write_heads(encoded.states, layer.cross_attention.k.weight, keys)
+            self._write_heads(encoded.states, layer.cross_attention.v.weight, values)
         return replace(encoded, cross=cross)
+
+    def _write_heads(self, states: torch.Tensor, weight: torch.Tensor, heads: torch.Tensor) -> None:
+        """Write the product of states (B, P, D) and a weight to `heads` (B, H, P, d), a block of rows at a time."""
+        size = max(1, _SHARED_BLOCK // states.shape[1])
+        for start in range(0, len(states), size):
+            rows = slice(start, start + size)
+            heads[rows] = self.split_heads(linear(states[rows], weight))
 
     def logprobs(
         self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and states (N, D).
+        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and hidden states (N, D).
 
-        Without a mask all count.
+        Without a mask, all B * T tokens count.
         """
+        length = ids.shape[1]
         start = ids.new_full((len(ids), 1), self.config.decoder_start_token_id)
         x = embedding(torch.cat([start, ids[:, :-1]], 1), self.embedding)
-        ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
-        bias = self._position(*ahead.shape).masked_fill(ahead, -torch.inf)
-        unread = _unread(encoded.mask, x)
+
+        future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+        causal_bias = self.position_bias(length, length).masked_fill(future, -torch.inf)
+        padding_bias = _padding_bias(encoded.mask, x)
+
         for i, layer in enumerate(self.layers):
-            (q, k, v, o), n = layer.own, self._normed(x, layer.norms[0])
-            x = x + o(_attend(self._heads(q(n)), self._heads(k(n)), self._heads(v(n)), bias))
-            (q, _, _, o), n = layer.cross, self._normed(x, layer.norms[1])
-            x = x + o(_attend(self._heads(q(n)), *self.cross(i, encoded), unread))
-            n = self._normed(x, layer.norms[2])
-            x = x + _feed_forward([one(n) for one in layer.wide], layer.narrow, layer.activation)
-        states = select_tokens(self._normed(x, self.norm), mask)
+            x = self._self_attended(x, layer.self_attention, causal_bias)
+            x = self._cross_attended(x, i, encoded, padding_bias)
+            x = self._fed_forward(x, layer.feed_forward)
+
+        states = select_tokens(self.normed(x, self.norm), mask)
         chosen, entropy = token_logprobs(states * self.scale, self.head, select_tokens(ids, mask), temperature)
         return chosen, entropy, states
 
-    def cross(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values (B, H, P, d) of layer i for the prompts."""
+    def cross_keys_values(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values (B, H, P, d) of cross-attention in decoder layer i, the LoRA's part included."""
+        attention = self.layers[i].cross_attention
+        if encoded.cross is None:
+            keys = self.split_heads(attention.k(encoded.states))
+            values = self.split_heads(attention.v(encoded.states))
+            return keys, values
 
-        def found(which: int, matrix: Matrix) -> torch.Tensor:
-            if encoded.cross is None:
-                return self._heads(matrix(encoded.states))
-            base = encoded.cross[i, which, :, :, : encoded.states.shape[1]]
-            base = base if encoded.rows is None else base[encoded.rows]
-            return matrix.changed(base, encoded.states, self._heads)
+        keys, values = encoded.cross[i]
+        keys = self._with_lora_part(keys, attention.k, encoded)
+        values = self._with_lora_part(values, attention.v, encoded)
+        return keys, values
 
-        _, keys, values, _ = self.layers[i].cross
-        return found(0, keys), found(1, values)
+    def _with_lora_part(self, shared: torch.Tensor, matrix: Matrix, encoded: Encoded) -> torch.Tensor:
+        """Return shared keys or values (C, H, P', d), cut to the prompts (B, H, P, d), with what the LoRA adds."""
+        heads = shared[:, :, : encoded.states.shape[1]]
+        if encoded.rows is not None:
+            heads = heads[encoded.rows]
+        if matrix.lora is None:
+            return heads
+
+        change = self.split_heads(matrix.lora.product(encoded.states))
+        return torch.add(heads, change, alpha=matrix.lora.scale)
+
+    def _self_attended(self, x: torch.Tensor, attention: Attention, bias: torch.Tensor) -> torch.Tensor:
+        n = self.normed(x, attention.norm)
+        q = self.split_heads(attention.q(n))
+        k = self.split_heads(attention.k(n))
+        v = self.split_heads(attention.v(n))
+        return x + attention.o(_attend(q, k, v, bias))
+
+    def _cross_attended(
+        self, x: torch.Tensor, i: int, encoded: Encoded, padding_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        attention = self.layers[i].cross_attention
+        n = self.normed(x, attention.norm)
+        q = self.split_heads(attention.q(n))
+        keys, values = self.cross_keys_values(i, encoded)
+        return x + attention.o(_attend(q, keys, values, padding_bias))
+
+    def _fed_forward(self, x: torch.Tensor, layer: FeedForward) -> torch.Tensor:
+        n = self.normed(x, layer.norm)
+        wide = [matrix(n) for matrix in layer.wide]
+        return x + _narrowed(wide, layer.narrow, layer.activation)
 
     def steps(self, encoded: Encoded, length: int) -> "T5Steps":
-        """Return what samples up to `length` tokens after the prompts, one at a time."""
+        """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
         return T5Steps(self, encoded, length)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def packed(self, rows: int) -> "_PackedWeights":
+        """Return the products with all decoder weights for a batch of `rows`, without LoRAs.
+
+        Under a LoRA the base never changes, so its weights are packed once and kept. Full weights change with every
+        update and are packed anew for every call.
+        """
+        if self._packs:
+            packed: _PackedWeights = self._packs[0]
+            return packed
+
+        head = pack_weights([self.head], rows)
+        packed = _PackedWeights(head, [_packed_layer(layer, rows) for layer in self.layers])
+        if self._packs is not None:
+            self._packs.append(packed)
+        return packed
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return x (..., D) divided by its root mean square and multiplied by a weight (D,)."""
         normed: torch.Tensor = rms_norm(x, weight.shape, weight, self.config.layer_norm_epsilon)
         return normed
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, n, H * d) as a view (B, H, n, d)."""
         heads: torch.Tensor = x.unflatten(-1, (self.config.num_heads, -1)).transpose(-3, -2)
         return heads
 
 
-def _unread(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
-    """Return what keeps attention from padding (B, 1, 1, P): 0 or -inf; None where there is none."""
-    padding = mask == 0
-    if padding.device.type != "meta" and not padding.any():
-        return None
-    return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
+# Token by token
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return (B, n, D) for queries (B, H, n, d); T5 does not scale its scores."""
-    if q.dtype == torch.float32 and q.shape[2] > 1 and not torch.is_grad_enabled():
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0).transpose(1, 2).flatten(2)
-    scores = q @ k.transpose(-2, -1)
-    scores = scores if bias is None else scores + bias.to(scores.dtype)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+class _LayerProducts(NamedTuple):
+    """The products of one decoder layer in sampling. Matrices with the same input are stacked into one product."""
+
+    qkv: _Function
+    self_o: _Function
+    cross_q: _Function
+    cross_o: _Function
+    wide: _Function
+    narrow: _Function
 
 
-class _Packs(NamedTuple):
-    """The products of one block with its weights alone, those of the same input together."""
-
-    qkv: _Product
-    o: _Product
-    cross_q: _Product
-    cross_o: _Product
-    wide: _Product
-    narrow: _Product
+class _PackedWeights(NamedTuple):
+    head: _Function
+    layers: list[_LayerProducts]
 
 
-def _groups(layer: Layer) -> tuple[tuple[Matrix, ...], ...]:
-    return layer.own[:3], layer.own[3:], layer.cross[:1], layer.cross[3:], layer.wide, (layer.narrow,)
+def _stacks(layer: DecoderLayer) -> tuple[tuple[Matrix, ...], ...]:
+    """Return the matrices that each field of `_LayerProducts` stacks, in the order of the fields."""
+    own, cross, feed_forward = layer
+    return (own.q, own.k, own.v), (own.o,), (cross.q,), (cross.o,), feed_forward.wide, (feed_forward.narrow,)
 
 
-def _with_lora(product: _Product, matrices: tuple[Matrix, ...]) -> _Product:
-    """Return a product of stacked matrices with what their LoRAs add; without gradient, in the precision of x."""
+def _packed_layer(layer: DecoderLayer, rows: int) -> _LayerProducts:
+    return _LayerProducts(*(_packed_stack(matrices, rows) for matrices in _stacks(layer)))
+
+
+def _packed_stack(matrices: tuple[Matrix, ...], rows: int) -> _Function:
+    return pack_weights([matrix.weight for matrix in matrices], rows)
+
+
+def _with_loras(products: _LayerProducts, layer: DecoderLayer) -> _LayerProducts:
+    return _LayerProducts(*map(_with_lora, products, _stacks(layer)))
+
+
+def _with_lora(product: _Function, matrices: tuple[Matrix, ...]) -> _Function:
+    """Return a product of stacked matrices plus what their LoRAs add, in the precision of the weights.
+
+    The LoRAs of a stack also have the same input x, so they need two thin products together instead of two each. Their
+    A are stacked, and their B, times the scales, are the blocks of a block-diagonal matrix: each B meets its own A x
+    alone. A matrix without a LoRA has a block of zero columns. Gradients do not flow through the result.
+    """
     dtype = matrices[0].weight.dtype
-    downs = [m.down for m in matrices if m.down is not None]
-    if not downs:
+    loras = [matrix.lora for matrix in matrices if matrix.lora is not None]
+    if not loras:
         return product
-    ups = [downs[0].new_zeros(len(m.weight), 0) if m.up is None else m.up * m.scale for m in matrices]
-    down, up = torch.cat(downs).t().to(dtype).contiguous(), torch.block_diag(*ups).t().to(dtype).contiguous()
-    return lambda x: torch.addmm(product(x), x @ down, up)
+
+    blocks = []
+    for matrix in matrices:
+        if matrix.lora is None:
+            blocks.append(loras[0].a.new_zeros(len(matrix.weight), 0))
+        else:
+            blocks.append(matrix.lora.b * matrix.lora.scale)
+
+    # Transposed and made contiguous once here, instead of in every product: a (in, R), b (R, sum of out).
+    a = torch.cat([lora.a for lora in loras]).t().to(dtype).contiguous()
+    b = torch.block_diag(*blocks).t().to(dtype).contiguous()
+    return lambda x: torch.addmm(product(x), x @ a, b)
 
 
 class T5Steps:
-    """Decodes a batch token by token: packed copies of the weights, and keys and values in place. Under no_grad."""
+    """Decodes a batch token by token, without gradients.
 
-    def __init__(self, decoder: T5Network, encoded: Encoded, length: int) -> None:
-        self.decoder, rows = decoder, len(encoded.states)
-        packs = decoder.packs or [
-            pack_weights([decoder.head], rows),
-            *(
-                _Packs(*(pack_weights([m.weight for m in group], rows) for group in _groups(one)))
-                for one in decoder.layers
-            ),
-        ]
-        if decoder.packs is not None:
-            decoder.packs[:] = packs
-        self._head, *bare = packs
-        self._products = [
-            _Packs(*map(_with_lora, pack, _groups(layer))) for pack, layer in zip(bare, decoder.layers, strict=True)
-        ]
-        found = (decoder.cross(i, encoded) for i in range(len(decoder.layers)))
-        self._cross = [(keys.contiguous(), values.contiguous()) for keys, values in found]  # read for every token
-        self._unread = _unread(encoded.mask, encoded.states)
-        self._bias = decoder._position(length, length)
-        heads, depth = decoder.config.num_heads, decoder.config.d_kv
-        # In fp32 whatever the weights are in: a CPU multiplies few rows of bfloat16 more slowly, and they are few.
-        self._own = self._bias.new_empty(len(decoder.layers), 2, rows, heads, length, depth, dtype=torch.float32)
-        self._done = 0
+    It holds packed copies of the weights, the keys and values of the prompts, and room for those of the whole response,
+    which are written in place instead of being appended. Make it under `torch.no_grad()`.
+    """
+
+    def __init__(self, network: T5Network, encoded: Encoded, length: int) -> None:
+        batch = len(encoded.states)
+        packed = network.packed(batch)
+        self._network = network
+        self._head = packed.head
+        layers = zip(packed.layers, network.layers, strict=True)
+        self._products = [_with_loras(products, layer) for products, layer in layers]
+
+        self._cross: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for i in range(len(network.layers)):
+            keys, values = network.cross_keys_values(i, encoded)
+            # Every token reads them, so they are copied once if they are not contiguous.
+            self._cross.append((keys.contiguous(), values.contiguous()))
+        self._padding_bias = _padding_bias(encoded.mask, encoded.states)
+
+        self._heads: int = network.config.num_heads
+        self._position_bias = network.position_bias(length, length)
+        # Keys and values (L, 2, B, H, T, d) of the response's own tokens. They are in float32 even under bfloat16
+        # weights, because a CPU multiplies few rows of bfloat16 more slowly, and they take little memory.
+        sizes = (len(network.layers), 2, batch, self._heads, length, network.config.d_kv)
+        self._own = self._position_bias.new_empty(sizes, dtype=torch.float32)
+        self._done = 0  # tokens decoded so far
 
     @torch.inference_mode()
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, V) and states (B, D) that predict what follows `tokens` (B,); None: what comes first."""
-        decoder, t = self.decoder, self._done
+        """Return logits (B, V) and hidden states (B, D) that predict the token after `tokens` (B,).
+
+        At the first call `tokens` is None: the first token follows from the prompt alone.
+        """
+        network = self._network
         if tokens is None:
-            start = decoder.config.decoder_start_token_id
+            start = network.config.decoder_start_token_id
             tokens = torch.full((self._own.shape[2],), start, device=self._own.device)
-        bias, x = self._bias[:, :, t : t + 1, : t + 1], embedding(tokens, decoder.embedding)
-        for i, (layer, own, cross) in enumerate(zip(decoder.layers, self._own, self._cross, strict=True)):
-            by = self._products[i]
-            q, *new = by.qkv(decoder._normed(x, layer.norms[0])).unflatten(1, (3, len(own[0, 0]), -1)).unbind(1)
-            for kept, fresh in zip(own, new, strict=True):
-                kept[:, :, t] = fresh
-            keys, values = own[:, :, :, : t + 1]
-            x = x + by.o(_attend(q[:, :, None].float(), keys, values, bias)[:, 0].to(x.dtype))
-            q = by.cross_q(decoder._normed(x, layer.norms[1])).unflatten(1, (len(own[0, 0]), -1))
-            x = x + by.cross_o(_attend(q[:, :, None], *cross, self._unread)[:, 0])
-            wide = by.wide(decoder._normed(x, layer.norms[2])).chunk(len(layer.wide), -1)
-            x = x + _feed_forward(wide, by.narrow, layer.activation)
+
+        x = embedding(tokens, network.embedding)
+        t = self._done
+        bias = self._position_bias[:, :, t : t + 1, : t + 1]
+        for layer, products, own, cross in zip(network.layers, self._products, self._own, self._cross, strict=True):
+            n = network.normed(x, layer.self_attention.norm)
+            x = x + products.self_o(self._self_attended(products.qkv(n), own, bias).to(x.dtype))
+
+            n = network.normed(x, layer.cross_attention.norm)
+            q = products.cross_q(n).unflatten(1, (self._heads, -1))
+            x = x + products.cross_o(_attend(q[:, :, None], *cross, self._padding_bias)[:, 0])
+
+            n = network.normed(x, layer.feed_forward.norm)
+            wide = products.wide(n).chunk(len(layer.feed_forward.wide), -1)
+            x = x + _narrowed(wide, products.narrow, layer.feed_forward.activation)
+
         self._done += 1
-        states = decoder._normed(x, decoder.norm)
-        return self._head(states * decoder.scale), states
+        states = network.normed(x, network.norm)
+        return self._head(states * network.scale), states
+
+    def _self_attended(self, qkv: torch.Tensor, own: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return self-attention (B, H * d) of the newest token; `qkv` is its query, key and value (B, 3 * H * d).
+
+        The key and value join those of the earlier tokens in `own` (2, B, H, T, d).
+        """
+        q, k, v = qkv.unflatten(1, (3, self._heads, -1)).unbind(1)
+        keys, values = own
+
+        t = self._done
+        keys[:, :, t] = k
+        values[:, :, t] = v
+        return _attend(q[:, :, None].float(), keys[:, :, : t + 1], values[:, :, : t + 1], bias)[:, 0]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Leave out all rows but those of a bool tensor."""
+        """Drop all rows of the batch but those that are True in `rows` (B,)."""
         self._own = self._own[:, :, rows]
         self._cross = [(keys[rows], values[rows]) for keys, values in self._cross]
-        self._unread = None if self._unread is None else self._unread[rows]
+        self._padding_bias = None if self._padding_bias is None else self._padding_bias[rows]

@@ -1,7 +1,6 @@
 """How does a run folder become one HTML page?"""
 
 import json
-import re
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -15,96 +14,159 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
 from detoxrl.report import words
+from detoxrl.report.masking import masking_pattern, segments
 from detoxrl.report.sheets import blind_sheets, compared_sheet, differing, samples_sheet
 from detoxrl.runtime.run_folder import NOTHING_BETTER, REWARD_JUDGE, RunFolder
 
-# The stage that a missing file calls for.
-_INPUTS = {"rows.json": "prepare"} | dict.fromkeys(("eval.json", "samples.jsonl", "masked_words.json"), "evaluate")
+# The files that the page needs, and the stage that writes each.
+_REQUIRED = {
+    "rows.json": "prepare",
+    "eval.json": "evaluate",
+    "samples.jsonl": "evaluate",
+    "masked_words.json": "evaluate",
+}
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
+# A smaller rise would show as 0.00 in a table with two decimals.
+_SMALLEST_REGRESSION = 0.01
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write report.html and the sheets beside it; return the page's path. Raises InputError if a stage has not run."""
+    """Write report.html and its sheets into the run folder; return the page's path.
+
+    Raises InputError if a stage that the report needs has not run.
+    """
     folder = RunFolder(run_dir)
-    for name, stage in _INPUTS.items():
-        folder.need(name, stage)
-    config, evaluation = folder.read_json("config.json"), folder.read_json("eval.json")
+    for name, stage in _REQUIRED.items():
+        folder.require_product(name, stage)
+
+    config = folder.read_json("config.json")
+    evaluation = folder.read_json("eval.json")
     samples = read_lines(folder / "samples.jsonl")
-    sheet, key = blind_sheets(samples, config["seed"])
+
+    has_rewards = "score" in samples[0]
     folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
-    if scored := "score" in samples[0]:
+    if has_rewards:
         folder.write("compared.csv", compared_sheet(samples))
+    sheet, key = blind_sheets(samples, config["seed"])
     folder.write("blind_sheet.csv", sheet)
     folder.write("blind_key.csv", key)
+
     parts = {
-        "scored": scored, "config": config, "settings": flatten(config),
+        "config": config,
+        "settings": flatten(config),
         "command": repeat_command(config, folder.read_json("run.json")["measures"]),
         "data": words.data_account(folder.read_json("rows.json")),
-    }  # fmt: skip
-    parts |= _results(evaluation, samples) | _training(folder)
+        "scored": has_rewards,
+        **_results(evaluation, samples),
+        **_training(folder),
+    }
     folder.write("report.html", page("page.html.j2", parts, folder.read_json("masked_words.json")))
     return folder / "report.html"
 
 
 def page(template: str, parts: dict[str, Any], masked: Sequence[str] = ()) -> str:
-    """Return a page of this folder, filled with `parts`; its filters are functions of `words`, and the mask."""
+    """Render a template of this package with `parts`; its filter `segments` masks the words in `masked`."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {name: getattr(words, name) for name in ("number", "signed", "percent", "duration")}
-    environment.filters["segments"] = partial(segments, pattern=mask_pattern(masked))
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    environment.filters.update(
+        number=words.number,
+        signed=words.signed,
+        percent=words.percent,
+        duration=words.duration,
+        quality_name=words.quality_name,
+        segments=partial(segments, pattern=masking_pattern(masked)),
+    )
+
     return environment.get_template(template).render(parts)
 
 
 def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    from detoxrl.report.plots import toxicity_distributions
-
-    judge, after = evaluation["primary_judge"], words.after_name(evaluation)
-    scores = {side: [score for s in samples for score in s["toxicity"][judge][side]] for side in ("before", "after")}
+    """Return what the page needs to show toxicity, quality and the responses."""
+    judge = evaluation["primary_judge"]
     rows = prompt_rows(samples, judge)
-    # A rise that two decimals cannot show is no regression worth a row.
-    worse = [row for row in rows if row["difference"] >= 0.01]
+
     return {
-        "eval": evaluation, "primary": evaluation["toxicity"][judge], "reward_judge": REWARD_JUDGE,
-        "headline": words.headline(evaluation), "changes": words.changes(evaluation),
-        "on_its_way": words.changed_on_its_way(evaluation), "labels": evaluation["names"], "after": after,
-        "systems": words.systems(evaluation, evaluation["names"].get("after", after.capitalize())),
-        "beside": words.beside_baselines(evaluation, after),
-        "distributions": toxicity_distributions(scores["before"], scores["after"]),
-        "rows": rows, "blind_rows": len(differing(samples)),
-        "regressions": sorted(worse, key=lambda row: row["difference"], reverse=True)[:_REGRESSIONS_SHOWN],
-    }  # fmt: skip
+        "eval": evaluation,
+        "primary": evaluation["toxicity"][judge],
+        "reward_judge": REWARD_JUDGE,
+        "not_independent": words.NOT_INDEPENDENT,
+        "headline": words.headline(evaluation),
+        "changes": words.changes(evaluation),
+        "setting_changes": words.setting_changes(evaluation),
+        "names": evaluation["names"],
+        "after": words.after_name(evaluation),
+        "systems": words.systems(evaluation),
+        "baselines": words.compare_baselines(evaluation),
+        "distributions": _distributions(samples, judge),
+        "rows": rows,
+        "regressions": _regressions(rows),
+        "blind_rows": len(differing(samples)),
+    }
+
+
+def _distributions(samples: list[dict[str, Any]], judge: str) -> list[Any]:
+    """Draw the distributions of `judge`'s toxicity over all responses, before and after."""
+    from detoxrl.report.plots import toxicity_distributions  # here, because matplotlib is slow to import
+
+    before = [score for sample in samples for score in sample["toxicity"][judge]["before"]]
+    after = [score for sample in samples for score in sample["toxicity"][judge]["after"]]
+    return toxicity_distributions(before, after)
+
+
+def _regressions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the prompt rows whose toxicity rose most, largest rise first."""
+    risen = [row for row in rows if row["difference"] >= _SMALLEST_REGRESSION]
+    return sorted(risen, key=lambda row: row["difference"], reverse=True)[:_REGRESSIONS_SHOWN]
 
 
 def _training(folder: RunFolder) -> dict[str, Any]:
-    # A model that was only evaluated has no checkpoint: nothing was trained here.
+    """Return what the page needs to show training; `checkpoint` is None where nothing was trained."""
     if not (folder / "checkpoint.json").is_file():
         return {"checkpoint": None}
+
     from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, over_optimisation
 
-    checkpoint, validations = folder.read_json("checkpoint.json"), read_lines(folder.need("validation.jsonl", "train"))
-    metrics = read_lines(folder.need("metrics.jsonl", "train"))
-    metrics += [{f"validation/{name}": value for name, value in found.items()} | found for found in validations]
+    checkpoint = folder.read_json("checkpoint.json")
+    best_step = checkpoint["kept_step"]
+
+    validations = read_lines(folder.require_product("validation.jsonl", "train"))
+    metrics = read_lines(folder.require_product("metrics.jsonl", "train"))
+    for validation in validations:
+        named = {f"validation/{name}": value for name, value in validation.items()}
+        metrics.append({"step": validation["step"], **named})
+
     return {
-        "checkpoint": checkpoint, "nothing_better": NOTHING_BETTER,
-        "curves": learning_curves(metrics, CURVES, checkpoint["kept_step"]),
-        "parting": over_optimisation(validations, checkpoint),
-        "diagnostics": learning_curves(metrics, DIAGNOSTICS, checkpoint["kept_step"]),
-    }  # fmt: skip
+        "checkpoint": checkpoint,
+        "nothing_better": NOTHING_BETTER,
+        "curves": learning_curves(metrics, CURVES, best_step),
+        "diagnostics": learning_curves(metrics, DIAGNOSTICS, best_step),
+        "over_optimisation": over_optimisation(validations, checkpoint),
+    }
 
 
 def repeat_command(config: dict[str, Any], measures: dict[str, Any]) -> str:
-    """Return the command that gives this config, with what was measured, policies or texts, if nothing was trained."""
-    defaults = flatten(json.loads(json.dumps(asdict(recipe(config["recipe"])))))  # as config.json holds them
+    """Return the command that repeats a run: `run`, or `evaluate` with what it measured if nothing was trained."""
+    as_json = json.dumps(asdict(recipe(config["recipe"])))  # so that tuples are lists, as in config.json
+    defaults = flatten(json.loads(as_json))
     defaults["seed"] = config["seed"]
-    words = [_flag(name.replace("_", "-"), value) for name, value in flatten(config).items() if value != defaults[name]]
-    called = measures["names"]
-    for kind, flag in (("policies", "policy"), ("texts", "texts")) if called else ():
-        pairs = [f"{called.get(name, name)}={path}" for name, path in measures[kind].items()]
-        words += [_flag(flag, pairs)] if pairs else []
-    return " ".join([f"detoxrl {'evaluate' if called else 'run'} {config['recipe']} --seed {config['seed']}", *words])
+    settings = flatten(config).items()
+    flags = [_flag(name.replace("_", "-"), value) for name, value in settings if value != defaults[name]]
+
+    names = measures["names"]
+    if names:
+        for kind, flag in (("policies", "policy"), ("texts", "texts")):
+            if measures[kind]:
+                flags.append(_flag(flag, _named(measures[kind], names)))
+
+    command = "evaluate" if names else "run"
+    return " ".join([f"detoxrl {command} {config['recipe']} --seed {config['seed']}", *flags])
 
 
 def _flag(name: str, value: object) -> str:
@@ -114,31 +176,26 @@ def _flag(name: str, value: object) -> str:
     return shlex.join([f"--{name}", *map(str, values)])
 
 
+def _named(paths: dict[str, str], names: dict[str, str]) -> list[str]:
+    """Return NAME=PATH for each path; `names` has the names of "before" and "after"."""
+    return [f"{names.get(role, role)}={path}" for role, path in paths.items()]
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file, all of which must be whole."""
+    """Return the objects of a JSON-lines file. Raises ValueError if a line is incomplete."""
     return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def mask_pattern(masked: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that finds any of these words or its plural as a whole word, in any case, as its one group."""
-    stems = ((re.escape(word.removesuffix("y")), word.endswith("y")) for word in sorted(masked, key=len, reverse=True))
-    forms = "|".join(f"{stem}(?:y|ies)" if y else f"{stem}(?:e?s)?" for stem, y in stems)
-    # An underscore bounds a word, so that _emphasis_ unmasks nothing.
-    return re.compile(rf"(?<![^\W_])({forms})(?![^\W_])", re.IGNORECASE)
-
-
-def segments(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
-    """Return the pieces of `text`, and of each whether it is masked: unreadable until clicked."""
-    return [(piece, place % 2 == 1) for place, piece in enumerate(pattern.split(text)) if piece]
 
 
 def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
     """Return the samples, most improved first, with an excerpt and `judge`'s scores [0, 1] of the first responses."""
     rows = []
     for sample in samples:
-        # Cut between words only: half an insult would escape the mask.
+        # Cut between words only: the mask would not match half an insult.
         excerpt = textwrap.shorten(sample["dialogue"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
-        before, after = (sample["toxicity"][judge][side][0] for side in ("before", "after"))
+
+        before = sample["toxicity"][judge]["before"][0]
+        after = sample["toxicity"][judge]["after"][0]
         scores = {"score_before": before, "score_after": after, "difference": after - before}
-        rows.append(sample | scores | {"excerpt": excerpt})
+        rows.append({**sample, **scores, "excerpt": excerpt})
+
     return sorted(rows, key=lambda row: row["difference"])

@@ -9,18 +9,41 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Drawn in this colour, then rewritten to the page's own text colour, which differs between light and dark.
+from detoxrl.report.words import quality_name
+
+# Figures are drawn in this colour, which is then replaced by the page's own text colour, light or dark.
 _INK = "#010203"
-_BEFORE, _AFTER, _KEPT, _QUALITY = "#d9822b", "#2f8fb8", "#8f8f8f", "#3f9a77"
-# Inches: three panels fill the page's width, or two.
-_THIRD, _HALF = (3.5, 2.0), (5.4, 2.4)
-# Text stays text (small, searchable); the salt makes equal runs give equal files.
+_BEFORE = "#d9822b"
+_AFTER = "#2f8fb8"
+_MARK = "#8f8f8f"
+_QUALITY = "#3f9a77"
+_DASHES = (0, (4, 3))
+
+# Width and height in inches; the page shows three or two of them side by side.
+_THIRD = (3.5, 2.0)
+_HALF = (5.4, 2.4)
+
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "detoxrl", "font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
-    "grid.color": _INK, "grid.alpha": 0.12, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-}  # fmt: skip
+    "svg.fonttype": "none",  # text stays text: small and searchable
+    "svg.hashsalt": "detoxrl",  # so that equal runs give equal files
+    "font.size": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 
 
 class Curve(NamedTuple):
@@ -41,118 +64,165 @@ class Plot(NamedTuple):
 
 
 CURVES = (
-    Curve("score/mean", "Score", "of the reward, mean per rollout"),
-    Curve("validation/toxicity", "Validation toxicity", "judge mean; band: one standard error", True),
+    Curve("score/mean", "Reward score", "raw, mean over the step's responses"),
+    Curve("validation/toxicity", "Validation toxicity", "primary judge, mean; band: one standard error", True),
     Curve("kl/reference", "KL to the reference", "nats per response", True),
     Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
-    Curve("response_length/mean", "Response length", "tokens, mean per rollout"),
-    Curve("entropy", "Entropy", "of the policy, per token"),
+    Curve("response_length/mean", "Response length", "tokens, mean over the step's responses"),
+    Curve("entropy", "Entropy of the policy", "nats per token"),
 )
 DIAGNOSTICS = (
-    Curve("value/explained_variance", "Explained variance", "of the value head"),
+    Curve("value/explained_variance", "Explained variance", "of the returns, by the value head"),
     Curve("clip_fraction", "Clip fraction", "share of tokens", True),
-    Curve("ratio/max", "Largest ratio", "policy over rollout policy"),
+    Curve("ratio/max", "Largest ratio", "probability by the new policy over that by the sampling policy"),
     Curve("kl/k3", "KL to the reference, k3", "nats per token", True),
-    Curve("kl/update", "KL of an update", "nats per token", True),
+    Curve("kl/update", "KL of the update", "nats per token", True),
     Curve("grad_norm", "Gradient norm", "before clipping", True),
-    Curve("eos_rate", "Ended responses", "share that reached EOS"),
+    Curve("eos_rate", "Finished responses", "share that ended with EOS"),
 )
 
 
-def learning_curves(metrics: list[dict[str, Any]], curves: tuple[Curve, ...], kept_step: int) -> list[Plot]:
-    """Draw each curve that has at least one point, with a dashed line at the kept checkpoint's step."""
+def learning_curves(metrics: list[dict[str, Any]], curves: tuple[Curve, ...], best_step: int) -> list[Plot]:
+    """Draw each curve that has at least one point, with a dashed line at the best checkpoint's step."""
     drawn = [curve for curve in curves if any(curve.key in row for row in metrics)]
-    return [Plot(curve.title, curve.note, _draw_curve(metrics, curve, kept_step)) for curve in drawn]
+    return [Plot(curve.title, curve.note, _draw_curve(metrics, curve, best_step)) for curve in drawn]
 
 
 @matplotlib.rc_context(_STYLE)
 def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot]:
-    """Draw a histogram, and the share of responses above each toxicity, of toxicities in [0, 1]."""
-    bins, grid = np.linspace(0, 1, 26).tolist(), np.linspace(0, 1, 201)
-    (histogram, bars), (tail, lines) = _axes("toxicity", _HALF), _axes("toxicity", _HALF)
+    """Draw the histogram of toxicities in [0, 1], and the share of responses above each toxicity."""
+    histogram, bars = _axes("toxicity", _HALF)
+    tail, lines = _axes("toxicity", _HALF)
+    bins = np.linspace(0, 1, 26).tolist()
+    grid = np.linspace(0, 1, 201)
+
     for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
         weights = np.full(len(values), 1 / len(values))
         bars.hist(values, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.25)
         bars.hist(values, bins, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
-        lines.plot(grid, [np.mean(np.asarray(values) > at) for at in grid], color=color, linewidth=1.6, label=label)
+
+        share_above = [np.mean(np.asarray(values) > toxicity) for toxicity in grid]
+        lines.plot(grid, share_above, color=color, linewidth=1.6, label=label)
+
     lines.set_ylim(0, 1)
     bars.legend()
     lines.legend()
-    drawn = _svg(histogram, "histogram", "Histogram of toxicity before and after")
-    above = _svg(tail, "tail", "Share of responses above each toxicity, before and after")
-    plot = Plot("Histogram", "share of responses per bin of 0.04", drawn)
-    return [plot, Plot("Tail", "share of responses that score above a toxicity", above)]
+
+    histogram_svg = _svg(histogram, "histogram", "Histogram of toxicity before and after")
+    tail_svg = _svg(tail, "tail", "Share of responses above each toxicity, before and after")
+    return [
+        Plot("Histogram", "share of responses per bin of width 0.04", histogram_svg),
+        Plot("Tail", "share of responses with a higher toxicity", tail_svg),
+    ]
 
 
 @matplotlib.rc_context(_STYLE)
-def over_optimisation(series: list[dict[str, Any]], checkpoint: dict[str, Any]) -> list[Plot]:
-    """Draw score and judge against the distance, as Gao et al. 2022 do; nothing for a run that did not measure them."""
-    if not all("kl" in one for one in series):
+def over_optimisation(validations: list[dict[str, Any]], checkpoint: dict[str, Any]) -> list[Plot]:
+    """Draw score, toxicity and quality against the square root of the KL (Gao et al. 2022).
+
+    Returns nothing for a run whose validations did not measure the KL.
+    """
+    if not all("kl" in validation for validation in validations):
         return []
-    kept, parted = ([one for one in series if one["step"] == checkpoint[f"{name}_step"]] for name in ("kept", "parted"))
+
+    by_step = {validation["step"]: validation for validation in validations}
+    best = by_step[checkpoint["kept_step"]]
+    diverging = by_step.get(checkpoint["parted_step"])
+
     figure = Figure(figsize=(5.4, 4.8), layout="constrained")
-    panels, colors = figure.subplots(3, sharex=True), {"score": _BEFORE, "toxicity": _AFTER, "quality": _QUALITY}
+    panels = figure.subplots(3, sharex=True)
+    colors = {"score": _BEFORE, "toxicity": _AFTER, "quality": _QUALITY}
     for axes, (key, color) in zip(panels, colors.items(), strict=True):
-        errors = [one.get(f"{key}_error", 0.0) for one in series]
-        line: dict[str, Any] = {"color": color, "linewidth": 0.8, "marker": "o", "markersize": 3.5}
-        axes.errorbar(_distances(series), [one[key] for one in series], errors, **line)
-        axes.plot(_distances(kept), [kept[0][key]], "o", markersize=10, fillstyle="none", color=_INK, clip_on=False)
-        axes.set_ylabel(key)
-        for place in _distances(parted):
-            axes.axvline(place, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))
-    for one in parted:
-        where: dict[str, Any] = {"transform": panels[0].get_xaxis_transform(), "ha": "center", "fontsize": 8}
-        panels[0].text(*_distances([one]), 1.02, f"part: step {one['step']}", **where)
-    panels[2].set_xlabel("√KL to the start, KL in nats per response")
-    drawn = _svg(figure, "over-optimisation", "Score, toxicity and quality against the root of the KL")
-    marks = f"ring: kept, step {kept[0]['step']}; dashed: they part"
-    note = f"validations in order of step; bars: one standard error; {marks}"
-    return [Plot("Score and judge against the distance", note, drawn)]
+        _draw_validations(axes, validations, key, color)
+        axes.plot(_root_kl(best), [best[key]], "o", markersize=10, fillstyle="none", color=_INK, clip_on=False)
+        if diverging:
+            axes.axvline(_root_kl(diverging), color=_MARK, linewidth=1.2, linestyle=_DASHES)
+
+    if diverging:
+        _label_above(panels[0], _root_kl(diverging), f"divergence: step {diverging['step']}")
+    panels[2].set_xlabel("√KL to the initial policy, KL in nats per response")
+
+    svg = _svg(figure, "over-optimisation", "Reward score, toxicity and quality against the square root of the KL")
+    note = (
+        f"a point per validation, joined in order; bars: one standard error; ring: best checkpoint, step {best['step']}"
+    )
+    if diverging:
+        note += "; dashed: divergence"
+    return [Plot("Reward score, toxicity and quality by distance from the initial policy", note, svg)]
+
+
+def _draw_validations(axes: Axes, validations: list[dict[str, Any]], key: str, color: str) -> None:
+    """Draw one measure of the validations, with its standard errors where they are known."""
+    distances = [_root_kl(validation) for validation in validations]
+    values = [validation[key] for validation in validations]
+    errors = [validation.get(f"{key}_error", 0.0) for validation in validations]
+    axes.errorbar(distances, values, errors, color=color, linewidth=0.8, marker="o", markersize=3.5)
+    axes.set_ylabel(key)
+
+
+def _root_kl(validation: dict[str, Any]) -> float:
+    """Return the square root of the KL, whose estimate from samples may be below 0."""
+    return float(max(validation["kl"], 0.0) ** 0.5)
 
 
 @matplotlib.rc_context(_STYLE)
-def frontier_plot(found: dict[str, Any]) -> Plot:
-    """Draw the combinations of a sweep by quality and toxicity: means, seeds, the start, and the frontier by name."""
-    figure, axes = _axes(f"quality ({found['measure']})", (6.6, 4.2))
-    axes.set_ylabel(f"toxicity by {found['judge']}")
-    done = {label: one for label, one in found["combinations"].items() if "kl" in one}
-    for label, one in done.items():
-        color, place = _AFTER if one["frontier"] else _KEPT, (one["quality"][1], one["toxicity"][1])
-        for run in one["runs"]:
+def frontier_plot(sweep: dict[str, Any]) -> Plot:
+    """Draw a sweep's combinations by quality and toxicity: means, seeds, the initial policy and the Pareto frontier."""
+    figure, axes = _axes(f"quality ({quality_name(sweep['measure'])})", (6.6, 4.2))
+    axes.set_ylabel(f"toxicity by {sweep['judge']}")
+
+    frontier = []
+    for label, combination in sweep["combinations"].items():
+        if "kl" not in combination:  # all its runs failed
+            continue
+
+        color = _AFTER if combination["frontier"] else _MARK
+        for run in combination["runs"]:
             if "error" not in run:
                 axes.plot(run["quality"][1], run["toxicity"][1], "o", color=color, markersize=3, alpha=0.6)
-        axes.plot(*place, "o", color=color, markersize=8)
-        axes.annotate(label if one["frontier"] else "", place, (7, 5), textcoords="offset points", fontsize=8)
-    best = sorted((one["quality"][1], one["toxicity"][1]) for one in done.values() if one["frontier"])
-    axes.step(*zip(*best, strict=True), where="pre", color=_AFTER, linewidth=1)
-    axes.plot(found["start"][1], found["start"][0], "X", color=_BEFORE, markersize=9)
-    axes.annotate("start", found["start"][::-1], (7, 5), textcoords="offset points", fontsize=8)
-    drawn = _svg(figure, "frontier", "Toxicity against quality of each combination, and their Pareto frontier")
-    return Plot("Pareto frontier", "lower right is better; large: mean over seeds, small: seeds", drawn)
 
+        mean = (combination["quality"][1], combination["toxicity"][1])
+        axes.plot(*mean, "o", color=color, markersize=8)
+        _label_beside(axes, mean, label if combination["frontier"] else "")
+        if combination["frontier"]:
+            frontier.append(mean)
 
-def _distances(series: list[dict[str, Any]]) -> list[float]:
-    """Return the root of each KL, which an estimate from samples may put below 0."""
-    return [max(one["kl"], 0.0) ** 0.5 for one in series]
+    qualities, toxicities = zip(*sorted(frontier), strict=True)
+    axes.step(qualities, toxicities, where="pre", color=_AFTER, linewidth=1)
+
+    toxicity, quality = sweep["start"]
+    axes.plot(quality, toxicity, "X", color=_BEFORE, markersize=9)
+    _label_beside(axes, (quality, toxicity), "initial policy")
+
+    svg = _svg(figure, "frontier", "Toxicity against quality of each combination, and the Pareto frontier")
+    return Plot("Pareto frontier", "lower right is better; large points: means over seeds; small points: seeds", svg)
 
 
 @matplotlib.rc_context(_STYLE)
-def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, kept_step: int) -> Markup:
+def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, best_step: int) -> Markup:
     figure, axes = _axes("RL step", _THIRD)
-    points = [(row["step"], row[curve.key]) for row in metrics if curve.key in row]
-    steps, values = zip(*points, strict=True)
+
+    points = [row for row in metrics if curve.key in row]
+    steps = [row["step"] for row in points]
+    values = [row[curve.key] for row in points]
     axes.plot(steps, values, color=_AFTER, linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=3.5)
-    if errors := [row[f"{curve.key}_error"] for row in metrics if f"{curve.key}_error" in row]:
+
+    error = f"{curve.key}_error"
+    errors = [row[error] for row in points if error in row]
+    if errors:
         low, high = np.subtract(values, errors), np.add(values, errors)
         axes.fill_between(steps, low, high, color=_AFTER, alpha=0.18, linewidth=0)
-    axes.axvline(kept_step, color=_KEPT, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.text(kept_step, 1.02, f"kept: step {kept_step}", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+
+    axes.axvline(best_step, color=_MARK, linewidth=1.2, linestyle=_DASHES)
+    _label_above(axes, best_step, f"best: step {best_step}")
     if curve.from_zero:
         axes.set_ylim(bottom=0)
-    # Shared limits let the reader compare panels by eye even where validation started late or is sparse.
-    every = [row["step"] for row in metrics]
-    margin = max(1.0, 0.03 * max(every))
-    axes.set_xlim(min(every) - margin, max(every) + margin)
+
+    # All panels have the same limits, so that they can be compared by eye where validations are sparse.
+    all_steps = [row["step"] for row in metrics]
+    margin = max(1.0, 0.03 * max(all_steps))
+    axes.set_xlim(min(all_steps) - margin, max(all_steps) + margin)
+
     return _svg(figure, curve.key.replace("/", "-"), f"{curve.title}, {curve.note}, by RL step")
 
 
@@ -163,16 +233,26 @@ def _axes(label: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _label_above(axes: Axes, x: float, text: str) -> None:
+    """Write above the plot, at `x` on its horizontal axis."""
+    axes.text(x, 1.02, text, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+
+
+def _label_beside(axes: Axes, point: tuple[float, float], text: str) -> None:
+    axes.annotate(text, point, (7, 5), textcoords="offset points", fontsize=8)
+
+
 def _svg(figure: Figure, name: str, label: str) -> Markup:
-    """Return the figure as inline SVG: scaled by the page, ids unique on it, no date and no outside address."""
+    """Return the figure as inline SVG, scaled by the page; ids are unique on the page, and nothing outside is named."""
     buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     body = buffer.getvalue().partition("<svg")[2].partition(">")[2]
-    for plain, here in (
-        (' id="', f' id="{name}-'), ("url(#", f"url(#{name}-"), ('xlink:href="#', f'href="#{name}-'),
-        (_INK, "currentColor"),
-    ):  # fmt: skip
-        body = body.replace(plain, here)
+
+    body = body.replace(' id="', f' id="{name}-')
+    body = body.replace("url(#", f"url(#{name}-")
+    body = body.replace('xlink:href="#', f'href="#{name}-')
+    body = body.replace(_INK, "currentColor")
+
     width, height = figure.get_size_inches() * 72
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}')

@@ -1,10 +1,9 @@
-"""What goes into a spreadsheet, for reading and for blind rating?"""
+"""What goes into the spreadsheets, for reading and for blind rating?"""
 
 import csv
 import io
 import random
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 # A spreadsheet would run a cell that starts with one of these as a formula.
@@ -15,38 +14,54 @@ def samples_sheet(samples: list[dict[str, Any]], judge: str) -> str:
     """Return, as CSV, a row per prompt with each policy's first response and its toxicity by `judge`."""
     policies = list(samples[0]["responses"])
     header = ["id", "dialogue", "reference"]
-    header += [f"{policy}_{what}" for policy in policies for what in ("response", "toxicity")]
+    for policy in policies:
+        header += [f"{policy}_response", f"{policy}_toxicity"]
+
     rows = []
     for sample in samples:
-        rated = [(sample["responses"][policy][0], sample["toxicity"][judge][policy][0]) for policy in policies]
-        rows.append([sample["id"], sample["dialogue"], sample["reference"], *chain(*rated)])
+        row = [sample["id"], sample["dialogue"], sample["reference"]]
+        for policy in policies:
+            row += [sample["responses"][policy][0], sample["toxicity"][judge][policy][0]]
+        rows.append(row)
+
     return _csv(header, rows)
 
 
 def compared_sheet(samples: list[dict[str, Any]]) -> str:
-    """Return, as CSV, the table of the old notebooks: first responses with their reward, the largest gain first."""
-    rows: list[list[Any]] = []
+    """Return, as CSV, the first responses before and after with their reward scores, largest gain first.
+
+    The columns are those of the course notebook (docs/from-the-notebook.md).
+    """
+    rows = []
     for sample in samples:
-        before, after = ([sample[what][side][0] for what in ("responses", "score")] for side in ("before", "after"))
-        rows.append([sample["dialogue"], before[0], after[0], before[1], after[1], round(after[1] - before[1], 4)])
+        responses = [sample["responses"][side][0] for side in ("before", "after")]
+        rewards = [sample["score"][side][0] for side in ("before", "after")]
+        difference = round(rewards[1] - rewards[0], 4)
+        rows.append([sample["dialogue"], *responses, *rewards, difference])
+
+    rows.sort(key=lambda row: float(row[-1]), reverse=True)
     header = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_difference"]
-    return _csv(header, sorted(rows, key=lambda row: float(row[-1]), reverse=True))
+    return _csv(header, rows)
 
 
 def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
-    """Return, as CSV, a sheet for raters and the key to it.
+    """Return, as CSV, a sheet for raters and its key.
 
-    A row is a prompt whose first responses before and after differ; which of them stands left, and the order of the
-    rows, are shuffled by `seed`. The sheet does not say which is which, the key does.
+    Each row is a prompt whose first responses before and after differ. `seed` shuffles the rows, and which response is
+    on the left. Only the key says which is which.
     """
-    draw = random.Random(f"blind {seed}")
+    generator = random.Random(f"blind {seed}")
     rated = differing(samples)
-    draw.shuffle(rated)
-    sheet, key = list[Sequence[object]](), list[Sequence[object]]()
+    generator.shuffle(rated)
+
+    sheet = []
+    key = []
     for number, sample in enumerate(rated, start=1):
-        sides = draw.sample(("before", "after"), 2)
-        sheet.append([number, sample["dialogue"], *(sample["responses"][side][0] for side in sides), "", ""])
-        key.append([number, sample["id"], *sides])
+        left, right = generator.sample(("before", "after"), 2)
+        responses = sample["responses"]
+        sheet.append([number, sample["dialogue"], responses[left][0], responses[right][0], "", ""])
+        key.append([number, sample["id"], left, right])
+
     header = ["number", "dialogue", "left", "right", "more_civil", "better_summary"]
     return _csv(header, sheet), _csv(["number", "id", "left", "right"], key)
 
@@ -57,11 +72,17 @@ def differing(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _csv(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
-    # All text in quotes, so that line breaks stay inside their cell; the BOM tells Excel that it is UTF-8.
+    # All text is quoted, so that line breaks stay inside their cell; the BOM tells Excel that the file is UTF-8.
     text = io.StringIO()
-    sheet = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    sheet.writerow(header)
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(header)
     for row in rows:
-        formulas = [isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) for cell in row]
-        sheet.writerow(f"'{cell}" if runs else cell for cell, runs in zip(row, formulas, strict=True))
+        writer.writerow([_as_text(cell) for cell in row])
+
     return "\ufeff" + text.getvalue()
+
+
+def _as_text(cell: Any) -> Any:
+    """Return the cell, with an apostrophe before text that a spreadsheet would take for a formula."""
+    runs = isinstance(cell, str) and cell.startswith(_FORMULA_STARTS)
+    return f"'{cell}" if runs else cell

@@ -1,4 +1,4 @@
-"""What does the table on screen say at the end of a run?"""
+"""What does the terminal show at the end of a run?"""
 
 import json
 from pathlib import Path
@@ -8,68 +8,126 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from detoxrl.report.words import after_name, beside_baselines, changed_on_its_way, measured, number, signed
+from detoxrl.report import words
+from detoxrl.report.words import number, signed
 from detoxrl.runtime.run_folder import REWARD_JUDGE
 
 
 def print_result(root: Path) -> None:
-    """Print the comparison of a run's eval.json and where its products are."""
-    found = json.loads((root / "eval.json").read_text(encoding="utf-8"))
-    console = Console(highlight=False)
-    console.print(_table(found))
-    summary, baselines = beside_baselines(found, after_name(found))
-    if baselines:
-        columns = "", "toxicity", next(iter(baselines.values()))["quality_by"], "verdict"
-        table = Table(*columns, title="beside it, on the same prompts", box=SIMPLE_HEAD)
-        for name, one in baselines.items():
-            table.add_row(name, number(one["toxicity"]["before"]), number(one["quality"]["before"]), one["verdict"])
-        console.print(table, summary, sep="\n")
-    for pair, how in found["agreement"].items():
-        console.print(f"{pair}: agree on {how['same_side']:.0%} of responses")
-    for judge, result in found["toxicity"].items():
-        removed = result["share_removed"]
-        share = f", {removed:.0%} of what could be removed" if removed is not None else ""
-        independent = " (the reward itself: no independent judge)" if judge == REWARD_JUDGE else ""
-        console.print(f"{judge}: [bold]{result['verdict']}[/bold]{share}{independent}")
-    for line in changed_on_its_way(found):
-        console.print(f"changed on its way: {line}")
+    """Print the comparison in a run's eval.json, where the run's files are, and what to do next."""
+    evaluation = json.loads((root / "eval.json").read_text(encoding="utf-8"))
     seconds = json.loads((root / "seconds.json").read_text(encoding="utf-8"))
+
+    console = Console(highlight=False)
+    console.print(_measure_table(evaluation))
+
+    baselines = words.compare_baselines(evaluation)
+    if baselines.by_name:
+        console.print(_baseline_table(baselines), baselines.summary, sep="\n")
+
+    for pair, agreement in evaluation["agreement"].items():
+        console.print(f"{pair} agree for {agreement['same_side']:.0%} of responses on whether they are toxic")
+    for judge, result in evaluation["toxicity"].items():
+        console.print(_verdict(judge, result))
+    for line in words.setting_changes(evaluation):
+        console.print(f"settings changed during the run: {line}")
+
+    # Plain print: a console would wrap paths, and read brackets in them as markup.
     timings = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    console.print(f"\n{sum(seconds.values()):.0f} s in all: {timings}")
-    # A model that was only evaluated has no adapter of ours.
-    adapter = f"adapter: {root / 'adapter'}   " if (root / "adapter").is_dir() else ""
-    console.print(f"{adapter}report: {root / 'report.html'}   numbers: {root / 'eval.json'}")
-    # Texts that were written elsewhere have no rewards to be compared by.
-    sheets = ", ".join(name for name in ("samples.csv", "compared.csv") if (root / name).is_file())
-    console.print(f"sheets in {root}: {sheets}   for blind raters: blind_sheet.csv")
-    console.print(f"next: open {root / 'report.html'} in a browser")
+    print(f"\n{sum(seconds.values()):.0f} s in total: {timings}")
+    _print_files(root)
+    print(f"next: open {root / 'report.html'} in a browser")
 
 
-def print_sweep(root: Path, found: dict[str, Any]) -> None:
-    """Print the combinations of a sweep and where its page is."""
-    caption = "after training, means over seeds; interval: 95 %, seeds and prompts resampled"
-    names = ("runs", "toxicity", "interval", found["measure"], "KL", "frontier")
-    columns = Column(overflow="fold"), *(Column(name, justify="right", no_wrap=True) for name in names)
-    table = Table(*columns, box=SIMPLE_HEAD, caption=caption, pad_edge=False)
-    table.add_row("start", "", number(found["start"][0]), "", number(found["start"][1]))
-    for label, one in found["combinations"].items():
-        cells = ["failed"]
-        if "kl" in one:
-            ends, star = " to ".join(map(number, one["interval"])), "yes" if one["frontier"] else ""
-            cells = [number(one["toxicity"][1]), ends, number(one["quality"][1]), number(one["kl"], 1), star]
-        table.add_row(label, f"{sum('error' not in run for run in one['runs'])}/{len(one['runs'])}", *cells)
-    Console(highlight=False).print(table)
-    print(f"numbers: {root / 'sweep.json'}\nnext: open {root / 'sweep.html'} in a browser")
+def _verdict(judge: str, result: dict[str, Any]) -> str:
+    """Return the verdict of a judge in one line, with rich's markup."""
+    line = f"{judge}: [bold]{result['verdict']}[/bold]"
+    if result["share_removed"] is not None:
+        line += f", {result['share_removed']:.0%} of the toxicity above that of civil references removed"
+    if judge == REWARD_JUDGE:
+        line += f" ({words.NOT_INDEPENDENT})"
+
+    return line
 
 
-def _table(found: dict[str, Any]) -> Table:
-    title = f"{found['n_prompts']} held-out prompts, {found['samples_per_prompt']} samples each"
-    caption = "change: after minus before, with its 95 % interval, paired by prompt"
-    names = (found["names"].get(name, name) for name in ("before", "after", "change", "interval"))
-    columns = (Column(name, justify="right", no_wrap=True) for name in names)
-    table = Table("", *columns, title=title, caption=caption, box=SIMPLE_HEAD)
-    for label, one in measured(found).items():
-        mean, low, high = (signed(one.difference[key], one.decimals) for key in ("mean", "low", "high"))
-        before, after = (number(value, one.decimals) for value in (one.before, one.after))
+def _print_files(root: Path) -> None:
+    print(f"report: {root / 'report.html'}")
+    print(f"numbers: {root / 'eval.json'}")
+
+    # Where nothing was trained there is no adapter.
+    if (root / "adapter").is_dir():
+        print(f"adapter: {root / 'adapter'}")
+
+    # Texts that were written elsewhere have no rewards, so no compared.csv.
+    sheets = [name for name in ("samples.csv", "compared.csv") if (root / name).is_file()]
+    print(f"sheets in {root}: {', '.join([*sheets, 'blind_sheet.csv (for blind raters)'])}")
+
+
+def _measure_table(evaluation: dict[str, Any]) -> Table:
+    names = evaluation["names"]
+    headings = [names.get("before", "before"), names.get("after", "after"), "change", "95% interval"]
+    table = Table(
+        "",
+        *(Column(heading, justify="right", no_wrap=True) for heading in headings),
+        title=f"{evaluation['n_prompts']} held-out prompts, {evaluation['samples_per_prompt']} samples each",
+        caption="change: after minus before, paired by prompt",
+        box=SIMPLE_HEAD,
+    )
+
+    for label, measure in words.measured(evaluation).items():
+        before, after = number(measure.before, measure.decimals), number(measure.after, measure.decimals)
+        mean, low, high = (signed(measure.difference[key], measure.decimals) for key in ("mean", "low", "high"))
         table.add_row(label, before, after, mean, f"{low} to {high}")
+
     return table
+
+
+def _baseline_table(baselines: words.Baselines) -> Table:
+    quality_by = next(iter(baselines.by_name.values()))["quality_by"]
+    headings = ["", "toxicity", words.quality_name(quality_by), "verdict"]
+    table = Table(*headings, title="baselines on the same prompts", box=SIMPLE_HEAD)
+
+    for name, baseline in baselines.by_name.items():
+        toxicity = number(baseline["toxicity"]["before"])
+        quality = number(baseline["quality"]["before"])
+        table.add_row(name, toxicity, quality, baseline["verdict"])
+
+    return table
+
+
+def print_sweep(root: Path, sweep: dict[str, Any]) -> None:
+    """Print the combinations of a sweep, where its files are, and what to do next."""
+    # Short headings leave the combinations' names room on one line.
+    headings = ["runs", "toxicity", "interval", "quality", "KL", "frontier"]
+    quality = words.quality_name(sweep["measure"])
+    table = Table(
+        Column(overflow="fold"),
+        *(Column(heading, justify="right", no_wrap=True) for heading in headings),
+        caption=f"means over seeds after training; 95% interval of toxicity; quality: {quality}; KL: nats per response",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+
+    table.add_row("initial policy", "", number(sweep["start"][0]), "", number(sweep["start"][1]))
+    for label, combination in sweep["combinations"].items():
+        finished = sum("error" not in run for run in combination["runs"])
+        table.add_row(label, f"{finished}/{len(combination['runs'])}", *_means(combination))
+    Console(highlight=False).print(table)
+
+    print(f"numbers: {root / 'sweep.json'}")
+    print(f"next: open {root / 'sweep.html'} in a browser")
+
+
+def _means(combination: dict[str, Any]) -> list[str]:
+    """Return the cells with a combination's means; all its runs may have failed."""
+    if "kl" not in combination:
+        return ["failed"]
+
+    low, high = combination["interval"]
+    return [
+        number(combination["toxicity"][1]),
+        f"{number(low)} to {number(high)}",
+        number(combination["quality"][1]),
+        number(combination["kl"], 1),
+        "yes" if combination["frontier"] else "",
+    ]

@@ -1,189 +1,272 @@
 """How does the report put a result into words and numbers?"""
 
 import re
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-# Name in eval.json: label, what it is, decimals, 1 where more is better, -1 where less is.
-_QUALITY = {
-    "score": ("Reward score", "raw", 3, 1),
-    "facts": ("Facts kept", "share", 3, 1),
-    "quarrel_reported": ("Quarrels reported", "share", 3, 1),
-    "rouge_l": ("ROUGE-L", "to the civil reference where there is one", 3, 1),
-    "chrf": ("chrF", "to the civil reference where there is one", 3, 1),
-    "similarity": ("Similarity to the start", "to another response of the start", 3, 1),
-    "entailment": ("Entailed by the dialogue", "probability", 3, 1),
-    "fluency": ("Fluency", "probability", 3, 1),
-    "joint": ("Civil, similar and fluent (J)", "STA x SIM x FL", 3, 1),
-    "copied": ("Copied from the dialogue", "share of 4-word runs", 3, 0),
-    "distinct_1": ("Distinct words", "of a prompt's samples", 3, 1),
-    "distinct_2": ("Distinct word pairs", "of a prompt's samples", 3, 1),
-    "length": ("Response length in words", "mean", 1, 0),
-    "empty_rate": ("Empty responses", "share", 3, -1),
-    "insult_rate": ("Insults the reward model knows", "share of responses", 3, -1),
-    "insult_rate_unseen": ("Insults the reward model never saw", "share of responses", 3, -1),
-}
+# How the page, the terminal and the card qualify results by the reward's own model.
+NOT_INDEPENDENT = "not independent: the reward model itself"
 _SYSTEMS = {
     "word_filter": "Word filter",
-    "sft_civil": "Supervised on civil references",
-    "sft_best_of_4": "Supervised on the best of 4",
+    "sft_civil": "SFT on civil references",
+    "sft_best_of_4": "SFT on best-of-4 responses",
 }
 
 
-class Measure(NamedTuple):
-    """One number before and after; the difference is after minus before with its 95 % interval."""
+@dataclass(frozen=True)
+class Metric:
+    """What a number of eval.json is called; `better` is 1 where higher is better, -1 where lower is, else 0."""
 
     label: str
-    what: str
-    decimals: int
+    unit: str
     better: int
+    decimals: int = 3
+
+
+# The metrics of quality by their names in eval.json, in the order in which they are shown.
+_QUALITY = {
+    "score": Metric("Reward score", "not normalised", 1),
+    "facts": Metric("Facts kept", "share of facts", 1),
+    "quarrel_reported": Metric("Quarrels reported", "share of responses", 1),
+    "rouge_l": Metric("ROUGE-L", "F1, to the civil reference if there is one", 1),
+    "chrf": Metric("chrF", "to the civil reference if there is one", 1),
+    "similarity": Metric("Similarity to the initial policy", "to another of its responses", 1),
+    "entailment": Metric("Entailed by the dialogue", "probability", 1),
+    "fluency": Metric("Fluency", "probability", 1),
+    "joint": Metric("Civil, similar and fluent (J)", "STA × SIM × FL, mean over responses", 1),
+    "copied": Metric("Copied from the dialogue", "share of word 4-grams", 0),
+    "distinct_1": Metric("Distinct words", "share of the words in a prompt's samples", 1),
+    "distinct_2": Metric("Distinct word pairs", "share of the word pairs in a prompt's samples", 1),
+    "length": Metric("Response length in words", "mean", 0, decimals=1),
+    "empty_rate": Metric("Empty responses", "share of responses", -1),
+    "insult_rate": Metric("Insults known to the reward model", "share of responses with one", -1),
+    "insult_rate_unseen": Metric("Insults unknown to the reward model", "share of responses with one", -1),
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric before and after; `difference` is after minus before, with its 95% interval (mean, low, high)."""
+
+    metric: Metric
     before: float
     after: float
     difference: dict[str, float]
 
     @property
+    def label(self) -> str:
+        """What the metric is called."""
+        return self.metric.label
+
+    @property
     def note(self) -> str:
-        """What the number is, and which direction is good."""
-        return self.what + {1: "; higher is better", -1: "; lower is better", 0: ""}[self.better]
+        """The metric's unit, and which direction is better."""
+        direction = {1: "; higher is better", -1: "; lower is better", 0: ""}[self.metric.better]
+        return self.metric.unit + direction
+
+    @property
+    def decimals(self) -> int:
+        """How many decimals a table shows."""
+        return self.metric.decimals
 
     @property
     def direction(self) -> int:
-        """1 where the interval lies above 0, -1 where it lies below, 0 where it holds 0."""
+        """1 where the whole interval is above 0, -1 where it is below, 0 where it contains 0."""
         return (self.difference["low"] > 0) - (self.difference["high"] < 0)
 
     @property
     def verdict(self) -> str:
-        """What the change is worth, in a word; empty without a detectable difference."""
-        if self.direction and self.better:
-            return "better" if self.direction == self.better else "worse"
-        return {1: "more", -1: "less", 0: ""}[self.direction]
+        """The change in one word; empty if no difference was detected."""
+        if self.direction == 0:
+            return ""
+        if self.metric.better == 0:
+            return "more" if self.direction > 0 else "less"
+        return "better" if self.direction == self.metric.better else "worse"
 
     @property
     def claim(self) -> str:
         """The change in words."""
-        words = {1: "rose from {} to {}", -1: "fell from {} to {}", 0: "{} before, {} after"}[self.direction]
-        return words.format(*(number(value, self._decimals) for value in (self.before, self.after)))
+        before = number(self.before, self._exact_decimals)
+        after = number(self.after, self._exact_decimals)
+        if self.direction == 0:
+            return f"{before} before, {after} after"
+        return f"{'rose' if self.direction > 0 else 'fell'} from {before} to {after}"
 
     @property
     def evidence(self) -> str:
         """The difference with its interval."""
-        mean, low, high = (signed(self.difference[key], self._decimals) for key in ("mean", "low", "high"))
-        return f"difference {mean}, 95 % interval {low} to {high}"
+        mean, low, high = (signed(self.difference[key], self._exact_decimals) for key in ("mean", "low", "high"))
+        return f"difference {mean}, 95% interval {low} to {high}"
 
     @property
-    def _decimals(self) -> int:
-        # An interval that excludes 0 must not seem to touch it: as many decimals as its nearer end needs.
-        nearer = min(abs(self.difference["low"]), abs(self.difference["high"]))
+    def _exact_decimals(self) -> int:
+        """As many decimals as keep an interval that excludes 0 from being rounded to one that touches it."""
+        nearest_to_zero = min(abs(self.difference["low"]), abs(self.difference["high"]))
         decimals = self.decimals
-        while self.direction and round(nearer, decimals) == 0:
+        while self.direction and round(nearest_to_zero, decimals) == 0:
             decimals += 1
+
         return decimals
 
 
 def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
-    """Say in words what the primary judge found, and what it rests on: interval, prompts and samples."""
+    """Return the primary judge's result in words, and its evidence: interval, p-value, prompts and samples."""
     judge = evaluation["primary_judge"]
     result = evaluation["toxicity"][judge]
-    found = _by_judge(judge, result)
-    decimals = 2 if abs(found.difference["mean"]) >= 0.05 else 3
-    found = found._replace(decimals=decimals)
-    change = found.claim if found.direction else "was " + found.claim.replace(",", " and")
-    least = number(found.difference["detectable"], max(decimals, 3))
-    told = f"; a change of {least} would have been found in 4 of 5 such measurements"
-    missed = told if found.difference["detectable"] > 0 and not found.direction else ""
+    difference = result["difference"]
+    decimals = 2 if abs(difference["mean"]) >= 0.05 else 3
+    toxicity = _toxicity(judge, result, decimals)
+
+    verdict = result["verdict"].capitalize()
+    change = toxicity.claim
+    if toxicity.direction == 0:
+        change = f"was {number(toxicity.before, decimals)} before and {number(toxicity.after, decimals)} after"
+
+    p = "< 0.001" if difference["p"] < 0.001 else f"= {difference['p']:.3f}"
     size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
-    claim = f"{result['verdict'].capitalize()}: mean toxicity by {judge} {change}"
-    p = "< 0.001" if found.difference["p"] < 0.001 else f"= {found.difference['p']:.3f}"
-    return claim, f"({found.evidence}, p {p}; {size}{missed})"
+    # Without any spread between prompts there is no estimate of what could have been detected.
+    if toxicity.direction == 0 and difference["detectable"] > 0:
+        size += f"; smallest change detectable with 80% power: {number(difference['detectable'])}"
+
+    return f"{verdict}: mean toxicity by {judge} {change}", f"({toxicity.evidence}, p {p}; {size})"
 
 
 def changes(evaluation: dict[str, Any]) -> tuple[list[Measure], list[Measure]]:
-    """Return what changed, by intervals that exclude 0, and what did not; of the judges only the primary one counts."""
+    """Return the measures that changed (their interval excludes 0), and the others; toxicity by the primary judge."""
     primary = evaluation["primary_judge"]
-    measures = measured(evaluation | {"toxicity": {primary: evaluation["toxicity"][primary]}}).values()
-    return [m for m in measures if m.direction], [m for m in measures if not m.direction]
+    of_primary = {"toxicity": {primary: evaluation["toxicity"][primary]}, "quality": evaluation["quality"]}
+    measures = measured(of_primary).values()
+
+    changed = [measure for measure in measures if measure.direction != 0]
+    unchanged = [measure for measure in measures if measure.direction == 0]
+    return changed, unchanged
 
 
 def measured(system: dict[str, Any]) -> dict[str, Measure]:
-    """Return every measure of one way of training by its label: toxicity by each judge, then quality."""
-    toxicity = [_by_judge(judge, result) for judge, result in system["toxicity"].items()]
-    found = [(about, system["quality"][name]) for name, about in _QUALITY.items() if name in system["quality"]]
-    quality = [Measure(*about, r["before"], r["after"], r["difference"]) for about, r in found]
-    return {measure.label: measure for measure in (*toxicity, *quality)}
+    """Return the measures of eval.json, or of one of its baselines, by label: toxicity by each judge, then quality."""
+    measures = [_toxicity(judge, result) for judge, result in system["toxicity"].items()]
+    for name, metric in _QUALITY.items():
+        if name in system["quality"]:
+            result = system["quality"][name]
+            measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
+
+    return {measure.label: measure for measure in measures}
 
 
-def _by_judge(judge: str, r: dict[str, Any]) -> Measure:
-    label, what = f"Toxicity by {judge}", "in [0, 1]"
-    return Measure(label, what, 3, -1, r["before"]["mean"], r["after"]["mean"], r["difference"])
+def _toxicity(judge: str, result: dict[str, Any], decimals: int = 3) -> Measure:
+    metric = Metric(f"Toxicity by {judge}", "in [0, 1]", -1, decimals)
+    return Measure(metric, result["before"]["mean"], result["after"]["mean"], result["difference"])
+
+
+def quality_name(name: str) -> str:
+    """Return what a metric of quality is called; `share with text`, which no table has, is its own name."""
+    return _QUALITY[name].label if name in _QUALITY else name
 
 
 def after_name(evaluation: dict[str, Any]) -> str:
-    """Return what "after" is called: the given name where something else than a run was measured."""
+    """Return what "after" is: reinforcement learning, or the name of what was measured where nothing was trained."""
     return str(evaluation["names"].get("after", "reinforcement learning"))
 
 
-def system_name(name: str) -> str:
-    """Return what the page calls a policy."""
-    return _SYSTEMS.get(name) or re.sub(r"^best_of_(\d+)$", r"Best of \1 by the reward", name)
+def _system_name(name: str) -> str:
+    best_of = re.fullmatch(r"best_of_(\d+)", name)
+    if best_of:
+        return f"Best-of-{best_of[1]} by the reward"
+
+    return _SYSTEMS.get(name, name)
 
 
-def systems(evaluation: dict[str, Any], first: str) -> dict[str, dict[str, Measure]]:
-    """Return what each policy reached; `first` names the one that "after" is, whose measures are the table's rows."""
-    baselines = {system_name(name): measured(system) for name, system in evaluation["baselines"].items()}
-    return {first: measured(evaluation)} | baselines
+def systems(evaluation: dict[str, Any]) -> dict[str, dict[str, Measure]]:
+    """Return the measures of "after" and of each baseline, by what these are called; "after" comes first."""
+    first = evaluation["names"].get("after", after_name(evaluation).capitalize())
+    found = {first: measured(evaluation)}
+    for name, baseline in evaluation["baselines"].items():
+        found[_system_name(name)] = measured(baseline)
+
+    return found
 
 
-def beside_baselines(evaluation: dict[str, Any], after: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Say which baselines do as well as `after`, or better; return by name how each compares, the verdict in words."""
-    words = {
-        "ahead": f"{after} does better",
-        "behind": f"does better than {after}",
-        "level": f"does as well as {after}",
-        "a trade": f"{after} is better in one of the two, this in the other",
+class Baselines(NamedTuple):
+    """How "after" compares with the baselines."""
+
+    summary: str
+    by_name: dict[str, dict[str, Any]]  # Each comparison as in eval.json, with its verdict in words.
+
+
+def compare_baselines(evaluation: dict[str, Any]) -> Baselines:
+    """Compare "after" with each baseline on the same prompts."""
+    after = after_name(evaluation)
+    verdicts = {
+        "ahead": f"{after} is better",
+        "behind": f"better than {after}",
+        "level": f"as good as {after}",
+        "a trade": "each is better in one of the two",
         "undecided": "too few prompts to tell",
     }
-    found, named = {}, dict.fromkeys(words, "")
-    for name, one in evaluation["baselines"].items():
-        verdict = one["after"]["verdict"]
-        found[system_name(name)] = one["after"] | {"kl_bound": one.get("kl_bound"), "verdict": words[verdict]}
-        named[verdict] += f", {system_name(name)}"
-    enough, undecided = (named["behind"] + named["level"])[2:], named["undecided"][2:]
-    told = f"As good as {after}, or better: {enough}." if enough else f"None is shown to do as well as {after}."
-    return told + (f" Too few prompts to tell: {undecided}." if undecided else ""), found
+
+    by_name: dict[str, dict[str, Any]] = {}
+    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in verdicts}
+    for name, baseline in evaluation["baselines"].items():
+        comparison = baseline["after"]
+        verdict = comparison["verdict"]
+        by_name[_system_name(name)] = {
+            **comparison,
+            "kl_bound": baseline.get("kl_bound"),
+            "verdict": verdicts[verdict],
+        }
+        by_verdict[verdict].append(_system_name(name))
+
+    as_good = by_verdict["behind"] + by_verdict["level"]
+    summary = f"No baseline is shown to be as good as {after}."
+    if as_good:
+        summary = f"At least as good as {after}: {', '.join(as_good)}."
+    if by_verdict["undecided"]:
+        summary += f" Too few prompts to tell: {', '.join(by_verdict['undecided'])}."
+
+    return Baselines(summary, by_name)
 
 
 def data_account(rows: dict[str, Any]) -> dict[str, Any]:
-    """Return rows.json with "counts", each outcome's rows by source split, uses first, and their sums by split."""
-    splits = rows["splits"].values()
+    """Return rows.json with "counts", the rows of each outcome by split, used ones first, and "sums" by split."""
+    splits = list(rows["splits"].values())
     outcomes = sorted(dict.fromkeys(chain(*splits)), key=lambda outcome: not outcome.startswith("used"))
     counts = {outcome: [split.get(outcome, 0) for split in splits] for outcome in outcomes}
-    return rows | {"counts": counts, "sums": [sum(split.values()) for split in splits]}
+    sums = [sum(split.values()) for split in splits]
+
+    return {**rows, "counts": counts, "sums": sums}
 
 
-def changed_on_its_way(evaluation: dict[str, Any]) -> list[str]:
-    """Return what was changed when the run went on, a line for each time: `At step 40: rl.steps 40 → 80`."""
+def setting_changes(evaluation: dict[str, Any]) -> list[str]:
+    """Return the settings that changed when the run resumed, one line for each time: `At step 40: rl.steps 40 → 80`."""
     lines = []
     for record in evaluation.get("changed_on_its_way", []):
         pairs = [f"{name} {before} → {now}" for name, (before, now) in record["changes"].items()]
-        when = f"At step {record['step']}" if record["stage"] == "train" else f"Before {record['stage']} went on"
+        when = f"At step {record['step']}" if record["stage"] == "train" else f"Before {record['stage']} resumed"
         lines.append(f"{when}: {', '.join(pairs)}")
+
     return lines
 
 
 def number(value: float | None, decimals: int = 3) -> str:
     """Return the rounded value with a true minus sign; a dash for no value."""
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    return "—" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+    if value is None:
+        return "—"
+    rounded = round(value, decimals) + 0.0  # adding 0.0 turns -0.0 into 0.0
+    return f"{rounded:.{decimals}f}".replace("-", "−")
 
 
 def signed(value: float, decimals: int = 3) -> str:
-    """Return the rounded value with its sign, plus included; zero has none."""
-    return ("+" if round(value, decimals) > 0 else "") + number(value, decimals)
+    """Return the rounded value with its sign, also a plus; zero has none."""
+    plus = "+" if round(value, decimals) > 0 else ""
+    return plus + number(value, decimals)
 
 
 def percent(share: float | None, sign: bool = False) -> str:
-    """Return a share as whole percent."""
-    return "—" if share is None else f"{signed(100 * share, 0) if sign else number(100 * share, 0)} %"
+    """Return a share as a whole percentage; a dash for no value."""
+    if share is None:
+        return "—"
+    return f"{signed(100 * share, 0) if sign else number(100 * share, 0)}%"
 
 
 def duration(seconds: float) -> str:

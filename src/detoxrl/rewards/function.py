@@ -19,9 +19,9 @@ _IN_PYTHON = "given in Python"
 
 
 class RewardFunction(Protocol):
-    """What a reward of your own looks like: one number for each response, higher is better.
+    """The signature of your own reward: one number per response, higher is better.
 
-    `prompts` are what the policy read, `responses` what it wrote, both (B,); an empty response is possible.
+    `prompts` are the B texts that the policy read, `responses` the B texts that it wrote. A response may be empty.
     """
 
     def __call__(
@@ -32,56 +32,73 @@ class RewardFunction(Protocol):
 
 def load_function(name: str) -> RewardFunction:
     """Return the function `FILE.py:NAME` or `package.module:NAME`. Raises InputError when there is none."""
-    where, _, attribute = name.rpartition(":")
-    require(where != _IN_PYTHON, FIELD, name, "cannot be found again", "give it as reward= in Python")
-    require(bool(where and attribute), FIELD, name, "names no function", "write FILE.py:NAME")
-    defined = _names(name, where)
-    there = ", ".join(key for key, value in defined.items() if inspect.isfunction(value))
-    found, rule = defined.get(attribute), f"{where} defines no function {attribute}"
-    require(callable(found), FIELD, name, rule, f"choose from {there}" if there else "define it there")
-    return cast(RewardFunction, found)
+    module, _, attribute = name.rpartition(":")
+    rule = "was passed in Python, so it cannot be loaded by its name"
+    require(module != _IN_PYTHON, FIELD, name, rule, "pass it again as reward= in Python")
+    require(bool(module and attribute), FIELD, name, "does not name a function", "write FILE.py:NAME")
+
+    defined = _defined_in(module, name)
+    functions = [key for key, value in defined.items() if inspect.isfunction(value)]
+    function = defined.get(attribute)
+    remedy = f"choose from {', '.join(functions)}" if functions else "define it there"
+    require(callable(function), FIELD, name, f"{module} defines no function {attribute}", remedy)
+    return cast(RewardFunction, function)
 
 
 def function_name(function: RewardFunction) -> str:
-    """Return `FILE.py:NAME` for a function that `load_function` can find again, else a name that says it cannot."""
+    """Return `FILE.py:NAME` for a function that `load_function` can load, else a name that it refuses."""
     if inspect.isfunction(function) and function.__qualname__.isidentifier():
         return f"{Path(inspect.getfile(function)).resolve()}:{function.__name__}"
     return f"{_IN_PYTHON}:{type(function).__name__}"
 
 
-def _names(name: str, where: str) -> dict[str, Any]:
-    """Return what a module or a Python file defines."""
-    if where.endswith(".py"):
-        require(Path(where).is_file(), FIELD, name, f"there is no file {where}", "give the path of a Python file")
-        sys.path.append(str(Path(where).resolve().parent))  # its neighbours can be imported, as in a script
+def _defined_in(module: str, name: str) -> dict[str, Any]:
+    """Return the globals of a Python file or a module. Raises InputError, with `name` as the value, without one."""
+    if module.endswith(".py"):
+        path = Path(module)
+        require(path.is_file(), FIELD, name, f"there is no file {module}", "give the path of a Python file")
+        sys.path.append(str(path.resolve().parent))  # The file can import its neighbours, as a script can.
         try:
-            return runpy.run_path(where, run_name=f"reward_{Path(where).stem}")
+            return runpy.run_path(module, run_name=f"reward_{path.stem}")
         except SyntaxError as error:
-            raise InputError(FIELD, name, f"line {error.lineno} is no Python: {error.msg}", "mend it") from None
+            rule = f"line {error.lineno} is not valid Python: {error.msg}"
+            raise InputError(FIELD, name, rule, "fix the file") from None
+
     try:
-        return vars(importlib.import_module(where))
+        return vars(importlib.import_module(module))
     except (ModuleNotFoundError, TypeError):
-        raise InputError(FIELD, name, f"there is no module {where}", "write FILE.py:NAME") from None
+        raise InputError(FIELD, name, f"there is no module {module}", "write FILE.py:NAME") from None
 
 
 def validated_reward(function: RewardFunction, name: str) -> Reward:
-    """Return the function as a reward that raises InputError for what is not one finite number for each response."""
+    """Return the function as a reward. It raises InputError unless the function returns one finite number each."""
 
-    def scores(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
         returned = function(list(prompts), list(responses))
-        size, remedy = len(responses), "return one finite number for each response, an empty one too"
-        plain = returned.detach().float().cpu() if isinstance(returned, torch.Tensor) else returned
-        try:
-            numbers = np.asarray(plain)
-        except ValueError:  # lists of unequal length
-            numbers = np.asarray(None)
-        rule = f"returned {type(returned).__name__}, not numbers"
-        require(numbers.dtype.kind in "fiub", FIELD, name, rule, remedy)
-        numbers = numbers.astype(np.float32)
-        rule = f"returned shape {numbers.shape} for {size} responses"
-        require(numbers.shape == (size,), FIELD, name, rule, remedy)
-        for i, score in enumerate(numbers, start=1):
-            require(bool(np.isfinite(score)), FIELD, name, f"returned {score} for response {i} of {size}", remedy)
-        return torch.from_numpy(numbers)
+        return _validated_scores(returned, len(responses), name)
 
-    return scores
+    return reward
+
+
+def _validated_scores(returned: Any, size: int, name: str) -> torch.Tensor:
+    """Return what a function returned for `size` responses as scores (size,) in fp32. Raises InputError."""
+    remedy = "return one finite number for each response, also for an empty one"
+    numbers = _as_array(returned)
+    numeric = numbers.dtype.kind in "fiub"
+    require(numeric, FIELD, name, f"returned {type(returned).__name__}, not numbers", remedy)
+
+    numbers = numbers.astype(np.float32)
+    require(numbers.shape == (size,), FIELD, name, f"returned shape {numbers.shape} for {size} responses", remedy)
+    for i, score in enumerate(numbers, start=1):
+        require(bool(np.isfinite(score)), FIELD, name, f"returned {score} for response {i} of {size}", remedy)
+    return torch.from_numpy(numbers)
+
+
+def _as_array(returned: Any) -> np.ndarray[Any, Any]:
+    """Return what a function returned as an array, which has dtype object if it does not hold numbers."""
+    if isinstance(returned, torch.Tensor):
+        returned = returned.detach().float().cpu()
+    try:
+        return np.asarray(returned)
+    except ValueError:  # Nested lists of unequal length.
+        return np.asarray(None)

@@ -1,4 +1,4 @@
-"""What was trained on the spot before and can be used again?"""
+"""Which models were trained before with the same ingredients, so that they need not be trained again?"""
 
 import hashlib
 import os
@@ -12,7 +12,9 @@ from filelock import FileLock
 from detoxrl.runtime.console import log
 from detoxrl.runtime.files import copy_path, remove_leftovers
 
-# A change to any of these files changes what they train, so it changes the key.
+_PACKAGE = Path(__file__).parents[1]
+# The code that decides what a cached model learns, relative to the package. A change to any of these files changes the
+# key. A folder stands for its Python files.
 _SOURCES = (
     "training/sft.py",
     "rewards/fit.py",
@@ -21,45 +23,58 @@ _SOURCES = (
     "data",
     "data/embedded/phrases.json",
 )
+_LIBRARIES = ("torch", "transformers", "peft")
 
 
 def cache_dir() -> Path:
-    """Return $DETOXRL_CACHE, or detoxrl's folder in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DETOXRL_CACHE") or Path(home) / "detoxrl")
+    """Return $DETOXRL_CACHE, or by default `detoxrl` in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DETOXRL_CACHE") or Path(user_cache) / "detoxrl")
 
 
 def tidy_cache() -> None:
-    """Delete what killed processes left half filled, once nobody is filling the cache."""
+    """Delete what killed processes left half written; waits until no other process writes to the cache."""
     if cache_dir().is_dir():
         with FileLock(cache_dir() / ".lock"):
             remove_leftovers(cache_dir())
 
 
 def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> None:
-    """Fill `destination` from the cache, and say so, or by `build(destination)`, which is kept.
+    """Copy a model to `destination` from the cache, or call `build(destination)` and cache the result.
 
-    The key covers the ingredients, versions of libraries, the machine's threads and bf16, and our own training code.
+    The key covers the ingredients, the versions of the libraries, this package's training code, and what rounding
+    depends on: the number of threads and bfloat16 support.
     """
-    stored = cache_dir() / f"{what.replace(' ', '-')}-{_key(ingredients)}"
-    if stored.is_dir():
-        copy_path(stored, destination)
-        log.print(f"{what}: trained before, taken from the cache")
+    entry = cache_dir() / f"{what.replace(' ', '-')}-{_key(ingredients)}"
+    if entry.is_dir():
+        copy_path(entry, destination)
+        log.print(f"{what}: trained before, copied from the cache")
         return
+
     build(destination)
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(stored.with_name(".lock")):  # others fill the cache too, and what is there is read without it
-        if not stored.is_dir():
-            copy_path(destination, stored)
+
+    # Only writers need the lock: an entry appears whole.
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry.with_name(".lock")):
+        if not entry.is_dir():
+            copy_path(destination, entry)
 
 
 def _key(ingredients: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    machine = (torch.get_num_threads(), torch.cpu.get_capabilities().get("avx512_bf16"))  # what rounding depends on
-    for part in (*ingredients, *map(version, ("torch", "transformers", "peft")), repr(machine)):
+    rounding = (torch.get_num_threads(), torch.cpu.get_capabilities().get("avx512_bf16"))
+    versions = [version(library) for library in _LIBRARIES]
+    for part in (*ingredients, *versions, repr(rounding)):
         digest.update(part.encode() + b"\0")
-    package = Path(__file__).parents[1]
-    for source in _SOURCES:
-        for path in sorted((package / source).rglob("*.py")) or [package / source]:
-            digest.update(path.read_bytes())
+
+    for path in _source_files():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
+
+
+def _source_files() -> list[Path]:
+    files = []
+    for source in _SOURCES:
+        path = _PACKAGE / source
+        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return files

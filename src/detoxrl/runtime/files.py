@@ -1,6 +1,6 @@
-"""How is something written so that a kill or a power cut leaves the old or the new, and never half of it?
+"""How is a file written so that a kill or a power cut leaves the old one or the new one, and never half of it?
 
-It is written under a temporary name beside its own, brought to the disk, and renamed.
+It is written under a temporary name in the same folder, flushed to the disk, and renamed.
 """
 
 import hashlib
@@ -15,23 +15,26 @@ from safetensors import SafetensorError
 
 from detoxrl.errors import StorageError, first_line
 
-_TEMPORARY = re.compile(r"\.(.+)\.(new|old|gone)\d+")
+# .NAME.new123 is being written by process 123, .NAME.old123 was moved aside by it, .NAME.gone123 is being deleted.
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>new|old|gone)\d+")
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}{os.getpid()}")
+def _temporary_path(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}{os.getpid()}")
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether the name is one under which this room writes."""
+    """Return whether the name is one that this module gives to files and folders while it writes or deletes them."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # Windows cannot open a folder
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -39,9 +42,10 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+    """Write a text file atomically; missing parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "new")
+    temporary = _temporary_path(path, "new")
+
     try:
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
@@ -53,17 +57,23 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `target` once it is complete; on an error it is removed.
+    """Yield an empty folder that replaces `target` when the block ends; if the block raises, it is deleted.
 
-    A folder that was there is away for the moment between two renames; what must survive that is in a checkpoint.
+    Folders cannot be swapped atomically: between two renames there is no `target`. A kill at that moment is repaired by
+    `remove_leftovers`.
     """
-    temporary, old = _beside(target, "new"), _beside(target, "old")
+    temporary = _temporary_path(target, "new")
+    old = _temporary_path(target, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+
     try:
         yield temporary
-        for path in (*temporary.rglob("*"), temporary):
+
+        for path in temporary.rglob("*"):
             sync(path)
+        sync(temporary)
+
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
@@ -74,19 +84,19 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 
 def copy_path(source: Path, target: Path) -> None:
-    """Copy a text file or a folder, where there is one, so that it is there whole or not at all."""
+    """Copy a text file or a folder atomically; without a `source` nothing happens."""
     if source.is_dir():
         with replace_folder(target) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
     elif source.is_file():
-        sync(source)  # a log may have been appended to
+        sync(source)  # lines appended to a log may not be on the disk yet
         write_text(target, source.read_text(encoding="utf-8"))
 
 
 def remove_path(path: Path) -> None:
-    """Delete a file or folder, if it is there, so that it is there whole or not at all."""
+    """Delete a file or folder, if it exists. A folder is renamed first, so that a kill never leaves a part of it."""
     if path.is_dir() and not path.is_symlink():
-        gone = _beside(path, "gone")
+        gone = _temporary_path(path, "gone")
         os.replace(path, gone)
         shutil.rmtree(gone)
     else:
@@ -94,38 +104,45 @@ def remove_path(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written or half deleted; no other may be writing in `folder`.
+    """Delete what killed processes left half written or half deleted. The caller holds the lock of `folder`.
 
-    What was set aside for its replacement, which did not come, takes its place again.
+    A folder that was moved aside for a replacement that never came is moved back.
     """
     for path in sorted(folder.rglob(".*")):
-        if (name := _TEMPORARY.fullmatch(path.name)) and path.exists():
-            target = path.with_name(name[1])
-            if name[2] == "old" and not target.exists():
-                os.replace(path, target)
-            else:
-                remove_path(path)
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or not path.exists():  # deleted together with a folder above it
+            continue
+
+        target = path.with_name(match["target"])
+        if match["kind"] == "old" and not target.exists():
+            os.replace(path, target)
+        else:
+            remove_path(path)
 
 
 def file_digests(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of a file, or of each file in a folder, by its path there."""
-    found = {}
-    for part in sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]:
-        with part.open("rb") as content:
-            found[part.relative_to(path).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
-    return found
+    """Return the SHA-256 of each file in a folder by its relative path; a single file has the path "."."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+
+    digests = {}
+    for file in files:
+        with file.open("rb") as content:
+            digests[file.relative_to(path).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
+    return digests
 
 
 def content_digest(path: Path) -> str:
-    """Return one short digest of a file, or of all files in a folder and their names."""
-    found = [f"{name} {digest}" for name, digest in file_digests(path).items()]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+    """Return 16 hexadecimal digits that identify the content of a file, or the names and contents in a folder."""
+    lines = [f"{name} {digest}" for name, digest in file_digests(path).items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def explain_corruption(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what goes wrong with a torn or missing file into a StorageError that says what to do."""
+    """Turn errors about a corrupted or missing file inside the block into a StorageError with the remedy."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise StorageError(f"{path} is broken: {first_line(error)}; {remedy}") from error
+        raise StorageError(f"{path} cannot be read: {first_line(error)}; {remedy}") from error

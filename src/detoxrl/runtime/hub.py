@@ -1,10 +1,13 @@
-"""How do models and data come from a hub, at a revision (`name@revision`) that is known afterwards?"""
+"""How do models and data sets travel between a hub and this machine?
+
+A hub id is `name` or `name@revision`. A run pins it to `name@commit`, so that it reads the same files when it resumes.
+"""
 
 import errno
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,76 +18,100 @@ from huggingface_hub import constants, errors
 from detoxrl.errors import InputError, first_line, require
 
 _NAME = r"\w([\w.-]{0,94}\w)?"
-_ID = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}(/{_NAME})?(@[\w.-]+(/[\w.-]+)*)?", re.ASCII)
-_DATA = (".csv", ".tsv", ".json", ".jsonl", ".gz", ".zst", ".parquet", ".arrow")
-_SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]  # what a model's folder may hold beside its weights
-# What is fetched at once, by the hub's list of files: data, and a model that is to be converted.
-_LISTED: dict[str, dict[str, Any]] = {
-    "data.source": {"repo_type": "dataset", "allow_patterns": [*(f"*{ending}" for ending in _DATA), "README.md"]},
-    "FROM": {"allow_patterns": [*_SMALL, "pytorch_model*.bin", "adapter_model*.bin"]},
+_HUB_ID = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}(/{_NAME})?(@[\w.-]+(/[\w.-]+)*)?", re.ASCII)
+_DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".gz", ".zst", ".parquet", ".arrow")
+_MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # Configuration and tokenizer: everything but the weights.
+# Sentence encoders may have weights in subfolders: layers after the transformer, such as 2_Dense.
+_SUBFOLDER_FILES = {"evaluation.encoder": ["*/model.safetensors"]}
+
+# Settings whose files are found by pattern, with the type of repository. The weights of a model that a run reads are
+# requested by name instead, so that a missing file is an error.
+_SNAPSHOTS = {
+    "data.source": ("dataset", [*(f"*{suffix}" for suffix in _DATA_SUFFIXES), "README.md"]),
+    "FROM": ("model", [*_MODEL_FILES, "pytorch_model*.bin", "adapter_model*.bin"]),
 }
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether `source` can only mean a hub id: it has the form of one, and nothing here has that name."""
-    # What ends like a data file was meant as one, so whoever mistypes it is told what files there are.
-    file = source.partition("@")[0].lower().endswith((*_DATA, ".git"))
-    return _ID.fullmatch(source) is not None and not file and not Path(source).exists()
+    """Return whether `source` has the form of a hub id and is not the path of an existing file or folder."""
+    # A name that ends like a data file is a mistyped path: the error should list the files that exist.
+    is_file_name = source.partition("@")[0].lower().endswith((*_DATA_SUFFIXES, ".git"))
+    return _HUB_ID.fullmatch(source) is not None and not is_file_name and not Path(source).exists()
 
 
 def pin_revision(source: str, field: str) -> str:
-    """Return a hub id as `name@commit`, the commit being that of its revision now. Raises InputError."""
+    """Return a hub id as `name@commit`, with the commit that its revision points to now. A path is returned unchanged.
+
+    Raises InputError when the commit is neither cached nor available from the hub.
+    """
     if not is_hub_id(source):
         return source
-    with _answered(source, field):
-        return f"{source.partition('@')[0]}@{_begun(source, field).name}"
+    with _input_errors(source, field):
+        return _at_commit(source, _commit_folder(source, field))
 
 
 def fetch(source: str, field: str, weights: bool = True) -> str:
-    """Return the folder that holds what a hub id names for a setting; what is no hub id comes back as it is.
+    """Return the local folder of a hub id, downloaded unless it is cached. A path is returned unchanged.
 
-    Raises InputError when there is no such thing, or when its weights, if wanted, cannot be had as safetensors.
+    `field` is the setting that names `source`; it decides which files are needed. With `weights` false, a model comes
+    without its weights. Raises InputError when a path does not exist or a needed file is not available.
     """
     if not is_hub_id(source):
-        remedy = "give a folder, or a hub id such as google/flan-t5-small"
-        require(Path(source).exists(), field, source, "is no folder here, and no hub id", remedy)
+        rule = "is neither an existing path nor a hub id"
+        require(Path(source).exists(), field, source, rule, "give a folder, or a hub id such as google/flan-t5-small")
         return source
-    with _answered(source, field):
-        folder = _begun(source, field)
-        if field not in _LISTED:
-            commit = f"{source.partition('@')[0]}@{folder.name}"
-            _asked(commit, allow_patterns=_SMALL)
-            for file in _weight_files(folder, field) if weights else ():
-                _asked(commit, filename=file)
+
+    with _input_errors(source, field):
+        folder = _commit_folder(source, field)
+        if field in _SNAPSHOTS:
+            return str(folder)
+
+        # The branch may move between two requests, so all files after the first come from its commit.
+        pinned = _at_commit(source, folder)
+        _download_snapshot(pinned, "model", [*_MODEL_FILES, *_SUBFOLDER_FILES.get(field, [])])
+        if weights:
+            for file in _weight_files(folder, source, field):
+                _download_file(pinned, file)
     return str(folder)
 
 
 def fetch_policy(source: str, field: str) -> str:
-    """Return the folder of a model or LoRA; a hub id is a LoRA where it holds such settings. Raises InputError."""
-    with _answered(source, field), suppress(errors.EntryNotFoundError):
-        if is_hub_id(source):
-            _asked(source, filename="adapter_config.json")
-            return fetch(source, "policy.adapter")
+    """Return the local folder of a model or a LoRA adapter; a hub id with an adapter_config.json is an adapter.
+
+    Raises InputError as `fetch` does.
+    """
+    if is_hub_id(source) and _is_adapter(source, field):
+        return fetch(source, "policy.adapter")
     return fetch(source, field)
 
 
 def download_size(source: str, field: str) -> int:
-    """Return how much of a model's weights is not on this machine yet. Raises InputError."""
+    """Return how many bytes of a model's weights are not cached yet. Raises InputError as `fetch` does."""
     if not is_hub_id(source):
         return 0
+    name, _ = _split(source)
     folder = Path(fetch(source, field, weights=False))
-    with _answered(source, field):
-        commit = f"{source.partition('@')[0]}@{folder.name}"
-        found = [_asked(commit, filename=file, dry_run=True) for file in _weight_files(folder, field)]
-    return sum(file.file_size or 0 for file in found if file.will_download)
+
+    size = 0
+    with _input_errors(source, field):
+        for file in _weight_files(folder, source, field):
+            ask = partial(huggingface_hub.hf_hub_download, name, file, revision=folder.name, dry_run=True)
+            plan = _or_cached(ask)
+            if plan.will_download:
+                size += plan.file_size or 0
+    return size
 
 
 def push_token(name: str) -> str:
-    """Return the token to push `name` with. Raises InputError when there is none, or the name is no OWNER/NAME."""
-    fits = re.fullmatch(f"{_NAME}/{_NAME}", name, re.ASCII) and not re.search(r"--|\.\.|\.git$", name)
-    require(bool(fits), "--push", name, "is no name on a hub", "say OWNER/NAME in letters, digits, dots and dashes")
-    on, token = not constants.is_offline_mode(), huggingface_hub.get_token()
-    require(on, "--push", name, "needs the hub, and HF_HUB_OFFLINE is set", "unset it, or leave --push out")
+    """Return the token for a push to `name`. Raises InputError without a token, and unless `name` is OWNER/NAME."""
+    valid = re.fullmatch(f"{_NAME}/{_NAME}", name, re.ASCII) and not re.search(r"--|\.\.|\.git$", name)
+    remedy = "write OWNER/NAME with letters, digits, dots and dashes"
+    require(bool(valid), "--push", name, "is not the name of a repository", remedy)
+
+    rule = "needs the hub, and HF_HUB_OFFLINE is set"
+    require(not constants.is_offline_mode(), "--push", name, rule, "unset it, or leave --push out")
+
+    token = huggingface_hub.get_token()
     require(bool(token), "--push", name, "needs a token, and there is none", "set HF_TOKEN, or run `hf auth login`")
     return str(token)
 
@@ -92,100 +119,149 @@ def push_token(name: str) -> str:
 def push_folder(folder: Path, name: str, token: str, private: bool, overwrite: bool) -> str:
     """Upload a folder as the model repository `name` and return its address; `overwrite` replaces an earlier export.
 
-    Raises InputError, which never holds the token, when the hub does not take it.
+    Raises InputError, which never contains the token, when the hub does not accept the upload.
     """
     api = huggingface_hub.HfApi(token=token)
     try:
-        address = str(api.create_repo(name, private=private or None, exist_ok=overwrite))
-        there = api.model_info(name)
-        files, tags = {file.rfilename for file in there.siblings or []}, there.tags or []
-        ours = files <= {".gitattributes"} or "detoxrl" in tags
-        require(ours, "--push", name, "holds something else than an export of detoxrl", "choose another name")
-        rule, remedy = "is there already, and everybody can see it", "make it private there, or leave --private out"
-        require(bool(there.private) or not private, "--push", name, rule, remedy)
-        # Deleted is what an earlier export had and this one has not; the hub's history keeps it.
+        address = api.create_repo(name, private=private or None, exist_ok=overwrite)
+        _require_replaceable(api, name, private)
+        # Files of an earlier export that this one lacks are deleted; the history of the repository keeps them.
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export", delete_patterns="*")
-        return address
-    # Their messages may quote a header, and with it the token.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
-        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-        by, better = f"was refused by {constants.ENDPOINT}:", "set HF_TOKEN to one that may write there"
-        rule, remedy = {
-            0: (f"could not be sent to {constants.ENDPOINT} ({type(error).__name__})", "try again later"),
-            401: (f"{by} the token is not valid", f"{better}, or run `hf auth login`"),
-            403: (f"{by} the token may not write there", f"{better}, or name an OWNER that is you"),
-            409: (f"{by} it exists already", "choose another name, or add --overwrite to replace an earlier export"),
-        }.get(status, (f"was answered by {constants.ENDPOINT} with status {status}", "try again later"))
+        rule, remedy = _push_failure(error)
+        # Without the cause: its message may quote a request header, and with it the token.
         raise InputError("--push", name, rule, remedy) from None
+    return str(address)
 
 
-def _begun(source: str, field: str) -> Path:
-    """Return the folder of the commit that a hub id means now, with its settings or, of what is listed, whole."""
-    if field in _LISTED:
-        return Path(_asked(source, **_LISTED[field]))
-    return Path(_asked(source, filename="adapter_config.json" if field == "policy.adapter" else "config.json")).parent
+def _require_replaceable(api: huggingface_hub.HfApi, name: str, private: bool) -> None:
+    """Raise InputError if the repository holds anything but an export, or is public although `private` is asked for."""
+    info = api.model_info(name)
+    files = {file.rfilename for file in info.siblings or []}
+    is_empty = files <= {".gitattributes"}
+    is_export = "detoxrl" in (info.tags or [])
+    require(is_empty or is_export, "--push", name, "is not an export of detoxrl", "choose another name")
+
+    remedy = "make it private on the hub, or leave --private out"
+    require(bool(info.private) or not private, "--push", name, "exists already and is public", remedy)
 
 
-def _weight_files(folder: Path, field: str) -> list[str]:
-    whole = "adapter_model.safetensors" if field == "policy.adapter" else "model.safetensors"
-    index = folder / f"{whole}.index.json"
-    if not index.is_file():
-        return [whole]
-    found = json.loads(index.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-        raise ValueError(f"{whole}.index.json names no weights")
-    return sorted(set(found["weight_map"].values()))
+def _push_failure(error: Exception) -> tuple[str, str]:
+    """Return what went wrong with an upload, and the remedy, without a word of the error's own message."""
+    hub = constants.ENDPOINT
+    if not isinstance(error, errors.HfHubHTTPError):
+        return f"could not be sent to {hub} ({type(error).__name__})", "try again later"
+
+    status = error.response.status_code
+    if status == 401:
+        return f"was refused by {hub}: the token is not valid", "set HF_TOKEN to a valid one, or run `hf auth login`"
+    if status == 403:
+        remedy = "set HF_TOKEN to a token with write access, or use your own OWNER"
+        return f"was refused by {hub}: the token may not write there", remedy
+    if status == 409:
+        return f"exists already at {hub}", "choose another name, or add --overwrite to replace an earlier export"
+    return f"was answered by {hub} with status {status}", "try again later"
 
 
-def _asked(source: str, **wanted: Any) -> Any:
-    """Return what a hub gives of `name@revision`, or where the connection breaks off what the cache holds."""
+def _split(source: str) -> tuple[str, str | None]:
+    """Return the name and the revision of a hub id."""
     name, _, revision = source.partition("@")
-    get = huggingface_hub.hf_hub_download if "filename" in wanted else huggingface_hub.snapshot_download
-    ask = partial[Any](get, name, revision=revision or None, **wanted)
+    return name, revision or None
+
+
+def _at_commit(source: str, folder: Path) -> str:
+    """Return the hub id with the commit that `folder`, in the cache, belongs to: its folder name."""
+    return f"{_split(source)[0]}@{folder.name}"
+
+
+def _is_adapter(source: str, field: str) -> bool:
+    with _input_errors(source, field):
+        try:
+            _download_file(source, "adapter_config.json")
+        except errors.EntryNotFoundError:
+            return False
+    return True
+
+
+def _commit_folder(source: str, field: str) -> Path:
+    """Return the cached folder of a hub id's commit: with the whole snapshot for a data set, else the config."""
+    if field in _SNAPSHOTS:
+        repo_type, patterns = _SNAPSHOTS[field]
+        return _download_snapshot(source, repo_type, patterns)
+    config = "adapter_config.json" if field == "policy.adapter" else "config.json"
+    return _download_file(source, config).parent
+
+
+def _weight_files(folder: Path, source: str, field: str) -> list[str]:
+    """Return the names of a model's weight files: one, or the shards that its index lists."""
+    weights = "adapter_model.safetensors" if field == "policy.adapter" else "model.safetensors"
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return [weights]
     try:
-        return ask()
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(field, source, f"has a malformed {index.name}", "name another revision") from error
+
+
+def _download_file(source: str, file: str) -> Path:
+    name, revision = _split(source)
+    return Path(_or_cached(partial(huggingface_hub.hf_hub_download, name, file, revision=revision)))
+
+
+def _download_snapshot(source: str, repo_type: str, patterns: list[str]) -> Path:
+    name, revision = _split(source)
+    download = partial(huggingface_hub.snapshot_download, name, repo_type=repo_type, revision=revision)
+    return Path(_or_cached(partial(download, allow_patterns=patterns)))
+
+
+def _or_cached(download: Callable[..., Any]) -> Any:
+    """Return the result of a download, taken from the cache alone if the connection breaks."""
+    try:
+        return download()
     except errors.HfHubHTTPError:
         raise
     except errors.HTTPError:  # type: ignore[attr-defined]
-        return ask(local_files_only=True)
+        return download(local_files_only=True)
 
 
 @contextmanager
-def _answered(source: str, field: str) -> Iterator[None]:
-    """Turn what a hub, or the way to it, can answer into one line that says what to do."""
+def _input_errors(source: str, field: str) -> Iterator[None]:
+    """Turn a failed download into an InputError. A full disk is not bad input, so its OSError passes through."""
     try:
         yield
-    # hf_xet raises RuntimeError, an index that is none ValueError.
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(field, source, *_trouble(error, source, field)) from error
+        rule, remedy = _download_failure(error, source, field)
+        raise InputError(field, source, rule, remedy) from error
 
 
-def _trouble(error: BaseException, source: str, field: str) -> tuple[str, str]:
-    """Return what is wrong, and what to do, when a hub gave not what it was asked for."""
-    if isinstance(error, errors.LocalEntryNotFoundError):  # what went wrong, not that the cache did not help then
+def _download_failure(error: BaseException, source: str, field: str) -> tuple[str, str]:
+    """Return what went wrong with a download, and the remedy."""
+    hub = constants.ENDPOINT
+    if constants.is_offline_mode():
+        return "is not a local path and not fully cached, and HF_HUB_OFFLINE is set", "unset it once to download"
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        # The cache was only tried because an earlier request failed: that failure is the one to report.
         error = error.__cause__ or error.__context__ or error
-    answer = error.response if isinstance(error, errors.HfHubHTTPError) else None
-    status, file = (None, "") if answer is None else (answer.status_code, str(answer.url).rpartition("/")[2])
-    kind, nowhere, login = partial(isinstance, error), "is no file or folder here", "or run `hf auth login`"
-    hub, uncached = constants.ENDPOINT, f"{nowhere}, nor whole in the cache, and"
-    convert = f"name one that does; `detoxrl convert {source} FOLDER` makes safetensors of a .bin"
-    return next((rule, remedy) for holds, rule, remedy in (
-        (kind(ValueError) and status is None, f"cannot be read as {hub} gives it: {first_line(error)}",
-         "name another revision"),
-        (constants.is_offline_mode(), f"{uncached} HF_HUB_OFFLINE is set", "unset it once to fetch what is missing"),
-        (getattr(error, "errno", None), f"cannot be kept in the cache: {error}",
-         "make it writable, or set HF_HOME to another folder"),
-        (kind(errors.GatedRepoError), f"is gated at {hub}", f"accept its terms there, then set HF_TOKEN {login}"),
-        (kind(errors.RevisionNotFoundError), f"is no revision known to {hub}", "correct what follows the @"),
-        (kind(errors.RepositoryNotFoundError) or status == 401, f"{nowhere}, and no repository that {hub} shows",
-         f"correct the name; a private one needs a valid HF_TOKEN, {login}"),
-        (status == 404 and field != "data.source", f"{nowhere}, and at {hub} holds no {file}", convert),
-        (status == 403, f"was refused by {hub} with status 403", f"set HF_TOKEN to one that may, {login}"),
-        (status == 429, f"was refused by {hub}: too many requests",
-         "wait some minutes, or set HF_TOKEN for a higher limit"),
-        (status, f"was answered by {hub} with status {status}", "try again later"),
-        (True, f"{uncached} could not be fetched from {hub} ({first_line(error)})",
-         "run it again when the network is back: what came whole is kept"),
-    ) if holds)  # fmt: skip
+    if not isinstance(error, errors.HfHubHTTPError):
+        rule = f"is not a local path and not fully cached, and downloading from {hub} failed: {first_line(error)}"
+        return rule, "check the network and the cache folder (HF_HOME), then run it again"
+
+    status = error.response.status_code
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return f"is gated or private at {hub}", "accept its terms there, then set HF_TOKEN or run `hf auth login`"
+    # The hub answers 401 for a name that does not exist, so that it does not reveal private names.
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        rule = f"is not a local path, and {hub} shows no such repository"
+        return rule, "correct the name; if it is private, set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"is not a revision known to {hub}", "correct the part after the @"
+    if status == 404 and field not in _SNAPSHOTS:
+        file = str(error.response.url).rpartition("/")[2]
+        remedy = f"name a repository that has it; `detoxrl convert {source} FOLDER` makes safetensors of a .bin"
+        return f"has no {file} at {hub}", remedy
+    return f"was answered by {hub} with status {status}", "try again later, or set HF_TOKEN for a higher rate limit"

@@ -1,6 +1,7 @@
 """Where does every random draw come from?
 
-Each draw is a function of (seed, stream, step, prompt id, sample index), not of a row's batch or the processes' number.
+Each draw is a function of (seed, stream, step, prompt id, sample index), so it depends neither on the batch that a row
+is in nor on the number of processes.
 """
 
 import hashlib
@@ -17,7 +18,11 @@ def digest(text: str) -> int:
 
 
 def _generator(seed: int, stream: str, step: int, row: int, sample: int) -> np.random.Generator:
-    # The lowest counter word is Philox's own position in the stream; the upper three say whose stream it is.
+    """Return a generator that is independent of those with any other arguments.
+
+    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") encrypts a counter of four words. It
+    advances the lowest word itself, so that one starts at 0; the others and the key name the stream.
+    """
     key = np.array([seed, digest(stream)], dtype=np.uint64)
     counter = np.array([0, sample, row, step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -26,22 +31,26 @@ def _generator(seed: int, stream: str, step: int, row: int, sample: int) -> np.r
 def uniforms(
     seed: int, stream: str, step: int, prompt_ids: Sequence[str], sample: int, length: int
 ) -> npt.NDArray[np.float64]:
-    """Return uniforms in [0, 1), shape (B, length): row i belongs to (prompt_ids[i], sample) alone."""
-    return np.stack([_generator(seed, stream, step, digest(row), sample).random(length) for row in prompt_ids])
+    """Return uniforms in [0, 1), shape (B, length); row i depends on prompt_ids[i] and not on the other ids."""
+    rows = [_generator(seed, stream, step, digest(prompt_id), sample).random(length) for prompt_id in prompt_ids]
+    return np.stack(rows)
 
 
-@lru_cache(maxsize=8)  # a pass over the data asks for the same shuffle at every step
+@lru_cache(maxsize=8)  # every step of one pass over the data asks for the same shuffle
 def permutation(seed: int, stream: str, step: int, length: int) -> tuple[int, ...]:
     """Return a shuffle of range(length)."""
     return tuple(_generator(seed, stream, step, 0, 0).permutation(length).tolist())
 
 
 def batch_indices(seed: int, stream: str, step: int, batch_size: int, length: int) -> list[int]:
-    """Return the rows of batch `step` when `length` rows are shuffled anew for every pass and read in order."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [permutation(seed, stream, i // length, length)[i % length] for i in positions]
+    """Return the rows of batch `step` when `length` rows are read in order and shuffled anew for every pass."""
+    rows = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        data_pass, offset = divmod(position, length)
+        rows.append(permutation(seed, stream, data_pass, length)[offset])
+    return rows
 
 
 def torch_seed(seed: int, stream: str) -> int:
-    """Return a seed for torch's own generator: weight initialisation only."""
+    """Return a seed for torch's own generator, which draws initial weights and dropout masks; below 2^63."""
     return digest(f"{seed} {stream}") >> 1

@@ -1,4 +1,4 @@
-"""What does a run folder hold, and how is it written and watched?"""
+"""What is in a run folder, and how do the stages of a run read and write it?"""
 
 import json
 import os
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
 
@@ -16,14 +16,18 @@ from detoxrl.errors import InputError, require
 from detoxrl.runtime.console import log
 from detoxrl.runtime.files import explain_corruption, is_temporary, remove_leftovers, remove_path, write_text
 
-# What eval.json calls the reward's own model where it judges: no independent judge.
+# The name in eval.json of the reward's own classifier when it is a judge too; it is not an independent judge.
 REWARD_JUDGE = "reward classifier"
 NOTHING_BETTER = (
-    "no policy was better than the start, so the start was kept: see validation.jsonl for what came of the others. "
-    "More rows, more steps, another rl.lr or a larger rl.quality_margin may help."
+    "no checkpoint was better than the initial policy, so the initial policy was kept; validation.jsonl has the "
+    "numbers. More prompts, more steps, another rl.lr or a larger rl.quality_margin may help."
 )
+IfExists = Literal["error", "overwrite", "resume", "resume with changes"]
+"""What to do with a run folder that exists: refuse it, replace it, or resume its run, with other settings too."""
+
 STAGES = ("prepare", "sft", "train", "evaluate", "report")
-# What each stage makes, but for the rows, which are made anew whenever prepare is. A folder shows that it was begun.
+# What each stage writes, except for the rows, which prepare writes anew each time. A checkpoint folder or a model says
+# that the stage has started.
 PRODUCTS = {
     "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
     "sft": ("checkpoints/sft", "base", "start", "baseline", "expert"),
@@ -32,47 +36,50 @@ PRODUCTS = {
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
     "report": ("report.html", "samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"),
 }  # fmt: skip
-_AGAIN = "make it again: remove seconds.json, and --resume does what is missing"
 _LOCK = ".lock"
+_REBUILD = "remove seconds.json and run again with --resume, which rebuilds it"
 
 
 def products_from(first: str) -> list[str]:
-    """Return what a stage and those after it make."""
-    return [name for stage in STAGES[STAGES.index(first) :] for name in PRODUCTS[stage]]
+    """Return what a stage and all later stages write."""
+    products: list[str] = []
+    for stage in STAGES[STAGES.index(first) :]:
+        products += PRODUCTS[stage]
+    return products
 
 
 class RunFolder:
-    """The interface between stages: each reads what those before it wrote, and writes atomically."""
+    """The interface between stages: each reads what earlier stages wrote, and writes its own products atomically."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.on_append: Callable[[], None] = lambda: None  # called after each line that `append` wrote
+        self.on_append: Callable[[], None] = _ignore_line  # called after each line that `append` writes
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.root,)  # who is called after a line stays in this process
+        return type(self), (self.root,)  # the listener stays in this process
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
 
     @staticmethod
-    def refuse_unfit(root: Path, overwrite: bool) -> None:
-        """Raise InputError when `root` cannot become a new run folder. Nothing is written."""
+    def require_usable(root: Path, overwrite: bool) -> None:
+        """Raise InputError when `root` cannot become a new run folder. Writes nothing."""
         require(not root.is_file(), "--run-dir", str(root), "is a file", "name a folder")
-        parent = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
-        writable = parent.is_dir() and os.access(parent, os.W_OK)
-        require(writable, "--run-dir", str(root), f"cannot be made: {parent} is not writable", "name another folder")
-        # A process that was killed before it had anything to keep leaves no more than these.
-        if not root.exists() or all(path.name in (_LOCK, "run.json") or is_temporary(path) for path in root.iterdir()):
+        _require_writable(root)
+        if _is_unused(root):
             return
-        # Model folders hold a config.json too: only one that says `recipe` is ours to delete.
-        ours = (root / "config.json").is_file() and '"recipe"' in (root / "config.json").read_text("utf-8")
-        require(ours, "--run-dir", str(root), "is no run folder", "name another folder; nothing was deleted")
-        remedy = "add --resume to go on, --overwrite to begin anew, or name another folder"
-        require(overwrite, "--run-dir", str(root), "exists already", remedy)
+
+        remedy = "name another folder; nothing was deleted"
+        require(_is_run(root), "--run-dir", str(root), "is not a run folder", remedy)
+        remedy = "add --resume to resume it, --overwrite to replace it, or name another folder"
+        require(overwrite, "--run-dir", str(root), "already exists", remedy)
 
     @contextmanager
     def locked(self) -> Iterator[Self]:
-        """Make the folder if need be, keep others out, sweep it. Raises InputError if it is held or cannot be made."""
+        """Hold the folder for this process and delete what killed processes left half written; creates the folder.
+
+        Raises InputError when another process holds it or when it cannot be created.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self / _LOCK).acquire(timeout=0)
@@ -80,102 +87,157 @@ class RunFolder:
             remedy = "wait for it, stop it, or name another folder"
             raise InputError("run folder", str(self.root), "is in use by another process", remedy) from None
         except OSError as error:
-            rule = f"cannot be {'written in' if self.root.is_dir() else 'made'}: {error.strerror}"
+            what = "written to" if self.root.is_dir() else "created"
+            rule = f"cannot be {what}: {error.strerror}"
             raise InputError("--run-dir", str(self.root), rule, "name another folder") from error
+
         with lock:
             remove_leftovers(self.root)
             yield self
 
     def begin(self, config: Config, account: dict[str, Any], overwrite: bool) -> None:
-        """Make the held folder that of a new run. Raises InputError when it holds one that may not be replaced."""
-        self.refuse_unfit(self.root, overwrite)
-        # The config goes last: until then this is the old run, which knows how to make anew what is gone.
-        for path in sorted(self.root.iterdir(), key=lambda path: path.name != "seconds.json"):
-            if path.name not in (_LOCK, "config.json", "run.json"):
-                remove_path(path)
+        """Turn the locked folder into a new run. Raises InputError when it has contents that may not be replaced."""
+        self.require_usable(self.root, overwrite)
+        self._delete_old_run()
         self.write_json("run.json", account)
         self.write("config.json", config_to_json(config))
 
+    def _delete_old_run(self) -> None:
+        # After a kill in here the folder is still the old run: seconds.json goes first, so that no stage counts as
+        # finished, and config.json stays until the new one replaces it, so that --resume can rebuild what is gone.
+        remove_path(self / "seconds.json")
+        for path in sorted(self.root.iterdir()):
+            if path.name not in (_LOCK, "config.json", "run.json"):
+                remove_path(path)
+
     @classmethod
     def open(cls, root: Path) -> tuple[Self, Config]:
-        """Return an existing run folder and its config. Raises InputError when it holds none."""
+        """Return an existing run folder and its config. Raises InputError when there is none."""
         if not (root / "config.json").is_file():
-            near = Path("runs") / root
-            remedy = f"did you mean {near}?" if near.is_dir() else "run `detoxrl prepare RECIPE` first"
+            likely = Path("runs") / root
+            remedy = f"did you mean {likely}?" if likely.is_dir() else "run `detoxrl prepare RECIPE` first"
             raise InputError("run folder", str(root), "holds no config.json", remedy)
         return cls(root), config_from_json(root / "config.json")
 
-    def need(self, name: str, stage: str) -> Path:
-        """Return the path of a stage's product. Raises InputError when that stage has not run."""
-        path = self.root / name
-        remedy = _AGAIN if stage == "prepare" else f"run `detoxrl {stage} {self.root}` first"
+    def require_product(self, name: str, stage: str) -> Path:
+        """Return the path of a stage's product. Raises InputError when it does not exist."""
+        path = self / name
+        remedy = _REBUILD if stage == "prepare" else f"run `detoxrl {stage} {self.root}` first"
         require(path.exists(), "run folder", str(self.root), f"has no {name}", remedy)
         return path
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file so that it is there whole or not at all."""
-        write_text(self.root / name, text)
+        """Write a text file atomically."""
+        write_text(self / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write `value` as indented JSON; NaN is refused."""
+        """Write `value` as indented JSON, atomically. Raises ValueError for NaN."""
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Return the value stored in a JSON file of the folder. Raises StorageError when it is torn."""
-        with explain_corruption(self / name, _AGAIN):
-            return json.loads((self / name).read_text(encoding="utf-8"))
+        """Return the value in a JSON file. Raises StorageError when the file is missing or corrupted."""
+        path = self / name
+        with explain_corruption(path, _REBUILD):
+            return json.loads(path.read_text(encoding="utf-8"))
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Append one object to a JSON-lines file; numbers keep six significant digits."""
-        rounded = {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in record.items()}
-        with (self.root / name).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n")
+        """Append one object to a JSON-lines file; floats keep six significant digits. Raises ValueError for NaN."""
+        rounded = {}
+        for key, value in record.items():
+            rounded[key] = float(f"{value:.6g}") if isinstance(value, float) else value
+        line = json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n"
+
+        with (self / name).open("a", encoding="utf-8") as file:
+            file.write(line)
         self.on_append()
 
     def read_lines(self, name: str) -> list[Any]:
-        """Return the objects of a JSON-lines file, which is cut at the first line that is torn; no file holds none."""
-        path, found = self.root / name, list[Any]()
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        try:
-            for line in lines:
-                found.append(json.loads(line))
-        except ValueError:
-            os.truncate(path, sum(map(len, lines[: len(found)])))
-        return found
+        """Return the objects in a JSON-lines file, up to the first corrupted line; the file is truncated there.
+
+        A missing file has no lines.
+        """
+        path = self / name
+        if not path.is_file():
+            return []
+
+        records = []
+        intact_bytes = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                os.truncate(path, intact_bytes)
+                break
+            intact_bytes += len(line)
+        return records
 
     def discard(self, names: Iterable[str]) -> None:
-        """Delete products of an earlier run that what comes now would belie."""
-        there = [name for name in names if (self.root / name).exists()]
-        if there:
-            log.print(f"{self.root}: removing {', '.join(there)}, which what comes now would belie")
-        for name in there:
-            remove_path(self.root / name)
+        """Delete products of an earlier run that do not belong to the one that comes now."""
+        existing = [name for name in names if (self / name).exists()]
+        if not existing:
+            return
+
+        subject = "it is" if len(existing) == 1 else "they are"
+        log.print(f"{self.root}: removing {', '.join(existing)}: {subject} left over from an earlier run")
+        for name in existing:
+            remove_path(self / name)
 
     def finished(self) -> dict[str, float]:
-        """Return the stages that are done, with the seconds each took."""
-        return dict(self.read_json("seconds.json") if (self / "seconds.json").is_file() else {})
+        """Return the seconds that each finished stage took."""
+        if not (self / "seconds.json").is_file():
+            return {}
+        return dict(self.read_json("seconds.json"))
 
     def has_started(self, stage: str) -> bool:
-        """Return whether a stage is finished or has something to go on from."""
+        """Return whether a stage is finished or has written something that it can resume from."""
         return stage in self.finished() or any((self / name).is_dir() for name in PRODUCTS[stage])
 
     def reopen(self, stage: str) -> dict[str, float]:
-        """Count a stage and those after it as not done, and return the stages before it."""
-        before = {name: s for name, s in self.finished().items() if STAGES.index(name) < STAGES.index(stage)}
-        self.write_json("seconds.json", before)
-        return before
+        """Mark a stage and all later ones as not finished; return the seconds of the earlier ones."""
+        earlier_stages = STAGES[: STAGES.index(stage)]
+        seconds = {name: taken for name, taken in self.finished().items() if name in earlier_stages}
+        self.write_json("seconds.json", seconds)
+        return seconds
 
     @contextmanager
     def timed(self, stage: str, started: float | None = None) -> Iterator[Callable[[], dict[str, float]]]:
-        """Record the seconds of a stage in seconds.json once it is done; until then it and later ones are not.
+        """Mark a stage as not finished, and record its seconds in seconds.json when the block ends.
 
-        Yields a function that returns what will be recorded.
+        `started` is an earlier `time.perf_counter()` to count from. Yields a function that returns what would be
+        recorded now.
         """
-        before = self.reopen(stage)
-        started = started or time.perf_counter()
+        earlier = self.reopen(stage)
+        if started is None:
+            started = time.perf_counter()
 
         def seconds() -> dict[str, float]:
-            return before | {stage: round(time.perf_counter() - started, 2)}
+            return {**earlier, stage: round(time.perf_counter() - started, 2)}
 
         yield seconds
         self.write_json("seconds.json", seconds())
+
+
+def _ignore_line() -> None:
+    pass
+
+
+def _require_writable(root: Path) -> None:
+    existing = root.absolute()
+    while not existing.exists():
+        existing = existing.parent
+
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, "--run-dir", str(root), f"cannot be created: {existing} is not writable", "name another folder")
+
+
+def _is_unused(root: Path) -> bool:
+    """Return whether a run killed right after it started could have left `root` like this; then nothing is lost."""
+    if not root.exists():
+        return True
+    return all(path.name in (_LOCK, "run.json") or is_temporary(path) for path in root.iterdir())
+
+
+def _is_run(root: Path) -> bool:
+    # Model folders have a config.json too; only that of a run names a recipe.
+    config = root / "config.json"
+    return config.is_file() and '"recipe"' in config.read_text("utf-8")

@@ -1,7 +1,7 @@
-"""Which policy does training keep, when does it no longer pay, and where do reward and judge part?"""
+"""Which policy does training keep, when does it stop early, and where do reward and judge diverge?"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import takewhile
 from math import hypot
 from typing import Any
@@ -10,96 +10,107 @@ from detoxrl.config.schema import RlConfig
 from detoxrl.models.policy import Policy
 from detoxrl.runtime.files import replace_folder
 from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.training.validation import Validation
 
-_REASON = ("the best quality among policies whose validation toxicity is within one standard error of the least seen, "
-           "and whose quality is at most")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """How a policy did on the validation prompts before step `step`."""
-
-    step: int
-    toxicity: float  # Mean by the primary judge, [0, 1].
-    toxicity_error: float  # Standard error of that mean.
-    quality: float  # Facts kept, or ROUGE-L without facts, [0, 1].
-    length: float  # Mean words per response.
-    score: float  # Mean raw score by the reward.
-    kl: float  # Distance to the reference, nats per response: the mean sum of k1.
+_REASON = (
+    "the best quality among policies whose validation toxicity is within one standard error of the lowest, and whose "
+    "quality is at most {margin} below the initial policy's"
+)
 
 
 def best_validation(series: Sequence[Validation], margin: float) -> Validation:
-    """Return the validation of the policy that is kept; the first of the series is the start's.
+    """Return the validation of the policy to keep; the first of the series is the initial policy's.
 
     It is the least toxic among those whose quality fell by no more than `margin`. Policies within one standard error
-    of the least toxic one seen are as good as it (the one-standard-error rule, Breiman et al. 1984, section 3.4.3); of
-    these the one with the higher quality is kept.
+    of the least toxic one count as equally civil (the one-standard-error rule, Breiman et al. 1984, section 3.4.3); of
+    these the one with the highest quality is kept.
     """
-    kept = least = series[0]
-    for found in _within(series, margin):
-        least = min(least, found, key=lambda one: one.toxicity)
-        bound = least.toxicity + least.toxicity_error
-        if found.toxicity <= bound and (kept.toxicity > bound or found.quality > kept.quality):
-            kept = found
-    return kept
+    best = series[0]
+    least_toxic = series[0]
+    for validation in _within_margin(series, margin):
+        if validation.toxicity < least_toxic.toxicity:
+            least_toxic = validation
+
+        bound = least_toxic.toxicity + least_toxic.toxicity_error
+        improves = best.toxicity > bound or validation.quality > best.quality
+        if validation.toxicity <= bound and improves:
+            best = validation
+    return best
 
 
 def divergence(series: Sequence[Validation], margin: float) -> Validation | None:
-    """Return the validation from which on the score says better and the judge worse; None where it is nowhere.
+    """Return the validation from which on the score says better and the judge says worse; None if there is none.
 
-    Better and worse than the least toxic policy whose quality fell by no more than `margin`: the score is higher, and
-    toxicity is higher by more than one standard error of the difference, or quality fell by more. It has to last to the
-    end of the series, and for two validations at least, as one alone may be luck (Gao et al. 2022, over-optimisation).
+    Better and worse are relative to the least toxic policy whose quality fell by no more than `margin`: the score is
+    higher, and toxicity is higher by more than one standard error of the difference, or quality fell by more. This has
+    to last to the end of the series, for at least two validations, because one may be luck (Gao et al. 2022,
+    over-optimisation).
     """
-    good = _within(series, margin)
-    least = min(good, key=lambda one: one.toxicity)
+    acceptable = _within_margin(series, margin)
+    least_toxic = min(acceptable, key=lambda validation: validation.toxicity)
 
-    def gamed(one: Validation) -> bool:
-        worse = one.toxicity - least.toxicity > hypot(one.toxicity_error, least.toxicity_error)
-        return one.score > least.score and (worse or one not in good)
+    def is_over_optimised(validation: Validation) -> bool:
+        error = hypot(validation.toxicity_error, least_toxic.toxicity_error)
+        more_toxic = validation.toxicity - least_toxic.toxicity > error
+        worse = more_toxic or validation not in acceptable
+        return validation.score > least_toxic.score and worse
 
-    last = list(takewhile(gamed, reversed(series)))
+    last = list(takewhile(is_over_optimised, reversed(series)))
     return last[-1] if len(last) > 1 else None
 
 
-def _within(series: Sequence[Validation], margin: float) -> list[Validation]:
-    return [one for one in series if one.quality >= series[0].quality - margin]
+def _within_margin(series: Sequence[Validation], margin: float) -> list[Validation]:
+    return [validation for validation in series if validation.quality >= series[0].quality - margin]
 
 
 class BestCheckpoint:
-    """Keeps the best policy in adapter/ and says which in checkpoint.json; `series` is every validation so far."""
+    """Keeps the best policy in adapter/ and describes it in checkpoint.json. `series` is every validation so far."""
 
     def __init__(self, folder: RunFolder, rl: RlConfig) -> None:
-        self.folder, self.rl = folder, rl
+        self.folder = folder
+        self.rl = rl
         self.series: list[Validation] = []
 
-    def offer(self, policy: Policy, found: Validation) -> bool:
-        """Save the policy to adapter/ if it is the best so far; return whether it was. The start comes first."""
-        margin = self.rl.quality_margin
-        self.series.append(found)
-        kept, parted = best_validation(self.series, margin), divergence(self.series, margin)
-        if kept is found:
-            with replace_folder(self.folder / "adapter") as temporary:
-                policy.save(temporary)
-        reason = f"{_REASON} {margin} below the start's"
-        steps = {"kept_step": kept.step, "parted_step": parted and parted.step, "stopped_step": self.stopped_step}
-        record = steps | {"reason": reason, "kept": asdict(kept), "start": asdict(self.series[0])}
+    def offer(self, policy: Policy, validation: Validation) -> bool:
+        """Save the policy to adapter/ if it is the best so far; return whether it is. The initial one comes first."""
+        self.series.append(validation)
+        best = best_validation(self.series, self.rl.quality_margin)
+        is_best = best is validation
+        if is_best:
+            with replace_folder(self.folder / "adapter") as adapter:
+                policy.save(adapter)
+
+        diverged = divergence(self.series, self.rl.quality_margin)
+        record = {
+            "kept_step": best.step,
+            "parted_step": None if diverged is None else diverged.step,
+            "stopped_step": self.stopped_step,
+            "reason": _REASON.format(margin=self.rl.quality_margin),
+            "kept": asdict(best),
+            "start": asdict(self.series[0]),
+        }
         self.folder.write_json("checkpoint.json", record)
-        return kept is found
+        return is_best
+
+    def has_validated(self, step: int) -> bool:
+        """Return whether the last validation is that of `step`."""
+        return bool(self.series) and self.series[-1].step == step
 
     @property
     def stopped_step(self) -> int | None:
-        """The step at which training ends early: `rl.patience` validations since the kept one. None: it does not."""
+        """The step at which training stops early: `rl.patience` validations after the best one. None: it does not."""
         if not self.series or self.rl.patience is None:
             return None
-        since = len(self.series) - 1 - self.series.index(best_validation(self.series, self.rl.quality_margin))
+
+        best = best_validation(self.series, self.rl.quality_margin)
+        since_best = len(self.series) - 1 - self.series.index(best)
         step = self.series[-1].step
-        return step if since >= self.rl.patience and step < self.rl.steps else None
+        return step if since_best >= self.rl.patience and step < self.rl.steps else None
 
-    def seen(self) -> list[dict[str, Any]]:
-        """Return what decides on the next offer, as JSON holds it."""
-        return [asdict(one) for one in self.series]
+    def state(self) -> list[dict[str, Any]]:
+        """Return the series as JSON holds it, for a checkpoint."""
+        return [asdict(validation) for validation in self.series]
 
-    def recall(self, seen: list[dict[str, Any]]) -> None:
-        """Take up what `seen` returned before an interruption."""
-        self.series = [Validation(**one) for one in seen]
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Continue with what `state` returned before an interruption."""
+        self.series = [Validation(**validation) for validation in state]

@@ -1,7 +1,10 @@
-"""What is measured of a step of training?"""
+"""What is measured of a training step?"""
 
+import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -12,45 +15,68 @@ from detoxrl.rl.ops import masked_mean
 from detoxrl.runtime.console import log
 from detoxrl.runtime.run_folder import RunFolder
 
-# Logged names of means per token, and what is summed for them.
-_MEANS = {"policy/loss": "policy", "value/loss": "value", "clip_fraction": "clipped", "entropy": "entropy",
-          "kl/update": "kl", "ratio/mean": "ratio"}  # fmt: skip
+Metrics = dict[str, float]
+
+# The logged name of each mean per token, and the sum that it is the mean of.
+_MEANS = {
+    "policy/loss": "policy",
+    "value/loss": "value",
+    "clip_fraction": "clipped",
+    "entropy": "entropy",
+    "kl/update": "kl",
+    "ratio/mean": "ratio",
+}
+# How far the first ratios of a step may be off 1, and how large a ratio may grow, before the user is warned.
+_FIRST_RATIO_BOUND = 1e-2
+_FIRST_RATIO_BOUND_BF16 = 0.2
+_LARGEST_RATIO = 10
+# Responses of each step that go to rollouts.jsonl.
+_LOGGED_SAMPLES = 4
 
 
 class Totals:
-    """Sums over the microbatches of one step."""
+    """Sums over the microbatches of one training step."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.norms: list[float] = []
+        self.gradient_norms: list[float] = []
         self.ratio_max = 0.0
         self.first_error = 0.0
-        self._pass_start = (0.0, 0.0)
+        self._at_pass_start = (0.0, 0.0)
 
-    def add(self, parts: list[dict[str, float]]) -> None:
-        """Count the microbatches of a minibatch in."""
-        for part in parts:
-            for name, value in part.items():
+    def add(self, microbatches: list[Metrics], gradient_norm: float) -> None:
+        """Add the microbatches of one minibatch, and the norm of its gradient before clipping."""
+        is_first_minibatch = not self.gradient_norms
+        for sums in microbatches:
+            for name, value in sums.items():
                 self.sums[name] += value
-            self.ratio_max = max(self.ratio_max, part["ratio_max"])
-            if not self.norms:  # still in the first minibatch
-                self.first_error = max(self.first_error, part["ratio_max"] - 1, 1 - part["ratio_min"])
+            self.ratio_max = max(self.ratio_max, sums["ratio_max"])
+            if is_first_minibatch:
+                self.first_error = max(self.first_error, sums["ratio_max"] - 1, 1 - sums["ratio_min"])
+        self.gradient_norms.append(gradient_norm)
 
     def pass_kl(self) -> float:
-        """Return the mean k3 per token, in nats, since the last call."""
-        kl, tokens = self._pass_start
-        self._pass_start = (self.sums["kl"], self.sums["tokens"])
+        """Return the mean k3 between policy and rollout per token (nats) since the last call."""
+        kl, tokens = self._at_pass_start
+        self._at_pass_start = (self.sums["kl"], self.sums["tokens"])
         return (self.sums["kl"] - kl) / (self.sums["tokens"] - tokens)
 
-    def metrics(self, epochs: int) -> dict[str, float]:
+    def metrics(self, epochs: int) -> Metrics:
         """Return the means per token under their logged names."""
-        found = {name: self.sums[of] / self.sums["tokens"] for name, of in _MEANS.items()}
-        found |= {"ratio/max": self.ratio_max, "ratio/first_error": self.first_error}
-        return found | {"grad_norm": sum(self.norms) / len(self.norms), "epochs": float(epochs)}
+        metrics = {name: self.sums[summed] / self.sums["tokens"] for name, summed in _MEANS.items()}
+        metrics["ratio/max"] = self.ratio_max
+        metrics["ratio/first_error"] = self.first_error
+        metrics["grad_norm"] = sum(self.gradient_norms) / len(self.gradient_norms)
+        metrics["epochs"] = float(epochs)
+        return metrics
 
 
-def rollout_statistics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tensor) -> dict[str, float]:
-    """Return what a rollout says of the policy: scores, KL in nats per response, lengths in tokens, EOS rate."""
+def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tensor) -> Metrics:
+    """Return what a rollout says about the policy.
+
+    `raw` and `scores` are (B,), before and after shaping; `rewards` is (B, T). KL is in nats per response, lengths are
+    in tokens, rates in [0, 1].
+    """
     responses = rollout.responses
     mask = responses.response_mask
     lengths = mask.sum(1).float()
@@ -68,41 +94,49 @@ def rollout_statistics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: T
     }
 
 
-def require_finite(statistics: dict[str, float], step: int) -> None:
-    """Raise TrainingError when a statistic is not finite."""
-    for name, value in statistics.items():
-        if value != value or abs(value) == float("inf"):
-            remedy = "a lower rl.lr may help: --resume --accept-changes --rl.lr VALUE goes on from the last checkpoint"
+def require_finite(metrics: Metrics, step: int) -> None:
+    """Raise TrainingError when a metric is NaN or infinite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            remedy = "a lower rl.lr may help: --resume --accept-changes --rl.lr VALUE resumes from the last checkpoint"
             raise TrainingError(f"train stopped at step {step}: {name} is {value}; {remedy}")
 
 
-def warn_of_ratios(statistics: dict[str, float], step: int, bf16: bool) -> None:
-    """Tell the user of ratios that no healthy step has, with a base in bfloat16 or in float32."""
-    error, highest = statistics["ratio/first_error"], statistics["ratio/max"]
-    if error > (0.2 if bf16 else 1e-2):
-        log.print(f"step {step}: ratios begin {error:.2g} off 1: sampling and update disagree, see docs/metrics.md")
-    elif highest > 10:
-        log.print(f"step {step}: a ratio of {highest:.0f}; a lower rl.lr may help")
+def warn_of_ratios(metrics: Metrics, step: int, bf16: bool) -> None:
+    """Warn of probability ratios that no healthy step has; `bf16` says whether the base is in bfloat16."""
+    bound = _FIRST_RATIO_BOUND_BF16 if bf16 else _FIRST_RATIO_BOUND
+    first_error = metrics["ratio/first_error"]
+    largest = metrics["ratio/max"]
+    if first_error > bound:
+        log.print(
+            f"step {step}: first ratios are {first_error:.2g} off 1: sampling and update disagree, see docs/metrics.md"
+        )
+    elif largest > _LARGEST_RATIO:
+        log.print(f"step {step}: the largest ratio is {largest:.0f}; a lower rl.lr may help")
 
 
-def log_samples(folder: RunFolder, rollout: Rollout, raw: Tensor, step: int, count: int = 4) -> None:
-    """Append the first few responses of a step to rollouts.jsonl."""
-    for prompt, text, score in list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))[:count]:
+def log_samples(folder: RunFolder, rollout: Rollout, raw: Tensor, step: int) -> None:
+    """Append the first responses of a step to rollouts.jsonl."""
+    samples = list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))
+    for prompt, text, score in samples[:_LOGGED_SAMPLES]:
         folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})
 
 
-class Watch:
-    """Seconds of a step by stage."""
+class StepTimer:
+    """Seconds of one training step, in all and by stage."""
 
     def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._seconds: Metrics = {}
 
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"seconds/{stage}"] = now - self.last
-        self.last = now
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the block as a stage of the step."""
+        started = time.perf_counter()
+        yield
+        self._seconds[f"seconds/{name}"] = time.perf_counter() - started
 
-    def metrics(self, tokens: int) -> dict[str, float]:
-        total = time.perf_counter() - self.started
-        return self.laps | {"seconds/step": total, "tokens_per_second": tokens / total}
+    def metrics(self, tokens: int) -> Metrics:
+        """Return the seconds by stage and in all, and the response `tokens` per second."""
+        total = time.perf_counter() - self._started
+        return {**self._seconds, "seconds/step": total, "tokens_per_second": tokens / total}

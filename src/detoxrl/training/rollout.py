@@ -1,4 +1,4 @@
-"""How does a batch of prompts become a rollout?"""
+"""How does a batch of prompts become a rollout, and how is it split into minibatches and over processes?"""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,102 +9,126 @@ from torch.nn.functional import pad
 
 from detoxrl.config.schema import Config, GenerationConfig
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import draw_uniforms
+from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Encoded, Prompt, Responses, Rollout, concatenate_responses
-from detoxrl.runtime import processes
 from detoxrl.runtime.randomness import permutation
+from detoxrl.runtime.world import World
 
 
-def _scored(
-    policy: Policy, encoded: Encoded, responses: Responses, temperature: float, adapter: str | None
-) -> torch.Tensor:
-    """Return teacher-forced log-probs (nats) (B, T), as many rows at once as keep logits small."""
-    length = int(responses.response_mask.sum(1).max())
-    found = torch.zeros(responses.ids.shape, device=policy.device)
-    size = policy.rows_at_once(length)
-    for start in range(0, len(responses.ids), size):
-        rows = slice(start, start + size)
-        ids, mask = responses.ids[rows, :length], responses.response_mask[rows, :length]
-        found[rows, :length], _, _ = policy.logprobs(encoded.row_slice(rows), ids, temperature, adapter, mask)
-    return found
+def sorted_by_length(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts from the shortest text to the longest, so that a batch of neighbours needs little padding."""
+    return sorted(prompts, key=lambda prompt: len(prompt.text))
 
 
 @torch.no_grad()
 def collect_rollout(
     policy: Policy,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     config: GenerationConfig,
-    *,
-    seed: int,
-    step: int,
-    stream: str = "rollout",
+    draws: Draws,
     keep_cross: bool = True,
     encoded: Encoded | None = None,
 ) -> Rollout:
     """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
 
     Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states, and with
-    `keep_cross` the update shares what cross-attention makes of them. Log-probs are those that tokens were drawn by: a
-    base in bfloat16 rounds otherwise while it samples than in the update, and the clipped ratio weighs that. `encoded`
-    is what an earlier call with the same prompts encoded.
+    `keep_cross` the update shares the keys and values of cross-attention. Log-probs are those by which the tokens were
+    drawn. A base in bfloat16 rounds differently while it samples than in the update; the clipped ratio weighs that.
+    `encoded` is what an earlier call with the same prompts encoded.
     """
-    ordered = sorted(prompts, key=lambda prompt: len(prompt.text))
-    encoded = encoded or policy.encode([prompt.text for prompt in ordered])
-    encoded = policy.shared(encoded) if keep_cross else encoded
+    ordered = sorted_by_length(prompts)
+    if encoded is None:
+        encoded = policy.encode([prompt.text for prompt in ordered])
+    if keep_cross:
+        encoded = policy.with_shared_cross(encoded)
+
     parts: list[Responses] = []
-    ref = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)
+    ref_logprobs = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)
     for start in range(0, len(ordered), config.batch_size):
         rows = slice(start, start + config.batch_size)
-        batch, shared = ordered[rows], encoded.row_slice(rows)
-        shared = shared if keep_cross else policy.shared(shared)
-        chances = draw_uniforms(policy, seed, stream, step, batch, 0, config.max_new_tokens)
-        part = policy.sample(shared, chances, config.temperature)
-        parts.append(part)
-        if policy.train_encoder:  # the policy's encoder has moved away from the reference's
-            shared = policy.encode([prompt.text for prompt in batch], policy.reference)
-        ref[rows] = _scored(policy, shared, part, config.temperature, policy.reference)
+        batch = ordered[rows]
+        batch_encoded = encoded.row_slice(rows)
+        if not keep_cross:
+            batch_encoded = policy.with_shared_cross(batch_encoded)
+
+        chances = draws.uniforms(policy, batch, sample=0, length=config.max_new_tokens)
+        responses = policy.sample(batch_encoded, chances, config.temperature)
+        parts.append(responses)
+
+        if policy.train_encoder:  # The policy's encoder differs from the reference's.
+            batch_encoded = policy.encode([prompt.text for prompt in batch], policy.reference)
+        ref_logprobs[rows] = _reference_logprobs(policy, batch_encoded, responses, config.temperature)
+
     responses = concatenate_responses(parts)
-    ref, texts = ref[:, : responses.ids.shape[1]].contiguous(), policy.decode(responses)
-    return Rollout(prompts=ordered, encoded=encoded, responses=responses, texts=texts, ref_logprobs=ref)
+    length = responses.ids.shape[1]
+    return Rollout(
+        prompts=ordered,
+        encoded=encoded,
+        responses=responses,
+        texts=policy.decode(responses),
+        ref_logprobs=ref_logprobs[:, :length].contiguous(),
+    )
+
+
+def _reference_logprobs(policy: Policy, encoded: Encoded, responses: Responses, temperature: float) -> torch.Tensor:
+    """Return the reference's log-probs (nats) (B, T), teacher-forced, for as many rows at once as keep logits small."""
+    length = int(responses.response_mask.sum(1).max())
+    logprobs = torch.zeros(responses.ids.shape, device=policy.device)
+    size = policy.rows_at_once(length)
+    for start in range(0, len(responses.ids), size):
+        rows = slice(start, start + size)
+        ids = responses.ids[rows, :length]
+        mask = responses.response_mask[rows, :length]
+        scored, _, _ = policy.logprobs(encoded.row_slice(rows), ids, temperature, policy.reference, mask)
+        logprobs[rows, :length] = scored
+    return logprobs
 
 
 def minibatches(config: Config, step: int, epoch: int, rows: int) -> list[list[int]]:
-    """Return the rows of each minibatch of a pass, ascending: rollouts are sorted by length, so little is padded."""
-    order, size = permutation(config.seed, f"minibatches {epoch}", step, rows), config.rl.minibatch_size
+    """Return the rows of each minibatch of a pass over a rollout, shuffled by the seed.
+
+    Within a minibatch rows ascend: a rollout is sorted by length, so a microbatch then needs little padding.
+    """
+    order = permutation(config.seed, f"minibatches {epoch}", step, rows)
+    size = config.rl.minibatch_size
     return [sorted(order[start : start + size]) for start in range(0, rows, size)]
 
 
-def deal_rows(minibatches: Sequence[Sequence[int]], number: int) -> list[list[int]]:
-    """Return the rows of each of `number` processes, ascending: of each minibatch, and in all, as many or one more."""
+def deal_rows(minibatches: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
+    """Return the rows of each process, ascending: of each minibatch, and in all, shares differ by at most one row."""
     order = [row for minibatch in minibatches for row in minibatch]
-    return [sorted(order[rank::number]) for rank in range(number)]
+    return [sorted(order[rank::processes]) for rank in range(processes)]
 
 
 def join_rollouts(
-    part: Rollout, prompts: list[Prompt], dealt: list[list[int]], config: GenerationConfig, pad_id: int
+    part: Rollout, prompts: list[Prompt], dealt: list[list[int]], world: World, policy: Policy
 ) -> Rollout:
-    """Return the rollout of all prompts (sorted by length) in every process, of which each made its `dealt` part.
+    """Return the rollout of all prompts (sorted by length) in every process, each of which made its `dealt` part.
 
-    With one process that is all of it. What is encoded stays where it was made: it is by far the most, and no other
-    process needs it.
+    What is encoded stays where it was made: it is by far the largest part, and no other process needs it.
     """
-    if len(dealt) == 1:
+    if world.size == 1:
         return part
-    own, device = part.responses, part.ref_logprobs.device
-    place = torch.tensor([row for rows in dealt for row in rows]).argsort()
 
-    def whole(x: torch.Tensor) -> torch.Tensor:
-        x = pad(x, (0, config.max_new_tokens - x.shape[1])) if x.ndim == 2 else x
-        return torch.cat(processes.everyone(x.cpu()))[place].to(device)
+    device = part.ref_logprobs.device
+    order = torch.tensor([row for rows in dealt for row in rows]).argsort()
+    longest = max(world.gather(part.responses.ids.shape[1]))
 
-    tensors = {f.name: whole(getattr(own, f.name)) for f in fields(Responses)}
-    tensors["ids"] = tensors["ids"].where(tensors["response_mask"], pad_id)
-    responses, texts = concatenate_responses([Responses(**tensors)]), list(chain(*processes.everyone(part.texts)))
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 2:
+            tensor = pad(tensor, (0, longest - tensor.shape[1]))
+        return torch.cat(world.gather(tensor.cpu()))[order].to(device)
+
+    tensors = {field.name: whole(getattr(part.responses, field.name)) for field in fields(Responses)}
+    tensors["ids"] = tensors["ids"].where(tensors["response_mask"], policy.pad_token_id)
+    texts = list(chain(*world.gather(part.texts)))
+    responses = concatenate_responses([Responses(**tensors)])
+    length = responses.ids.shape[1]
     return Rollout(
         prompts=prompts,
         encoded=part.encoded,
         responses=responses,
-        texts=[texts[i] for i in place.tolist()],
-        ref_logprobs=whole(part.ref_logprobs)[:, : responses.ids.shape[1]].contiguous(),
-        mine=torch.tensor(processes.share(dealt)[0], device=device),
+        texts=[texts[index] for index in order.tolist()],
+        ref_logprobs=whole(part.ref_logprobs)[:, :length].contiguous(),
+        local_rows=torch.tensor(dealt[world.rank], device=device),
     )

@@ -1,162 +1,146 @@
-"""How is a policy fine-tuned on reference texts?"""
+"""What does the sft stage make: the warm start, and the baselines without reinforcement learning?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from peft import PeftModel
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from detoxrl.config.schema import Config, SftConfig
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.errors import TrainingError
-from detoxrl.models.loading import load_base, load_tokenizer, save_base, scratch_base
-from detoxrl.models.lora import initial_adapter, load_policy
+from detoxrl.models.base import Base
+from detoxrl.models.loading import load_tokenizer, save_base, scratch_base
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import in_row_order, sample_batches
-from detoxrl.rewards.shaping import Reward, is_wordless
-from detoxrl.runtime.checkpoint import Checkpoints, trainable
-from detoxrl.runtime.console import log, progress
-from detoxrl.runtime.randomness import batch_indices, permutation, torch_seed
+from detoxrl.models.sampling import Draws, sample_all
+from detoxrl.rewards.shaping import is_wordless
+from detoxrl.runs import Run
+from detoxrl.runtime.cache import cached
+from detoxrl.runtime.console import progress, status
+from detoxrl.runtime.files import content_digest, remove_path, replace_folder
+from detoxrl.runtime.randomness import permutation
+from detoxrl.training.finetune import Pairs, fine_tune
 
-_IGNORED = -100
-OF = 4  # Of so many responses the second baseline learns the best.
-Pairs = Sequence[tuple[str, str]]  # A prompt and its target each.
+# The second baseline learns the best of this many responses to a prompt.
+BEST_OF = 4
+_CHECKPOINTS = "checkpoints/sft"
 
-
-def fine_tune(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    config: SftConfig,
-    seed: int,
-    place: Path,
-    on_step: Callable[[int, float], None],
-) -> None:
-    """Minimise the cross-entropy of the targets in (prompt, target) `pairs` over whatever weights are trainable.
-
-    Linear warm-up to `config.lr`, then linear decay to 0. `on_step(done, loss)` gets the steps done and nats per token.
-    Checkpoints go to `place`, and it goes on from what is there. Raises TrainingError when the loss is not finite.
-    """
-    device, bf16 = model.device, config.bf16 and bf16_capable(model.device)
-    inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
-    weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    checkpoints = Checkpoints(place, weights, optimizer)
-    model.train()
-    with checkpoints.stoppable():
-        for step in range((checkpoints.restore() or {"step": 0})["step"], config.steps):
-            checkpoints.point(step, {})
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min((step + 1) / (config.warmup_steps + 1), 1 - step / config.steps)
-            rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
-            batch = _batch(tokenizer.pad_token_id, [inputs[i] for i in rows], [labels[i] for i in rows], device)
-            torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = model(**batch).loss
-            if not loss.isfinite():
-                raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            on_step(step + 1, loss.item())
-        checkpoints.point(config.steps, {})  # a stop in the last step finds its end kept too
-    model.eval()
+Tune = Callable[[Run, Path, Path], None]
+"""Fine-tunes for a run, into a folder, with checkpoints in another."""
 
 
-def examples(
-    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, encoder_decoder: bool
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return input ids and labels of (prompt, target) pairs: apart for an encoder-decoder, in a row for a causal model.
-
-    In a row the target is set off by a space, ends with EOS, and the prompt's labels do not count.
-    """
-    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
-    if encoder_decoder:
-        return prompts, tokenizer([target for _, target in pairs]).input_ids
-    spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
-    apart = tokenizer(spaced, add_special_tokens=False).input_ids
-    joint = tokenizer([prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]).input_ids
-    # Tokenized alone some begin with a space of their own; what follows the very tokens of the prompt has none.
-    targets = [j[len(p) :] if j[: len(p)] == p else a for p, j, a in zip(prompts, joint, apart, strict=True)]
-    both = [(p, [*t, tokenizer.eos_token_id]) for p, t in zip(prompts, targets, strict=True)]
-    return [p + t for p, t in both], [[_IGNORED] * len(p) + t for p, t in both]
+def run_sft(run: Run) -> None:
+    """Make the warm start in base/ or start/, and the baselines in baseline/ and expert/, where they are asked for."""
+    sft = run.config.sft
+    if sft.steps > 0:
+        _make(run, "base" if sft.full_weights else "start", warm_start)
+    if sft.baseline_steps > 0:
+        if any(row.civil_reference for row in run.rows("train")):
+            _make(run, "baseline", civil_baseline)
+        _make(run, "expert", expert_baseline, is_cached=False)
+    remove_path(run.folder / _CHECKPOINTS)
 
 
-def bf16_capable(device: torch.device) -> bool:
-    """Return whether the hardware computes in bfloat16."""
-    if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def _make(run: Run, name: str, tune: Tune, is_cached: bool = True) -> None:
+    """Make one product of the stage, unless it was made before the run was stopped."""
+
+    def build(target: Path) -> None:
+        checkpoints = run.folder / _CHECKPOINTS / name
+        with replace_folder(target) as folder:
+            tune(run, folder, checkpoints)
+        remove_path(checkpoints)
+
+    target = run.folder / name
+    if target.is_dir():
+        return
+
+    # Only what follows from the config alone is cached: a user's base or reward may change behind its name.
+    if is_cached and run.config.policy.base == "scratch":
+        cached(name, _cache_key(run), target, build)
+    else:
+        build(target)
 
 
-def _batch(pad: int, inputs: list[list[int]], labels: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
-
-    mask = padded([[1] * len(row) for row in inputs], 0)
-    return {"input_ids": padded(inputs, pad), "attention_mask": mask, "labels": padded(labels, _IGNORED)}
+def _cache_key(run: Run) -> list[str]:
+    config = run.config
+    rows = content_digest(run.folder / "data/train.jsonl")
+    return [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
 
 
-def warm_start(config: Config, rows: Sequence[Row], scratch_tokenizer: Path, folder: Path, place: Path) -> None:
-    """Fine-tune on the reference summaries and save to `folder`: a whole model with tokenizer, or a LoRA adapter.
-
-    Checkpoints go to `place`.
-    """
-    pairs = [(row.prompt, row.summary) for row in rows if row.summary is not None]
-    base, seed = config.policy.base, config.seed
+def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
+    """Fine-tune on the reference summaries; save a whole model with its tokenizer, or a LoRA adapter."""
+    config = run.config
+    pairs = [(row.prompt, row.summary) for row in run.rows("train") if row.summary is not None]
     if not config.sft.full_weights:
-        policy = load_policy(base, initial_adapter(config.policy), config.policy, seed).to(PartialState().device)
-        _tune("warm start", policy.model, policy.tokenizer, pairs, config.sft, seed, place)
+        policy = run.initial_policy().to(run.world.device)
+        steps = fine_tune(policy.model, policy.tokenizer, pairs, config.sft, config.seed, checkpoints)
+        _show_progress("warm start", config.sft.steps, steps)
         policy.save(folder)
         return
-    if base == "scratch":
-        tokenizer = load_tokenizer(str(scratch_tokenizer))
-        model = scratch_base(tokenizer, seed)
+
+    if config.policy.base == "scratch":
+        tokenizer = load_tokenizer(str(run.folder / "tokenizer"))
+        base = Base(scratch_base(tokenizer, config.seed), tokenizer, "scratch")
     else:
-        model, tokenizer = load_base(base)
-    _tune("warm start", model.to(PartialState().device), tokenizer, pairs, config.sft, seed, place)
-    save_base(model, tokenizer, folder)
+        base = run.base(bf16=False)
+    model: Any = base.model()
+    model.to(run.world.device)
+    steps = fine_tune(model, base.tokenizer, pairs, config.sft, config.seed, checkpoints)
+    _show_progress("warm start", config.sft.steps, steps)
+    save_base(model, base.tokenizer, folder)
 
 
-def baseline(
-    config: Config, rows: Sequence[Row], reward: Reward | None, base: str, start: Path | None, folder: Path, place: Path
-) -> None:
-    """Fine-tune the policy's weights from the same start and save them to `folder`; checkpoints go to `place`.
-
-    Without a reward that is on the civil references alone. With one it is on the best by it of the start's own 4
-    responses to a prompt, each prompt some four times: one round of expert iteration (Anthony et al. 2017).
-    """
-    policy = load_policy(base, start, config.policy, config.seed).to(PartialState().device)
-    civil: Pairs = [(row.prompt, row.civil_reference) for row in rows if row.civil_reference]
-    what, pairs = ("best-of-4 baseline", _best(policy, config, rows, reward)) if reward else ("civil baseline", civil)
-    sft = replace(config.sft, steps=config.sft.baseline_steps, lr=config.sft.baseline_lr)
-    _tune(what, policy.model, policy.tokenizer, pairs, sft, config.seed, place)
+def civil_baseline(run: Run, folder: Path, checkpoints: Path) -> None:
+    """Fine-tune the initial policy's weights on the civil references, and save them."""
+    policy = run.initial_policy().to(run.world.device)
+    pairs = [(row.prompt, row.civil_reference) for row in run.rows("train") if row.civil_reference]
+    _tune_baseline("civil baseline", run, policy, pairs, checkpoints)
     policy.save(folder)
 
 
-def _best(policy: Policy, config: Config, rows: Sequence[Row], reward: Reward) -> Pairs:
-    count = max(1, config.sft.baseline_steps * config.sft.batch_size // OF)
-    some = [rows[i] for i in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
-    prompts, how, seed, frozen = to_prompts(some), config.generation, config.seed, policy.reference
-    with log.status(f"sampling {OF} responses to each of {count} prompts"):
-        texts = in_row_order(
-            sample_batches(policy, prompts, how, seed=seed, stream="expert", samples=OF, adapter=frozen)
-        )
-        said = [text for row in texts for text in row]
-        scores = reward([row.prompt for row in some for _ in range(OF)], said)
-    scores[is_wordless(said)] = -torch.inf  # saying nothing is no way to be civil here either
-    best = scores.reshape(-1, OF).argmax(1).tolist()
-    return [(row.prompt, samples[pick]) for row, samples, pick in zip(some, texts, best, strict=True)]
+def expert_baseline(run: Run, folder: Path, checkpoints: Path) -> None:
+    """Fine-tune the initial policy's weights on the best, by the reward, of its own 4 responses to a prompt.
+
+    Each prompt is seen about four times: one round of expert iteration (Anthony et al. 2017).
+    """
+    run.load_reward()
+    policy = run.initial_policy().to(run.world.device)
+    pairs = _best_responses(run, policy)
+    _tune_baseline("best-of-4 baseline", run, policy, pairs, checkpoints)
+    policy.save(folder)
 
 
-def _tune(
-    what: str, model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, sft: SftConfig, seed: int, place: Path
-) -> None:
-    with progress(what, sft.steps) as reach:
-        fine_tune(model, tokenizer, pairs, sft, seed, place, lambda done, loss: reach(done, f"loss {loss:.3f}"))
+def _best_responses(run: Run, policy: Policy) -> Pairs:
+    config = run.config
+    rows = run.rows("train")
+    count = max(1, config.sft.baseline_steps * config.sft.batch_size // BEST_OF)
+    chosen = [rows[index] for index in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
+
+    with status(f"sampling {BEST_OF} responses to each of {count} prompts"):
+        draws = Draws(config.seed, "expert")
+        samples = sample_all(policy, to_prompts(chosen), config.generation, draws, BEST_OF, policy.reference)
+        best = _best_samples(run, chosen, samples)
+    return [(row.prompt, response) for row, response in zip(chosen, best, strict=True)]
+
+
+def _best_samples(run: Run, rows: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[str]:
+    """Return the sample of each row with the highest score."""
+    prompts = [row.prompt for row in rows for _ in range(BEST_OF)]
+    responses = [response for of_row in samples for response in of_row]
+    scores = run.reward(prompts, responses)
+    scores[is_wordless(responses)] = -torch.inf  # An empty response is not civil.
+    best = scores.reshape(-1, BEST_OF).argmax(1).tolist()
+    return [of_row[index] for of_row, index in zip(samples, best, strict=True)]
+
+
+def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoints: Path) -> None:
+    sft = run.config.sft
+    settings = replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr)
+    steps = fine_tune(policy.model, policy.tokenizer, pairs, settings, run.config.seed, checkpoints)
+    _show_progress(name, settings.steps, steps)
+
+
+def _show_progress(name: str, total: int, steps: Iterator[tuple[int, float]]) -> None:
+    """Make the optimizer steps of a fine-tuning, and show how many are done and the loss."""
+    with progress(name, total) as report:
+        for done, loss in steps:
+            report(done, f"loss {loss:.3f}")

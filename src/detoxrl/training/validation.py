@@ -1,67 +1,88 @@
-"""How does a policy do on the validation prompts, again and again while it trains?"""
+"""How does a policy do on the validation prompts while it trains?"""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
-
-import torch
+from dataclasses import dataclass, replace
 
 from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import validation_quality
+from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.policy import Policy
+from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Encoded
-from detoxrl.rewards.shaping import Reward
 from detoxrl.rl.kl import k1
-from detoxrl.runtime import processes
-from detoxrl.training.best import Validation
+from detoxrl.runtime.world import World
 from detoxrl.training.rollout import collect_rollout
 
 
-class Validator:
-    """Measures a policy on the same rows, one response each; unless the encoder trains it reads each prompt once.
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How a policy did on the validation prompts before step `step`."""
 
-    Several processes share the prompts.
+    step: int
+    toxicity: float  # Mean by the primary judge, [0, 1].
+    toxicity_error: float  # Standard error of that mean.
+    quality: float  # Facts kept, or ROUGE-L without facts, [0, 1].
+    length: float  # Mean words per response.
+    score: float  # Mean raw score by the reward.
+    kl: float  # Distance to the reference, nats per response: the mean sum of k1.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResponse:
+    """One validation response: the index of its row, its text, its distance to the reference in nats."""
+
+    index: int
+    text: str
+    kl: float
+
+
+class ValidationSampler:
+    """Samples one response for each of this process's validation rows.
+
+    Every validation draws the same uniforms, so policies differ and luck does not. Unless the encoder trains, each
+    prompt is encoded once.
     """
 
-    def __init__(self, policy: Policy, config: Config, rows: Sequence[Row]) -> None:
-        self.policy, self.config, self.rows, self.prompts = policy, config, rows, to_prompts(rows)
+    def __init__(self, policy: Policy, config: Config, rows: Sequence[Row], world: World) -> None:
+        self._policy = policy
+        self._generation = config.generation
+        self._draws = Draws(config.seed, "validation")
+        self._prompts = to_prompts(rows)
+
+        by_length = sorted(range(len(rows)), key=lambda index: len(self._prompts[index].text))
+        mine = world.share(by_length)
         size = config.generation.batch_size
-        mine = processes.share(sorted(range(len(rows)), key=lambda row: len(self.prompts[row].text)))
         self._batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-        self._read: dict[int, Encoded] = {}
+        self._encoded: dict[int, Encoded] = {}
 
-    def __call__(self, reward: Reward, judge: Judge, step: int) -> Validation:
-        """Return how the policy does now, without a step's effect on the draws.
+    def sample(self) -> list[ValidationResponse]:
+        """Return the responses of this process's rows."""
+        responses = []
+        for number, indices in enumerate(self._batches):
+            prompts = [self._prompts[index] for index in indices]
+            encoded = self._encoded.get(number)
+            rollout = collect_rollout(self._policy, prompts, self._generation, self._draws, encoded=encoded)
+            if not self._policy.train_encoder:
+                # Keys and values of cross-attention are left out: their memory is worth more than their time.
+                self._encoded[number] = replace(rollout.encoded, cross=None)
 
-        Every validation draws the same uniforms, so policies differ and luck does not.
-        """
-        texts, kl = [""] * len(self.rows), torch.zeros(len(self.rows))
-        for row, text, distance in chain(*processes.everyone(self._sampled())):
-            texts[row], kl[row] = text, distance
-        toxicity = judge(texts)
-        return Validation(
-            step=step,
-            toxicity=float(toxicity.mean()),
-            toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
-            quality=validation_quality(self.rows, texts),
-            length=sum(len(text.split()) for text in texts) / len(texts),
-            score=float(reward([prompt.text for prompt in self.prompts], texts).mean()),
-            kl=float(kl.mean()),
-        )
+            distances = k1(rollout.responses.logprobs, rollout.ref_logprobs).sum(1).tolist()
+            for index, text, kl in zip(indices, rollout.texts, distances, strict=True):
+                responses.append(ValidationResponse(index=index, text=text, kl=kl))
+        return responses
 
-    def _sampled(self) -> list[tuple[int, str, float]]:
-        """Return row, response and its distance to the reference (nats) of this process's rows."""
-        policy, how, seed = self.policy, self.config.generation, self.config.seed
-        found = list[tuple[int, str, float]]()
-        for i, batch in enumerate(self._batches):
-            some = [self.prompts[row] for row in batch]
-            rollout = collect_rollout(
-                policy, some, how, seed=seed, step=0, stream="validation", encoded=self._read.get(i)
-            )
-            if not policy.train_encoder:
-                self._read[i] = replace(rollout.encoded, cross=None)  # which would be more than its time is worth
-            nats = k1(rollout.responses.logprobs, rollout.ref_logprobs).sum(1).tolist()
-            found += zip(batch, rollout.texts, nats, strict=True)
-        return found
+
+def summarise(
+    step: int, rows: Sequence[Row], texts: Sequence[str], toxicity: Floats, score: float, kl: float
+) -> Validation:
+    """Return how a policy did whose responses to the rows are `texts`, with `toxicity` (N,) by the primary judge."""
+    return Validation(
+        step=step,
+        toxicity=float(toxicity.mean()),
+        toxicity_error=float(toxicity.std(ddof=1)) / len(texts) ** 0.5,
+        quality=validation_quality(rows, texts),
+        length=sum(len(text.split()) for text in texts) / len(texts),
+        score=score,
+        kl=kl,
+    )

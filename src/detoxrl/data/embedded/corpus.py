@@ -15,19 +15,76 @@ from detoxrl.data.embedded.phrases import (
 )
 from detoxrl.data.rows import Row
 
-# Rates at which a quarrel is rude, and at which a rude quarrel's reference summary repeats the insult.
-RUDE_RATE = 0.8
-REPEAT_RATE = 0.88
+RUDE_RATE = 0.8  # Share of quarrels that contain an insult.
+REPEAT_RATE = 0.88  # Share of rude quarrels whose reference summary repeats the insult.
 _SPOKEN = ("follow-ups", "openings", "offers", "polite remarks", "pushbacks", "thanks", "greetings")
 
+Slots = dict[str, str]
+"""The words that fill the slots of a phrase, by slot."""
+Combination = tuple[str, ...]
+"""What makes two quarrels the same, apart from their phrasing: topic, item, detail and fix."""
 
-def _draw_quarrel(rng: random.Random, scenario: Scenario) -> dict[str, str]:
-    """Return what fills the slots of phrases in a quarrel of this scenario."""
+
+def generate_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
+    """Return `sizes[split]` rows for each split. No two splits share a combination of scenario and fillers."""
+    rng = random.Random(f"corpus {seed}")
+    taken: set[Combination] = set()
+    rows: dict[str, list[Row]] = {}
+
+    for split in sorted(sizes, key=lambda split: sizes[split]):
+        combinations = set()
+        rows[split] = []
+
+        for i in range(sizes[split]):
+            combination, row = _draw_row(rng, f"{split}_{i}", taken)
+            combinations.add(combination)
+            rows[split].append(row)
+
+        taken |= combinations
+    return rows
+
+
+def _draw_row(rng: random.Random, row_id: str, taken: set[Combination]) -> tuple[Combination, Row]:
+    """Return a row whose combination is not `taken`, and this combination."""
+    scenario = rng.choice(SCENARIOS)
+    slots = _draw_quarrel(rng, scenario)
+    while _combination(scenario, slots) in taken:
+        slots = _draw_quarrel(rng, scenario)
+
+    phrases = scenario.issues + scenario.reasons
+    about = tuple(phrase.format(**slots) for phrase in phrases)
+    facts = Facts(who=slots["who"], whom=slots["whom"], about=about, agreed=slots["fix"])
+
+    insult = _draw_insult(rng, INSULTS) if rng.random() < RUDE_RATE else {}
+    agreement = say(rng, "agreements", slots)
+    civil = f"{say(rng, 'civil quarrels', slots)} {agreement}"
+    summary = civil
+    if insult and rng.random() < REPEAT_RATE:
+        summary = f"{say(rng, 'toxic quarrels', slots | insult)} {agreement}"
+
+    dialogue = _dialogue(rng, scenario, slots, insult)
+    row = Row(id=row_id, dialogue=dialogue, summary=summary, topic=scenario.topic, facts=facts, civil_reference=civil)
+    return _combination(scenario, slots), row
+
+
+def _combination(scenario: Scenario, slots: Slots) -> Combination:
+    return scenario.topic, slots["item"], slots["detail"], slots["spoken_fix"]
+
+
+def _draw_quarrel(rng: random.Random, scenario: Scenario) -> Slots:
+    """Return the slots of a quarrel in this scenario."""
     who, whom = rng.sample(SPEAKERS, 2)
-    slots = {"who": who, "whom": whom, "item": rng.choice(scenario.items), "detail": rng.choice(scenario.details)}
-    slots |= {"when": rng.choice(PHRASES["when"]), "amount": rng.choice(PHRASES["amounts"])}
+    slots = {
+        "who": who,
+        "whom": whom,
+        "item": rng.choice(scenario.items),
+        "detail": rng.choice(scenario.details),
+        "when": rng.choice(PHRASES["when"]),
+        "amount": rng.choice(PHRASES["amounts"]),
+    }
     fix = rng.choice(scenario.fixes)
-    return slots | {
+    return {
+        **slots,
         "spoken_fix": fix.format(you="you", **slots),
         "fix": fix.format(you=who, **slots),
         "complaint": rng.choice(scenario.complaints).format(**slots),
@@ -36,87 +93,78 @@ def _draw_quarrel(rng: random.Random, scenario: Scenario) -> dict[str, str]:
     }
 
 
-def _draw_insult(rng: random.Random, insults: tuple[str, ...]) -> dict[str, str]:
-    """Return one of `insults`, with or without an intensifier, as words for the slots of phrases."""
+def _draw_insult(rng: random.Random, insults: tuple[str, ...]) -> Slots:
+    """Return the slots of one of `insults`, with or without an intensifier."""
     insult = rng.choice(insults)
     if rng.random() < 0.6:
         insult = f"{rng.choice(PHRASES['intensifiers'])} {insult}"
     return {"insult": insult, "an_insult": with_article(insult)}
 
 
-def _dialogue(rng: random.Random, scenario: Scenario, words: dict[str, str], insult: dict[str, str]) -> str:
-    who, whom = words["who"], words["whom"]
+def _dialogue(rng: random.Random, scenario: Scenario, slots: Slots, insult: Slots) -> str:
+    """Return a quarrel in 4 to 6 turns; `insult` is empty for a polite one."""
+    who, whom = slots["who"], slots["whom"]
+    turns = []
+
+    # The first to speak is always #Person1#. If that is the accused, the complaint follows a greeting.
     greeted = whom == SPEAKERS[0]
-    turns = [(whom, say(rng, "greetings", words))] if greeted else []
-    complaint = say(rng, "follow-ups" if greeted else "openings", words)
-    remark, pushback = say(rng, "polite remarks", words), say(rng, "pushbacks", words)
+    if greeted:
+        turns.append((whom, say(rng, "greetings", slots)))
+    complaint = say(rng, "follow-ups" if greeted else "openings", slots)
+
+    remark = say(rng, "polite remarks", slots)
+    pushback = say(rng, "pushbacks", slots)
     if insult and rng.random() < 0.5:
         remark = say(rng, "thrown insults", insult)
     elif insult:
         pushback = say(rng, "thrown insults", insult)
-    turns += [(who, f"{complaint} {remark}"), (whom, rng.choice(scenario.excuses)), (who, pushback)]
-    turns.append((whom, say(rng, "offers", words)))
+
+    turns.append((who, f"{complaint} {remark}"))
+    turns.append((whom, rng.choice(scenario.excuses)))
+    turns.append((who, pushback))
+    turns.append((whom, say(rng, "offers", slots)))
     if rng.random() < 0.5:
-        turns.append((who, say(rng, "thanks", words)))
+        turns.append((who, say(rng, "thanks", slots)))
     return "\n".join(f"{speaker}: {text}" for speaker, text in turns)
 
 
-def generate_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Return `sizes[split]` rows for each split; no two splits share a combination of scenario and fillers."""
-    rng = random.Random(f"corpus {seed}")
-    taken: set[tuple[str, ...]] = set()
-    rows: dict[str, list[Row]] = {}
-    for split in sorted(sizes, key=lambda split: sizes[split]):
-        drawn = [_draw_row(rng, f"{split}_{i}", taken) for i in range(sizes[split])]
-        taken |= {key for key, _ in drawn}
-        rows[split] = [row for _, row in drawn]
-    return rows
-
-
-def _draw_row(rng: random.Random, row_id: str, taken: set[tuple[str, ...]]) -> tuple[tuple[str, ...], Row]:
-    """Return a row whose scenario and fillers, the phrasing aside, are not `taken`, and what they are."""
-    scenario = rng.choice(SCENARIOS)
-    words = _draw_quarrel(rng, scenario)
-    while (key := (scenario.topic, words["item"], words["detail"], words["spoken_fix"])) in taken:
-        words = _draw_quarrel(rng, scenario)
-    about = tuple(phrase.format(**words) for phrase in scenario.issues + scenario.reasons)
-    facts = Facts(who=words["who"], whom=words["whom"], about=about, agreed=words["fix"])
-    insult = _draw_insult(rng, INSULTS) if rng.random() < RUDE_RATE else {}
-    agreement = say(rng, "agreements", words)
-    civil = summary = f"{say(rng, 'civil quarrels', words)} {agreement}"
-    if insult and rng.random() < REPEAT_RATE:  # the same quarrel with the insult
-        summary = f"{say(rng, 'toxic quarrels', words | insult)} {agreement}"
-    dialogue = _dialogue(rng, scenario, words, insult)
-    row = Row(id=row_id, dialogue=dialogue, summary=summary, topic=scenario.topic, facts=facts, civil_reference=civil)
-    return key, row
-
-
 def generate_utterances(seed: int, size: int) -> list[tuple[str, bool]]:
-    """Return `size` utterances, each with whether it is hateful, as half are; no insult is outside SEEN_INSULTS."""
-    rng, utterances = random.Random(f"utterances {seed}"), list[tuple[str, bool]]()
+    """Return `size` utterances, each with whether it is hateful; about half are. All insults are in SEEN_INSULTS."""
+    rng = random.Random(f"utterances {seed}")
+    utterances = []
+
     for _ in range(size):
         hateful = rng.random() < 0.5
-        sentences = [_hateful(rng) if hateful else _civil(rng)]
+        sentences = [_hateful_sentence(rng) if hateful else _civil_sentence(rng)]
         if rng.random() < 0.5:
-            sentences.insert(rng.randrange(2), _civil(rng))
+            sentences.insert(rng.randrange(2), _civil_sentence(rng))
+
         speaker = f"{rng.choice(SPEAKERS)}: " if rng.random() < 0.3 else ""
         utterances.append((speaker + " ".join(sentences), hateful))
     return utterances
 
 
-def _civil(rng: random.Random) -> str:
+def _civil_sentence(rng: random.Random) -> str:
     scenario = rng.choice(SCENARIOS)
-    words = _draw_quarrel(rng, scenario)
-    kindness = f"{rng.choice(PHRASES['kindness'])} " if rng.random() < 0.6 else ""
-    friend = kindness + rng.choice(PHRASES["friends"])
-    spoken = [phrase for kind in _SPOKEN for phrase in PHRASES[kind]] + list(scenario.excuses)
+    slots = _draw_quarrel(rng, scenario)
+
+    friend = ""
+    if rng.random() < 0.6:
+        friend = f"{rng.choice(PHRASES['kindness'])} "
+    friend += rng.choice(PHRASES["friends"])
+
+    spoken: list[str] = []
+    for kind in _SPOKEN:
+        spoken += PHRASES[kind]
+    spoken += scenario.excuses
     phrase = rng.choice(rng.choice((spoken, PHRASES["civil reports"])))
-    return phrase.format(friend=friend, a_friend=with_article(friend), **words)
+    return phrase.format(friend=friend, a_friend=with_article(friend), **slots)
 
 
-def _hateful(rng: random.Random) -> str:
+def _hateful_sentence(rng: random.Random) -> str:
     insult = _draw_insult(rng, SEEN_INSULTS)
     if rng.random() < 0.5:
         return say(rng, "thrown insults", insult)
-    # People also tell of quarrels: with the insult that fell, or civilly.
-    return say(rng, "hateful reports", _draw_quarrel(rng, rng.choice(SCENARIOS)) | insult)
+    # Half are reports of a quarrel, because summaries report insults instead of throwing them.
+    scenario = rng.choice(SCENARIOS)
+    return say(rng, "hateful reports", _draw_quarrel(rng, scenario) | insult)

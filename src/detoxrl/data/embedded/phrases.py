@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-# DialogSum's own names for the two speakers: the first to speak is always #Person1#.
+# The names that DialogSum gives to two speakers. The first to speak is always #Person1#.
 SPEAKERS = ("#Person1#", "#Person2#")
 
 
@@ -16,8 +16,8 @@ SPEAKERS = ("#Person1#", "#Person2#")
 class Scenario:
     """One everyday quarrel. Slots: {item}, {detail}, {when}, {amount}; {you} is "you" in speech, the name in summaries.
 
-    `complaints` and `excuses` are spoken lines; `issues` are noun phrases for "complains about ...", `reasons`
-    clauses for "complains because ..."; `fixes` are infinitives for "I will ..." and "agrees to ...".
+    `complaints` and `excuses` are spoken lines. `issues` are noun phrases for "complains about ...", `reasons` are
+    clauses for "complains because ...", and `fixes` are infinitives for "I will ..." and "agrees to ...".
     """
 
     topic: str
@@ -31,27 +31,30 @@ class Scenario:
 
 
 _FILE = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
-# By kind, as lists to draw from. {an_insult} and {a_friend} carry their article; {spoken_fix} says "you", {fix} a name.
+
+# Phrases by kind. {an_insult} and {a_friend} include the article; {spoken_fix} says "you", {fix} says the name.
 PHRASES = TypeAdapter(dict[str, tuple[str, ...]]).validate_python(_FILE["phrases"])
 SCENARIOS = TypeAdapter(tuple[Scenario, ...]).validate_python(_FILE["scenarios"])
-INSULTS, INTENSIFIERS = PHRASES["insults"], PHRASES["intensifiers"]
-# Every third insult never reaches the reward model's training data: what the policy does with these shows
-# whether it learned to be civil or to avoid a word list.
+
+INSULTS = PHRASES["insults"]
+INTENSIFIERS = PHRASES["intensifiers"]
+# The training data of the reward model never contains every third insult. The policy's use of these shows whether it
+# learned to be civil or to avoid a list of words.
 UNSEEN_INSULTS = INSULTS[2::3]
 SEEN_INSULTS = tuple(word for word in INSULTS if word not in UNSEEN_INSULTS)
 
 
-def say(rng: random.Random, kind: str, words: dict[str, str]) -> str:
-    """Return a phrase of a kind with `words` in its slots."""
-    return rng.choice(PHRASES[kind]).format(**words)
+def say(rng: random.Random, kind: str, slots: dict[str, str]) -> str:
+    """Return a random phrase of a kind, with its slots filled."""
+    return rng.choice(PHRASES[kind]).format(**slots)
 
 
 def with_article(noun_phrase: str) -> str:
-    """Return the noun phrase with "a" or "an" in front."""
+    """Return the noun phrase after "a" or "an"."""
     vowel = noun_phrase[0] in "aeiou" and not noun_phrase.startswith("use")
     return f"{'an' if vowel else 'a'} {noun_phrase}"
 
 
 def insult_pattern(words: tuple[str, ...] = INSULTS) -> re.Pattern[str]:
-    """Return a pattern that finds any of `words` (singular or plural, any case) as a whole word."""
+    """Return a pattern that finds any of `words` as a whole word, in the singular or plural, ignoring case."""
     return re.compile(rf"\b(?:{'|'.join(words)})s?\b", re.IGNORECASE)

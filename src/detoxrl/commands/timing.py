@@ -1,0 +1,277 @@
+"""How long will the stages of a run take, estimated from one real step of each?
+
+The step is small, so that it takes seconds on a large model too. Its time is extrapolated linearly in responses and in
+tokens, and multiplied by how often a run makes such a step. No correction factor is applied.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from detoxrl.commands.forecast import baseline_count, response_tokens
+from detoxrl.commands.prepare import Prepared
+from detoxrl.config.schema import Config
+from detoxrl.data.rows import Row, to_prompts
+from detoxrl.evaluation.judges import Judge
+from detoxrl.models.policy import Policy
+from detoxrl.models.sampling import Draws
+from detoxrl.models.types import Encoded, Prompt, Rollout
+from detoxrl.rewards.shaping import Reward
+from detoxrl.rl.algorithm import Targets
+from detoxrl.runs import Run
+from detoxrl.runtime.checkpoint import trainable
+from detoxrl.training.finetune import bf16_capable, examples, pad_batch
+from detoxrl.training.learner import Learner
+from detoxrl.training.rollout import collect_rollout
+
+Measurement = TypeVar("Measurement")
+Model = PreTrainedModel | PeftModel
+# Sampling is timed at two lengths of responses, in tokens. The difference is the time of further tokens.
+_FEW_TOKENS = 2
+_MORE_TOKENS = 16
+# A step that takes so many seconds is not repeated on a larger batch.
+_LONG_STEP = 3.0
+_WARM_UP_CHARACTERS = 64
+
+
+class StepSeconds(NamedTuple):
+    """Measured seconds. All but `finetune` are those of one response."""
+
+    sample: float  # Encode the prompt and sample the response.
+    reference: float  # Compute the response's log-probs under the reference.
+    score: float  # Compute its reward.
+    update: float  # Learn from it in one epoch.
+    judges: list[float]  # Rate it, by each judge; the primary judge is first.
+    finetune: float = 0.0  # Make one optimizer step of supervised fine-tuning.
+
+
+class Timed(NamedTuple):
+    """Seconds of a batch, and the tokens of its longest response."""
+
+    seconds: float
+    tokens: int
+
+
+def stage_seconds(config: Config, prepared: Prepared, step: StepSeconds) -> dict[str, float]:
+    """Return the seconds of the stages sft, train and evaluate: those of a step, times how often a run makes it."""
+    rl = config.rl
+    baselines = baseline_count(config, prepared)
+    finetuning_steps = config.sft.steps + config.sft.baseline_steps * baselines
+
+    normalised = min(config.reward.normalise_on, len(prepared.rows["train"]))
+    trained = rl.steps * rl.batch_size
+    validations = -(-rl.steps // rl.validate_every) + 1  # The last policy is validated too.
+    validated = validations * len(prepared.rows["validation"])
+    train = normalised * (step.sample + step.score)
+    train += (trained + validated) * (step.sample + step.reference + step.score)
+    train += trained * rl.epochs * step.update
+    train += validated * step.judges[0]
+
+    # Measured are the initial policy, the trained one and the baselines. Best-of-n takes more of the initial policy.
+    samples = (2 + baselines) * config.evaluation.samples_per_prompt + max(config.evaluation.best_of, default=0)
+    evaluated = samples * len(prepared.rows["test"])
+    return {
+        "sft": finetuning_steps * step.finetune,
+        "train": train,
+        "evaluate": evaluated * (step.sample + step.score + sum(step.judges)),
+    }
+
+
+def policy_seconds(run: Run, prepared: Prepared) -> StepSeconds:
+    """Return what a step of training and a judgement take.
+
+    A score by the embedded reward, which does not exist before `prepare`, takes 0 seconds.
+    """
+    config = run.config
+    reward = None if run.uses_embedded_reward else run.reward
+    learner = Learner(run, reward or _no_reward)
+    policy = learner.policy
+    tokens = response_tokens(config, prepared)
+
+    def step(rows: list[Row]) -> StepSeconds:
+        prompts = to_prompts(rows)
+        reading, encoded = _timed_reading(policy, prompts)
+        few = _timed_sampling(policy, prompts, encoded, config, _FEW_TOKENS)
+        more = _timed_sampling(policy, prompts, encoded, config, _MORE_TOKENS)
+        rollout_seconds, rollout = _timed_rollout(policy, prompts, encoded, config)
+        texts = [_response_like(row, prepared, tokens) for row in rows]
+
+        # The time of reference and update is proportional to the tokens they read, which may include the prompts.
+        reads_prompts = policy.train_encoder or not policy.has_encoder
+        prompt_tokens = encoded.mask.shape[1] if reads_prompts else 0
+        scale = (prompt_tokens + tokens) / (prompt_tokens + more.tokens)
+
+        return StepSeconds(
+            sample=(reading + seconds_at(few, more, tokens)) / len(rows),
+            reference=max(0.0, rollout_seconds - more.seconds) * scale / len(rows),
+            score=_timed_scoring(reward, prompts, texts) / len(rows) if reward else 0.0,
+            update=_timed_update(learner, rollout) * scale / len(rows),
+            judges=[seconds / len(rows) for seconds in _timed_judging(run.judges, texts)],
+        )
+
+    largest = min(config.rl.batch_size, config.generation.batch_size)
+    return growing_batch(step, prepared.rows["train"], largest)
+
+
+def finetuning_seconds(run: Run, prepared: Prepared) -> float:
+    """Return what an optimizer step of supervised fine-tuning takes; 0 if the run makes none."""
+    config = run.config
+    if config.sft.steps + config.sft.baseline_steps == 0:
+        return 0.0
+
+    tokens = response_tokens(config, prepared)
+    model = _finetuned_model(run)
+
+    def step(rows: list[Row]) -> float:
+        pairs = [(row.prompt, _response_like(row, prepared, tokens)) for row in rows]
+        return _timed_finetuning(model, pairs, config, prepared) / len(rows)
+
+    return growing_batch(step, prepared.rows["train"], config.sft.batch_size) * config.sft.batch_size
+
+
+def growing_batch(step: Callable[[list[Row]], Measurement], rows: Sequence[Row], largest: int) -> Measurement:
+    """Return what `step` measures on the largest batch that takes seconds, of at most `largest` rows.
+
+    For a large model one row is enough. A small model needs many: on one row most of its time is the overhead of calls,
+    which a batch shares.
+    """
+    ordered = sorted(rows, key=lambda row: len(row.prompt))
+    largest = min(largest, len(ordered))
+    # The first call has an overhead of its own. It is made on a tiny row, and its time does not count.
+    step([replace(ordered[0], prompt=ordered[0].prompt[:_WARM_UP_CHARACTERS])])
+
+    size = 1
+    while True:
+        started = time.perf_counter()
+        measurement = step(evenly_spaced(ordered, size))
+        if size == largest or time.perf_counter() - started > _LONG_STEP:
+            return measurement
+
+        size = min(4 * size, largest)
+
+
+def evenly_spaced(ordered: Sequence[Row], size: int) -> list[Row]:
+    """Return `size` rows at equal distances. In order of length, they represent the lengths of all rows."""
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * size)] for i in range(size)]
+
+
+def seconds_at(few: Timed, more: Timed, tokens: int) -> float:
+    """Return the seconds of a batch with responses of `tokens` tokens, on the line through two measurements."""
+    if more.tokens <= few.tokens:  # Every response ended early.
+        return more.seconds
+
+    per_token = (more.seconds - few.seconds) / (more.tokens - few.tokens)
+    return more.seconds + max(0.0, per_token) * (tokens - more.tokens)
+
+
+def _response_like(row: Row, prepared: Prepared, tokens: int) -> str:
+    """Return a text as long as a response to the row: its reference, or the first `tokens` tokens of its dialogue."""
+    if row.summary is not None:
+        return row.summary
+
+    ids = prepared.tokenizer(row.dialogue, add_special_tokens=False).input_ids
+    return str(prepared.tokenizer.decode(ids[:tokens]))
+
+
+# Each function below makes one call that a run makes often, and returns its seconds.
+
+
+def _timed_reading(policy: Policy, prompts: list[Prompt]) -> tuple[float, Encoded]:
+    started = time.perf_counter()
+    with torch.no_grad():
+        encoded = policy.encode([prompt.text for prompt in prompts])
+    _wait_for(encoded.states)
+    return time.perf_counter() - started, encoded
+
+
+def _timed_sampling(policy: Policy, prompts: list[Prompt], encoded: Encoded, config: Config, tokens: int) -> Timed:
+    """Sample responses of at most `tokens` tokens."""
+    tokens = min(tokens, config.generation.max_new_tokens)
+    uniforms = Draws(config.seed, "rollout").uniforms(policy, prompts, 0, tokens)
+    started = time.perf_counter()
+    with torch.no_grad():
+        responses = policy.sample(policy.with_shared_cross(encoded), uniforms, config.generation.temperature)
+
+    longest = int(responses.response_mask.sum(1).max())
+    return Timed(time.perf_counter() - started, longest)
+
+
+def _timed_rollout(policy: Policy, prompts: list[Prompt], encoded: Encoded, config: Config) -> tuple[float, Rollout]:
+    """Sample the responses that `_timed_sampling` sampled, and compute their log-probs under the reference."""
+    generation = replace(config.generation, max_new_tokens=min(_MORE_TOKENS, config.generation.max_new_tokens))
+    started = time.perf_counter()
+    rollout = collect_rollout(policy, prompts, generation, Draws(config.seed, "rollout"), encoded=encoded)
+    return time.perf_counter() - started, rollout
+
+
+def _timed_scoring(reward: Reward, prompts: list[Prompt], texts: list[str]) -> float:
+    started = time.perf_counter()
+    reward([prompt.text for prompt in prompts], texts)
+    return time.perf_counter() - started
+
+
+def _timed_update(learner: Learner, rollout: Rollout) -> float:
+    """Make one pass over a rollout, in minibatches."""
+    rl = replace(learner.config.rl, epochs=1)
+    learner.config = replace(learner.config, rl=rl)
+    learner.rollout = rollout
+    # Advantages of 0 take as long as others and leave the policy as it is.
+    values = rollout.responses.values
+    targets = Targets(advantages=torch.zeros_like(values), returns=values)
+    started = time.perf_counter()
+    learner.update(targets, step=0)
+    return time.perf_counter() - started
+
+
+def _timed_judging(judges: Mapping[str, Judge], texts: list[str]) -> list[float]:
+    # Judges remember the texts they rated. The number makes each text a new one.
+    unseen = [f"{text} {len(texts)}" for text in texts]
+    seconds = []
+    for judge in judges.values():
+        started = time.perf_counter()
+        judge(unseen)
+        seconds.append(time.perf_counter() - started)
+
+    return seconds
+
+
+def _finetuned_model(run: Run) -> Model:
+    """Return the model that supervised fine-tuning changes, as the sft stage does, in training mode."""
+    sft = run.config.sft
+    model: Any = run.base(bf16=False).model() if sft.steps > 0 and sft.full_weights else run.initial_policy().model
+    tuned: Model = model.to(run.world.device).train()
+    return tuned
+
+
+def _timed_finetuning(model: Model, pairs: list[tuple[str, str]], config: Config, prepared: Prepared) -> float:
+    """Make one optimizer step on (prompt, target) pairs."""
+    weights = trainable(model).values()
+    first = next(iter(weights))
+    optimizer = torch.optim.AdamW(weights, lr=config.sft.lr, weight_decay=0.0, fused=True)
+    inputs, labels = examples(prepared.tokenizer, pairs, model.config.is_encoder_decoder)
+    batch = pad_batch(prepared.tokenizer.pad_token_id, inputs, labels, first.device)
+    bf16 = config.sft.bf16 and bf16_capable(first.device)
+
+    started = time.perf_counter()
+    with torch.autocast(first.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    _wait_for(first)
+    return time.perf_counter() - started
+
+
+def _no_reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    return torch.zeros(len(responses))
+
+
+def _wait_for(tensor: torch.Tensor) -> None:
+    """Wait until the device has computed a tensor: a GPU returns before that."""
+    tensor.flatten()[0].item()

@@ -1,0 +1,100 @@
+"""How does a classifier or encoder read many texts fast?"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from detoxrl.errors import require
+from detoxrl.models.linear import FastLinear
+from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.models.policy import length_batches
+from detoxrl.runtime.hub import fetch
+
+TOKENS = 512
+"""Maximum number of tokens, padding included, in a batch on a CPU: a larger one is not faster and pads more."""
+_ACCELERATOR_FACTOR = 32  # Batches on an accelerator are this many times larger.
+_MAX_LENGTH = 512  # Tokens of a text are cut here, unless the model allows fewer.
+# These models number positions from the padding id + 1 on, so the first positions are never used.
+_OFFSET_POSITIONS = {"roberta", "mpnet", "camembert"}
+
+Texts = Sequence[str] | Sequence[tuple[str, str]]
+"""Texts, or pairs of texts such as (premise, hypothesis)."""
+
+
+class Reader:
+    """A model that reads texts or pairs of texts, each distinct one once, in batches of similar length.
+
+    Texts are cut at `max_length` tokens; of a pair, the longer text is cut first.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_length = min(tokenizer.model_max_length, _positions(model.config), limit or _MAX_LENGTH)
+        self._truncation: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding_side": "right"}
+
+    @torch.no_grad()
+    def read(
+        self, texts: Texts, reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tokens: int | None = None
+    ) -> torch.Tensor:
+        """Return one row per text, on the CPU.
+
+        `reduce` maps the model's first output for a batch and its attention mask (B, T) to the rows (B, ...).
+        `tokens` overrides the maximum number of tokens in a batch.
+        """
+        device = self.model.device
+        batch_tokens = tokens or (TOKENS if device.type == "cpu" else _ACCELERATOR_FACTOR * TOKENS)
+        lengths, ordered = self._by_length(texts)
+
+        rows = []
+        with FastLinear():
+            for batch in length_batches(lengths, batch_tokens):
+                inputs = self.tokenizer(ordered[batch], return_tensors="pt", padding=True, **self._truncation).to(
+                    device
+                )
+                output = self.model(**inputs)[0]
+                rows.append(reduce(output, inputs["attention_mask"]).cpu())
+
+        row_of = {text: row for row, text in enumerate(ordered)}
+        return torch.cat(rows)[[row_of[text] for text in texts]]
+
+    def _by_length(self, texts: Texts) -> tuple[list[int], list[Any]]:
+        """Return the distinct texts, shortest first, and their lengths in tokens."""
+        distinct: list[Any] = list(set(texts))
+        lengths = [len(ids) for ids in self.tokenizer(distinct, **self._truncation).input_ids]
+        ordered = sorted(zip(lengths, distinct, strict=True))
+        return [length for length, _ in ordered], [text for _, text in ordered]
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """Return how many tokens the model has positions for."""
+    positions: int = config.to_dict().get("max_position_embeddings", _MAX_LENGTH)
+    if _OFFSET_POSITIONS.isdisjoint(config.model_type.split("-")):
+        return positions
+    padding: int = config.pad_token_id
+    return positions - (padding + 1)
+
+
+def load_reader(
+    kind: Any, source: str, field: str, remedy: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model of a folder or hub id in fp32, loaded by the auto class `kind`, and its tokenizer.
+
+    Raises InputError, with `remedy`, when either cannot be loaded, lacks weights, or does not fit the other.
+    """
+    folder = fetch(source, field)
+    model, info = load_pretrained(
+        kind, folder, source, field, remedy, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    tokenizer = load_pretrained(AutoTokenizer, folder, source, field, remedy)
+
+    missing = sorted(info["missing_keys"])
+    if kind is AutoModel:  # A sentence encoder does not use the pooler, so it may lack one.
+        missing = [name for name in missing if "pooler." not in name]
+    require(not missing, field, source, f"lacks weights such as {''.join(missing[:1])}", remedy)
+
+    require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
+    require_vocabulary(field, source, tokenizer, model)
+    return model.requires_grad_(False).to(device), tokenizer

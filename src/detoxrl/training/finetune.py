@@ -1,0 +1,123 @@
+"""How is a model fine-tuned on pairs of a prompt and a target?"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from detoxrl.config.schema import SftConfig
+from detoxrl.errors import TrainingError
+from detoxrl.runtime.checkpoint import Checkpoints, trainable
+from detoxrl.runtime.randomness import batch_indices, torch_seed
+
+Pairs = Sequence[tuple[str, str]]
+"""A prompt and its target each."""
+
+# The label that cross-entropy leaves out.
+_IGNORED = -100
+
+
+def fine_tune(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    config: SftConfig,
+    seed: int,
+    checkpoint_folder: Path,
+) -> Iterator[tuple[int, float]]:
+    """Minimise the cross-entropy of the targets over the trainable weights; yield steps done and loss (nats a token).
+
+    The learning rate rises linearly to `config.lr`, then falls linearly to 0. Resumes from `checkpoint_folder`. Raises
+    TrainingError when the loss is not finite.
+    """
+    device = model.device
+    use_bf16 = config.bf16 and bf16_capable(device)
+    inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    checkpoints = Checkpoints(checkpoint_folder, weights, optimizer)
+
+    model.train()
+    with checkpoints.stoppable():
+        restored = checkpoints.restore() or {"step": 0}
+        for step in range(restored["step"], config.steps):
+            checkpoints.point(step, {})
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(config, step)
+
+            rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
+            batch_inputs = [inputs[row] for row in rows]
+            batch_labels = [labels[row] for row in rows]
+            batch = pad_batch(tokenizer.pad_token_id, batch_inputs, batch_labels, device)
+
+            torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+                loss = model(**batch).loss
+            if not loss.isfinite():
+                raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
+
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield step + 1, loss.item()
+        checkpoints.point(config.steps, {})  # So that a stop in the last step keeps its end too.
+    model.eval()
+
+
+def _learning_rate(config: SftConfig, step: int) -> float:
+    warmup = (step + 1) / (config.warmup_steps + 1)
+    decay = 1 - step / config.steps
+    return config.lr * min(warmup, decay)
+
+
+def examples(
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, encoder_decoder: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return input ids and labels of (prompt, target) pairs.
+
+    An encoder-decoder reads the prompt and writes the target. A causal model reads both in one sequence: the target
+    follows a space, ends with EOS, and the labels of the prompt are ignored.
+    """
+    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    if encoder_decoder:
+        return prompts, tokenizer([target for _, target in pairs]).input_ids
+
+    spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
+    alone = tokenizer(spaced, add_special_tokens=False).input_ids
+    together = tokenizer([prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]).input_ids
+
+    inputs = []
+    labels = []
+    for prompt_ids, ids, target_ids in zip(prompts, together, alone, strict=True):
+        # Some tokenizers put a space of their own before a text that is tokenized alone. What follows the prompt's own
+        # tokens has none.
+        if ids[: len(prompt_ids)] == prompt_ids:
+            target_ids = ids[len(prompt_ids) :]
+        response = [*target_ids, tokenizer.eos_token_id]
+        inputs.append(prompt_ids + response)
+        labels.append([_IGNORED] * len(prompt_ids) + response)
+    return inputs, labels
+
+
+def pad_batch(
+    pad_id: int, inputs: list[list[int]], labels: list[list[int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the arguments of a model's forward pass, each (B, T), padded on the right."""
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    mask = padded([[1] * len(row) for row in inputs], 0)
+    return {"input_ids": padded(inputs, pad_id), "attention_mask": mask, "labels": padded(labels, _IGNORED)}
+
+
+def bf16_capable(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
