@@ -236,9 +236,9 @@ class Run:
         InputError.
         """
         source = str((self.folder / "base").resolve()) if self._has_product("base") else self.config.policy.base
-        is_same = self._base is not None and self._base.source == source
-        if self._base is not None and is_same and (source == "scratch" or self._base.bf16 == bf16):
-            return self._base
+        held = self._base
+        if held is not None and held.source == source and (source == "scratch" or held.bf16 == bf16):
+            return held
 
         self._base = None  # Its memory is free before the next one is loaded.
         self._base = Base.load(source, bf16=bf16)

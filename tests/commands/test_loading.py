@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from conftest import policy_config, small_config
 from detoxrl.evaluation.policies import MeasuredPolicies
 from detoxrl.models.base import Base
+from detoxrl.runs import Run
+from detoxrl.runtime.run_folder import RunFolder
 from small_runs import contents, detoxrl, own
 
 WARM_START = ["--sft.steps", "2", "--sft.batch-size", "4", "--sft.baseline-steps", "2"]
@@ -89,3 +91,13 @@ def test_policies_that_are_compared_have_one_precision(
     lora = MeasuredPolicies(load, None, {}, {"after": str(starts["t5", "loaded"])}, config)
     expected = torch.bfloat16 if bf16 else torch.float32
     assert {lora.get(name)[0].weights.active.dtype for name in lora.names} == {expected}
+
+
+def test_a_base_is_kept_until_another_precision_is_asked_for(bases: dict[str, Path], tmp_path: Path) -> None:
+    config = replace(small_config(), policy=replace(policy_config("t5"), base=str(bases["t5"])))
+    run = Run(RunFolder(tmp_path), config)
+
+    kept = run.base(bf16=True)
+    assert kept.model().dtype == torch.bfloat16
+    assert run.base(bf16=True) is kept
+    assert run.base(bf16=False).model().dtype == torch.float32

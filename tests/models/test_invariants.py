@@ -15,7 +15,7 @@ from conftest import ENCODER_DECODERS, KINDS, Make, disturb, small_config
 from detoxrl.models import policy as policy_module
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import Draws, sample_all, sample_batches
+from detoxrl.models.sampling import Draws, batches_by_length, sample_all
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import POLICY, LoraWeights
 from detoxrl.rl.kl import k1
@@ -204,8 +204,8 @@ def test_batches_hold_prompts_of_similar_length_and_are_sampled_without_gradient
         return sample(*args)  # type: ignore[arg-type]
 
     loaded.sample = recording  # type: ignore[method-assign, assignment]
-    batches = list(sample_batches(loaded, PROMPTS, config, Draws(0, "x")))
-    assert [list(batch) for batch in batches] == [[2, 0, 1], [3]]  # the rows, sorted by length
+    sample_all(loaded, PROMPTS, config, Draws(0, "x"))
+    assert batches_by_length(PROMPTS, 3) == [[2, 0, 1], [3]]
     assert grad_enabled == [False, False]
 
 

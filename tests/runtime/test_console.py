@@ -8,17 +8,8 @@ from threading import Event
 import pytest
 from rich.console import Console
 
+from clock import Clock
 from detoxrl.runtime import console
-
-
-class Clock:
-    """A clock that the test moves by hand, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

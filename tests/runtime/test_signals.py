@@ -10,20 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from clock import Clock
 from detoxrl.runtime import signals
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
 MESSAGE = "stopping after this step (Ctrl-C again: stop now and lose this step)"
-
-
-class Clock:
-    """A clock that the test moves by hand, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 class Base:
     """A base model with its tokenizer. Each policy that is made on it takes it over from the one before."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, bf16: bool = False
+    ) -> None:
         self.source = source  # The folder or hub id that it was loaded from.
-        self.bf16 = False
+        self.bf16 = bf16
         self.tokenizer = tokenizer
         self._model = model
         self._trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -28,12 +30,10 @@ class Base:
         self._is_changed = False
 
     @classmethod
-    def load(cls, source: str, field: str = "policy.base", bf16: bool = False) -> Self:
+    def load(cls, source: str, bf16: bool = False) -> Self:
         """Load the base of a folder or hub id. Raises InputError and StorageError as `load_base`."""
-        model, tokenizer = load_base(source, field, bf16=bf16)
-        base = cls(model, tokenizer, source)
-        base.bf16 = bf16
-        return base
+        model, tokenizer = load_base(source, bf16=bf16)
+        return cls(model, tokenizer, source, bf16)
 
     def model(self) -> PreTrainedModel:
         """Return the model as it was loaded: without adapters, every weight trainable that was so then.

@@ -4,7 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from detoxrl.errors import require
 from detoxrl.models.linear import FastLinear
@@ -78,21 +84,26 @@ def _positions(config: PreTrainedConfig) -> int:
 
 
 def load_reader(
-    kind: Any, source: str, field: str, remedy: str, device: torch.device
+    source: str, field: str, remedy: str, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model of a folder or hub id in fp32, loaded by the auto class `kind`, and its tokenizer.
+    """Return the classifier of a folder or hub id in fp32, and its tokenizer.
 
     Raises InputError, with `remedy`, when either cannot be loaded, lacks weights, or does not fit the other.
     """
     folder = fetch(source, field)
     model, info = load_pretrained(
-        kind, folder, source, field, remedy, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        AutoModelForSequenceClassification,
+        folder,
+        source,
+        field,
+        remedy,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     tokenizer = load_pretrained(AutoTokenizer, folder, source, field, remedy)
 
     missing = sorted(info["missing_keys"])
-    if kind is AutoModel:  # A sentence encoder does not use the pooler, so it may lack one.
-        missing = [name for name in missing if "pooler." not in name]
     require(not missing, field, source, f"lacks weights such as {''.join(missing[:1])}", remedy)
 
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)

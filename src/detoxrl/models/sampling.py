@@ -1,6 +1,6 @@
 """How are prompts turned into responses?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +58,6 @@ def sample_texts(
     return texts
 
 
-def sample_batches(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    draws: Draws,
-    samples: int = 1,
-    adapter: str | None = POLICY,
-) -> Iterator[dict[int, list[str]]]:
-    """Yield `samples` response texts for each prompt by its index, batch after batch."""
-    for indices in batches_by_length(prompts, config.batch_size):
-        batch = [prompts[index] for index in indices]
-        texts = sample_texts(policy, batch, config, draws, samples, adapter)
-        yield dict(zip(indices, texts, strict=True))
-
-
 def sample_all(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -83,8 +68,10 @@ def sample_all(
 ) -> list[list[str]]:
     """Return `samples` response texts for each prompt, in the order of the prompts."""
     texts: dict[int, list[str]] = {}
-    for batch in sample_batches(policy, prompts, config, draws, samples, adapter):
-        texts.update(batch)
+    for indices in batches_by_length(prompts, config.batch_size):
+        batch = [prompts[index] for index in indices]
+        sampled = sample_texts(policy, batch, config, draws, samples, adapter)
+        texts.update(zip(indices, sampled, strict=True))
     return [texts[index] for index in range(len(prompts))]
 
 

@@ -104,7 +104,7 @@ def load_classifier(
     `labels` maps the setting of each label to its name: the toxic label first, then the good one, if any. Raises
     InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
     """
-    model, tokenizer = load_reader(AutoModelForSequenceClassification, source, field, _REMEDY, device)
+    model, tokenizer = load_reader(source, field, _REMEDY, device)
     toxic, *good = [label_index(model.config, setting, label) for setting, label in labels.items()]
     classifier = Classifier(model, tokenizer, toxic, good[0] if good else None, kind)
 

@@ -293,22 +293,13 @@ def together(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatenate
     return announced  # type: ignore[return-value]
 
 
-def is_launched() -> bool:
-    """Return whether a launcher (torchrun, accelerate launch) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def run_in_world(command: Callable[[], None]) -> None:
-    """Run a command in the main process while the others, if a launcher started any, serve it.
+    """Run a command in the main one of the processes that a launcher started, while the others serve it.
 
     Raises what the command raises, InputError when the processes cannot work here, and in a worker ProcessError when
     the main process is lost.
     """
     global _world
-    if not is_launched():
-        command()
-        return
-
     _world = _join()
     if _world.is_main:
         try:
