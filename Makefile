@@ -1,9 +1,10 @@
 # make demo: the main job on the embedded default     make test: everything CI runs
+# make wheel: dist/detoxrl-VERSION-py3-none-any.whl     make models: train the packaged models again, and compare
 # make soak: a hundred kills, each run resumed and compared with one that was never stopped
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: demo test soak clean
+.PHONY: demo test wheel models soak clean
 
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
@@ -13,6 +14,12 @@ test: .venv/test-installed
 	.venv/bin/ruff format --check src tests examples benchmarks
 	.venv/bin/mypy
 	.venv/bin/pytest -n 2 --dist loadfile
+
+wheel: .venv/bin/python
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+models: .venv/test-installed
+	.venv/bin/python benchmarks/models/shipped_models.py
 
 soak: .venv/test-installed
 	.venv/bin/python benchmarks/soak/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
@@ -29,4 +36,4 @@ soak: .venv/test-installed
 	touch $@ .venv/demo-installed
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist

@@ -23,7 +23,8 @@ from detoxrl.commands import doctor as doctor_module
 from detoxrl.commands import forecast, timing
 from detoxrl.commands.forecast import Meter, bare_policy, stage_memory
 from detoxrl.commands.prepare import Prepared, prepare_rows
-from detoxrl.commands.timing import StepSeconds, Timed, stage_seconds
+from detoxrl.commands.timing import Timed
+from detoxrl.commands.workload import StepSeconds, stage_seconds
 from detoxrl.config.recipes import recipe
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.judges import memoized
@@ -187,29 +188,29 @@ def test_memory_grows_with_the_length_of_responses(place: Path) -> None:
 def test_time_is_what_was_measured_times_how_often_a_run_does_it() -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
     prepared = prepare_rows(config)
-    seconds = stage_seconds(config, prepared, STEP)
+    seconds = stage_seconds(config, prepared.rows, STEP)
 
-    # 60 steps of 128 responses, 13 validations of 20, and a normaliser of 128; 2 epochs; 2,000 + 2 x 150 sft steps.
+    # 40 steps of 128 responses, 5 validations of 20, and a normaliser of 128; 2 epochs; 2,000 + 2 x 100 sft steps.
     # For each test prompt there are 4 samples of 4 policies, and 16 more of the start.
-    trained = 60 * 128
-    validated = 13 * 20
+    trained = 40 * 128
+    validated = 5 * 20
     train = (0.5 + 0.25) * (trained + validated + 128) + 0.125 * (trained + validated)
     train += 4.0 * 2 * trained + 2.0 * validated
     assert seconds["train"] == train
     assert seconds["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
-    assert seconds["sft"] == (2000 + 300) * 0.75
+    assert seconds["sft"] == (2000 + 200) * 0.75
 
     bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
-    without = stage_seconds(config, replace(prepared, rows=bare), STEP)
+    without = stage_seconds(config, bare, STEP)
     assert without["evaluate"] == 10 * (3 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
-    assert without["sft"] == (2000 + 150) * 0.75
+    assert without["sft"] == (2000 + 100) * 0.75
 
 
 def test_time_grows_with_the_work_of_a_run(place: Path) -> None:
     def seconds(**settings: Any) -> dict[str, float]:
         config = recipe("own", {"policy.base": "model", "data.source": "mine.jsonl", "rl.batch_size": 8,
                                 "rl.minibatch_size": 4, "rl.microbatch_size": 2, **settings})  # fmt: skip
-        return stage_seconds(config, prepare_rows(config), STEP)
+        return stage_seconds(config, prepare_rows(config).rows, STEP)
 
     plain = seconds()
     assert plain["sft"] == 0

@@ -15,6 +15,7 @@ def test_the_key_covers_the_training_code_and_what_it_learns_from() -> None:
     names = {path.relative_to(cache._PACKAGE).as_posix() for path in cache._source_files()}
     assert names >= {
         "training/sft.py",
+        "training/finetune.py",
         "rewards/fit.py",
         "runtime/randomness.py",
         "models/loading.py",

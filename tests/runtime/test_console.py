@@ -141,3 +141,56 @@ def test_a_terminal_gets_a_bar_unless_it_cannot_move_its_cursor(
 )
 def test_durations_have_their_two_largest_units(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
+
+
+def test_a_run_says_which_stage_of_how_many_begins_and_a_stage_alone_does_not(clock: Clock) -> None:
+    console.begin_stage("train")
+    with console.run_progress(("prepare", "train", "report")):
+        console.begin_stage("train")
+    console.begin_stage("train")
+    assert lines() == ["[2/3] train: reinforcement learning"]
+
+
+def test_the_time_left_in_the_run_follows_from_the_work_that_is_left_and_the_pace(clock: Clock) -> None:
+    with console.run_progress(("sft", "train", "evaluate")) as run:
+        run.expect({"warm start": 10.0, "train": 40.0, "sample": 20.0})
+        with console.progress("warm start", 11) as reach:
+            for done in (1, 6, 11):
+                clock.now += 5.0
+                reach(done, "")
+        with console.progress("train", 11) as reach:
+            for done in (1, 6, 11):
+                clock.now += 40.0
+                reach(done, "")
+        with console.progress("sample", 10) as reach:
+            for done in (1, 6, 10):
+                clock.now += 5.0
+                reach(done, "")
+
+    # The first step of a bar is not timed. Warm start: 5/11 of 10 units in 5 s, so 60 later units take 66 s.
+    # Train: 10 s for 10/11 of 10 units before it, then 40 s for 5/11 of 40, so 20 units take 50 s / 27.27 x 20.
+    assert lines() == [
+        "warm start: 54 % (6 of 11), 5 s left, run 1 min 11 s",
+        "warm start: 100 % (11 of 11), took 15 s",
+        "train: 54 % (6 of 11), 40 s left, run 1 min 17 s",
+        "train: 100 % (11 of 11), took 2 min 00 s",
+        "sample: 10 % (1 of 10)",
+        "sample: 60 % (6 of 10), 4 s left",
+        "sample: 100 % (10 of 10), took 15 s",
+    ]
+
+
+def test_a_bar_that_a_run_does_not_expect_has_its_own_time_only(clock: Clock) -> None:
+    with console.run_progress(("prepare", "train")) as run:
+        with console.progress("reward model", 11) as reach:
+            reach(1, "")
+            clock.now += 50.0
+            reach(6, "")
+        run.expect({"train": 10.0, "sample": 10.0})
+        with console.progress("train", 11) as reach:
+            reach(1, "")
+            clock.now += 5.0
+            reach(6, "")
+
+    # 50 s for a bar that is not expected say nothing about later ones.
+    assert lines()[-1] == "train: 54 % (6 of 11), 5 s left, run 16 s"

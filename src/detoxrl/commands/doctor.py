@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from detoxrl.commands.forecast import bare_policy, stage_memory, weight_bytes
 from detoxrl.commands.prepare import Prepared, account_table, checked_policy, prepare_rows
-from detoxrl.commands.timing import finetuning_seconds, policy_seconds, stage_seconds
+from detoxrl.commands.timing import finetuning_seconds, policy_seconds
+from detoxrl.commands.workload import stage_seconds
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import sources, with_absolute_paths
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
@@ -78,7 +79,7 @@ def _examine(run: Run) -> None:
     with status("timing one step of each stage"):
         seconds = policy_seconds(run, prepared)
         seconds = seconds._replace(finetune=finetuning_seconds(run, prepared))
-    _print_seconds(stage_seconds(config, prepared, seconds))
+    _print_seconds(stage_seconds(config, prepared.rows, seconds))
     if run.uses_embedded_reward:
         _OUT.print("not included: training the embedded reward model, and its scores")
     _OUT.print(f"ready: detoxrl run {config.recipe} with the same flags")

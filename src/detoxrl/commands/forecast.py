@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.commands.prepare import Prepared
+from detoxrl.commands.workload import baseline_names
 from detoxrl.config.schema import Config, GenerationConfig
 from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
@@ -66,7 +67,7 @@ def stage_memory(config: Config, prepared: Prepared, classifiers: list[PreTraine
     policy = bare_policy(config, prepared.tokenizer)
     trained = weight_bytes(policy)
     models = sum(weight_bytes(model) for model in (policy.model, *classifiers))
-    baselines = baseline_count(config, prepared)
+    baselines = len(baseline_names(config, prepared.rows))
     sampling, scoring, update = _policy_peaks(policy, config, prepared)
     judging = _judging_peak(classifiers, config.generation)
 
@@ -81,18 +82,6 @@ def stage_memory(config: Config, prepared: Prepared, classifiers: list[PreTraine
         "train": process + models + 4 * trained + max(sampling, scoring, update, judging),
         "evaluate": process + models + (1 + baselines) * trained + max(sampling, judging),
     }
-
-
-def baseline_count(config: Config, prepared: Prepared) -> int:
-    """Return the number of fine-tuned baselines.
-
-    One learns from the best of the initial policy's own responses, another from civil references if there are some.
-    """
-    if config.sft.baseline_steps == 0:
-        return 0
-
-    has_civil = any(row.civil_reference for row in prepared.rows["train"])
-    return 2 if has_civil else 1
 
 
 def response_tokens(config: Config, prepared: Prepared) -> int:

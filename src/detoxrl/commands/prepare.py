@@ -189,19 +189,27 @@ def account_table(account: dict[str, Any]) -> Group:
 
 
 def _make_reward_model(run: Run) -> None:
-    """Train the embedded reward model into reward/, or take it from the cache."""
+    """Train the embedded reward model into reward/, or take it from the package or the cache."""
     seed = run.config.seed
+    checkpoints = run.folder / "checkpoints/prepare"
+    build = partial(train_embedded_reward, seed, checkpoints)
+    cached("reward", reward_ingredients(seed), run.folder / "reward", build)
+
+
+def train_embedded_reward(seed: int, checkpoints: Path, target: Path) -> None:
+    """Train the embedded reward model of a seed into `target`; it resumes from `checkpoints`."""
     utterances = generate_utterances(seed, UTTERANCES)
     settings = FitSettings(steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR, seed=seed)
 
-    def build(target: Path) -> None:
-        checkpoints = run.folder / "checkpoints/prepare"
-        with replace_folder(target) as folder, progress("reward model", REWARD_STEPS) as report:
+    with replace_folder(target) as folder, progress("reward model", REWARD_STEPS) as report:
 
-            def on_step(done: int, loss: float) -> None:
-                report(done, f"loss {loss:.3f}")
+        def on_step(done: int, loss: float) -> None:
+            report(done, f"loss {loss:.3f}")
 
-            train_reward_model(utterances, folder, checkpoints, settings, on_step)
+        train_reward_model(utterances, folder, checkpoints, settings, on_step)
 
-    ingredients = [f"{seed} {REWARD_STEPS} {REWARD_BATCH} {REWARD_LR}", json.dumps(utterances)]
-    cached("reward model", ingredients, run.folder / "reward", build)
+
+def reward_ingredients(seed: int) -> list[str]:
+    """Return what the embedded reward model follows from: settings, seed and utterances."""
+    settings = f"{REWARD_STEPS} steps of {REWARD_BATCH}, lr {REWARD_LR}"
+    return [settings, f"seed {seed}", json.dumps(generate_utterances(seed, UTTERANCES))]

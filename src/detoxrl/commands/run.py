@@ -13,6 +13,7 @@ from detoxrl.commands.measure import measure_run
 from detoxrl.commands.prepare import check, write_prepared
 from detoxrl.commands.resume import also_measure, new_record, restart_stage, resume_with
 from detoxrl.commands.trackers import resolve_tracker, tracking
+from detoxrl.commands.workload import PROPORTIONS, bar_seconds
 from detoxrl.config.edit import with_settings
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config
@@ -33,6 +34,7 @@ from detoxrl.rewards.function import RewardFunction
 from detoxrl.runs import Run, with_revisions, with_reward_name
 from detoxrl.runtime.allocator import keep_freed_memory
 from detoxrl.runtime.cache import tidy_cache
+from detoxrl.runtime.console import begin_stage, run_progress
 from detoxrl.runtime.run_folder import STAGES, IfExists, RunFolder, products_from
 from detoxrl.runtime.world import current_world
 from detoxrl.training.sft import run_sft
@@ -59,7 +61,13 @@ def run(
     root = Path(root)
     resumes = if_exists in ("resume", "resume with changes")
     track = resolve_tracker(track, root if resumes else None)
-    with _started(root, config, if_exists, reward) as started, tracking(started, track):
+    with (
+        run_progress(STAGES) as overall,
+        _started(root, config, if_exists, reward) as started,
+        tracking(started, track),
+    ):
+        rows = {split: started.rows(split) for split in SPLITS}
+        overall.expect(bar_seconds(started.config, rows, PROPORTIONS))
         for stage in STAGES[1:]:
             if stage not in started.folder.finished():
                 _run_stage(started, stage)
@@ -125,7 +133,8 @@ def evaluate(
 
     config = with_settings(config, NO_MODEL if subjects.texts else UNTRAINED)
     if_exists: IfExists = "overwrite" if overwrite else "error"
-    with _started(root, config, if_exists, reward, subjects) as started:
+    stages = ("prepare", *_MEASURING_STAGES)
+    with run_progress(stages), _started(root, config, if_exists, reward, subjects) as started:
         # Training counts as finished, so that --resume does not start it.
         finished = started.folder.finished()
         started.folder.write_json("seconds.json", {**finished, "sft": 0.0, "train": 0.0})
@@ -185,6 +194,7 @@ def _started(
             record = new_record(current.config, asdict(subjects))
             folder.begin(current.config, record, if_exists == "overwrite")
         if "prepare" not in folder.finished():
+            begin_stage("prepare")
             with folder.timed("prepare", started_at):
                 write_prepared(current, prepared or check(current, subjects))
         yield current
@@ -215,6 +225,7 @@ def _require_apart(root: Path, config: Config, subjects: Subjects) -> None:
 
 def _run_stage(run: Run, stage: str) -> None:
     keep_freed_memory()
+    begin_stage(stage)
     with run.folder.timed(stage) as seconds:
         _STAGES[stage](run, seconds)
 

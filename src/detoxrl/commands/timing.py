@@ -1,7 +1,7 @@
-"""How long will the stages of a run take, estimated from one real step of each?
+"""How long does each kind of step of a run take on this machine?
 
 The step is small, so that it takes seconds on a large model too. Its time is extrapolated linearly in responses and in
-tokens, and multiplied by how often a run makes such a step. No correction factor is applied.
+tokens. No correction factor is applied.
 """
 
 import time
@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from detoxrl.commands.forecast import baseline_count, response_tokens
+from detoxrl.commands.forecast import response_tokens
 from detoxrl.commands.prepare import Prepared
+from detoxrl.commands.workload import StepSeconds
 from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.judges import Judge
@@ -39,47 +40,11 @@ _LONG_STEP = 3.0
 _WARM_UP_CHARACTERS = 64
 
 
-class StepSeconds(NamedTuple):
-    """Measured seconds. All but `finetune` are those of one response."""
-
-    sample: float  # Encode the prompt and sample the response.
-    reference: float  # Compute the response's log-probs under the reference.
-    score: float  # Compute its reward.
-    update: float  # Learn from it in one epoch.
-    judges: list[float]  # Rate it, by each judge; the primary judge is first.
-    finetune: float = 0.0  # Make one optimizer step of supervised fine-tuning.
-
-
 class Timed(NamedTuple):
     """Seconds of a batch, and the tokens of its longest response."""
 
     seconds: float
     tokens: int
-
-
-def stage_seconds(config: Config, prepared: Prepared, step: StepSeconds) -> dict[str, float]:
-    """Return the seconds of the stages sft, train and evaluate: those of a step, times how often a run makes it."""
-    rl = config.rl
-    baselines = baseline_count(config, prepared)
-    finetuning_steps = config.sft.steps + config.sft.baseline_steps * baselines
-
-    normalised = min(config.reward.normalise_on, len(prepared.rows["train"]))
-    trained = rl.steps * rl.batch_size
-    validations = -(-rl.steps // rl.validate_every) + 1  # The last policy is validated too.
-    validated = validations * len(prepared.rows["validation"])
-    train = normalised * (step.sample + step.score)
-    train += (trained + validated) * (step.sample + step.reference + step.score)
-    train += trained * rl.epochs * step.update
-    train += validated * step.judges[0]
-
-    # Measured are the initial policy, the trained one and the baselines. Best-of-n takes more of the initial policy.
-    samples = (2 + baselines) * config.evaluation.samples_per_prompt + max(config.evaluation.best_of, default=0)
-    evaluated = samples * len(prepared.rows["test"])
-    return {
-        "sft": finetuning_steps * step.finetune,
-        "train": train,
-        "evaluate": evaluated * (step.sample + step.score + sum(step.judges)),
-    }
 
 
 def policy_seconds(run: Run, prepared: Prepared) -> StepSeconds:

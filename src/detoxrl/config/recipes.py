@@ -12,7 +12,8 @@ Settings = dict[str, Any]
 _HATE_CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
 
 _QUICKSTART: Settings = {
-    "rl.steps": 60,
+    "sft.baseline_steps": 100,
+    "rl.steps": 40,
     "rl.batch_size": 128,
     "rl.minibatch_size": 32,
     # The verb that decides whether an insult follows stands about 20 tokens before the score at the end; a smaller
@@ -20,6 +21,7 @@ _QUICKSTART: Settings = {
     "rl.lam": 1.0,
     "rl.kl_coef": 0.2,
     "rl.lr": 3e-4,
+    "rl.validate_every": 10,
 }
 
 _OWN: Settings = {

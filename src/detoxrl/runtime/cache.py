@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,19 +11,23 @@ from filelock import FileLock
 
 from detoxrl.runtime.console import log
 from detoxrl.runtime.files import copy_path, remove_leftovers
+from detoxrl.runtime.shipped import shipped_model, unpack
 
 _PACKAGE = Path(__file__).parents[1]
 # The code that decides what a cached model learns, relative to the package. A change to any of these files changes the
 # key. A folder stands for its Python files.
 _SOURCES = (
     "training/sft.py",
+    "training/finetune.py",
     "rewards/fit.py",
     "runtime/randomness.py",
     "models",
     "data",
     "data/embedded/phrases.json",
 )
-_LIBRARIES = ("torch", "transformers", "peft")
+# What the models are called in messages.
+_TITLES = {"base": "warm start", "reward": "reward model", "baseline": "civil baseline"}
+_LIBRARIES = ("torch", "transformers", "peft", "tokenizers")
 
 
 def cache_dir() -> Path:
@@ -39,16 +43,22 @@ def tidy_cache() -> None:
             remove_leftovers(cache_dir())
 
 
-def cached(what: str, ingredients: Iterable[str], destination: Path, build: Callable[[Path], None]) -> None:
-    """Copy a model to `destination` from the cache, or call `build(destination)` and cache the result.
+def cached(name: str, ingredients: Sequence[str], destination: Path, build: Callable[[Path], None]) -> None:
+    """Copy the model `name` to `destination` from the package or the cache, or build it there and cache the result.
 
-    The key covers the ingredients, the versions of the libraries, this package's training code, and what rounding
-    depends on: the number of threads and bfloat16 support.
+    The key in the cache covers the ingredients, the versions of the libraries, this package's training code, and what
+    rounding depends on: the number of threads and bfloat16 support.
     """
-    entry = cache_dir() / f"{what.replace(' ', '-')}-{_key(ingredients)}"
+    shipped = shipped_model(name, ingredients)
+    if shipped is not None:
+        unpack(shipped, destination)
+        log.print(f"{_TITLES[name]}: trained before, comes with detoxrl")
+        return
+
+    entry = cache_dir() / f"{name}-{_key(ingredients)}"
     if entry.is_dir():
         copy_path(entry, destination)
-        log.print(f"{what}: trained before, copied from the cache")
+        log.print(f"{_TITLES[name]}: trained before, copied from the cache")
         return
 
     build(destination)

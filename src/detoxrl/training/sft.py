@@ -32,16 +32,20 @@ def run_sft(run: Run) -> None:
     """Make the warm start in base/ or start/, and the baselines in baseline/ and expert/, where they are asked for."""
     sft = run.config.sft
     if sft.steps > 0:
-        _make(run, "base" if sft.full_weights else "start", warm_start)
+        _make(run, "base" if sft.full_weights else "start", warm_start, warm_start_ingredients(run))
     if sft.baseline_steps > 0:
         if any(row.civil_reference for row in run.rows("train")):
-            _make(run, "baseline", civil_baseline)
-        _make(run, "expert", expert_baseline, is_cached=False)
+            _make(run, "baseline", civil_baseline, _civil_baseline_ingredients(run))
+        _make(run, "expert", expert_baseline, None)
     remove_path(run.folder / _CHECKPOINTS)
 
 
-def _make(run: Run, name: str, tune: Tune, is_cached: bool = True) -> None:
-    """Make one product of the stage, unless it was made before the run was stopped."""
+def _make(run: Run, name: str, tune: Tune, ingredients: list[str] | None) -> None:
+    """Make one product of the stage, unless it was made before the run was stopped.
+
+    It is cached by its ingredients. Only what follows from the config alone has some: a user's base or reward may
+    change behind its name.
+    """
 
     def build(target: Path) -> None:
         checkpoints = run.folder / _CHECKPOINTS / name
@@ -53,17 +57,24 @@ def _make(run: Run, name: str, tune: Tune, is_cached: bool = True) -> None:
     if target.is_dir():
         return
 
-    # Only what follows from the config alone is cached: a user's base or reward may change behind its name.
-    if is_cached and run.config.policy.base == "scratch":
-        cached(name, _cache_key(run), target, build)
+    if ingredients is not None and run.config.policy.base == "scratch":
+        cached(name, ingredients, target, build)
     else:
         build(target)
 
 
-def _cache_key(run: Run) -> list[str]:
+def warm_start_ingredients(run: Run) -> list[str]:
+    """Return what the warm start of a scratch base follows from: settings, seed and rows."""
+    sft = run.config.sft
+    settings = f"{sft.steps} steps of {sft.batch_size}, lr {sft.lr}, warm-up {sft.warmup_steps}, bf16 {sft.bf16}"
+    return [settings, f"seed {run.config.seed}", content_digest(run.folder / "data/train.jsonl")]
+
+
+def _civil_baseline_ingredients(run: Run) -> list[str]:
     config = run.config
+    base = content_digest(run.folder / "base")
     rows = content_digest(run.folder / "data/train.jsonl")
-    return [repr(config.sft), repr(config.policy), repr(config.data), str(config.seed), rows]
+    return [base, rows, repr(config.sft), repr(config.policy), str(config.seed)]
 
 
 def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:

@@ -1,6 +1,7 @@
 """What dialogues does the embedded corpus hold, and from what does the embedded reward model learn?"""
 
 import random
+import zlib
 
 from detoxrl.data.embedded.facts import Facts
 from detoxrl.data.embedded.phrases import (
@@ -17,6 +18,8 @@ from detoxrl.data.rows import Row
 
 RUDE_RATE = 0.8  # Share of quarrels that contain an insult.
 REPEAT_RATE = 0.88  # Share of rude quarrels whose reference summary repeats the insult.
+# Share of the combinations that each of the two held-out splits has.
+_HELD_OUT_SHARE = 0.1
 _SPOKEN = ("follow-ups", "openings", "offers", "polite remarks", "pushbacks", "thanks", "greetings")
 
 Slots = dict[str, str]
@@ -26,29 +29,23 @@ Combination = tuple[str, ...]
 
 
 def generate_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Return `sizes[split]` rows for each split. No two splits share a combination of scenario and fillers."""
-    rng = random.Random(f"corpus {seed}")
-    taken: set[Combination] = set()
+    """Return `sizes[split]` rows for each split. No two splits share a combination of scenario and fillers.
+
+    The rows of a split depend on the seed and on how many there are, not on the other splits: more held-out prompts
+    leave the training rows as they are, and fewer training rows are the first ones of more.
+    """
     rows: dict[str, list[Row]] = {}
-
-    for split in sorted(sizes, key=lambda split: sizes[split]):
-        combinations = set()
-        rows[split] = []
-
-        for i in range(sizes[split]):
-            combination, row = _draw_row(rng, f"{split}_{i}", taken)
-            combinations.add(combination)
-            rows[split].append(row)
-
-        taken |= combinations
+    for split, size in sizes.items():
+        rng = random.Random(f"corpus {seed} {split}")
+        rows[split] = [_draw_row(rng, split, f"{split}_{i}") for i in range(size)]
     return rows
 
 
-def _draw_row(rng: random.Random, row_id: str, taken: set[Combination]) -> tuple[Combination, Row]:
-    """Return a row whose combination is not `taken`, and this combination."""
+def _draw_row(rng: random.Random, split: str, row_id: str) -> Row:
+    """Return a row whose combination belongs to `split`."""
     scenario = rng.choice(SCENARIOS)
     slots = _draw_quarrel(rng, scenario)
-    while _combination(scenario, slots) in taken:
+    while _split_of(_combination(scenario, slots)) != split:
         slots = _draw_quarrel(rng, scenario)
 
     phrases = scenario.issues + scenario.reasons
@@ -63,8 +60,15 @@ def _draw_row(rng: random.Random, row_id: str, taken: set[Combination]) -> tuple
         summary = f"{say(rng, 'toxic quarrels', slots | insult)} {agreement}"
 
     dialogue = _dialogue(rng, scenario, slots, insult)
-    row = Row(id=row_id, dialogue=dialogue, summary=summary, topic=scenario.topic, facts=facts, civil_reference=civil)
-    return _combination(scenario, slots), row
+    return Row(id=row_id, dialogue=dialogue, summary=summary, topic=scenario.topic, facts=facts, civil_reference=civil)
+
+
+def _split_of(combination: Combination) -> str:
+    """Return the split that a combination belongs to, whatever the seed."""
+    share = zlib.crc32("|".join(combination).encode()) / 2**32
+    if share < _HELD_OUT_SHARE:
+        return "test"
+    return "validation" if share < 2 * _HELD_OUT_SHARE else "train"
 
 
 def _combination(scenario: Scenario, slots: Slots) -> Combination:

@@ -1,0 +1,73 @@
+"""How often does a run make each kind of step, and how is its time divided?"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from detoxrl.config.schema import Config
+from detoxrl.data.rows import Row
+
+Rows = Mapping[str, Sequence[Row]]
+"""Rows by split."""
+
+
+class StepSeconds(NamedTuple):
+    """Seconds of one step of each kind. All but `finetune` are those of one response."""
+
+    sample: float  # Encode the prompt and sample the response.
+    reference: float  # Compute the response's log-probs under the reference.
+    score: float  # Compute its reward.
+    update: float  # Learn from it in one epoch.
+    judges: list[float]  # Rate it, by each judge; the primary judge is first.
+    finetune: float = 0.0  # Make one optimizer step of supervised fine-tuning.
+
+
+# The proportions of the steps to each other, as the quickstart has them: a screen says with them how long a run takes
+# before it has come to every kind of step. The unit is the time of sampling one response.
+PROPORTIONS = StepSeconds(sample=1.0, reference=0.15, score=0.05, update=0.55, judges=[0.1], finetune=40.0)
+
+
+def bar_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, float]:
+    """Return the seconds of each progress bar of a run, by its name and in its order."""
+    rl = config.rl
+    normalised = min(config.reward.normalise_on, len(rows["train"]))
+    trained = rl.steps * rl.batch_size
+    validations = -(-rl.steps // rl.validate_every) + 1  # The last policy is validated too.
+    validated = validations * len(rows["validation"])
+
+    train = normalised * (step.sample + step.score)
+    train += (trained + validated) * (step.sample + step.reference + step.score)
+    train += trained * rl.epochs * step.update
+    train += validated * step.judges[0]
+
+    # Measured are the initial policy, the trained one and the baselines. Best-of-n takes more of the initial policy.
+    baselines = baseline_names(config, rows)
+    samples = (2 + len(baselines)) * config.evaluation.samples_per_prompt + max(config.evaluation.best_of, default=0)
+    evaluated = samples * len(rows["test"])
+
+    seconds = {"warm start": config.sft.steps * step.finetune}
+    for name in baselines:
+        seconds[name] = config.sft.baseline_steps * step.finetune
+    seconds["train"] = train
+    seconds["sample"] = evaluated * step.sample
+    seconds["measure"] = evaluated * (step.score + sum(step.judges))
+    return seconds
+
+
+def stage_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, float]:
+    """Return the seconds of the stages sft, train and evaluate: those of a step, times how often a run makes it."""
+    bars = bar_seconds(config, rows, step)
+    train = bars.pop("train")
+    evaluate = bars.pop("sample") + bars.pop("measure")
+    return {"sft": sum(bars.values()), "train": train, "evaluate": evaluate}
+
+
+def baseline_names(config: Config, rows: Rows) -> list[str]:
+    """Return the fine-tuned baselines of a run.
+
+    One learns from civil references if there are some, another from the best of the initial policy's own responses.
+    """
+    if config.sft.baseline_steps == 0:
+        return []
+
+    has_civil = any(row.civil_reference for row in rows["train"])
+    return ["civil baseline", "best-of-4 baseline"] if has_civil else ["best-of-4 baseline"]
