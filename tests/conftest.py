@@ -29,15 +29,16 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config, DataConfig, PolicyConfig
-from detoxrl.data.embedded.corpus import generate_rows, generate_utterances
-from detoxrl.data.rows import Row
-from detoxrl.models.loading import save_base, scratch_tokenizer
+from detoxrl.data.embedded.corpus import generate_utterances
+from detoxrl.data.rows import Row, read_rows
+from detoxrl.models.loading import save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import LoraWeights
@@ -113,6 +114,7 @@ def _llama(vocab: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+HELPERS = Path(__file__).parent / "helpers"
 TINY: dict[str, Callable[[int], PreTrainedModel]] = {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}
 
 
@@ -142,9 +144,17 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random models of four architectures; their tokenizer fits the embedded corpus."""
-    rows = generate_rows(0, {"train": 300})["train"]
-    tokenizer = scratch_tokenizer([row.dialogue for row in rows] + [row.summary for row in rows], vocab_size=300)
+    """Folders of tiny random models of four architectures.
+
+    Their tokenizer was trained on dialogues like the embedded ones. It is stored, so that what a tiny model learns in
+    20 steps does not depend on the corpus.
+    """
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(HELPERS / "tokenizer.json"),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
     folders = {}
     for name, make in TINY.items():
         if name == "gpt2":  # no EOS behind the prompts of a causal model
@@ -253,14 +263,19 @@ def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypat
     return make_place(tmp_path, bases, reward_folder)
 
 
-def prompted_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Generated rows with the prompts that the default template makes."""
+def prompted_rows(sizes: dict[str, int]) -> dict[str, list[Row]]:
+    """The first stored dialogues of each split, with the prompts that the default template makes.
+
+    They are stored for the same reason as the tokenizer.
+    """
     template = DataConfig().template
-    rows = generate_rows(seed, sizes)
-    return {
-        split: [replace(row, prompt=template.replace("{dialogue}", row.dialogue)) for row in those]
-        for split, those in rows.items()
-    }
+    stored = read_rows(HELPERS / "rows.jsonl")
+    rows = {}
+    for split, size in sizes.items():
+        of_split = [row for row in stored if row.id.startswith(split)][:size]
+        assert len(of_split) == size
+        rows[split] = [replace(row, prompt=template.replace("{dialogue}", row.dialogue)) for row in of_split]
+    return rows
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from detoxrl.rl.kl import k1
 from detoxrl.training.rollout import collect_rollout
 from small_runs import contents, detoxrl
 
-ROWS = prompted_rows(0, {"train": 12})["train"]
+ROWS = prompted_rows({"train": 12})["train"]
 # Settings that peft 0.3.0, the version of the old notebooks, wrote beside the weights.
 PEFT_0_3 = {
     "base_model_name_or_path": "google/flan-t5-base", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,

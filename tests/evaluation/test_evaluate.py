@@ -23,7 +23,7 @@ from detoxrl.evaluation.statistics import (
     verdict,
 )
 
-ROWS = prompted_rows(0, {"test": 60})["test"]
+ROWS = prompted_rows({"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import prompted_rows
 from detoxrl.evaluation.metrics import chrf, copied, distinct, response_metrics
 
-ROWS = prompted_rows(0, {"test": 40})["test"]
+ROWS = prompted_rows({"test": 40})["test"]
 PAIRS = [
     ("The parcel came late.", "The parcel came late."),
     ("The parcel came late.", "the parcel was late!"),
@@ -131,7 +131,7 @@ def test_response_metrics_have_chrf_where_rouge_is_and_copied_always() -> None:
     assert row.civil_reference
     found = response_metrics(row, row.civil_reference)
     assert (found["chrf"], found["rouge_l"]) == (1.0, 1.0)
-    assert found["copied"] == copied_by_definition(row.dialogue, row.civil_reference)
+    assert found["copied"] == pytest.approx(copied_by_definition(row.dialogue, row.civil_reference), abs=1e-12)
     assert response_metrics(row, row.dialogue)["copied"] == 1.0
     plain = replace(row, civil_reference=None, summary="It is late.")
     assert response_metrics(plain, "It was late.")["chrf"] == chrf("It is late.", "It was late.")

@@ -14,7 +14,7 @@ from detoxrl.evaluation.statistics import Floats
 from older_protocol import Line, main, older_protocol, summarized
 from small_runs import detoxrl, own
 
-ROWS = prompted_rows(0, {"test": 60})["test"]
+ROWS = prompted_rows({"test": 60})["test"]
 
 
 def by_length(texts: Sequence[str]) -> Floats:

@@ -35,7 +35,7 @@ PROMPTS = [
 ]
 TEXTS = [prompt.text for prompt in PROMPTS]
 LENGTH = 16
-ROWS = prompted_rows(0, {"train": 32, "validation": 4})
+ROWS = prompted_rows({"train": 32, "validation": 4})
 
 
 def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from detoxrl.training.finetune import fine_tune
 from small_runs import contents
 from test_invariants import learn, loop_config, share_of_e
 
-ROWS = prompted_rows(0, {"train": 24})
+ROWS = prompted_rows({"train": 24})
 
 
 class Killed(BaseException):

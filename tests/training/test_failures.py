@@ -146,7 +146,7 @@ def test_a_run_driven_too_far_shows_as_score_and_judge_that_part(
         """A judge that the reward, the share of e, pleases up to a fifth and not beyond."""
         return np.array([abs(text.count("e") / max(len(text), 1) - 0.2) for text in texts])
 
-    rows = prompted_rows(0, {"train": 32, "validation": 32})
+    rows = prompted_rows({"train": 32, "validation": 32})
     config = learning(validate_every=2, steps=24)
     train(run_of(policy, tmp_path, config, judge=far_from_a_fifth, rows=rows))
     ended = json.loads((tmp_path / "checkpoint.json").read_text())

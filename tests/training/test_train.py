@@ -33,7 +33,7 @@ from detoxrl.training.rollout import collect_rollout
 from detoxrl.training.train import train
 from learning import metrics_of, run_of
 
-ROWS = prompted_rows(0, {"train": 64, "validation": 8})
+ROWS = prompted_rows({"train": 64, "validation": 8})
 
 
 def share_of_e(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
