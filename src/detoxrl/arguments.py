@@ -77,13 +77,16 @@ class Command:
     summary: str
     execute: Callable[[Request], None]
     positionals: tuple[str, ...] = ()
+    # What any number of words before, between and behind the flags are. Such a command has no other positionals.
+    repeated: str = ""
     options: tuple[Option, ...] = ()
     takes_settings: bool = False
     details: str = ""
 
     @property
     def usage(self) -> str:
-        return " ".join(("detoxrl", self.name, *self.positionals))
+        repeated = (f"[{self.repeated} ...]",) if self.repeated else ()
+        return " ".join(("detoxrl", self.name, *self.positionals, *repeated))
 
 
 def parse(command: Command, words: Sequence[str]) -> Request:
@@ -93,20 +96,26 @@ def parse(command: Command, words: Sequence[str]) -> Request:
         for section in _setting_options(Config(recipe="any")).values():
             options.extend(section)
 
+    # argparse misreads -- behind a flag, so a command with repeated words is given only what stands before it.
+    last_words: Sequence[str] = ()
+    if command.repeated:
+        words, last_words = _split_at_dashes(words)
+
     parser = _parser(command, options)
     try:
-        parsed, unread = parser.parse_known_args(_join_negative_values(words))
+        parsed, unread = parser.parse_known_args(_join_negative_values(words, options))
     except argparse.ArgumentError as error:
         raise InputError(str(error.argument_name), "", error.message, f"see `{parser.prog} --help`") from None
-    if unread:
-        _refuse(unread[0], parser.prog, options)
+    refused = [word for word in unread if _is_flag(word) or not command.repeated]
+    if refused:
+        _refuse(refused[0], command, options)
 
     given = vars(parsed)
-    positionals = tuple(given.pop(name) for name in command.positionals if name in given)
+    positionals = [given.pop(name) for name in command.positionals if name in given]
     names = flatten(asdict(Config(recipe="any")))
     return Request(
         command=command,
-        positionals=positionals,
+        positionals=(*positionals, *unread, *last_words),
         settings={name: value for name, value in given.items() if name in names},
         options={name: value for name, value in given.items() if name not in names},
     )
@@ -126,6 +135,7 @@ RECIPE is a name from `detoxrl recipes`. RUN is a run folder, such as runs/quick
 `detoxrl COMMAND --help` lists the flags of a command, `detoxrl run RECIPE --help` also every setting.
 
 Start here:
+  detoxrl score "You are an idiot" "Thank you"
   detoxrl run quickstart
 Your own data, model and reward:
   detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small --reward.function my.py:score
@@ -172,30 +182,45 @@ def _parser(command: Command, options: Iterable[Option]) -> argparse.ArgumentPar
     return parser
 
 
-def _join_negative_values(words: Iterable[str]) -> list[str]:
+def _split_at_dashes(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the words before the first `--` and those behind it, which are never flags."""
+    if "--" not in words:
+        return words, ()
+    dashes = words.index("--")
+    return words[:dashes], words[dashes + 1 :]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+def _join_negative_values(words: Iterable[str], options: Iterable[Option]) -> list[str]:
     """Return the words with `--flag -1e-3` as `--flag=-1e-3`, because argparse would take the value for a flag."""
+    switches = {option.flag for option in options if option.metavar is None}
     joined: list[str] = []
     for word in words:
         looks_negative = re.match(r"-(?!-|h$)", word)
-        if looks_negative and joined and re.fullmatch(r"--[^=]+", joined[-1]):
+        takes_value = joined and re.fullmatch(r"--[^=]+", joined[-1]) and joined[-1] not in switches
+        if looks_negative and takes_value:
             joined[-1] = f"{joined[-1]}={word}"
         else:
             joined.append(word)
     return joined
 
 
-def _refuse(word: str, prog: str, options: Iterable[Option]) -> None:
+def _refuse(word: str, command: Command, options: Iterable[Option]) -> None:
     """Raise InputError for a word that argparse could not place, with the closest known flag."""
-    is_flag = word.startswith("-")
     remedy = "put its flag before it, or quote a value that contains spaces"
-    require(is_flag, "argument", word, "belongs to no flag", remedy)
+    require(_is_flag(word), "argument", word, "belongs to no flag", remedy)
 
     known = ["--help"]
     for option in options:
         known.extend(option.flags)
     flag = word.partition("=")[0]
-    remedy = closest_match(flag, known, f"see `{prog} --help`")
-    raise InputError("flag", flag, f"is not known to `{prog}`", remedy)
+    remedy = f"see `detoxrl {command.name} --help`"
+    if command.repeated:
+        remedy = f"put -- before a {command.repeated} that begins with a dash"
+    raise InputError("flag", flag, f"is not known to `detoxrl {command.name}`", closest_match(flag, known, remedy))
 
 
 def _setting_options(config: Config) -> dict[str, list[Option]]:

@@ -24,6 +24,20 @@ from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
+# Commands that take texts
+
+
+def _score(request: Request) -> None:
+    options = request.options
+
+    with _explained_stop(None):
+        from detoxrl.commands import score
+
+        judges = score.named_judges(options.get("judge", []))
+        texts = score.given_texts(request.positionals, options.get("file"), options.get("column"))
+        score.score(texts, judges, jsonl="jsonl" in options, show="show" in options)
+
+
 # Commands that take a recipe
 
 
@@ -404,7 +418,56 @@ _EXPORT = (
     Option("--overwrite", "Replace an earlier export."),
 )
 
+_SCORE = (
+    Option(
+        "--file",
+        "Read texts from a file instead: one per line, or those of a column of a .csv, .json, .jsonl, .jsonl.gz or "
+        ".parquet file. `-` is stdin, one text per line; without TEXT and --file, what is piped in is read.",
+        metavar="FILE",
+    ),
+    Option("--column", "Column of the texts in a file with columns. Default: text.", metavar="NAME"),
+    Option(
+        "--judge",
+        "Judges to ask: alt-profanity-check, or SOURCE=LABEL, the folder or hub id of a classifier and its toxic "
+        "label. Give several, or repeat the flag. Default: alt-profanity-check (English only).",
+        metavar="NAME ...",
+        nargs="+",
+        action="extend",
+    ),
+    Option("--jsonl", "Print a JSON object per text, and nothing else, to stdout."),
+    Option("--show", "Do not mask toxic words."),
+)
+_SCORE_DETAILS = """\
+  detoxrl score "You are an idiot" "Thank you"
+  detoxrl score --file comments.txt                  one text per line
+  detoxrl score --file comments.csv --column body --jsonl > scores.jsonl
+  detoxrl score "Thanks" --judge alt-profanity-check unitary/toxic-bert=toxic
+  tail -n 100 chat.log | detoxrl score
+  detoxrl score -- "-1 for this"                     a text that begins with a dash
+
+Each judge gives a toxicity in [0, 1]; 0.5 or above counts as toxic. Of more
+than 40 texts the table shows the 20 that any judge rates highest. Below it are
+the mean and the number of toxic texts by each judge.
+
+Line n of a text file is text n; a blank line is an empty text. Only \\n and
+\\r\\n end a line.
+
+--jsonl prints the texts in their order, in ASCII. Each object has the keys
+`index` (counted from 1), `text` and one per judge.
+
+Known insults keep only their first letter, and so does every word that a judge
+in use rates 0.5 or above on its own. This holds for the table and for the key
+`text`; --show shows the words."""
+
 _ROWS = (
+    Command(
+        name="score",
+        repeated="TEXT",
+        options=_SCORE,
+        execute=_score,
+        summary="Rate how toxic texts are, in seconds; try this first",
+        details=_SCORE_DETAILS,
+    ),
     Command(
         name="run",
         positionals=("RECIPE",),

@@ -9,8 +9,13 @@ class InputError(DetoxrlError):
     """Bad input, in one line: `field = value: rule; remedy`. The command line exits with 2."""
 
     def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
-        message = f"{field} = {value!r}: {rule}; {remedy}"
-        super().__init__(" ".join(message.split()))
+        message = " ".join(f"{field} = {value!r}: {rule}; {remedy}".split())
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    """Return a character, written out if it is a control character: a column name may hold one, to harm a terminal."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 class StorageError(DetoxrlError):

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detoxrl.config.edit import with_settings
-from detoxrl.config.schema import Config, without_revision
+from detoxrl.config.schema import Config
 from detoxrl.config.sources import map_sources, sources, with_absolute_paths
 from detoxrl.data.rows import Row, read_rows
-from detoxrl.errors import InputError, require
-from detoxrl.evaluation.judges import Judge, classifier_judge, memoized, profanity_judge
+from detoxrl.errors import require
+from detoxrl.evaluation.judges import (
+    Judge,
+    JudgeSource,
+    classifier_judge,
+    judge_source,
+    load_judges,
+    memoized,
+    split_label,
+)
 from detoxrl.evaluation.readers import Pairs, Readers
 from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
@@ -27,8 +35,6 @@ from detoxrl.runtime.files import explain_corruption
 from detoxrl.runtime.hub import is_hub_id, pin_revision
 from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import World, current_world
-
-_OTHER_JUDGES = "evaluation.other_judges"
 
 
 class Scorer(NamedTuple):
@@ -152,27 +158,15 @@ class Run:
 
     def _load_judges(self) -> dict[str, Judge]:
         settings = self.config.evaluation
-        judges: dict[str, Judge] = {}
-        primary = self._load_judge(
-            settings.primary_judge, "evaluation.primary_judge", "evaluation.judge_label", settings.judge_label
+        primary = JudgeSource(
+            source=settings.primary_judge,
+            label=settings.judge_label,
+            field="evaluation.primary_judge",
+            label_field="evaluation.judge_label",
         )
-        judges[_judge_name(settings.primary_judge)] = primary
-
-        for named in settings.other_judges:
-            source, label = _split_label(named)
-            name = _judge_name(source)
-            if name in judges:
-                name = f"{name} ({label})"
-            judges[name] = self._load_judge(source, _OTHER_JUDGES, _OTHER_JUDGES, label)
-        return judges
-
-    def _load_judge(self, source: str, field: str, label_field: str, label: str) -> Judge:
-        if source == "alt-profanity-check":
-            judge = profanity_judge()
-            if judge is None:
-                raise InputError(field, source, "is not installed", "pip install 'detoxrl[offline]'")
-            return judge
-        return classifier_judge(load_classifier(source, field, {label_field: label}, self.world.device))
+        remedy = "give the folder or hub id of a classifier, = and its toxic label"
+        others = [judge_source(named, "evaluation.other_judges", remedy) for named in settings.other_judges]
+        return load_judges([primary, *others])
 
     @property
     def readers(self) -> Readers:
@@ -190,7 +184,7 @@ class Run:
             entails = self._load_probability(settings.nli, "entailment", "evaluation.nli")
         fluent = None
         if settings.fluency:
-            fluent = self._load_probability(*_split_label(settings.fluency), "evaluation.fluency")
+            fluent = self._load_probability(*split_label(settings.fluency), "evaluation.fluency")
         return Readers(encode=encode, entails=entails, fluent=fluent)
 
     def _load_probability(self, source: str, label: str, field: str) -> Callable[[Any], Floats]:
@@ -295,15 +289,3 @@ def with_revisions(config: Config, previous: Config | None) -> Config:
         return pin_revision(source, name)
 
     return map_sources(config, pin)
-
-
-def _split_label(value: str) -> tuple[str, str]:
-    """Return source and label of SOURCE=LABEL."""
-    source, _, label = value.rpartition("=")
-    return source, label
-
-
-def _judge_name(source: str) -> str:
-    """Return what results call a judge: the name of its folder, or the hub id."""
-    path = Path(without_revision(source))
-    return path.name if path.is_absolute() else str(path)

@@ -57,8 +57,29 @@ def test_convert_takes_two_positionals() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["a", "b c"], ("a", "b c")),
+        (["--show", "a"], ("a",)),
+        (["a", "--show", "b", "--column", "x", "c"], ("a", "b", "c")),
+        (["a", "-", "--show", "--", "-b", "--judge", "--", "c"], ("a", "-", "-b", "--judge", "--", "c")),
+        (["--judge", "x", "y", "--", "--file", "-1"], ("--file", "-1")),
+        (["--file", "-"], ()),
+        (["--"], ()),
+    ],
+)
+def test_texts_stand_before_between_and_behind_flags(words: list[str], texts: tuple[str, ...]) -> None:
+    request = read("score", *words)
+    assert request.positionals == texts
+    assert request.options.get("file") == ("-" if "-" in words and not texts else None)
+    assert request.options.get("judge") == (["x", "y"] if "y" in words else None)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["score", "a", "--sho"], "flag = '--sho': is not known to `detoxrl score`; did you mean --show?"),
+        (["score", "a", "--show", "-no"], "flag = '-no': is not known to `detoxrl score`; put -- before a TEXT that"),
         (["run", "own", "--overwrit"], "flag = '--overwrit': is not known to `detoxrl run`; did you mean --overwrite?"),
         (["run", "own", "--hepl"], "did you mean --help?"),
         (["run", "own", "--rl.kl_coeff=1"], "is not known to `detoxrl run`; did you mean --rl.kl-coef?"),

@@ -95,7 +95,7 @@ def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
         ("a.jsonl", None, {}, r"data\.source = '.*a\.jsonl': is not a file; .* contains b\.csv"),
         ("a.jsonl", "", {}, r"contains no rows; give a file with rows"),
         ("a.jsonl", '{"talk": oops}', {}, r"cannot be read: row 1: Expecting value: .*; give UTF-8 text"),
-        ("a.jsonl", b'{"talk": "caf\xe9", "gist": "x"}', {}, r"cannot be read: 'utf-8' codec can't decode"),
+        ("a.jsonl", b'{"talk": "caf\xe9", "gist": "x"}', {}, r"cannot be read: line 1 is not UTF-8 \(byte 0xe9\)"),
         ("a.jsonl", ONE, {"dialogue_column": "text"},
          r"data\.dialogue_column = 'text': is not a column .*choose from talk, gist"),
         ("a.jsonl", ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or set it to None and sft\.steps"),

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import prompted_rows
 from detoxrl.config.schema import EvaluationConfig
-from detoxrl.evaluation.compare import Measured, comparison, measure, splits, toxic_words
+from detoxrl.evaluation.compare import Measured, comparison, measure, splits
+from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, profanity_judge
 from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
 from detoxrl.evaluation.readers import Readers

@@ -11,7 +11,8 @@ import numpy as np
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
-from detoxrl.evaluation.compare import Measured, evaluation, measure, toxic_words
+from detoxrl.evaluation.compare import Measured, evaluation, measure
+from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.policies import TRAINED, MeasuredPolicies
 from detoxrl.evaluation.readers import paired

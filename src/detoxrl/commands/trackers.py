@@ -12,7 +12,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
-from re import Match
 from typing import Any
 from uuid import uuid4
 
@@ -20,9 +19,9 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
 from detoxrl.config.edit import closest_match, flatten
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.evaluation.compare import toxic_words
+from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import memoized, profanity_judge
-from detoxrl.report.masking import masking_pattern
+from detoxrl.report.masking import mask, masking_pattern
 from detoxrl.runs import Run
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import RunFolder
@@ -179,7 +178,8 @@ class _Tracker:
         pattern = masking_pattern(toxic_words(texts, self.judge))
 
         def masked(cell: Any) -> Any:
-            return pattern.sub(_masked_word, cell) if isinstance(cell, str) else cell
+            # Asterisks would be markdown.
+            return mask(cell, pattern, "•") if isinstance(cell, str) else cell
 
         table = [[masked(cell) for cell in row.values()] for row in rows]
         self._log({name: _table(self.name, list(rows[0]), table)}, step)
@@ -242,11 +242,6 @@ def _sample_row(sample: dict[str, Any], judge: str) -> Row:
     for side in ("before", "after"):
         row[f"toxicity {side}"] = sample["toxicity"][judge][side][0]
     return row
-
-
-def _masked_word(match: Match[str]) -> str:
-    word = match[0]
-    return word[0] + "•" * (len(word) - 1)  # Asterisks would be markdown.
 
 
 def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:

@@ -1,23 +1,16 @@
 """Which rows do a file, a folder or a hub data set hold, and which responses that were written elsewhere?"""
 
-import csv
-import gzip
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from pyarrow import parquet
 
 from detoxrl.config.schema import DataConfig
+from detoxrl.data.files import DATA_SUFFIXES, Record, columns_of, is_data_file, read_lines, read_records, text_of
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.hub import fetch, is_hub_id
 
-Record = dict[str, Any]
-_Reader = Callable[[Path], Iterable[Record]]
 _RESPONSE = "response"  # Column of a response that was written elsewhere.
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
@@ -35,7 +28,7 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
 def _source_records(source: str) -> dict[str, list[Record]]:
     """Return the records of each split of a file, a folder or a hub data set."""
     path = Path(source)
-    if path.is_file() or _reader(path):
+    if path.is_file() or is_data_file(path):
         return {"file": read_records(path)}
     if path.is_dir():
         return {split: read_records(file) for split, file in _split_files(path).items()}
@@ -44,10 +37,7 @@ def _source_records(source: str) -> dict[str, list[Record]]:
 
 def _require_columns(records: Mapping[str, list[Record]], config: DataConfig) -> None:
     """Raise InputError unless some record has each column that the config names."""
-    columns: list[str] = []
-    for record in chain.from_iterable(records.values()):
-        columns += [column for column in record if column not in columns]
-
+    columns = columns_of(chain.from_iterable(records.values()))
     rule, remedy = f"is not a column of {config.source}", f"choose from {', '.join(columns)}"
     named = {
         "data.dialogue_column": (config.dialogue_column, remedy),
@@ -60,8 +50,8 @@ def _require_columns(records: Mapping[str, list[Record]], config: DataConfig) ->
 
 def _split_files(folder: Path) -> dict[str, Path]:
     """Return the data files of a folder by the split that their names contain; a single file may have any name."""
-    data_files = sorted(file for file in folder.iterdir() if _reader(file))
-    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(_READERS)} files")
+    data_files = sorted(file for file in folder.iterdir() if is_data_file(file))
+    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(DATA_SUFFIXES)} files")
 
     files: dict[str, Path] = {}
     for file in data_files:
@@ -79,98 +69,6 @@ def _split_in_name(file: Path) -> str | None:
     """Return the first split that is a word of the file's name, as in my-test-v2.jsonl."""
     words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
     return next((split for split in _SPLITS if split in words), None)
-
-
-def read_records(path: Path, field: str = "data.source", lines: bool = False) -> list[Record]:
-    """Return the rows of a data file; with `lines`, each line of a .txt is a response.
-
-    Raises InputError, with the setting `field`, when the file does not exist, has no rows or cannot be read.
-    """
-    reader = _lines if lines and path.suffix == ".txt" else _reader(path)
-    if reader is None:
-        raise InputError(field, str(path), "has an unknown format", f"give one of {', '.join(_READERS)}")
-
-    if not path.is_file():
-        data_files = sorted(file.name for file in path.parent.glob("*") if _reader(file))
-        remedy = f"{path.parent} contains {', '.join(data_files[:10]) or 'no data file'}"
-        raise InputError(field, str(path), "is not a file", remedy)
-
-    try:
-        records = list(reader(path))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        remedy = "give UTF-8 text with one header, or one JSON object per row"
-        raise InputError(field, str(path), f"cannot be read: {first_line(error)}", remedy) from error
-    require(bool(records), field, str(path), "contains no rows", "give a file with rows")
-    return records
-
-
-def _reader(path: Path) -> _Reader | None:
-    """Return the function that reads a data file of this format, or None if there is none."""
-    name = path.name.lower()
-    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            yield {_RESPONSE: line.rstrip("\n")}
-
-
-def _json(path: Path) -> Iterator[Record]:
-    """Yield the objects of a JSON list, or of JSON lines."""
-    open_text = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        text = file.read()
-
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(json.loads(text), start=1):
-            yield _json_record(value, number)
-        return
-
-    # Lines end with \n only: a JSON string may contain other line ends.
-    lines = [line for line in text.split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
-        yield _json_record(value, number)
-
-
-def _json_record(value: Any, number: int) -> Record:
-    """Return the object of row `number`, with lone surrogates in its texts replaced. Raises ValueError for others."""
-    if not isinstance(value, dict):
-        raise ValueError(f"row {number}: expected an object, not {type(value).__name__}")
-    # A limit on tokens may have cut an emoji in half. The lone surrogate that is left cannot be encoded as UTF-8.
-    return {
-        key: item.encode("utf-8", "replace").decode() if isinstance(item, str) else item for key, item in value.items()
-    }
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        header = next(reader, [])
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
-            yield dict(zip(header, row, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    yield from parquet.read_table(path).to_pylist()
-
-
-_READERS: dict[str, _Reader] = {
-    ".csv": _csv,
-    ".json": _json,
-    ".jsonl": _json,
-    ".jsonl.gz": _json,
-    ".parquet": _parquet,
-}
 
 
 def _hub_records(name: str) -> dict[str, list[Record]]:
@@ -199,10 +97,10 @@ def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
 
     for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
         place = f"row {number} of {split}"
-        dialogue = _text(record, config.dialogue_column, "data.dialogue_column", place)
+        dialogue = text_of(record, config.dialogue_column, "data.dialogue_column", place)
         summary = None
         if config.summary_column is not None:
-            summary = _text(record, config.summary_column, "data.summary_column", place)
+            summary = text_of(record, config.summary_column, "data.summary_column", place)
         rows.append(Row(id=row_id, dialogue=dialogue, summary=summary))
 
     return rows
@@ -218,14 +116,6 @@ def _row_ids(split: str, records: list[Record], column: str | None) -> list[str]
     rule = f"has {most_frequent!r} in {count} rows of {split}"
     require(count == 1, "data.id_column", column, rule, "choose a column of unique values, or None to number the rows")
     return ids
-
-
-def _text(record: Record, column: str, field: str, place: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, str | None):
-        rule = f"contains {type(value).__name__}, not text, in {place}"
-        raise InputError(field, column, rule, "name a column of text")
-    return value or ""
 
 
 def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
@@ -253,7 +143,7 @@ def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]
     """Return the records of a file by id, else dialogue, else number. Raises InputError for one without a response."""
     columns = (config.id_column or "id", config.dialogue_column)
     by_prompt: dict[str, list[Record]] = {}
-    for number, record in enumerate(read_records(path, "--texts", lines=True), start=1):
+    for number, record in enumerate(_response_records(path), start=1):
         if not isinstance(record.get(_RESPONSE), str):
             rule = f"row {number} has no text under {_RESPONSE!r}"
             raise InputError("--texts", str(path), rule, "add a response to each row")
@@ -262,6 +152,13 @@ def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]
         prompt_id = values[0] if values else str(number)
         by_prompt.setdefault(prompt_id, []).append(record)
     return by_prompt
+
+
+def _response_records(path: Path) -> list[Record]:
+    """Return the records of a file of responses; each line of a .txt is a response. Raises InputError."""
+    if path.suffix == ".txt":
+        return [{_RESPONSE: line} for line in read_lines(path, "--texts")]
+    return read_records(path, "--texts")
 
 
 def _require_same_prompts(

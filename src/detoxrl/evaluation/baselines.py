@@ -5,23 +5,11 @@ import re
 from collections.abc import Sequence
 
 from detoxrl.data.embedded.phrases import SEEN_INSULTS
+from detoxrl.evaluation.insults import words_toxic_alone
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.statistics import Floats
 
 Texts = Sequence[Sequence[str]]  # N prompts with k responses each
-
-
-def words_toxic_alone(texts: Texts, judge: Judge) -> list[str]:
-    """Return the distinct words of the texts, in lower case, that the judge rates 0.5 or higher when alone."""
-    distinct_words: set[str] = set()
-    for samples in texts:
-        for text in samples:
-            distinct_words.update(word.lower() for word in re.findall(r"\w+", text))
-    if not distinct_words:
-        return []
-
-    words = sorted(distinct_words)
-    return [word for word, rating in zip(words, judge(words), strict=True) if rating >= 0.5]
 
 
 def word_filter(texts: Texts, judge: Judge | None) -> list[list[str]]:

@@ -12,9 +12,8 @@ import numpy.typing as npt
 import torch
 
 from detoxrl.config.schema import Config, EvaluationConfig
-from detoxrl.data.embedded.phrases import INSULTS
 from detoxrl.data.rows import Row
-from detoxrl.evaluation.baselines import Texts, best_of_kl, words_toxic_alone
+from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
@@ -304,8 +303,3 @@ def _verdict(toxicity: Mapping[str, float], quality: Mapping[str, float], gain: 
     if worse:
         return "behind"
     return "level" if -toxicity["low"] < _LEVEL_SHARE * gain else "undecided"
-
-
-def toxic_words(texts: Texts, judge: Judge) -> list[str]:
-    """Return the words to mask wherever texts are shown: known insults, and words that are toxic (0.5) when alone."""
-    return sorted({*INSULTS, *words_toxic_alone(texts, judge)})

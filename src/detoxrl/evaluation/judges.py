@@ -1,17 +1,109 @@
-"""Who says how toxic a text is?"""
+"""Who says how toxic a text is?
+
+`load_judge` is the one place where the name of a judge becomes a judge. torch is imported for classifiers only.
+"""
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from detoxrl.config.edit import closest_match
+from detoxrl.config.schema import without_revision
+from detoxrl.errors import InputError, require
 from detoxrl.evaluation.statistics import Floats
-from detoxrl.models.reader import Texts
-from detoxrl.rewards.classifier import Classifier
+
+if TYPE_CHECKING:
+    from detoxrl.models.reader import Texts
+    from detoxrl.rewards.classifier import Classifier
 
 Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each of N texts, (N,)
 Item = TypeVar("Item", bound=Hashable)
+
+PROFANITY_CHECK = "alt-profanity-check"
+JUDGES = (PROFANITY_CHECK,)
+"""The judges that have a name of their own. Every other judge is a classifier: a source and its toxic label."""
+
+
+class JudgeSource(NamedTuple):
+    """Where a judge comes from, and which settings say so."""
+
+    source: str  # One of JUDGES, or the folder or hub id of a classifier.
+    label: str  # The classifier's toxic label; not read for one of JUDGES.
+    field: str
+    label_field: str
+
+
+def split_label(value: str) -> tuple[str, str]:
+    """Return source and label of SOURCE=LABEL."""
+    source, _, label = value.rpartition("=")
+    return source, label
+
+
+def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
+    """Return the judge that `field` names: one of JUDGES, or SOURCE=LABEL.
+
+    Raises InputError for anything else, with `remedy` unless the value is close to a name in JUDGES.
+    """
+    if value in JUDGES:
+        return JudgeSource(value, "", field, field)
+
+    source, label = split_label(value)
+    rule = f"is neither {' nor '.join(JUDGES)} nor SOURCE=LABEL"
+    require(bool(source and label), field, value, rule, closest_match(value, JUDGES, remedy))
+    return JudgeSource(source, label, field, field)
+
+
+def load_judges(judges: Iterable[JudgeSource]) -> dict[str, Judge]:
+    """Return the judges by the names that results call them, in the given order.
+
+    Raises InputError when the package of one is missing, or when a classifier does not exist or has no such label.
+    """
+    judges = list(judges)
+    for judge in judges:
+        # A classifier that does not exist is reported before another one takes its time to load.
+        if judge.source not in JUDGES:
+            _require_source(judge)
+
+    by_name: dict[str, Judge] = {}
+    for judge in judges:
+        name = _judge_name(judge.source)
+        if name in by_name:
+            name = f"{name} ({judge.label})"
+        by_name[name] = load_judge(judge)
+    return by_name
+
+
+def load_judge(judge: JudgeSource) -> Judge:
+    """Return the judge of a source. Raises InputError as `load_judges` does."""
+    if judge.source == PROFANITY_CHECK:
+        profanity = profanity_judge()
+        if profanity is None:
+            raise InputError(judge.field, judge.source, "is not installed", "pip install 'detoxrl[offline]'")
+        return profanity
+
+    # Imported here because torch takes seconds and the other judges do not need it.
+    from detoxrl.rewards.classifier import load_classifier
+    from detoxrl.runtime.world import current_world
+
+    labels = {judge.label_field: judge.label}
+    return classifier_judge(load_classifier(judge.source, judge.field, labels, current_world().device))
+
+
+def _require_source(classifier: JudgeSource) -> None:
+    """Raise InputError unless the folder or hub id of a classifier exists."""
+    # Imported here because it takes a tenth of a second and the other judges do not need it.
+    from detoxrl.runtime.hub import fetch
+
+    fetch(classifier.source, classifier.field, weights=False)
+
+
+def _judge_name(source: str) -> str:
+    """Return what results call a judge: the name of its folder, or the hub id."""
+    path = Path(without_revision(source))
+    return path.name if path.is_absolute() else str(path)
 
 
 def memoized(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[Item]], Floats]:
@@ -27,10 +119,10 @@ def memoized(rate: Callable[[Sequence[Item]], Floats]) -> Callable[[Sequence[Ite
     return rate_once
 
 
-def classifier_judge(classifier: Classifier) -> Callable[[Texts], Floats]:
+def classifier_judge(classifier: "Classifier") -> "Callable[[Texts], Floats]":
     """Return a judge that rates texts, or pairs of texts, by the probability of a classifier's toxic label."""
 
-    def judge(texts: Texts) -> Floats:
+    def judge(texts: "Texts") -> Floats:
         probabilities: Floats = classifier.toxicity(texts).double().numpy()
         return probabilities
 

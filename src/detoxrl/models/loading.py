@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
 from accelerate import PartialState
@@ -37,11 +36,10 @@ _TRAINED_WITH = "give the tokenizer that the model was trained with"
 
 
 def _quiet_libraries() -> None:
-    """Turn off the progress bars and notices of transformers and huggingface_hub, which would break up the console.
+    """Turn off the progress bars and notices of transformers, which would break up the console.
 
-    These settings are global to the process. The errors of both libraries are exceptions and still come through.
+    These settings are global to the process. Its errors are exceptions and still come through.
     """
-    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # peft reads this property of transformers models under its older name.

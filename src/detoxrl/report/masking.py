@@ -1,6 +1,6 @@
 """Which words are masked, and how?
 
-The words of a run are in its masked_words.json, which `evaluation.compare.toxic_words` fills: the known insults, and
+The words of a run are in its masked_words.json, which `evaluation.insults.toxic_words` fills: the known insults, and
 every word that the judge scores at 0.5 or above on its own.
 """
 
@@ -27,3 +27,8 @@ def segments(text: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
     # A pattern with one group splits into plain and matched pieces in turn.
     pieces = enumerate(pattern.split(text))
     return [(piece, index % 2 == 1) for index, piece in pieces if piece]
+
+
+def mask(text: str, pattern: re.Pattern[str], blot: str = "*") -> str:
+    """Return `text` with a `blot` for every letter of a masked word but the first; its length does not change."""
+    return pattern.sub(lambda match: match[0][0] + blot * (len(match[0]) - 1), text)

@@ -14,8 +14,13 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from detoxrl.errors import InputError, first_line, require
+
+# Progress bars and notices of the library would break up the console. Its errors are exceptions and still come through.
+huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+disable_progress_bars()
 
 _NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}(/{_NAME})?(@[\w.-]+(/[\w.-]+)*)?", re.ASCII)
