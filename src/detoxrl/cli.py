@@ -428,8 +428,9 @@ _SCORE = (
     Option("--column", "Column of the texts in a file with columns. Default: text.", metavar="NAME"),
     Option(
         "--judge",
-        "Judges to ask: alt-profanity-check, or SOURCE=LABEL, the folder or hub id of a classifier and its toxic "
-        "label. Give several, or repeat the flag. Default: alt-profanity-check (English only).",
+        "Judges to ask: alt-profanity-check; embedded, the small reward model of the quickstart, which knows little "
+        "more than its generated quarrels; or SOURCE=LABEL, the folder or hub id of a classifier and its toxic label. "
+        "Give several, or repeat the flag. Default: alt-profanity-check (English only).",
         metavar="NAME ...",
         nargs="+",
         action="extend",

@@ -200,9 +200,14 @@ def test_json_lines_hold_every_text_in_order_and_a_key_per_judge(capsys: pytest.
     assert [line["text"] for line in shown] == texts
 
 
-def test_words_that_the_judge_in_use_calls_toxic_are_masked(
+def test_words_that_the_judge_calls_toxic_are_masked_where_no_word_judge_is_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    text = "A Parcel, two PARCELS, a stupidity, an Idiot!"
+    judge_by(lambda texts: np.array([0.5 * ("parcel" in text.lower()) for text in texts]), monkeypatch)
+    assert lines_of(capsys, text)[0]["text"] == "A Parcel, two PARCELS, a s********, an I****!"
+
+    monkeypatch.setattr("detoxrl.commands.score.profanity_judge", lambda: None)
     judge_by(lambda texts: np.array([0.5 * ("Parcel".lower() in text.lower()) for text in texts]), monkeypatch)
     masked = "A P*****, two P******, a stupidity, an I****!"
     assert lines_of(capsys, "A Parcel, two PARCELS, a stupidity, an Idiot!")[0]["text"] == masked
@@ -219,6 +224,14 @@ def test_a_progress_bar_in_the_terminal_leaves_stdout_alone(
     assert [(line["index"], line["text"]) for line in lines] == [(n + 1, str(n)) for n in range(600)]
     assert "600/600" in terminal.getvalue()
     assert "index" not in terminal.getvalue()
+
+
+def test_the_embedded_judge_is_the_reward_model_that_comes_with_the_package(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    insult, thanks = lines_of(capsys, "You are a stupid idiot!", "Thank you.", "--judge", "embedded")
+    assert insult["embedded"] > 0.9
+    assert thanks["embedded"] < 0.1
 
 
 # Files and pipes
@@ -308,8 +321,9 @@ def test_without_a_text_in_a_terminal_one_line_says_what_to_type(
         ([], "--file = '-': is empty; give one text per line"),
         (["caf\udce9"], r"TEXT = 'caf\udce9': is not UTF-8; encode it as UTF-8"),
         (["-x"], "flag = '-x': is not known to `detoxrl score`; put -- before a TEXT that begins with a dash"),
-        (["text", "--judge", "alt-profanty"], "is neither alt-profanity-check nor SOURCE=LABEL; did you mean alt-pro"),
-        (["--judge", JUDGE, "text"], "--judge = 'text': is neither alt-profanity-check nor SOURCE=LABEL; a classifie"),
+        (["text", "--judge", "alt-profanty"], "is neither alt-profanity-check nor embedded nor SOURCE=LABEL; did you mean alt-pro"),
+        (["--judge", JUDGE, "text"], "--judge = 'text': is neither alt-profanity-check nor embedded nor SOURCE=LABEL; a classifie"),
+        (["text", "--judge", "embeded"], "did you mean embedded?"),
         (["text", "--judge", "=toxic"], "--judge = '=toxic': is neither"),
         (["text", "--judge", "folder="], "--judge = 'folder=': is neither"),
         (["text", "--judge", JUDGE, "no/such/folder=x"], "--judge = 'no/such/folder': is neither an existing path nor"),

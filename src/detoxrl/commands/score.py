@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,15 @@ import numpy as np
 from detoxrl.data.files import DATA_SUFFIXES, columns_of, is_data_file, read_lines, read_records, split_lines, text_of
 from detoxrl.errors import require
 from detoxrl.evaluation.insults import toxic_words
-from detoxrl.evaluation.judges import PROFANITY_CHECK, Judge, JudgeSource, judge_source, load_judges, memoized
+from detoxrl.evaluation.judges import (
+    PROFANITY_CHECK,
+    Judge,
+    JudgeSource,
+    judge_source,
+    load_judges,
+    memoized,
+    profanity_judge,
+)
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.report.masking import mask, masking_pattern
 from detoxrl.report.score_table import ScoredText, print_scores
@@ -115,9 +122,10 @@ def _rated(texts: Sequence[str], judges: Mapping[str, Judge], watched: bool) -> 
 
 
 def _masked(texts: Sequence[str], judges: Mapping[str, Judge]) -> list[str]:
-    """Return the texts without the known insults and the words that a judge rates 0.5 or higher when alone."""
-    words = chain.from_iterable(toxic_words([texts], judge) for judge in judges.values())
-    pattern = masking_pattern(sorted(set(words)))
+    """Return the texts without the known insults and the words that are toxic alone, as a run masks them."""
+    # Word by word a linear model is fast, and sees what a classifier of sentences may not know.
+    judge = profanity_judge() or next(iter(judges.values()))
+    pattern = masking_pattern(toxic_words([texts], judge))
     return [mask(text, pattern) for text in texts]
 
 

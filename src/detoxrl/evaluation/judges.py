@@ -23,8 +23,10 @@ Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each of N tex
 Item = TypeVar("Item", bound=Hashable)
 
 PROFANITY_CHECK = "alt-profanity-check"
-JUDGES = (PROFANITY_CHECK,)
-"""The judges that have a name of their own. Every other judge is a classifier: a source and its toxic label."""
+EMBEDDED = "embedded"
+JUDGES = (PROFANITY_CHECK, EMBEDDED)
+"""The judges that have a name of their own. `embedded` is the quickstart's reward model, which comes with the package.
+Every other judge is a classifier: a source and its toxic label."""
 
 
 class JudgeSource(NamedTuple):
@@ -86,10 +88,15 @@ def load_judge(judge: JudgeSource) -> Judge:
 
     # Imported here because torch takes seconds and the other judges do not need it.
     from detoxrl.rewards.classifier import load_classifier
+    from detoxrl.rewards.fit import LABELS
+    from detoxrl.runtime.shipped import MODELS
     from detoxrl.runtime.world import current_world
 
-    labels = {judge.label_field: judge.label}
-    return classifier_judge(load_classifier(judge.source, judge.field, labels, current_world().device))
+    source, label = judge.source, judge.label
+    if source == EMBEDDED:
+        source, label = str(MODELS / "reward"), LABELS[1]
+    labels = {judge.label_field: label}
+    return classifier_judge(load_classifier(source, judge.field, labels, current_world().device))
 
 
 def _require_source(classifier: JudgeSource) -> None:
