@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from detoxrl import __version__
-from detoxrl.config.edit import closest_match, flatten
+from detoxrl.config.edit import flatten, takes_list
+from detoxrl.config.names import did_you_mean_setting
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 
@@ -185,16 +186,16 @@ def _join_negative_values(words: Iterable[str]) -> list[str]:
 
 
 def _refuse(word: str, prog: str, options: Iterable[Option]) -> None:
-    """Raise InputError for a word that argparse could not place, with the closest known flag."""
+    """Raise InputError for a word that argparse could not place, with the flag that was meant or what there is."""
     is_flag = word.startswith("-")
     remedy = "put its flag before it, or quote a value that contains spaces"
     require(is_flag, "argument", word, "belongs to no flag", remedy)
 
-    known = ["--help"]
+    known = ["help"]
     for option in options:
-        known.extend(option.flags)
+        known.extend(flag.removeprefix("--") for flag in option.flags)
     flag = word.partition("=")[0]
-    remedy = closest_match(flag, known, f"see `{prog} --help`")
+    remedy = did_you_mean_setting(flag.lstrip("-"), known, prefix="--")
     raise InputError("flag", flag, f"is not known to `{prog}`", remedy)
 
 
@@ -228,7 +229,7 @@ def _section_options(section: Any, prefix: str) -> list[Option]:
                 flag=flag,
                 help=f"{field.description} (default: {_shown(value)})",
                 metavar=_type_name(types[name]),
-                nargs="*" if isinstance(value, tuple) else None,
+                nargs="*" if takes_list(types[name]) else None,
                 off_flag=flag.replace(".", ".no-") if is_switch else None,
             )
         )

@@ -1,25 +1,15 @@
 """Which rows do a file, a folder or a hub data set hold, and which responses that were written elsewhere?"""
 
-import csv
-import gzip
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-from pyarrow import parquet
 
 from detoxrl.config.schema import DataConfig
+from detoxrl.data.files import RESPONSE, Record, local_files, read_records, require_columns, require_response
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.runtime.hub import fetch, is_hub_id
-
-Record = dict[str, Any]
-_Reader = Callable[[Path], Iterable[Record]]
-_RESPONSE = "response"  # Column of a response that was written elsewhere.
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+from detoxrl.runtime.hub import fetch
 
 
 def read_source(config: DataConfig) -> dict[str, list[Row]]:
@@ -27,150 +17,10 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
 
     Raises InputError when the source cannot be read, lacks a column, or has something else than text in one.
     """
-    records = _source_records(config.source)
-    _require_columns(records, config)
+    files = local_files(config.source)
+    records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(config.source)
+    require_columns(chain.from_iterable(records.values()), config)
     return {split: _rows(split, split_records, config) for split, split_records in records.items()}
-
-
-def _source_records(source: str) -> dict[str, list[Record]]:
-    """Return the records of each split of a file, a folder or a hub data set."""
-    path = Path(source)
-    if path.is_file() or _reader(path):
-        return {"file": read_records(path)}
-    if path.is_dir():
-        return {split: read_records(file) for split, file in _split_files(path).items()}
-    return _hub_records(source)
-
-
-def _require_columns(records: Mapping[str, list[Record]], config: DataConfig) -> None:
-    """Raise InputError unless some record has each column that the config names."""
-    columns: list[str] = []
-    for record in chain.from_iterable(records.values()):
-        columns += [column for column in record if column not in columns]
-
-    rule, remedy = f"is not a column of {config.source}", f"choose from {', '.join(columns)}"
-    named = {
-        "data.dialogue_column": (config.dialogue_column, remedy),
-        "data.summary_column": (config.summary_column, f"{remedy}, or set it to None and sft.steps to 0"),
-        "data.id_column": (config.id_column, remedy),
-    }
-    for setting, (column, setting_remedy) in named.items():
-        require(column is None or column in columns, setting, column, rule, setting_remedy)
-
-
-def _split_files(folder: Path) -> dict[str, Path]:
-    """Return the data files of a folder by the split that their names contain; a single file may have any name."""
-    data_files = sorted(file for file in folder.iterdir() if _reader(file))
-    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(_READERS)} files")
-
-    files: dict[str, Path] = {}
-    for file in data_files:
-        split = _split_in_name(file) or "file"
-        is_clear = len(data_files) == 1 or (split != "file" and split not in files)
-        rule = f"contains {file.name}, but the name fits no single split"
-        remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-        require(is_clear, "data.source", str(folder), rule, remedy)
-        files[split] = file
-
-    return files
-
-
-def _split_in_name(file: Path) -> str | None:
-    """Return the first split that is a word of the file's name, as in my-test-v2.jsonl."""
-    words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
-    return next((split for split in _SPLITS if split in words), None)
-
-
-def read_records(path: Path, field: str = "data.source", lines: bool = False) -> list[Record]:
-    """Return the rows of a data file; with `lines`, each line of a .txt is a response.
-
-    Raises InputError, with the setting `field`, when the file does not exist, has no rows or cannot be read.
-    """
-    reader = _lines if lines and path.suffix == ".txt" else _reader(path)
-    if reader is None:
-        raise InputError(field, str(path), "has an unknown format", f"give one of {', '.join(_READERS)}")
-
-    if not path.is_file():
-        data_files = sorted(file.name for file in path.parent.glob("*") if _reader(file))
-        remedy = f"{path.parent} contains {', '.join(data_files[:10]) or 'no data file'}"
-        raise InputError(field, str(path), "is not a file", remedy)
-
-    try:
-        records = list(reader(path))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        remedy = "give UTF-8 text with one header, or one JSON object per row"
-        raise InputError(field, str(path), f"cannot be read: {first_line(error)}", remedy) from error
-    require(bool(records), field, str(path), "contains no rows", "give a file with rows")
-    return records
-
-
-def _reader(path: Path) -> _Reader | None:
-    """Return the function that reads a data file of this format, or None if there is none."""
-    name = path.name.lower()
-    return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            yield {_RESPONSE: line.rstrip("\n")}
-
-
-def _json(path: Path) -> Iterator[Record]:
-    """Yield the objects of a JSON list, or of JSON lines."""
-    open_text = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_text(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        text = file.read()
-
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(json.loads(text), start=1):
-            yield _json_record(value, number)
-        return
-
-    # Lines end with \n only: a JSON string may contain other line ends.
-    lines = [line for line in text.split("\n") if line.strip()]
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
-        yield _json_record(value, number)
-
-
-def _json_record(value: Any, number: int) -> Record:
-    """Return the object of row `number`, with lone surrogates in its texts replaced. Raises ValueError for others."""
-    if not isinstance(value, dict):
-        raise ValueError(f"row {number}: expected an object, not {type(value).__name__}")
-    # A limit on tokens may have cut an emoji in half. The lone surrogate that is left cannot be encoded as UTF-8.
-    return {
-        key: item.encode("utf-8", "replace").decode() if isinstance(item, str) else item for key, item in value.items()
-    }
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        header = next(reader, [])
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
-            yield dict(zip(header, row, strict=True))
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    yield from parquet.read_table(path).to_pylist()
-
-
-_READERS: dict[str, _Reader] = {
-    ".csv": _csv,
-    ".json": _json,
-    ".jsonl": _json,
-    ".jsonl.gz": _json,
-    ".parquet": _parquet,
-}
 
 
 def _hub_records(name: str) -> dict[str, list[Record]]:
@@ -179,9 +29,6 @@ def _hub_records(name: str) -> dict[str, list[Record]]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    remedy = "give a file, a folder or a hub id"
-    require(is_hub_id(name), "data.source", name, "is neither an existing path nor a hub id", remedy)
-
     folder = fetch(name, "data.source")
     try:
         # Without checks: the sizes in a data set's card may be outdated.
@@ -189,6 +36,7 @@ def _hub_records(name: str) -> dict[str, list[Record]]:
         return {str(split): table.to_list() for split, table in tables.items()}
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}, {first_line(error.__cause__ or error)}"
+        remedy = "give a file, a folder or a hub id"
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 
@@ -254,10 +102,7 @@ def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]
     columns = (config.id_column or "id", config.dialogue_column)
     by_prompt: dict[str, list[Record]] = {}
     for number, record in enumerate(read_records(path, "--texts", lines=True), start=1):
-        if not isinstance(record.get(_RESPONSE), str):
-            rule = f"row {number} has no text under {_RESPONSE!r}"
-            raise InputError("--texts", str(path), rule, "add a response to each row")
-
+        require_response(record, number, path)
         values = [str(record[column]) for column in columns if record.get(column) is not None]
         prompt_id = values[0] if values else str(number)
         by_prompt.setdefault(prompt_id, []).append(record)
@@ -278,7 +123,7 @@ def _require_same_prompts(
 
 
 def _responses(records: Iterable[Record]) -> list[str]:
-    return [str(record[_RESPONSE]) for record in records]
+    return [str(record[RESPONSE]) for record in records]
 
 
 def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]], path: str, config: DataConfig) -> Row:
