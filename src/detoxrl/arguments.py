@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from detoxrl import __version__
-from detoxrl.config.edit import closest_match, flatten
+from detoxrl.config.edit import flatten, takes_list
+from detoxrl.config.names import did_you_mean, did_you_mean_setting
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 
@@ -209,18 +210,19 @@ def _join_negative_values(words: Iterable[str], options: Iterable[Option]) -> li
 
 
 def _refuse(word: str, command: Command, options: Iterable[Option]) -> None:
-    """Raise InputError for a word that argparse could not place, with the closest known flag."""
+    """Raise InputError for a word that argparse could not place, with the flag that was meant or what there is."""
     remedy = "put its flag before it, or quote a value that contains spaces"
     require(_is_flag(word), "argument", word, "belongs to no flag", remedy)
 
-    known = ["--help"]
+    known = ["help"]
     for option in options:
-        known.extend(option.flags)
+        known.extend(flag.removeprefix("--") for flag in option.flags)
     flag = word.partition("=")[0]
-    remedy = f"see `detoxrl {command.name} --help`"
+    rule = f"is not known to `detoxrl {command.name}`"
     if command.repeated:
         remedy = f"put -- before a {command.repeated} that begins with a dash"
-    raise InputError("flag", flag, f"is not known to `detoxrl {command.name}`", closest_match(flag, known, remedy))
+        raise InputError("flag", flag, rule, did_you_mean(flag, [f"--{name}" for name in known], remedy))
+    raise InputError("flag", flag, rule, did_you_mean_setting(flag.lstrip("-"), known, prefix="--"))
 
 
 def _setting_options(config: Config) -> dict[str, list[Option]]:
@@ -253,7 +255,7 @@ def _section_options(section: Any, prefix: str) -> list[Option]:
                 flag=flag,
                 help=f"{field.description} (default: {_shown(value)})",
                 metavar=_type_name(types[name]),
-                nargs="*" if isinstance(value, tuple) else None,
+                nargs="*" if takes_list(types[name]) else None,
                 off_flag=flag.replace(".", ".no-") if is_switch else None,
             )
         )

@@ -17,10 +17,23 @@ from safetensors import SafetensorError
 
 from detoxrl import __version__
 from detoxrl.arguments import Command, Option, Request, command_help, overview, parse
-from detoxrl.config.edit import closest_match, config_from_json, with_settings
+from detoxrl.commands.export_check import default_target, require_measured, require_writable
+from detoxrl.commands.preflight import (
+    check_stage,
+    check_subjects,
+    checked_config,
+    checked_run,
+    checked_subjects,
+    convertible_folder,
+)
+from detoxrl.commands.sweep_plan import SweepPlan, planned_sweep
+from detoxrl.commands.tracker_state import resolve_tracker
+from detoxrl.config.edit import config_from_json, with_settings
+from detoxrl.config.names import did_you_mean
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
+from detoxrl.evaluation.subjects import Subjects, subjects_of
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
@@ -45,12 +58,16 @@ def _run(request: Request) -> None:
     config = _config(request)
     root = _root(request, config.recipe)
     if_exists = existing_run_policy(request.options)
+    track = request.options.get("track")
 
     with _explained_stop(root):
+        resolve_tracker(track, root if if_exists.startswith("resume") else None)
+        config = checked_run(root, config, if_exists)
+
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
 
-        stages.run(root, config, if_exists=if_exists, track=request.options.get("track"))
+        stages.run(root, config, if_exists=if_exists, track=track)
         print_result(root)
 
 
@@ -58,12 +75,15 @@ def _sweep(request: Request) -> None:
     config = _config(request)
     root = _root(request, "sweep")
     if_exists = existing_run_policy(request.options)
+    options = request.options
+    plan = SweepPlan(over=options.get("over", []), seeds=options.get("seeds", []), track=options.get("track"))
 
     with _explained_stop(root):
+        plan, _ = planned_sweep(root, config, plan, if_exists)
+
         from detoxrl.commands import sweep
 
-        plan = sweep.SweepPlan(over=request.options.get("over", []), seeds=request.options.get("seeds", []))
-        sweep.sweep(root, config, plan, if_exists=if_exists, track=request.options.get("track"))
+        sweep.sweep(root, config, plan, if_exists)
 
 
 def _prepare(request: Request) -> None:
@@ -72,6 +92,8 @@ def _prepare(request: Request) -> None:
     if_exists = existing_run_policy(request.options)
 
     with _explained_stop(root):
+        config = checked_run(root, config, if_exists)
+
         from detoxrl.commands import run as stages
 
         stages.prepare(root, config, if_exists)
@@ -83,6 +105,8 @@ def _doctor(request: Request) -> None:
     root = _root(request, config.recipe)
 
     with _explained_stop(root):
+        config = checked_config(config)
+
         from detoxrl.commands import doctor
 
         doctor.doctor(root, config)
@@ -102,6 +126,8 @@ def _rerun_stage(request: Request) -> None:
     stage = request.command.name
 
     with _explained_stop(root):
+        check_stage(root, stage)
+
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
 
@@ -132,13 +158,16 @@ def _evaluate_subjects(request: Request) -> None:
 
     config = _config(request)
     root = _root(request, "texts" if "texts" in options else f"{config.recipe}-measured")
+    policies = _named_paths("policy", options)
+    texts = _named_paths("texts", options)
 
     with _explained_stop(root):
+        RunFolder.require_usable(root, "overwrite" in options)
+        checked_subjects(subjects_of(policies, texts, config), config)
+
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
 
-        policies = _named_paths("policy", options)
-        texts = _named_paths("texts", options)
         stages.evaluate(root, config, policies=policies, texts=texts, overwrite="overwrite" in options)
         print_result(root)
 
@@ -153,7 +182,16 @@ def _evaluate_run(request: Request) -> None:
         raise InputError("flag", flag, "cannot be used with an existing run", "use --policy, --power or settings")
     require(track is None or not options, "--track", track, "cannot be combined with --power or --policy", "choose one")
 
+    policies = _named_paths("policy", options)
+    _, config = RunFolder.open(root)
+
     with _explained_stop(root):
+        check_subjects(Subjects(policies=policies))
+        if request.settings:
+            config = checked_run(root, with_settings(config, request.settings), "resume")
+        elif "power" not in options:
+            check_stage(root, "evaluate")
+
         from detoxrl.commands import measure as measuring
         from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
@@ -163,10 +201,9 @@ def _evaluate_run(request: Request) -> None:
             return
 
         if request.settings:
-            config = with_settings(RunFolder.open(root)[1], request.settings)
             stages.run(root, config, if_exists="resume", track=track)
-        if "policy" in options:
-            stages.evaluate(root, policies=_named_paths("policy", options))
+        if policies:
+            stages.evaluate(root, policies=policies)
 
         if request.settings or options:
             print_result(root)
@@ -180,6 +217,10 @@ def _export(request: Request) -> None:
     options = request.options
 
     with _explained_stop(None):
+        folder, _ = RunFolder.open(root)
+        require_writable(options.get("to", default_target(root)), "overwrite" in options)
+        require_measured(folder)
+
         from detoxrl.commands.export import export
 
         made = export(
@@ -203,6 +244,7 @@ def _convert(request: Request) -> None:
     complete = len(request.positionals) == 2
     require(complete, "TO", "", "is missing", "run `detoxrl convert FROM TO` with two folders")
     source, target = request.positionals
+    convertible_folder(source, Path(target))
 
     from detoxrl.commands.convert import convert
 
@@ -586,7 +628,7 @@ def _dispatch(words: Sequence[str]) -> None:
         print(__version__)
         return
 
-    remedy = closest_match(name, [*COMMANDS, "help"], "see `detoxrl --help`")
+    remedy = did_you_mean(name, [*COMMANDS, "help"], f"choose from {', '.join(COMMANDS)}")
     require(name in COMMANDS, "command", name, "is not a command", remedy)
     command = COMMANDS[name]
     request = parse(command, words[1:])

@@ -8,18 +8,9 @@ from typing import Any, NamedTuple
 
 from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config
-from detoxrl.config.sources import map_sources, sources, with_absolute_paths
+from detoxrl.config.sources import ENTAILMENT, label_settings, split_label, with_absolute_paths
 from detoxrl.data.rows import Row, read_rows
-from detoxrl.errors import require
-from detoxrl.evaluation.judges import (
-    Judge,
-    JudgeSource,
-    classifier_judge,
-    judge_source,
-    load_judges,
-    memoized,
-    split_label,
-)
+from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
 from detoxrl.evaluation.readers import Pairs, Readers
 from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
@@ -28,11 +19,9 @@ from detoxrl.models.loading import with_fast_attention
 from detoxrl.models.lora import initial_adapter
 from detoxrl.models.policy import Policy
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
-from detoxrl.rewards.fit import LABELS
 from detoxrl.rewards.function import RewardFunction, function_name, load_function, validated_reward
 from detoxrl.rewards.shaping import Reward
 from detoxrl.runtime.files import explain_corruption
-from detoxrl.runtime.hub import is_hub_id, pin_revision
 from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import World, current_world
 
@@ -93,18 +82,10 @@ class Run:
         return self._scorer
 
     def load_reward(self) -> None:
-        """Load and try the reward now; `as_configured`, only check the labels of an embedded one. Raises InputError."""
-        if self._ignores_products and self.uses_embedded_reward:
-            self._require_embedded_labels()
-        elif self._scorer is None:
+        """Load and try the reward now, unless `prepare` has yet to train it. Raises InputError if it does not fit."""
+        is_trained_later = self._ignores_products and self.uses_embedded_reward
+        if self._scorer is None and not is_trained_later:
             self._scorer = self._load_function() if self.has_reward_function else self._load_classifier()
-
-    def _require_embedded_labels(self) -> None:
-        good, toxic = LABELS
-        expected = {"reward.toxic_label": toxic, "reward.good_label": good}
-        for setting, label in label_settings(self.config, "reward.classifier").items():
-            rule = "is not a label of the embedded classifier"
-            require(label.lower() == expected[setting], setting, label, rule, f"use {expected[setting]}")
 
     def load_judges(self) -> None:
         """Load the judges now. Raises InputError for one that does not fit."""
@@ -181,7 +162,7 @@ class Run:
         entails = None
         if settings.nli:
             # Of a premise (a dialogue) and a hypothesis (a response) that do not fit, the longer one is cut.
-            entails = self._load_probability(settings.nli, "entailment", "evaluation.nli")
+            entails = self._load_probability(settings.nli, ENTAILMENT, "evaluation.nli")
         fluent = None
         if settings.fluency:
             fluent = self._load_probability(*split_label(settings.fluency), "evaluation.fluency")
@@ -257,35 +238,8 @@ def _run_of_worker(root: Path, config: Config) -> Run:
     return Run(RunFolder(root), config)
 
 
-def label_settings(config: Config, field: str) -> dict[str, str]:
-    """Return the labels of the classifier that the setting `field` names, by their settings, the toxic one first."""
-    if field == "evaluation.primary_judge":
-        return {"evaluation.judge_label": config.evaluation.judge_label}
-
-    labels = {"reward.toxic_label": config.reward.toxic_label}
-    if config.reward.good_label:
-        labels["reward.good_label"] = config.reward.good_label
-    return labels
-
-
 def with_reward_name(config: Config, reward: RewardFunction | None) -> Config:
     """Return the config with every path absolute, and with the name of a reward function given in Python."""
     if reward is not None:
         config = with_settings(config, {"reward.function": function_name(reward)})
     return with_absolute_paths(config)
-
-
-def with_revisions(config: Config, previous: Config | None) -> Config:
-    """Return the config with a commit behind every hub id that has none: that of `previous`, or today's.
-
-    Raises InputError.
-    """
-    known = sources(previous) if previous else {}
-
-    def pin(name: str, source: str) -> str:
-        earlier = known.get(name, "")
-        if is_hub_id(source) and earlier.startswith(f"{source}@"):
-            return earlier
-        return pin_revision(source, name)
-
-    return map_sources(config, pin)

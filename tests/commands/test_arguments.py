@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from detoxrl import cli
 from detoxrl.arguments import Request, command_help, overview, parse
 from detoxrl.cli import COMMANDS, existing_run_policy
-from detoxrl.config.edit import flatten
+from detoxrl.config.edit import flatten, with_settings
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.errors import InputError
 from small_runs import detoxrl
@@ -56,6 +57,17 @@ def test_convert_takes_two_positionals() -> None:
     assert read("convert", "old", "new").positionals == ("old", "new")
 
 
+def test_the_word_that_help_shows_for_no_value_is_one_that_the_flag_takes() -> None:
+    config = recipe("own")
+    shown = " ".join(command_help(COMMANDS["run"], config).split())
+    assert "--evaluation.other-judges TEXT ... Further judges" in shown
+    flags = {"evaluation.other-judges": "none", "rl.patience": "None", "policy.lora-targets": "None"}
+    for flag, default in flags.items():
+        assert re.search(rf"--{flag} [^-]*? \(default: {default}\)", shown), flag
+        request = read("run", "own", f"--{flag}", default)
+        assert with_settings(config, request.settings) == config
+
+
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
@@ -84,7 +96,7 @@ def test_texts_stand_before_between_and_behind_flags(words: list[str], texts: tu
         (["run", "own", "--hepl"], "did you mean --help?"),
         (["run", "own", "--rl.kl_coeff=1"], "is not known to `detoxrl run`; did you mean --rl.kl-coef?"),
         (["run", "own", "--sft.no-bf61"], "did you mean --sft.no-bf16?"),
-        (["sft", "runs/own", "--rl.steps", "1"], "is not known to `detoxrl sft`; see `detoxrl sft --help`"),
+        (["sft", "runs/own", "--rl.steps", "1"], "is not known to `detoxrl sft`; choose from --help"),
         (["train", "runs/own", "--resume"], "flag = '--resume': is not known to `detoxrl train`"),
         (["recipes", "all"], "argument = 'all': belongs to no flag; put its flag before it, or quote a value"),
         (["evaluate", "own", "--power", "some"], "--power = '': invalid float value: 'some'; see `detoxrl eval"),
@@ -141,7 +153,8 @@ def test_help_shows_every_setting_with_the_recipes_value_and_is_wrapped(
         "--policy.bf16, --policy.no-bf16 Keep the frozen base in bfloat16",
         "--data.length-unit characters|tokens Unit of data.min_length",
         "--rl.kl-target FLOAT|None KL to the reference",
-        "(default: q v)",
+        "--policy.lora-targets TEXT ...|None Names of the linear layers",
+        "--evaluation.other-judges TEXT ... Further judges",
         r"(default: '\nSummarize the following conversation.\n\n{dialogue}\n\nSummary:\n')",
     ):
         assert text in words, text

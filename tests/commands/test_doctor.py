@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+from transformers import LlamaForCausalLM, PreTrainedModel, RobertaConfig, RobertaForSequenceClassification
 
 from conftest import TARGETS, policy_config
 from detoxrl.commands import doctor as doctor_module
@@ -441,7 +441,8 @@ def test_the_doctor_finds_wrong_labels(
 def test_too_little_memory_or_disk_is_an_error_before_weights_are_read(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place / "model/model.safetensors").unlink()
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    psutil_memory = psutil.virtual_memory
     memory = psutil.virtual_memory()._replace(available=2**20)
     monkeypatch.setattr(doctor_module.psutil, "virtual_memory", lambda: memory)
     assert doctor() == 2
@@ -449,8 +450,7 @@ def test_too_little_memory_or_disk_is_an_error_before_weights_are_read(
     rule = r"is free, but the run needs about \d\.\d GiB; try --policy\.bf16"
     assert re.search(rf"memory = '[\d.]+ GiB': {rule}", error)
 
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
+    monkeypatch.setattr(doctor_module.psutil, "virtual_memory", psutil_memory)
     disk = psutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(doctor_module.psutil, "disk_usage", lambda _: disk)
     assert doctor() == 2

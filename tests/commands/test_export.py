@@ -359,7 +359,7 @@ def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     ("words", "message"),
     [
         ([], "run folder = '': is missing; run `detoxrl export runs/NAME`"),
-        (["runs/none"], "run folder = 'runs/none': holds no config.json"),
+        (["runs/none"], "run folder = 'runs/none': does not exist"),
         (["gpt2"], "is not the config of a run"),
         (["runs/gpt2"], "--to = 'runs/gpt2-export': already exists; add --overwrite, or name another folder"),
         (["runs/gpt2", "--to", "runs/bart", "--overwrite"], "already exists and is not an export; name a new folder"),

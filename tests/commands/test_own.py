@@ -249,10 +249,21 @@ def a_file_for_a_folder(place: Path) -> None:
     (place / "runs").write_text("no folder")
 
 
-def models_without_tokenizers(place: Path) -> None:
+def a_model_without_a_tokenizer(place: Path) -> None:
+    for file in (place / "model").glob("tok*"):
+        file.unlink()
+
+
+def models_without_words(place: Path) -> None:
     for name in ("model", "classifier"):
         for file in (place / name).glob("tok*"):
             file.unlink()
+        (place / name / "vocab.txt").touch()  # transformers reads an empty tokenizer from it.
+
+
+def a_classifier_without_words(place: Path) -> None:
+    copytree(place / "model", place / "base")
+    models_without_words(place)
 
 
 def a_config_with_a_strange_setting(place: Path) -> None:
@@ -276,7 +287,7 @@ BAD_INPUT = [
     (nothing, ["run", "x"], r"recipe = 'x': is not a recipe; use quickstart, own"),
     (nothing, ["trian", "runs/own"], r"command = 'trian': is not a command; did you mean train\?"),
     (nothing, own("--rl.kl-coeff", "1"), r"not known to `detoxrl run`; did you mean --rl\.kl-coef\?"),
-    (nothing, own("--zzz"), r"flag = '--zzz': is not known to `detoxrl run`; see `detoxrl run --help`"),
+    (nothing, own("--zzz"), r"flag = '--zzz': is not known to `detoxrl run`; choose from --help, --from, .* --rl\.\*,"),
     (nothing, own("--rl.lr", "fast"), r"rl\.lr = 'fast': must be a number; see `detoxrl run RECIPE --help`"),
     (nothing, own("--rl.lr", "-1e-3"), r"rl\.lr = -0\.001: must be above 0"),
     (nothing, own("--data.template", "- {dialog}"), r"data\.template = '- \{dialog\}': must contain \{dialogue\}"),
@@ -285,7 +296,7 @@ BAD_INPUT = [
     (nothing, own("--rl.lr"), r"--rl\.lr = '': expected one argument; see `detoxrl run --help`"),
     (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': must be 'characters' or 'tok"),
     (nothing, own("--overwrite", "now"), r"argument = 'now': belongs to no flag; put its flag before"),
-    (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is not a file; \. contains mine\.j"),
+    (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is not a file; did you mean mine"),
     (nothing, own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': .*choose from dialogue, summ"),
     (nothing, own("--data.min-length", "99999"), r"leaves 0 rows for train \(42 too short, 1 no dialogue\)"),
     (nothing, own("--reward.good-label", "civil"), r"reward\.good_label = 'civil': .*use one of nothate, hate"),
@@ -300,8 +311,9 @@ BAD_INPUT = [
     (a_tokenizer_too_large, own("--policy.base", "misfit"), r"has a tokenizer of \d+ tokens, but embeddings for 300"),
     (a_tokenizer_with_another_end, own("--policy.base", "misfit"), r"tokenizer with eos_token_id 2, but the mod"),
     (a_model_without_its_head, own("--policy.base", "headless"), r"a generator, for example decoder\.final_layer"),
-    (models_without_tokenizers, own(), r"reward\.classifier = '.*classifier': has a tokenizer that knows no word"),
-    (models_without_tokenizers, own("--reward.function", "rewards.py:brevity"), r"policy\.base = '.*model': has a"),
+    (a_model_without_a_tokenizer, own(), r"policy\.base = 'model': holds no tokenizer; give a folder with its tok"),
+    (models_without_words, own(), r"policy\.base = '.*model': has a tokenizer that knows no word"),
+    (a_classifier_without_words, own("--policy.base", "base"), r"reward\.classifier = '.*classifier': has a tokenizer"),
     (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
     (a_config_without_a_setting, ["run", "--from", "config.json"], r"setting = 'rl\.gamma': is missing in config"),
     (nothing, own("--sft.bf16", "False", "junk"), r"argument = 'junk': belongs to no flag; .*, or quote a value"),
@@ -318,12 +330,12 @@ BAD_INPUT = [
     (nothing, own("--reward.function", "brevity"), r"reward\.function = 'brevity': does not name a function; write"),
     (nothing, own("--evaluation.primary-judge", "classifier"), r"is the reward's own classifier, which cannot judge"),
     (nothing, own("--from", "x"), r"--from = 'x': cannot be combined with a recipe"),
-    (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': holds no config\.json; run `detox"),
+    (nothing, ["run", "--resume", "--run-dir", "gone"], r"run folder = 'gone': does not exist; run `detox"),
     (nothing, own("--accept-changes"), r"--accept-changes = True: requires --resume; add --resume"),
-    (nothing, ["prepare", "own", "--resume"], r"flag = '--resume': is not known to `detoxrl prepare`; see"),
+    (nothing, ["prepare", "own", "--resume"], r"flag = '--resume': is not known to `detoxrl prepare`; choose"),
     (nothing, ["run", "--resume"], r"--run-dir = '': is missing; run `detoxrl run --resume --run-dir DIR`"),
-    (nothing, ["evaluate", "own"], r"run folder = 'own': holds no config\.json; run `detoxrl prepare RECIPE` first"),
-    (nothing, ["train", "nowhere"], r"run folder = 'nowhere': holds no config\.json"),
+    (nothing, ["evaluate", "own"], r"run folder = 'own': does not exist; run `detoxrl prepare RECIPE` first"),
+    (nothing, ["train", "nowhere"], r"run folder = 'nowhere': does not exist"),
     (nothing, own("--reward.function", "broken.py:f"), r"line 2 is not valid Python: "),
     (nothing, own("--reward.function", "rewards.py:words"), r"returned list, not numbers; return one finite num"),
     (nothing, own("--reward.classifier", "embedded", "--reward.good-label", "nice"),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from detoxrl.commands import run as stages
 from detoxrl.commands import sweep
-from detoxrl.commands.sweep import SweepPlan, frontier, plan_runs
+from detoxrl.commands.sweep import frontier
+from detoxrl.commands.sweep_plan import SweepPlan, plan_runs
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import TrainingError
 from detoxrl.evaluation.statistics import paired_difference, two_stage_interval

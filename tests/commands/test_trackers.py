@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from detoxrl.commands import run as stages
-from detoxrl.commands.trackers import resolve_tracker
+from detoxrl.commands.tracker_state import resolve_tracker
 from detoxrl.errors import InputError
 from detoxrl.runtime import checkpoint
 from detoxrl.runtime.checkpoint import Checkpoints

@@ -141,10 +141,37 @@ def test_settings_are_read_from_text_and_keep_their_types() -> None:
     assert with_settings(config, flatten({"rl": asdict(config.rl)})) == config
 
 
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
+    without = {
+        "data.max_length", "data.id_column", "data.summary_column", "policy.adapter", "policy.lora_targets",
+        "reward.function", "reward.good_label", "rl.kl_target", "rl.microbatch_size", "rl.patience",
+        "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.fluency",
+    }  # fmt: skip
+    lists = {"evaluation.best_of", "evaluation.other_judges"}
+    given = {"policy.lora_targets": ["q"], "evaluation.other_judges": ["a=b"], "rl.patience": 3}
+    config = recipe("own", {**given, **dict.fromkeys(without | lists, word)})
+    flat = flatten(asdict(config))
+    assert {name for name, value in flat.items() if value is None} == without
+    assert {name for name, value in flat.items() if value == ()} == lists
+    # A flag with several values has a list of one word.
+    assert recipe("own", given | {"policy.lora_targets": [word], "evaluation.best_of": [word]}).evaluation.best_of == ()
+
+
+def test_none_is_a_word_like_any_other_where_a_value_is_required() -> None:
+    assert recipe("own", {"data.dialogue_column": "none"}).data.dialogue_column == "none"
+    assert recipe("own", {"data.template": "None {dialogue}"}).data.template == "None {dialogue}"
+    with pytest.raises(InputError, match=r"rl\.lr = 'none': must be a number"):
+        recipe("own", {"rl.lr": "none"})
+    with pytest.raises(InputError, match=r"evaluation\.other_judges = 'none': must be SOURCE=LABEL"):
+        recipe("own", {"evaluation.other_judges": ["a=b", "none"]})
+
+
 def test_a_config_stored_by_an_earlier_version_loads_and_is_stored_as_it_was(tmp_path: Path) -> None:
     stored = Path(__file__).parent / "stored" / "dialogsum-long-0.1.0.json"
     config = config_from_json(stored)
-    assert config == recipe("dialogsum-long")
+    # Its LoRA targets were the default; today's follow from the base.
+    assert config == recipe("dialogsum-long", {"policy.lora_targets": ("q", "v")})
     assert config_to_json(config) == stored.read_text()
 
     (tmp_path / "config.json").write_text(stored.read_text().replace('"steps": 200', '"steps": "all"'))
@@ -178,7 +205,7 @@ def test_the_recipes_keep_the_old_systems_hyperparameters_and_long_ones_change_w
             steps, batch, 1.41e-5, 4
         )  # fmt: skip
         assert (config.rl.kl_coef, config.rl.kl_target, config.rl.kl_horizon, config.rl.epochs) == (0.2, 6.0, 10_000, 1)
-        assert (config.policy.lora_rank, config.policy.lora_targets) == (32, ("q", "v"))
+        assert (config.policy.lora_rank, config.policy.lora_targets) == (32, None)
         assert not config.sft.full_weights
         # The sum of rates over all optimizer steps bounds how far a weight can travel.
         travel = [rl.steps * rl.epochs * rl.batch_size / rl.minibatch_size * rl.lr for rl in (config.rl, long.rl)]

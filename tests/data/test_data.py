@@ -98,7 +98,7 @@ def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
         ("a.jsonl", b'{"talk": "caf\xe9", "gist": "x"}', {}, r"cannot be read: line 1 is not UTF-8 \(byte 0xe9\)"),
         ("a.jsonl", ONE, {"dialogue_column": "text"},
          r"data\.dialogue_column = 'text': is not a column .*choose from talk, gist"),
-        ("a.jsonl", ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or set it to None and sft\.steps"),
+        ("a.jsonl", ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or set it to none and sft\.steps"),
         ("a.jsonl", ONE, {"id_column": "i"}, r"data\.id_column = 'i': is not a column"),
         ("a.jsonl", '{"talk": ["a"], "gist": "b"}', {},
          r"data\.dialogue_column = 'talk': contains list, not text, in row 1 of file"),

@@ -193,7 +193,7 @@ def test_a_lora_stands_beside_a_run_of_full_weights(
             "fluency = 'nothing'",
         ),
         (["--texts", "rude.jsonl", "civil.jsonl", "--power", "0.2"], "cannot be combined with a recipe"),
-        (["runs/none", "--power", "0.2"], "holds no config.json"),
+        (["runs/none", "--power", "0.2"], "run folder = 'runs/none': does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_writes_nothing(

@@ -146,7 +146,7 @@ def test_labels_are_found_by_name_in_any_case(reward_folder: Path) -> None:
     [
         ("civil", "hate", r"reward\.good_label = 'civil'.*use one of nothate, hate"),
         ("nothate", "toxic", r"reward\.toxic_label = 'toxic'.*use one of nothate, hate"),
-        ("nothate", "nothate", r"reward\.toxic_label = 'nothate': is reversed: probability \d\.\d\d for a civil"),
+        ("nothate", "nothate", r"reward\.good_label = 'nothate': is the label of reward\.toxic_label too; "),
         ("hate", "nothate", r"reward\.good_label = 'hate': is reversed: probability \d\.\d\d for a civil sentence"),
     ],
 )

@@ -28,7 +28,7 @@ from detoxrl.config.schema import DataConfig, PolicyConfig
 from detoxrl.data.rows import Row
 from detoxrl.data.sources import read_source
 from detoxrl.errors import InputError
-from detoxrl.evaluation.policies import subjects_of
+from detoxrl.evaluation.subjects import subjects_of, with_commits
 from detoxrl.models.loading import load_base, load_tokenizer
 from detoxrl.models.lora import initial_adapter, load_policy
 from detoxrl.rewards.classifier import is_multi_label, load_classifier
@@ -151,14 +151,14 @@ def texts_by_split(rows: dict[str, list[Row]]) -> dict[str, list[tuple[str, str 
 
 
 def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_pinned_to_its_commit(served: Hub) -> None:
-    policies = subjects_of({"lora": LORA, "model": SMALLEST}, None, None).policies
+    policies = with_commits(subjects_of({"lora": LORA, "model": SMALLEST}, None, None)).policies
     for name, weights in (("lora", "adapter_model.safetensors"), ("model", "model.safetensors")):
         assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", policies[name])
         folder = Path(fetch_policy(policies[name], "--policy"))
         assert (folder / weights).is_file()
         assert folder.name == policies[name].partition("@")[2]
     with pytest.raises(InputError, match=r"--policy = 'me/nothing'"):
-        subjects_of({"it": "me/nothing"}, None, None)
+        with_commits(subjects_of({"it": "me/nothing"}, None, None))
 
 
 def test_a_lora_to_start_from_loads(served: Hub, folders: dict[str, Path]) -> None:
@@ -253,17 +253,18 @@ def test_a_pinned_revision_stays_what_it_was(served: Hub, folders: dict[str, Pat
 
 
 def test_a_hub_id_is_told_from_a_path_by_its_form(served: Hub, tmp_path: Path) -> None:
-    for name in ("gpt2", "a/b", "a.b/c_d-e", "a/b@main", "gpt2@refs/pr/1", "a/b@with--dashes", "runs/base"):
+    for name in ("gpt2", "a/b", "a.b/c_d-e", "a/b@main", "gpt2@refs/pr/1", "a/b@with--dashes", "my/runs"):
         assert is_hub_id(name)
         message = refused("policy.base", name)
         assert f"is not a local path, and {served.address} shows no such repository" in message
     new_requests(served)
-    paths = ("runs/x/base", "a/b/c", r"C:\models\t5", "C:/t5", "a/b@", "gpt2@a@b", "a--b", "a..b", "a/", "./a", "/a/b",
-            "a/b.git", "-a", "a-", "a b", "café", "x" * 97, "rows.jsonl", "rows.CSV")  # fmt: skip
+    paths = ("runs/x/base", "runs/base", "notes.txt", "a/b.py", "~/model", "a/b/c", r"C:\models\t5", "C:/t5", "a/b@",
+            "gpt2@a@b", "a--b", "a..b", "a/", "./a", "/a/b", "a/b.git", "-a", "a-", "a b", "café", "x" * 97,
+            "rows.jsonl", "rows.CSV")  # fmt: skip
     for name in paths:
         assert not is_hub_id(name)
         assert pin_revision(name, "policy.base") == name
-        assert "is neither an existing path nor a hub id; give a folder, or a" in refused("policy.base", name)
+        assert "is neither an existing path nor a hub id; " in refused("policy.base", name)
         with pytest.raises(InputError, match=r"^data\.source = .* (is not a file|is neither an existing path)"):
             read_source(DataConfig(source=name))
     (tmp_path / "google" / "flan-t5-small").mkdir(parents=True)
@@ -406,7 +407,60 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_a_full_disk_is_left_to_t
             fetch_field(field, name)
 
 
+def test_a_hub_that_cannot_be_reached_is_tried_once_and_a_folder_that_may_be_meant_is_named(
+    folders: dict[str, Path], tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(OFF)
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _: pytest.fail("the library waits to try again")})
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", impatient)
+    for field, name, _ in EVERYTHING:
+        assert f"downloading from {OFF} failed: " in refused(field, name)
+
+    (tmp_path / "my-model").mkdir()
+    assert "efused; did you mean my-model? If not, check the network" in refused("policy.base", "my-modle")
+    use(OFF, offline=True)
+    assert "; did you mean my-model? If not, unset it once to download" in refused("policy.base", "my-modle")
+
+
+def test_a_path_that_does_not_exist_is_answered_with_the_one_that_is_meant_or_what_there_is(
+    tmp_path: Path, use: Use
+) -> None:
+    use(OFF)
+    (tmp_path / "models").mkdir()
+    assert "; give a folder, or a hub id such as" in refused("policy.base", "./models/base")
+    (tmp_path / "models/hate").mkdir()
+    (tmp_path / "models/.hidden").mkdir()
+    assert refused("policy.base", "./models/base").endswith("; models contains hate")
+    assert refused("policy.base", "./models/haet").endswith("; did you mean models/hate?")
+    for number in range(12):
+        (tmp_path / "models" / f"other{number:02}").mkdir()
+    assert refused("policy.base", "./models/base").endswith("hate, other00, " + ", ".join(
+        f"other{number:02}" for number in range(1, 9)) + " ...")  # fmt: skip
+    assert "; give a file, a folder or a hub id" in refused("data.source", "./nowhere/rows")
+
+
 # Whole runs
+
+
+def test_a_label_or_a_setting_that_does_not_fit_costs_no_weights(
+    served: Hub, tmp_path: Path, bases: dict[str, Path], reward_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_place(tmp_path, bases, reward_folder)
+    new_requests(served)
+    for words, message in (
+        (["--reward.good-label", "civil"], "reward.good_label = 'civil': is not a label of the classifier; use one of"),
+        (["--policy.lora-targets", "c_attn"], "policy.lora_targets = 'c_attn': names no linear layer of the base; ch"),
+        (["--data.dialogue-column", "x"], "data.dialogue_column = 'x': is not a column of mine.jsonl"),
+        (["--evaluation.primary-judge", "s-nlp/roberta_toxicity_classifier", "--evaluation.judge-label", "x"],
+         "evaluation.judge_label = 'x': is not a label"),
+    ):  # fmt: skip
+        assert detoxrl(["run", "own", "--data.source", "mine.jsonl", *SMALL, *words]) == 2
+        assert message in capfd.readouterr().err
+    requested = {path_of(request).rpartition("/")[2] for request in new_requests(served)}
+    assert "config.json" in requested
+    assert "model.safetensors" not in requested
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_recipe_runs_from_the_hub_names_its_commits_and_is_resumed_by_its_plain_names(

@@ -114,6 +114,27 @@ def test_a_folder_opens_with_its_config_and_names_the_stage_that_is_missing(tmp_
         RunFolder.open(tmp_path)
 
 
+def test_a_run_that_does_not_exist_is_answered_with_the_one_that_is_meant_or_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "does not exist; run `detoxrl prepare RECIPE` first"
+    with pytest.raises(InputError, match=f"run folder = 'runs/mine': {first}"):
+        RunFolder.open(Path("runs/mine"))
+    (tmp_path / "runs/model").mkdir(parents=True)
+    (tmp_path / "runs/model/config.json").write_text("{}")  # No run.
+    begin(tmp_path / "runs/mine")
+    begin(tmp_path / "runs/other")
+    for name, remedy in (
+        ("mine", r"did you mean runs/mine\?"),
+        ("runs/mien", r"did you mean runs/mine\?"),
+        ("runs/modle", "runs contains mine, other"),
+        ("elsewhere/mine", "run `detoxrl prepare RECIPE` first"),
+    ):
+        with pytest.raises(InputError, match=f"run folder = '{name}': does not exist; {remedy}"):
+            RunFolder.open(Path(name))
+
+
 def test_an_edited_config_is_bad_input_named_by_its_field(tmp_path: Path) -> None:
     folder = begin(tmp_path / "run")
     folder.write("config.json", config_to_json(recipe("quickstart")).replace('"clip": 0.2', '"clip": "wide"'))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from detoxrl.commands.preflight import PICKLES, convertible_folder
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.files import explain_corruption, replace_folder
-from detoxrl.runtime.hub import fetch
 
-# Pickled files, and the file that their weights are written to.
-_FORMATS = {"adapter_model*.bin": "adapter_model.safetensors", "pytorch_model*.bin": "model.safetensors"}
+# The file that the weights of pickled files are written to.
+_FORMATS = dict(zip(PICKLES, ("adapter_model.safetensors", "model.safetensors"), strict=True))
 _COPIED = (".json", ".txt", ".model", ".jinja")
 # peft 0.3 wrote these settings and never used them. Today's peft takes them for those of a later version.
 _UNUSED_SETTINGS = ("enable_lora", "merge_weights")
@@ -29,12 +29,11 @@ def convert(source: str, target: Path) -> str:
     from zero. Returns what was converted, in words. Raises InputError when nothing needs converting, or when a file
     holds more than tensors; no code in it is run.
     """
-    require(not target.exists(), "TO", str(target), "already exists", "name a new folder")
-    folder = Path(fetch(source, "FROM"))
+    folder = convertible_folder(source, target)
     with replace_folder(target) as temporary:
         converted = [_convert_weights(folder, pattern, temporary / name) for pattern, name in _FORMATS.items()]
         done = [text for text in converted if text]
-        require(bool(done), "FROM", source, f"has no weights in {' or '.join(_FORMATS)}", "nothing needs converting")
+        require(bool(done), "FROM", source, "holds no weights but a value head", "nothing needs converting")
 
         for path in folder.iterdir():
             if path.is_file() and path.suffix in _COPIED and ".bin." not in path.name:

@@ -13,18 +13,19 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from detoxrl.commands.forecast import bare_policy, stage_memory, weight_bytes
-from detoxrl.commands.prepare import Prepared, account_table, checked_policy, prepare_rows
+from detoxrl.commands.preflight import checked_config
+from detoxrl.commands.prepare import Prepared, account_table, checked_policy, prepare_rows, require_fitting_shapes
 from detoxrl.commands.timing import finetuning_seconds, policy_seconds
 from detoxrl.commands.workload import stage_seconds
 from detoxrl.config.schema import Config
-from detoxrl.config.sources import sources, with_absolute_paths
+from detoxrl.config.sources import label_settings, sources, with_absolute_paths
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws
 from detoxrl.rewards.classifier import is_multi_label, load_classifier_shapes
 from detoxrl.rl.kl import k1
-from detoxrl.runs import Run, label_settings, with_revisions
+from detoxrl.runs import Run
 from detoxrl.runtime.console import status
 from detoxrl.runtime.hub import download_size
 from detoxrl.runtime.run_folder import RunFolder
@@ -46,7 +47,7 @@ def doctor(root: Path, config: Config) -> None:
     """
     processes: int = PartialState().num_processes
     require(processes == 1, "processes", processes, "the doctor runs in one process", "start it without a launcher")
-    config = with_revisions(with_absolute_paths(config), None)
+    config = checked_config(with_absolute_paths(config))
     run = Run(RunFolder(root), config)
     with run.as_configured():
         _examine(run)
@@ -58,6 +59,7 @@ def _examine(run: Run) -> None:
     device = run.world.device
     with status("reading the rows and the shapes of the models"):
         prepared = prepare_rows(config)
+        require_fitting_shapes(config, prepared)
         classifiers = _classifier_shapes(config)
     _OUT.print(account_table(prepared.account))
     _print_device(device)

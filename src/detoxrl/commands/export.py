@@ -1,7 +1,6 @@
 """How does a trained policy become a folder that transformers and peft load without detoxrl?"""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from detoxrl.commands.export_check import default_target, require_measured, require_writable
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 from detoxrl.models.loading import load_base, load_shapes, load_tokenizer, save_base
@@ -46,13 +46,13 @@ def export(
     """
     root = Path(run)
     folder, config = RunFolder.open(root)
-    target = Path(to or root.parent / f"{root.resolve().name}-export")
-    _require_writable(target, overwrite)
+    target = Path(to or default_target(root))
+    require_writable(target, overwrite)
     require(push is not None or not private, "--private", True, "requires --push", "add --push OWNER/NAME")
     token = push_token(push) if push else ""
 
     with folder.locked():
-        _require_measured(folder)
+        require_measured(folder)
         base = _base(folder, config)
         as_adapter = is_hub_id(base) and not merged and not config.policy.full_weights
         with replace_folder(target) as temporary:
@@ -77,34 +77,6 @@ def export(
         error.add_note(f"the export stays in {target}")
         raise
     return Export(target, what, address)
-
-
-def _require_writable(target: Path, overwrite: bool) -> None:
-    """Raise InputError unless `target` can be created, or is an export that may be replaced."""
-    if target.exists():
-        card = target / "README.md"
-        is_export = card.is_file() and "\n- detoxrl\n" in card.read_text(encoding="utf-8", errors="replace")
-        remedy = "name a new folder; nothing was deleted"
-        require(is_export, "--to", str(target), "already exists and is not an export", remedy)
-        require(overwrite, "--to", str(target), "already exists", "add --overwrite, or name another folder")
-
-    parent = next(parent for parent in target.absolute().parents if parent.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    rule = f"cannot be created: {parent} is not writable"
-    require(writable, "--to", str(target), rule, "name another folder")
-
-
-def _require_measured(folder: RunFolder) -> None:
-    """Raise InputError unless the run trained a policy and measured it."""
-    root = str(folder.root)
-    trained = not folder.read_json("run.json")["measures"]["names"]
-    rule = "measures policies that it did not train"
-    require(trained, "run folder", root, rule, "name a run that trained one")
-
-    folder.require_product("adapter", "train")
-    measured = "evaluate" in folder.finished()
-    rule = "has no evaluation for the model card"
-    require(measured, "run folder", root, rule, f"run `detoxrl evaluate {root}` first")
 
 
 def _base(folder: RunFolder, config: Config) -> str:

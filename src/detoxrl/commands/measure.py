@@ -14,9 +14,10 @@ from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import Measured, evaluation, measure
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
-from detoxrl.evaluation.policies import TRAINED, MeasuredPolicies
+from detoxrl.evaluation.policies import MeasuredPolicies
 from detoxrl.evaluation.readers import paired
 from detoxrl.evaluation.statistics import Floats, prompts_needed
+from detoxrl.evaluation.subjects import TRAINED
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.report.page import read_lines

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Column, Table
@@ -19,9 +20,17 @@ from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_pr
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source, read_texts
 from detoxrl.errors import require
-from detoxrl.evaluation.policies import NO_SUBJECTS, MeasuredPolicies, Subjects, try_policies
+from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
+from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
 from detoxrl.models.base import Base
-from detoxrl.models.loading import load_tokenizer, require_positions, scratch_base, scratch_tokenizer
+from detoxrl.models.loading import (
+    load_fitting_shapes,
+    load_tokenizer,
+    require_positions,
+    scratch_base,
+    scratch_tokenizer,
+)
+from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import require_agreement
 from detoxrl.report.words import data_account
@@ -58,15 +67,21 @@ def check(run: Run, subjects: Subjects = NO_SUBJECTS) -> Prepared:
 
 
 def _check(run: Run, subjects: Subjects) -> Prepared:
-    run.load_measures()
     if subjects.texts:
         require(not run.has_reward_function, "reward", "", "cannot score texts without prompts", "leave it out")
-        return _prepare_texts(run.config, subjects)
-
-    run.load_reward()
+        prepared = _prepare_texts(run.config, subjects)
+        run.load_measures()
+        return prepared
 
     with status("reading and counting the rows"):
         prepared = prepare_rows(run.config, ("test",) if subjects.policies else SPLITS)
+    if not subjects.policies:
+        require_fitting_shapes(run.config, prepared)
+
+    if run.has_reward_function:  # It comes first because the others read weights.
+        run.load_reward()
+    run.load_measures()
+    run.load_reward()
     if subjects.policies:
         policies = MeasuredPolicies(run.base, run.adapter, {}, subjects.policies, run.config)
         try_policies(policies, subjects.policies, run.config)
@@ -81,6 +96,22 @@ def _prepare_texts(config: Config, subjects: Subjects) -> Prepared:
     return Prepared(rows={"test": rows}, account=account, tokenizer=None)
 
 
+def require_fitting_shapes(config: Config, prepared: Prepared) -> None:
+    """Raise InputError for a base of which the shapes alone tell that it does not fit. No weights are read."""
+    if config.policy.base == "scratch":
+        return
+
+    model = load_fitting_shapes(config.policy.base, prepared.tokenizer, config.policy.bf16)
+    fine_tunes = config.sft.steps + config.sft.baseline_steps > 0
+    summary_tokens = prepared.account["summary_tokens"]
+    longest_target = summary_tokens["max"] if fine_tunes and summary_tokens else 0
+    require_positions(model.config, config, longest_target)
+
+    if config.policy.adapter is None:
+        with torch.device("meta"):
+            make_policy(model, prepared.tokenizer, None, config.policy, config.seed)
+
+
 def checked_policy(run: Run, prepared: Prepared) -> Policy:
     """Return the policy that the run begins with; a scratch base is untrained. Raises InputError if it does not fit."""
     config = run.config
@@ -89,10 +120,6 @@ def checked_policy(run: Run, prepared: Prepared) -> Policy:
         return run.initial_policy()
 
     policy = run.initial_policy()
-    fine_tunes = config.sft.steps + config.sft.baseline_steps > 0
-    summary_tokens = prepared.account["summary_tokens"]
-    longest_target = summary_tokens["max"] if fine_tunes and summary_tokens else 0
-    require_positions(policy.model.config, config, longest_target)
     require_agreement(policy, config.policy.base)
     return policy
 

@@ -16,7 +16,7 @@ from detoxrl.config.edit import config_to_json, flatten
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import local_sources
 from detoxrl.errors import InputError, require
-from detoxrl.evaluation.policies import NO_SUBJECTS, Subjects
+from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
 from detoxrl.runs import Run
 from detoxrl.runtime.files import content_digest
 from detoxrl.runtime.run_folder import STAGES, RunFolder, products_from

@@ -10,28 +10,23 @@ from typing import Any
 from accelerate import PartialState
 
 from detoxrl.commands.measure import measure_run
+from detoxrl.commands.preflight import check_stage, check_subjects, checked_run, checked_subjects
 from detoxrl.commands.prepare import check, write_prepared
 from detoxrl.commands.resume import also_measure, new_record, restart_stage, resume_with
-from detoxrl.commands.trackers import resolve_tracker, tracking
+from detoxrl.commands.tracker_state import resolve_tracker
+from detoxrl.commands.trackers import tracking
 from detoxrl.commands.workload import PROPORTIONS, bar_seconds
-from detoxrl.config.edit import with_settings
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import local_sources
 from detoxrl.data.rows import SPLITS
 from detoxrl.errors import require
-from detoxrl.evaluation.policies import (
-    NO_MODEL,
-    NO_SUBJECTS,
-    UNTRAINED,
-    MeasuredPolicies,
-    Subjects,
-    subjects_of,
-    try_policies,
-)
+from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
+from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects, measuring_config, subjects_of, with_commits
+from detoxrl.models.lora import with_lora_targets
 from detoxrl.report.page import build_report
 from detoxrl.rewards.function import RewardFunction
-from detoxrl.runs import Run, with_revisions, with_reward_name
+from detoxrl.runs import Run, with_reward_name
 from detoxrl.runtime.allocator import keep_freed_memory
 from detoxrl.runtime.cache import tidy_cache
 from detoxrl.runtime.console import begin_stage, run_progress
@@ -82,6 +77,7 @@ def prepare(root: Path, config: Config, if_exists: IfExists = "error") -> None:
 
 def rerun_stage(root: Path, stage: str, reward: RewardFunction | None = None, track: str | None = None) -> None:
     """Run one stage of a prepared folder from its beginning: sft, train, evaluate or report; `track` as for `run`."""
+    check_stage(root, stage, has_reward=reward is not None)
     folder, config = RunFolder.open(root)
     require_one_leader(config, trains=stage == "train")
     track = (
@@ -131,8 +127,9 @@ def evaluate(
     if config is None:
         return _evaluate_run(root, subjects, reward)
 
-    config = with_settings(config, NO_MODEL if subjects.texts else UNTRAINED)
+    subjects = checked_subjects(subjects, config, has_reward=reward is not None)
     if_exists: IfExists = "overwrite" if overwrite else "error"
+    config = measuring_config(config, subjects)
     stages = ("prepare", *_MEASURING_STAGES)
     with run_progress(stages), _started(root, config, if_exists, reward, subjects) as started:
         # Training counts as finished, so that --resume does not start it.
@@ -145,6 +142,9 @@ def evaluate(
 
 def _evaluate_run(root: Path, subjects: Subjects, reward: RewardFunction | None) -> dict[str, Any]:
     folder, config = RunFolder.open(root)
+    check_subjects(subjects)
+    check_stage(root, "evaluate", has_reward=reward is not None)
+    subjects = with_commits(subjects)
     if subjects.policies:
         _try_beside(Run(folder, config), subjects)
         with folder.locked():
@@ -173,17 +173,15 @@ def _started(
     started_at = time.perf_counter()
     recipe(config.recipe)  # The report repeats a run from its recipe, so that has to exist.
     require_one_leader(config, trains=subjects == NO_SUBJECTS)
-    config = with_reward_name(config, reward)
     folder = RunFolder(root)
     resumes = if_exists in ("resume", "resume with changes") and (root / "config.json").is_file()
+    config = checked_run(root, with_reward_name(config, reward), if_exists, has_reward=reward is not None)
+    if subjects == NO_SUBJECTS and not resumes:
+        config = with_lora_targets(config)
+    current = Run(folder, config, reward)
     prepared = None
-    if resumes:
-        _, previous = RunFolder.open(root)
-        current = Run(folder, with_revisions(config, previous), reward)
-    else:
-        RunFolder.require_usable(root, if_exists == "overwrite")
-        current = Run(folder, with_revisions(config, None), reward)
-        _require_apart(root, current.config, subjects)
+    if not resumes:
+        _require_apart(root, config, subjects)
         prepared = check(current, subjects)
 
     with folder.locked():

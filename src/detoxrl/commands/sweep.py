@@ -1,53 +1,35 @@
 """Which values of the settings give the least toxicity for the quality they leave?"""
 
-import itertools
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from detoxrl.commands import run as stages
+from detoxrl.commands.preflight import checked_config
 from detoxrl.commands.prepare import check
-from detoxrl.commands.trackers import resolve_tracker
-from detoxrl.config.edit import config_to_json, flatten, with_settings
+from detoxrl.commands.sweep_plan import STATE, PlannedRun, SweepPlan, planned_sweep
+from detoxrl.config.edit import config_to_json
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import with_absolute_paths
-from detoxrl.errors import TrainingError, require
+from detoxrl.errors import TrainingError
 from detoxrl.evaluation.statistics import two_stage_interval
+from detoxrl.models.lora import with_lora_targets
 from detoxrl.report.page import page, read_lines
 from detoxrl.report.terminal import print_sweep
-from detoxrl.runs import Run, with_revisions
+from detoxrl.runs import Run
 from detoxrl.runtime.console import log
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 
 Outcome = dict[str, Any]
-_STATE = "sweep.json"
 _SIDES = ("before", "after")
 _RESAMPLES = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """What to try, as the command line has it."""
-
-    over: Sequence[str] = ()  # Settings with their values, as in `rl.kl-coef=0.05,0.2`.
-    seeds: Sequence[str] = ()  # Seeds that every combination is repeated with; none: the config's.
-
-
-class PlannedRun(NamedTuple):
-    """One run of a sweep."""
-
-    label: str  # Its combination of values in words.
-    config: Config
-
-
-def sweep(
-    root: Path, config: Config, plan: SweepPlan, *, if_exists: IfExists = "error", track: str | None = None
-) -> None:
+def sweep(root: Path, config: Config, plan: SweepPlan, if_exists: IfExists = "error") -> None:
     """Run every combination of values with every seed in `root`; write sweep.json and sweep.html, print the table.
 
     A resumed sweep keeps the runs that are finished, and its plan and tracker unless others are given. A run that ends
@@ -55,38 +37,23 @@ def sweep(
     that do not fit, and TrainingError when no run has a result.
     """
     folder = RunFolder(root)
-    started = (root / _STATE).is_file()
-    resumed = if_exists.startswith("resume")
-    if started:
-        remedy = "add --resume to continue it, --overwrite to start again, or name another folder"
-        require(if_exists != "error", "--run-dir", str(root), "already exists", remedy)
-        previous = folder.read_json(_STATE)
-        if not plan.over and (resumed or not plan.seeds):
-            plan = SweepPlan(over=previous["over"], seeds=plan.seeds or previous["seeds"])
-        if resumed:
-            track = track or previous.get("track")
-    else:
-        _require_new(root)
-
-    resolve_tracker(track)  # Raises InputError unless the tracker is installed.
-    remedy = "add --over rl.kl-coef=0.05,0.2, or --seeds 0,1"
-    require(bool(plan.over or plan.seeds), "--over", "", "is missing", remedy)
-    runs = plan_runs(config, plan)
+    started = (root / STATE).is_file()
+    plan, runs = planned_sweep(root, config, plan, if_exists)
     if not started:
         _check(root, runs.values())
 
-    state: dict[str, Any] = {"over": plan.over, "seeds": plan.seeds, "track": track}
+    state: dict[str, Any] = asdict(plan)
     folder.write("base.json", config_to_json(config))
-    folder.write_json(_STATE, state)
+    folder.write_json(STATE, state)
 
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     for number, (name, run) in enumerate(runs.items(), start=1):
         log.print(f"run {number} of {len(runs)}: {run.label} seed {run.config.seed}")
-        outcome = _run(root / name, run.config, if_exists, track)
+        outcome = _run(root / name, run.config, if_exists, plan.track)
         outcomes[run.label].append({"folder": name, "seed": run.config.seed, **outcome})
 
     state.update(_summary(root, outcomes))
-    folder.write_json(_STATE, state)
+    folder.write_json(STATE, state)
     _write_page(folder, state)
     print_sweep(root, state)
 
@@ -103,55 +70,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     return [index for index, point in enumerate(points) if not dominated(point)]
 
 
-def plan_runs(config: Config, plan: SweepPlan) -> dict[str, PlannedRun]:
-    """Return the run of each combination and seed, by the name of its folder.
-
-    Raises InputError for an unknown setting, a value that is not allowed, and duplicates.
-    """
-    values = _parsed_values(plan.over)
-    runs: dict[str, PlannedRun] = {}
-    for *combination, seed in itertools.product(*values.values(), plan.seeds or [str(config.seed)]):
-        settings = dict(zip(values, combination, strict=True))
-        settings["seed"] = seed
-        changed = with_settings(config, settings)
-
-        flat = flatten(asdict(changed))
-        label = " ".join(f"{setting}={flat[setting]}" for setting in values) or "as given"
-        name = re.sub(r"[^\w.=+-]+", "_", f"{label} seed={changed.seed}")
-        rule = "is a duplicate"
-        require(name not in runs, "--over, --seeds", f"{label} seed {seed}", rule, "name each value once")
-        runs[name] = PlannedRun(label, changed)
-    return runs
-
-
-def _parsed_values(over: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values to try by setting. Raises InputError for what is not FIELD=VALUES, and for duplicates."""
-    values: dict[str, list[str]] = {}
-    for text in over:
-        name, _, several = text.partition("=")
-        require(bool(name and several), "--over", text, "must be FIELD=VALUES", "write --over rl.kl-coef=0.05,0.2")
-
-        name = name.replace("-", "_")
-        require(name not in values, "--over", name, "is given twice", "give all its values at once")
-        values[name] = several.split(",")
-
-    require("seed" not in values, "--over", "seed", "is not a setting to compare", "write --seeds 0,1,2")
-    return values
-
-
-def _require_new(root: Path) -> None:
-    """Raise InputError unless `root` is a folder without content, or can be created."""
-    empty = not root.is_dir() or not any(root.iterdir())
-    require(empty, "--run-dir", str(root), "is not a sweep", "name another folder; nothing was deleted")
-    RunFolder.require_usable(root, overwrite=False)
-
-
 def _check(root: Path, runs: Iterable[PlannedRun]) -> None:
     """Raise InputError if a combination cannot run, before the others have taken hours."""
     combinations = {run.label: run.config for run in runs}
     for config in combinations.values():
         stages.require_one_leader(config, trains=True)
-        check(Run(RunFolder(root), with_revisions(with_absolute_paths(config), None)))
+        check(Run(RunFolder(root), with_lora_targets(checked_config(with_absolute_paths(config)))))
 
 
 def _run(root: Path, config: Config, if_exists: IfExists, track: str | None) -> Outcome:

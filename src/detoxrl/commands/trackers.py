@@ -10,15 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
-from detoxrl.config.edit import closest_match, flatten
-from detoxrl.errors import InputError, first_line, require
+from detoxrl.commands.tracker_state import STATE, read_state
+from detoxrl.config.edit import flatten
+from detoxrl.errors import InputError, first_line
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import memoized, profanity_judge
 from detoxrl.report.masking import mask, masking_pattern
@@ -26,32 +27,8 @@ from detoxrl.runs import Run
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import RunFolder
 
-_STATE = "tracker.json"
-_NAMES = ("none", "tensorboard", "trackio", "wandb")
 _MAX_SAMPLES = 100
 Row = dict[str, Any]
-
-
-def resolve_tracker(asked: str | None, root: Path | None = None) -> str:
-    """Return the tracker asked for, else the one that the run in `root` has, else "none". Imports no tracker.
-
-    Raises InputError when the name is not a tracker's, or the tracker is not installed.
-    """
-    if asked:
-        name = asked
-    elif root:
-        name = _read_state(RunFolder(root))["tracker"]
-    else:
-        name = "none"
-
-    remedy = closest_match(name, _NAMES, f"choose from {', '.join(_NAMES)}")
-    require(name in _NAMES, "--track", name, "is not a tracker", remedy)
-
-    # A folder of that name, such as the one that wandb writes, also passes for a package, but has no origin.
-    spec = util.find_spec(name)
-    installed = name == "none" or (spec is not None and spec.origin is not None)
-    require(installed, "--track", name, "is not installed", "pip install 'detoxrl[track]'")
-    return name
 
 
 @contextmanager
@@ -62,7 +39,7 @@ def tracking(run: Run, name: str) -> Iterator[None]:
     """
     folder = run.folder
     if name == "none":
-        remove_path(folder / _STATE)
+        remove_path(folder / STATE)
         yield
         return
 
@@ -88,7 +65,7 @@ class _Tracker:
         self.folder = folder
         self.config = config
         self.name = name
-        self.state = _read_state(folder)
+        self.state = read_state(folder)
         self.last_checkpoint = ""  # Name of the newest checkpoint that was sent.
 
         restarted = "metrics.jsonl" in self.state["sent"] and self._newest_checkpoint() is None
@@ -164,7 +141,7 @@ class _Tracker:
         return max(checkpoints, default=None)
 
     def _save_state(self) -> None:
-        self.folder.write_json(_STATE, self.state)
+        self.folder.write_json(STATE, self.state)
 
     def _log(self, values: Row, step: int) -> None:
         if self.name == "wandb":  # It drops values of earlier steps, so there the step is a value itself.
@@ -225,13 +202,6 @@ def _start_wandb(project: str, options: Row) -> Any:
 
     tracker.run.define_metric("*", step_metric="step")
     return tracker
-
-
-def _read_state(folder: RunFolder) -> dict[str, Any]:
-    """Return the content of tracker.json; without that file, of a run that no tracker follows."""
-    if (folder / _STATE).is_file():
-        return dict(folder.read_json(_STATE))
-    return {"tracker": "none", "sent": {}}
 
 
 def _sample_row(sample: dict[str, Any], judge: str) -> Row:

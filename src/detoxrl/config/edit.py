@@ -1,16 +1,18 @@
 """How are settings changed by name, and how is a config stored?"""
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from detoxrl.config.names import did_you_mean_setting
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 
@@ -69,7 +71,7 @@ def config_from_json(path: Path) -> Config:
     recipe = str(settings.pop("recipe"))
     config = with_settings(Config(recipe=recipe), settings, f"correct it in {path}")
 
-    for name in _setting_names(config):
+    for name in setting_types():
         require(name in settings, "setting", name, f"is missing in {path}", "add it there")
     return config
 
@@ -79,17 +81,19 @@ def with_settings(
 ) -> Config:
     """Return the config with some settings changed, given by dotted name: `{"rl.steps": 100}`.
 
-    Text is parsed as the type of the setting, so that the command line and Python share one way. Raises InputError for
-    an unknown name, with the closest known one, and for a value that is not allowed. `remedy` ends the messages that
-    have no better advice.
+    Text is parsed as the type of the setting, so that the command line and Python share one way. "none", in upper or
+    lower case, is None or an empty list where the setting allows that. Raises InputError for an unknown name, with what
+    was meant or what there is, and for a value that is not allowed. `remedy` ends the messages that have no better
+    advice.
     """
     nested = asdict(config)
-    names = _setting_names(config)
+    types = setting_types()
     for name, value in settings.items():
-        require(name in names, "setting", name, "is not a setting", closest_match(name, names, remedy))
+        if name not in types:
+            raise InputError("setting", name, "is not a setting", did_you_mean_setting(name, list(types)))
         section, _, field_name = name.rpartition(".")
         target = nested[section] if section else nested
-        target[field_name] = _plain(value)
+        target[field_name] = _plain(value, types[name])
 
     try:
         return TypeAdapter(Config).validate_python(nested)
@@ -97,21 +101,41 @@ def with_settings(
         raise _input_error(error.errors()[0], remedy) from None
 
 
-def closest_match(word: str, known: Iterable[str], otherwise: str) -> str:
-    """Return the remedy for an unknown name: the closest known one, or `otherwise` if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else otherwise
+@cache
+def setting_types() -> dict[str, Any]:
+    """Return the type of every setting by its dotted name, without its bounds: `int`, `str | None`."""
+    types = _field_types(Config)
+    del types["recipe"]
+    return types
 
 
-def _setting_names(config: Config) -> list[str]:
-    return [name for name in flatten(asdict(config)) if name != "recipe"]
+def _field_types(section: type, prefix: str = "") -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    hints = get_type_hints(section)
+    for field in fields(section):
+        name = f"{prefix}{field.name}"
+        if is_dataclass(hints[field.name]):
+            types.update(_field_types(hints[field.name], f"{name}."))
+        else:
+            types[name] = hints[field.name]
+    return types
 
 
-def _plain(value: object) -> object:
-    """Return a value as pydantic reads it: a path as text, and the text "None" as None."""
+def takes_list(annotation: Any) -> bool:
+    """Return whether a setting of this type holds a list of values, or may hold one."""
+    return tuple in (get_origin(annotation), *map(get_origin, get_args(annotation)))
+
+
+def _plain(value: object, annotation: Any) -> object:
+    """Return a value as pydantic reads it: a path as text, and "none" as None or an empty list if that is allowed."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return None if value == "None" else value
+
+    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    says_none = isinstance(word, str) and word.lower() == "none"
+    if says_none and NoneType in get_args(annotation):
+        return None
+    return () if says_none and takes_list(annotation) else value
 
 
 def _input_error(error: ErrorDetails, remedy: str) -> InputError:

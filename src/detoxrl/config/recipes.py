@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from detoxrl.config.edit import closest_match, with_settings
+from detoxrl.config.edit import with_settings
+from detoxrl.config.names import did_you_mean
 from detoxrl.config.schema import Config
 from detoxrl.errors import require
 
@@ -178,9 +179,10 @@ def recipe_names() -> dict[str, str]:
 def recipe(name: str, settings: Mapping[str, object] | None = None) -> Config:
     """Return the config of a recipe, with some settings changed by dotted name: `{"rl.steps": 100}`.
 
-    Raises InputError for an unknown recipe, with the closest known one, and for settings as `with_settings` does.
+    Raises InputError for an unknown recipe, with the one that was meant or all of them, and for settings as
+    `with_settings` does.
     """
-    remedy = closest_match(name, _RECIPES, f"use {', '.join(_RECIPES)}")
+    remedy = did_you_mean(name, _RECIPES, f"use {', '.join(_RECIPES)}")
     require(name in _RECIPES, "recipe", name, "is not a recipe", remedy)
 
     changed = {**_RECIPES[name].settings, **(settings or {})}

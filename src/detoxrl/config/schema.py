@@ -88,8 +88,9 @@ class PolicyConfig:
     lora_alpha: PositiveInt = 32
     """The output of a new adapter is multiplied by policy.lora_alpha / policy.lora_rank."""
 
-    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("q", "v")
-    """Names of the linear layers that a new adapter changes, such as q v."""
+    lora_targets: Annotated[tuple[NonEmptyText, ...], Field(min_length=1)] | None = None
+    """Names of the linear layers that a new adapter changes, such as q v. None: the ones that are usual for the type of
+    the base, such as q v of a T5 and q_proj v_proj of a BART or Llama."""
 
     train_encoder: bool = False
     """Also train the encoder. Otherwise each prompt is encoded only once."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from detoxrl.config.edit import flatten, with_settings
 from detoxrl.config.schema import Config
@@ -21,8 +21,18 @@ _SEPARATORS = {
     "reward.function": ":",
 }
 _OTHER_JUDGES = "evaluation.other_judges"
+ENTAILMENT = "entailment"
+"""The label of an NLI model that is read."""
 # Values with a meaning of their own, which name no source.
 _RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
+
+
+class ClassifierSource(NamedTuple):
+    """A classifier that a config names."""
+
+    setting: str
+    source: str
+    labels: dict[str, str]  # The labels that are read from it, by the settings that name them.
 
 
 def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
@@ -75,6 +85,42 @@ def with_absolute_paths(config: Config) -> Config:
         return str(path.resolve()) if path.exists() else source
 
     return map_sources(config, absolute)
+
+
+def label_settings(config: Config, field: str) -> dict[str, str]:
+    """Return the labels of the classifier that the setting `field` names, by their settings, the toxic one first."""
+    if field == "evaluation.primary_judge":
+        return {"evaluation.judge_label": config.evaluation.judge_label}
+
+    labels = {"reward.toxic_label": config.reward.toxic_label}
+    if config.reward.good_label:
+        labels["reward.good_label"] = config.reward.good_label
+    return labels
+
+
+def judging_classifiers(config: Config) -> list[ClassifierSource]:
+    """Return the classifiers that only measure: judges, NLI and fluency."""
+    settings = config.evaluation
+    primary = "evaluation.primary_judge"
+    found = [ClassifierSource(primary, settings.primary_judge, label_settings(config, primary))]
+    for judge in settings.other_judges:
+        found.append(_labelled(_OTHER_JUDGES, judge))
+    if settings.nli:
+        found.append(ClassifierSource("evaluation.nli", settings.nli, {"evaluation.nli": ENTAILMENT}))
+    if settings.fluency:
+        found.append(_labelled("evaluation.fluency", settings.fluency))
+    return [classifier for classifier in found if classifier.source not in _RESERVED]
+
+
+def _labelled(setting: str, value: str) -> ClassifierSource:
+    source, label = split_label(value)
+    return ClassifierSource(setting, source, {setting: label})
+
+
+def split_label(value: str) -> tuple[str, str]:
+    """Return source and label of SOURCE=LABEL."""
+    source, _, label = value.rpartition("=")
+    return source, label
 
 
 def _source_of(value: str | None, separator: str) -> str | None:

@@ -1,4 +1,7 @@
-"""Which records does a data file hold, and which lines does a text file?"""
+"""Which records does a data file hold, and which lines does a text file?
+
+This needs no torch, so a file that cannot be used is known before torch is imported.
+"""
 
 import csv
 import gzip
@@ -6,13 +9,15 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from detoxrl.errors import InputError, first_line, require
+from detoxrl.runtime.files import meant_path
 
 Record = dict[str, Any]
-_Reader = Callable[[bytes], Iterable[Record]]
+_Reader = Callable[[Path], Iterable[Record]]
 
 
 def is_data_file(path: Path) -> bool:
@@ -21,22 +26,31 @@ def is_data_file(path: Path) -> bool:
 
 
 def read_records(path: Path, field: str = "data.source") -> list[Record]:
-    """Return the records of a data file.
+    """Return the records of a data file. Raises InputError as `iterate_records`."""
+    return list(iterate_records(path, field))
+
+
+def iterate_records(path: Path, field: str = "data.source") -> Iterator[Record]:
+    """Yield the records of a data file or a pipe; of a long file only what is asked for is read.
 
     Raises InputError, with the setting `field`, when the file does not exist, has no rows or cannot be read.
     """
     reader = _reader(path)
-    if reader is None:
+    if reader is None and path.is_file():
         raise InputError(field, str(path), "has an unknown format", f"give one of {', '.join(DATA_SUFFIXES)}")
+    if reader is None or not path.exists() or path.is_dir():
+        raise InputError(field, str(path), "is not a file", _files_beside(path))
 
-    data = _read_bytes(path, field)
+    is_empty = True
     try:
-        records = list(reader(data))
+        for record in reader(path):
+            is_empty = False
+            yield record
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
+        reason = _undecodable_line(path) if isinstance(error, UnicodeDecodeError) else first_line(error)
         remedy = "give UTF-8 text with one header, or one JSON object per row"
-        raise InputError(field, str(path), f"cannot be read: {first_line(error)}", remedy) from error
-    require(bool(records), field, str(path), "contains no rows", "give a file with rows")
-    return records
+        raise InputError(field, str(path), f"cannot be read: {reason}", remedy) from error
+    require(not is_empty, field, str(path), "contains no rows", "give a file with rows")
 
 
 def read_lines(path: Path, field: str) -> list[str]:
@@ -44,7 +58,14 @@ def read_lines(path: Path, field: str) -> list[str]:
 
     Raises InputError, with the setting `field`, when the file does not exist, is empty or is not UTF-8.
     """
-    return split_lines(_read_bytes(path, field), field, str(path))
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise InputError(field, str(path), "is not a file", _files_beside(path)) from error
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}"
+        raise InputError(field, str(path), rule, "give a file that can be read") from error
+    return split_lines(data, field, str(path))
 
 
 def split_lines(data: bytes, field: str, name: str) -> list[str]:
@@ -54,9 +75,10 @@ def split_lines(data: bytes, field: str, name: str) -> list[str]:
     """
     require(bool(data), field, name, "is empty", "give one text per line")
     try:
-        text = _decoded(data)
-    except ValueError as error:
-        raise InputError(field, name, f"cannot be read: {error}", "save it as UTF-8") from error
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        rule = f"cannot be read: {_first_undecodable(io.BytesIO(data))}"
+        raise InputError(field, name, rule, "save it as UTF-8") from None
 
     # Lines end with \n only: a text may contain other line ends, such as U+2028 or a lone \r.
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -88,51 +110,53 @@ def _reader(path: Path) -> _Reader | None:
     return next((reader for suffix, reader in _READERS.items() if name.endswith(suffix)), None)
 
 
-def _read_bytes(path: Path, field: str) -> bytes:
-    """Return the bytes of a file, or of a pipe. Raises InputError."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(field, str(path), "is not a file", _files_beside(path)) from error
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
-        raise InputError(field, str(path), rule, "give a file that can be read") from error
-
-
 def _files_beside(path: Path) -> str:
-    """Return which files might have been meant by a path that is no file: those of its folder, or in it."""
+    """Return the remedy for a path that is no file: the file that was meant, or those in its folder, or in it."""
     folder = path if path.is_dir() else path.parent
-    suffixes = DATA_SUFFIXES if _reader(path) else (*DATA_SUFFIXES, ".txt")
-    files = sorted(file.name for file in folder.glob("*") if file.name.lower().endswith(suffixes))
-    return f"{folder} contains {', '.join(files[:10]) or 'no data file'}"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    suffixes = DATA_SUFFIXES if is_data_file(path) else (*DATA_SUFFIXES, ".txt")
+    files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(suffixes))
+    meant = "" if path.is_dir() else meant_path(path)
+    return meant or f"{folder} contains {', '.join(files[:10]) or 'no data file'}"
 
 
-def _decoded(data: bytes) -> str:
-    """Return UTF-8 text without its byte order mark. Raises ValueError, which names the line."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        byte = error.object[error.start]
-        raise ValueError(f"line {line} is not UTF-8 (byte 0x{byte:02x})") from None
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _json(data: bytes) -> Iterator[Record]:
-    """Yield the objects of a JSON list, or of JSON lines."""
-    text = _decoded(data)
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(json.loads(text), start=1):
-            yield _json_record(value, number)
-        return
+def _undecodable_line(path: Path) -> str:
+    with _open(path) as file:
+        return _first_undecodable(file)
 
-    # Lines end with \n only: a JSON string may contain other line ends.
-    lines = [line for line in text.split("\n") if line.strip()]
+
+def _first_undecodable(lines: Iterable[bytes]) -> str:
+    """Return in words which line is not UTF-8, and at which byte."""
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
-        yield _json_record(value, number)
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x})"
+    return "it is not UTF-8"  # A pipe cannot be read twice.
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """Yield the objects of a JSON list, or of JSON lines, which are read one by one."""
+    # Lines end with \n only: a JSON string may contain other line ends.
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="\n") as file:
+        lines = filter(str.strip, file)
+        first = next(lines, "")
+        if first.lstrip().startswith("["):
+            for number, value in enumerate(json.loads(first + file.read()), start=1):
+                yield _json_record(value, number)
+            return
+
+        for number, line in enumerate(chain([first] if first else [], lines), start=1):
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from None
+            yield _json_record(value, number)
 
 
 def _json_record(value: Any, number: int) -> Record:
@@ -145,35 +169,32 @@ def _json_record(value: Any, number: int) -> Record:
     }
 
 
-def _gzipped_json(data: bytes) -> Iterator[Record]:
-    return _json(gzip.decompress(data))
-
-
-def _csv(data: bytes) -> Iterator[Record]:
+def _csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_decoded(data), newline=""), strict=True)
-    header = next(reader, [])
-    for row in reader:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
-        yield dict(zip(header, row, strict=True))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(f"line {reader.line_num}: {len(row)} fields under {len(header)} columns")
+            yield dict(zip(header, row, strict=True))
 
 
-def _parquet(data: bytes) -> Iterator[Record]:
-    # Imported here because it takes a fifth of a second and other formats do not need it.
-    import pyarrow
-    from pyarrow import parquet
+def _parquet(path: Path) -> Iterator[Record]:
+    from pyarrow import parquet  # Imported here because it takes a fifth of a second and few sources need it.
 
-    yield from parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
 
 
 _READERS: dict[str, _Reader] = {
     ".csv": _csv,
     ".json": _json,
     ".jsonl": _json,
-    ".jsonl.gz": _gzipped_json,
+    ".jsonl.gz": _json,
     ".parquet": _parquet,
 }
 DATA_SUFFIXES = tuple(_READERS)

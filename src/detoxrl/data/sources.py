@@ -1,18 +1,16 @@
 """Which rows do a file, a folder or a hub data set hold, and which responses that were written elsewhere?"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
 from detoxrl.config.schema import DataConfig
-from detoxrl.data.files import DATA_SUFFIXES, Record, columns_of, is_data_file, read_lines, read_records, text_of
+from detoxrl.data.files import Record, read_records, text_of
+from detoxrl.data.layout import local_files, require_columns, response_of, response_records
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.runtime.hub import fetch, is_hub_id
-
-_RESPONSE = "response"  # Column of a response that was written elsewhere.
-_SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+from detoxrl.runtime.hub import fetch
 
 
 def read_source(config: DataConfig) -> dict[str, list[Row]]:
@@ -20,55 +18,10 @@ def read_source(config: DataConfig) -> dict[str, list[Row]]:
 
     Raises InputError when the source cannot be read, lacks a column, or has something else than text in one.
     """
-    records = _source_records(config.source)
-    _require_columns(records, config)
+    files = local_files(config.source)
+    records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(config.source)
+    require_columns(chain.from_iterable(records.values()), config)
     return {split: _rows(split, split_records, config) for split, split_records in records.items()}
-
-
-def _source_records(source: str) -> dict[str, list[Record]]:
-    """Return the records of each split of a file, a folder or a hub data set."""
-    path = Path(source)
-    if path.is_file() or is_data_file(path):
-        return {"file": read_records(path)}
-    if path.is_dir():
-        return {split: read_records(file) for split, file in _split_files(path).items()}
-    return _hub_records(source)
-
-
-def _require_columns(records: Mapping[str, list[Record]], config: DataConfig) -> None:
-    """Raise InputError unless some record has each column that the config names."""
-    columns = columns_of(chain.from_iterable(records.values()))
-    rule, remedy = f"is not a column of {config.source}", f"choose from {', '.join(columns)}"
-    named = {
-        "data.dialogue_column": (config.dialogue_column, remedy),
-        "data.summary_column": (config.summary_column, f"{remedy}, or set it to None and sft.steps to 0"),
-        "data.id_column": (config.id_column, remedy),
-    }
-    for setting, (column, setting_remedy) in named.items():
-        require(column is None or column in columns, setting, column, rule, setting_remedy)
-
-
-def _split_files(folder: Path) -> dict[str, Path]:
-    """Return the data files of a folder by the split that their names contain; a single file may have any name."""
-    data_files = sorted(file for file in folder.iterdir() if is_data_file(file))
-    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(DATA_SUFFIXES)} files")
-
-    files: dict[str, Path] = {}
-    for file in data_files:
-        split = _split_in_name(file) or "file"
-        is_clear = len(data_files) == 1 or (split != "file" and split not in files)
-        rule = f"contains {file.name}, but the name fits no single split"
-        remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-        require(is_clear, "data.source", str(folder), rule, remedy)
-        files[split] = file
-
-    return files
-
-
-def _split_in_name(file: Path) -> str | None:
-    """Return the first split that is a word of the file's name, as in my-test-v2.jsonl."""
-    words = file.name.partition(".")[0].lower().replace("-", "_").split("_")
-    return next((split for split in _SPLITS if split in words), None)
 
 
 def _hub_records(name: str) -> dict[str, list[Record]]:
@@ -77,9 +30,6 @@ def _hub_records(name: str) -> dict[str, list[Record]]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    remedy = "give a file, a folder or a hub id"
-    require(is_hub_id(name), "data.source", name, "is neither an existing path nor a hub id", remedy)
-
     folder = fetch(name, "data.source")
     try:
         # Without checks: the sizes in a data set's card may be outdated.
@@ -87,6 +37,7 @@ def _hub_records(name: str) -> dict[str, list[Record]]:
         return {str(split): table.to_list() for split, table in tables.items()}
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = f"{type(error).__name__}, {first_line(error.__cause__ or error)}"
+        remedy = "give a file, a folder or a hub id"
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 
@@ -133,7 +84,7 @@ def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
 
     rows = []
     for prompt_id, records in by_prompt[first_name].items():
-        texts = {name: _responses(prompts[prompt_id]) for name, prompts in by_prompt.items()}
+        texts = {name: list(map(response_of, prompts[prompt_id])) for name, prompts in by_prompt.items()}
         rows.append(_row_with_texts(prompt_id, records[0], texts, first_path, config))
     require(len(rows) >= 2, "--texts", first_path, "has a single prompt", "give at least two")
     return rows
@@ -143,22 +94,11 @@ def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]
     """Return the records of a file by id, else dialogue, else number. Raises InputError for one without a response."""
     columns = (config.id_column or "id", config.dialogue_column)
     by_prompt: dict[str, list[Record]] = {}
-    for number, record in enumerate(_response_records(path), start=1):
-        if not isinstance(record.get(_RESPONSE), str):
-            rule = f"row {number} has no text under {_RESPONSE!r}"
-            raise InputError("--texts", str(path), rule, "add a response to each row")
-
+    for number, record in enumerate(response_records(path), start=1):
         values = [str(record[column]) for column in columns if record.get(column) is not None]
         prompt_id = values[0] if values else str(number)
         by_prompt.setdefault(prompt_id, []).append(record)
     return by_prompt
-
-
-def _response_records(path: Path) -> list[Record]:
-    """Return the records of a file of responses; each line of a .txt is a response. Raises InputError."""
-    if path.suffix == ".txt":
-        return [{_RESPONSE: line} for line in read_lines(path, "--texts")]
-    return read_records(path, "--texts")
 
 
 def _require_same_prompts(
@@ -172,10 +112,6 @@ def _require_same_prompts(
     counts = {len(records) for records in prompts.values()}
     rule = f"has {min(counts)} to {max(counts)} responses per prompt"
     require(len(counts) == 1, "--texts", path, rule, "give equally many for each prompt")
-
-
-def _responses(records: Iterable[Record]) -> list[str]:
-    return [str(record[_RESPONSE]) for record in records]
 
 
 def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]], path: str, config: DataConfig) -> Row:

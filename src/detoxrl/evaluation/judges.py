@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from detoxrl.config.edit import closest_match
+from detoxrl.config.names import did_you_mean
 from detoxrl.config.schema import without_revision
+from detoxrl.config.sources import split_label
 from detoxrl.errors import InputError, require
 from detoxrl.evaluation.statistics import Floats
 
@@ -38,12 +39,6 @@ class JudgeSource(NamedTuple):
     label_field: str
 
 
-def split_label(value: str) -> tuple[str, str]:
-    """Return source and label of SOURCE=LABEL."""
-    source, _, label = value.rpartition("=")
-    return source, label
-
-
 def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
     """Return the judge that `field` names: one of JUDGES, or SOURCE=LABEL.
 
@@ -54,7 +49,7 @@ def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
 
     source, label = split_label(value)
     rule = f"is neither {' nor '.join(JUDGES)} nor SOURCE=LABEL"
-    require(bool(source and label), field, value, rule, closest_match(value, JUDGES, remedy))
+    require(bool(source and label), field, value, rule, did_you_mean(value, JUDGES, remedy))
     return JudgeSource(source, label, field, field)
 
 

@@ -1,102 +1,17 @@
-"""Which policies are measured side by side, beside or instead of what a run trains?"""
+"""How are policies held in memory while they are measured side by side?"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from detoxrl.config.schema import Config
-from detoxrl.errors import require
 from detoxrl.models.base import Base
 from detoxrl.models.loading import require_positions
 from detoxrl.models.lora import frozen_policy, load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import require_agreement
 from detoxrl.models.weights import POLICY
-from detoxrl.runtime.hub import fetch_policy, is_hub_id
-
-# The folder of each policy that a run trains, by its name among the policies that are measured.
-TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
-_RESERVED = {"before", "after", "word_filter", *TRAINED}
-
-# The settings of a run that trains nothing.
-UNTRAINED = {"sft.steps": 0, "sft.baseline_steps": 0, "policy.full_weights": False}
-# The settings of a run that measures texts which were written elsewhere, and needs no model.
-NO_MODEL = {
-    **UNTRAINED,
-    "policy.base": "none",
-    "policy.adapter": None,
-    "reward.function": None,
-    "data.source": "embedded",
-    "reward.classifier": "embedded",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subjects:
-    """What a user asked to measure: policies or texts, each by its name in the results."""
-
-    policies: Mapping[str, str] = field(default_factory=dict)  # Folder or hub id of a LoRA or a whole model.
-    texts: Mapping[str, str] = field(default_factory=dict)  # Files of responses.
-    # What the report calls "before" and "after", where these are not the initial policy and the trained one.
-    names: Mapping[str, str] = field(default_factory=dict)
-
-
-NO_SUBJECTS = Subjects()
-
-
-def subjects_of(
-    policies: Mapping[str, Path | str] | None, texts: Mapping[str, Path | str] | None, config: Config | None
-) -> Subjects:
-    """Return what is measured in a new folder with `config`, or without one beside a run.
-
-    The first policy is "after", and the config's initial policy is "before". Of texts the first file is "before" and
-    the second "after"; a single file is compared with its summaries. Raises InputError for a reserved name, and for
-    both policies and texts or neither.
-    """
-    policy_sources = {name: str(path) for name, path in (policies or {}).items()}
-    files = {name: str(path) for name, path in (texts or {}).items()}
-    for name in (*policy_sources, *files):
-        is_free = name not in _RESERVED and not name.startswith("best_of_")
-        require(is_free, "name", name, "is reserved for another policy", "choose another one: NAME=PATH")
-
-    if config is None:
-        require(not files, "texts", list(files), "do not belong to a run", "give a config too, and a new folder")
-        return Subjects(policies=_pinned(policy_sources))
-
-    rule = "or texts are required, and not both"
-    require(bool(policy_sources) != bool(files), "policies", list(policy_sources), rule, "name what to measure")
-    return _policies_as_subjects(policy_sources, config) if policy_sources else _texts_as_subjects(files)
-
-
-def _policies_as_subjects(sources: Mapping[str, str], config: Config) -> Subjects:
-    after = next(iter(sources))
-    names = {"before": config.policy.adapter or config.policy.base, "after": after}
-    by_side = {"after" if name == after else name: source for name, source in _pinned(sources).items()}
-    return Subjects(policies=by_side, names=names)
-
-
-def _texts_as_subjects(files: Mapping[str, str]) -> Subjects:
-    if len(files) > 1:
-        before, after, *_ = files
-    else:
-        before = "its summaries"
-        (after,) = files
-    sides = {before: "before", after: "after"}
-    by_side = {sides.get(name, name): path for name, path in files.items()}
-    return Subjects(texts=by_side, names={"before": before, "after": after})
-
-
-def _pinned(sources: Mapping[str, str]) -> dict[str, str]:
-    """Return sources that mean the same policies from any folder and at any time."""
-    return {name: _pin(source) for name, source in sources.items()}
-
-
-def _pin(source: str) -> str:
-    if is_hub_id(source):
-        commit = Path(fetch_policy(source, "--policy")).name
-        return f"{source.partition('@')[0]}@{commit}"
-    path = Path(source)
-    return str(path.resolve()) if path.exists() else source
+from detoxrl.runtime.hub import fetch_policy
 
 
 class MeasuredPolicies:

@@ -99,6 +99,14 @@ def load_shapes(base: str, bf16: bool) -> PreTrainedModel:
         return _prepared(model)
 
 
+def load_fitting_shapes(base: str, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> PreTrainedModel:
+    """Return the base on the meta device, as `load_shapes`, once it is known to generate text with its tokenizer."""
+    model = load_shapes(base, bf16)
+    _require_generator(base, "policy.base", model, model.config)
+    _require_matching_tokenizer(base, "policy.base", model, tokenizer)
+    return model
+
+
 def load_pretrained(kind: Any, folder: str, source: str, field: str, remedy: str = _GENERATOR, **settings: Any) -> Any:
     """Return what `kind`, one of transformers' auto classes, loads from a folder with some `settings`.
 

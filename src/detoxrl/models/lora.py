@@ -1,19 +1,23 @@
 """How does a base model become a policy with a frozen reference?"""
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from detoxrl.config.schema import PolicyConfig
+from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.errors import InputError, first_line, require
+from detoxrl.models.files import ARCHITECTURES, adapted_part, read_settings, require_targets
 from detoxrl.models.loading import load_base
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, loading_adapter, require_layers
-from detoxrl.runtime.hub import fetch
+from detoxrl.runtime.hub import config_folder, fetch
 from detoxrl.runtime.randomness import torch_seed
 
 
@@ -73,26 +77,58 @@ def lora_config(model: PreTrainedModel, config: PolicyConfig) -> LoraConfig:
             stored: LoraConfig = LoraConfig.from_pretrained(str(folder), inference_mode=False)
             return stored
 
-    everywhere = config.train_encoder or not model.config.is_encoder_decoder
-    prefix = r".*" if everywhere else r".*decoder"
-    linear_layers = _linear_layers(model, prefix)
-    remedy = f"choose from {', '.join(sorted(linear_layers))}"
-    for target in config.lora_targets:
-        require(target in linear_layers, "policy.lora_targets", target, "names no linear layer of the base", remedy)
+    part = adapted_part(model.config.is_encoder_decoder, config.train_encoder)
+    linear_layers = _linear_layers(model, part)
+    targets = config.lora_targets or _usual_targets(model.config.model_type, linear_layers)
+    require_targets(targets, linear_layers)
 
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=rf"{prefix}\..*\b({'|'.join(config.lora_targets)})",
+        target_modules=rf"{part}\..*\b({'|'.join(targets)})",
         lora_dropout=0.0,
-        fan_in_fan_out=linear_layers[config.lora_targets[0]] is Conv1D,  # GPT-2 stores its weights transposed.
+        fan_in_fan_out=linear_layers[targets[0]] is Conv1D,  # GPT-2 stores its weights transposed.
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
 
 
-def _linear_layers(model: PreTrainedModel, prefix: str) -> dict[str, type]:
-    """Return the last part of the name of each linear layer whose path matches `prefix`, with its type."""
-    path = re.compile(rf"{prefix}\..*\b(\w+)")
+def usual_targets(model_type: str) -> tuple[str, ...] | None:
+    """Return the layers that a new adapter usually changes in a type of model, or None if nothing is known of it."""
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type].lora_targets
+
+    targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    return tuple(targets) if isinstance(targets, list) else None  # Some are patterns, not names.
+
+
+def with_lora_targets(config: Config) -> Config:
+    """Return the config with the layers that a new adapter changes, where they follow from a base that is given.
+
+    A run then trains the same layers when it is repeated, whatever a later version takes for usual.
+    """
+    policy = config.policy
+    needs_none = policy.adapter is not None or policy.full_weights
+    if policy.base == "scratch" or policy.lora_targets or needs_none:
+        return config
+
+    settings = read_settings(config_folder(policy.base, "policy.base"), "config.json", "policy.base", policy.base)
+    targets = usual_targets(str(settings.get("model_type")))
+    return replace(config, policy=replace(policy, lora_targets=targets))
+
+
+def _usual_targets(model_type: str, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return `usual_targets`. Raises InputError, which lists the layers, if nothing is known of the type of model."""
+    targets = usual_targets(model_type)
+    rule = f"has no default for a model of type {model_type}"
+    remedy = f"choose from {', '.join(sorted(layers))}"
+    require(targets is not None, "policy.lora_targets", None, rule, remedy)
+    assert targets is not None
+    return targets
+
+
+def _linear_layers(model: PreTrainedModel, part: str) -> dict[str, type]:
+    """Return the last part of the name of each linear layer in a part of the model, with its type."""
+    path = re.compile(rf"{part}\..*\b(\w+)")
     return {
         name.split(".")[-1]: type(module)
         for name, module in model.named_modules()
@@ -107,7 +143,7 @@ def _add_fresh_lora(model: PreTrainedModel, config: PolicyConfig, seed: int) -> 
             torch.manual_seed(torch_seed(seed, "lora"))
             return get_peft_model(model, settings, adapter_name=POLICY)
     except ValueError as error:  # peft supports no LoRA on some layers of some models.
-        targets = " ".join(config.lora_targets)
+        targets = config.lora_targets
         raise InputError("policy.lora_targets", targets, first_line(error), "choose other layers") from error
 
 

@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.errors import InputError, require
+from detoxrl.models.files import ADAPTER_WEIGHTS, require_adapter_files
 from detoxrl.models.loading import load_base, save_base
 from detoxrl.runtime.files import explain_corruption
 
 # peft's name for the adapter that `save_pretrained` writes to the top of a folder.
 POLICY = "default"
 REFERENCE = "reference"
-
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class LoraWeights:
@@ -128,11 +127,8 @@ def loading_adapter(field: str, folder: Path) -> Iterator[None]:
     Raises InputError when there is none or when it belongs to another base, StorageError when its weights are
     corrupted.
     """
-    weights = folder / _ADAPTER_WEIGHTS
-    remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
-    for path in (folder / "adapter_config.json", weights):
-        require(path.is_file(), field, str(folder), f"holds no {path.name}", remedy)
-
+    require_adapter_files(folder, field, str(folder))
+    weights = folder / ADAPTER_WEIGHTS
     with explain_corruption(weights, "train again or put it back"), safe_open(weights, framework="pt"):
         pass
 
@@ -146,7 +142,7 @@ def loading_adapter(field: str, folder: Path) -> Iterator[None]:
 def require_layers(model: PeftModel, name: str, field: str, folder: Path) -> None:
     """Raise InputError when the LoRA `name` came from a folder with other layers, which peft ignores silently."""
     loaded = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    stored = set(load_file(folder / _ADAPTER_WEIGHTS))
+    stored = set(load_file(folder / ADAPTER_WEIGHTS))
     different = sorted(loaded ^ stored)
     rule = f"belongs to a base with other layers, {different[0]} for one" if different else ""
     require(not different, field, str(folder), rule, "give an adapter of this base")

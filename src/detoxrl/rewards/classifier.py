@@ -14,6 +14,7 @@ from transformers import (
 from detoxrl.errors import InputError
 from detoxrl.models.loading import load_pretrained
 from detoxrl.models.reader import Reader, Texts, load_reader
+from detoxrl.rewards.names import label_index, require_labels
 from detoxrl.runtime.hub import fetch
 
 # Every usable classifier tells these sentences apart; they are tried before training.
@@ -105,7 +106,8 @@ def load_classifier(
     InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
     """
     model, tokenizer = load_reader(source, field, _REMEDY, device)
-    toxic, *good = [label_index(model.config, setting, label) for setting, label in labels.items()]
+    require_labels(model.config.id2label, labels)
+    toxic, *good = [label_index(model.config.id2label, setting, label) for setting, label in labels.items()]
     classifier = Classifier(model, tokenizer, toxic, good[0] if good else None, kind)
 
     if probed:
@@ -120,8 +122,7 @@ def load_classifier_shapes(source: str, field: str, labels: dict[str, str]) -> P
     """
     folder = fetch(source, field, weights=False)
     config = load_pretrained(AutoConfig, folder, source, field, _REMEDY)
-    for setting, label in labels.items():
-        label_index(config, setting, label)
+    require_labels(config.id2label, labels)
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
@@ -129,16 +130,8 @@ def load_classifier_shapes(source: str, field: str, labels: dict[str, str]) -> P
     return model
 
 
-def label_index(config: PreTrainedConfig, field: str, label: str) -> int:
-    """Return the output index of a label; case is ignored. Raises InputError, which lists the labels."""
-    indices = {str(name).lower(): index for index, name in (config.id2label or {}).items()}
-    if label.lower() not in indices:
-        raise InputError(field, label, "is not a label of the classifier", f"use one of {', '.join(indices)}")
-    return int(indices[label.lower()])
-
-
 def probe(classifier: Classifier, labels: dict[str, str]) -> None:
-    """Raise InputError when a civil and a toxic sentence show that a label is reversed, or if both labels are one.
+    """Raise InputError when a civil and a toxic sentence show that a label is reversed.
 
     `labels` is as in `load_classifier`.
     """
@@ -154,9 +147,6 @@ def probe(classifier: Classifier, labels: dict[str, str]) -> None:
     on_civil, on_toxic = float(civil_text[classifier.toxic]), float(toxic_text[classifier.toxic])
     if on_civil - on_toxic > _REVERSED_BY:
         raise _reversed(toxic_setting, toxic_label, on_civil, on_toxic, "toxic")
-
-    if classifier.good == classifier.toxic:
-        raise InputError(toxic_setting, toxic_label, "is also the good label", "name the label that means toxic")
 
 
 def _reversed(setting: str, label: str, on_civil: float, on_toxic: float, meaning: str) -> InputError:

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from detoxrl.errors import InputError, require
+from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
 from detoxrl.rewards.shaping import Reward
-
-FIELD = "reward.function"
-_IN_PYTHON = "given in Python"
 
 
 class RewardFunction(Protocol):
@@ -32,16 +30,12 @@ class RewardFunction(Protocol):
 
 def load_function(name: str) -> RewardFunction:
     """Return the function `FILE.py:NAME` or `package.module:NAME`. Raises InputError when there is none."""
-    module, _, attribute = name.rpartition(":")
-    rule = "was passed in Python, so it cannot be loaded by its name"
-    require(module != _IN_PYTHON, FIELD, name, rule, "pass it again as reward= in Python")
-    require(bool(module and attribute), FIELD, name, "does not name a function", "write FILE.py:NAME")
-
+    require_function(name)
+    module, attribute = split_function_name(name)
     defined = _defined_in(module, name)
     functions = [key for key, value in defined.items() if inspect.isfunction(value)]
     function = defined.get(attribute)
-    remedy = f"choose from {', '.join(functions)}" if functions else "define it there"
-    require(callable(function), FIELD, name, f"{module} defines no function {attribute}", remedy)
+    require(callable(function), FUNCTION, name, *missing_function(module, attribute, functions))
     return cast(RewardFunction, function)
 
 
@@ -49,25 +43,24 @@ def function_name(function: RewardFunction) -> str:
     """Return `FILE.py:NAME` for a function that `load_function` can load, else a name that it refuses."""
     if inspect.isfunction(function) and function.__qualname__.isidentifier():
         return f"{Path(inspect.getfile(function)).resolve()}:{function.__name__}"
-    return f"{_IN_PYTHON}:{type(function).__name__}"
+    return f"{IN_PYTHON}:{type(function).__name__}"
 
 
 def _defined_in(module: str, name: str) -> dict[str, Any]:
     """Return the globals of a Python file or a module. Raises InputError, with `name` as the value, without one."""
     if module.endswith(".py"):
         path = Path(module)
-        require(path.is_file(), FIELD, name, f"there is no file {module}", "give the path of a Python file")
         sys.path.append(str(path.resolve().parent))  # The file can import its neighbours, as a script can.
         try:
             return runpy.run_path(module, run_name=f"reward_{path.stem}")
         except SyntaxError as error:
             rule = f"line {error.lineno} is not valid Python: {error.msg}"
-            raise InputError(FIELD, name, rule, "fix the file") from None
+            raise InputError(FUNCTION, name, rule, "fix the file") from None
 
     try:
         return vars(importlib.import_module(module))
     except (ModuleNotFoundError, TypeError):
-        raise InputError(FIELD, name, f"there is no module {module}", "write FILE.py:NAME") from None
+        raise InputError(FUNCTION, name, f"there is no module {module}", "write FILE.py:NAME") from None
 
 
 def validated_reward(function: RewardFunction, name: str) -> Reward:
@@ -85,12 +78,12 @@ def _validated_scores(returned: Any, size: int, name: str) -> torch.Tensor:
     remedy = "return one finite number for each response, also for an empty one"
     numbers = _as_array(returned)
     numeric = numbers.dtype.kind in "fiub"
-    require(numeric, FIELD, name, f"returned {type(returned).__name__}, not numbers", remedy)
+    require(numeric, FUNCTION, name, f"returned {type(returned).__name__}, not numbers", remedy)
 
     numbers = numbers.astype(np.float32)
-    require(numbers.shape == (size,), FIELD, name, f"returned shape {numbers.shape} for {size} responses", remedy)
+    require(numbers.shape == (size,), FUNCTION, name, f"returned shape {numbers.shape} for {size} responses", remedy)
     for i, score in enumerate(numbers, start=1):
-        require(bool(np.isfinite(score)), FIELD, name, f"returned {score} for response {i} of {size}", remedy)
+        require(bool(np.isfinite(score)), FUNCTION, name, f"returned {score} for response {i} of {size}", remedy)
     return torch.from_numpy(numbers)
 
 

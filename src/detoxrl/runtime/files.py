@@ -13,10 +13,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from detoxrl.config.names import misspelt, question
 from detoxrl.errors import StorageError, first_line
 
 # .NAME.new123 is being written by process 123, .NAME.old123 was moved aside by it, .NAME.gone123 is being deleted.
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<kind>new|old|gone)\d+")
+# How many names of a folder's content an error shows.
+_MAX_SHOWN = 10
 
 
 def _temporary_path(target: Path, kind: str) -> Path:
@@ -146,3 +149,25 @@ def explain_corruption(path: Path, remedy: str) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise StorageError(f"{path} cannot be read: {first_line(error)}; {remedy}") from error
+
+
+def nearby_paths(path: Path) -> str:
+    """Return the remedy for a path that does not exist: the one that was meant, or what its folder contains.
+
+    "" if that folder does not exist or is empty.
+    """
+    names = _neighbours(path)
+    shown = ", ".join(names[:_MAX_SHOWN]) + (" ..." if len(names) > _MAX_SHOWN else "")
+    return meant_path(path) or (f"{path.parent} contains {shown}" if names else "")
+
+
+def meant_path(path: Path) -> str:
+    """Return the question whether another path was meant; "" if `path` is a misspelling of none that exists."""
+    return question([str(path.parent / name) for name in misspelt(path.name, _neighbours(path))])
+
+
+def _neighbours(path: Path) -> list[str]:
+    """Return the names in the folder of a path, hidden ones aside; none if there is no such folder."""
+    if not path.parent.is_dir():
+        return []
+    return sorted(other.name for other in path.parent.iterdir() if not other.name.startswith("."))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, utils
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from detoxrl.errors import InputError, first_line, require
+from detoxrl.runtime.files import meant_path, nearby_paths
 
 # Progress bars and notices of the library would break up the console. Its errors are exceptions and still come through.
 huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -25,9 +26,12 @@ disable_progress_bars()
 _NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}(/{_NAME})?(@[\w.-]+(/[\w.-]+)*)?", re.ASCII)
 _DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".gz", ".zst", ".parquet", ".arrow")
+_FILE_SUFFIXES = (*_DATA_SUFFIXES, ".txt", ".py", ".bin", ".safetensors", ".zip", ".git")
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # Configuration and tokenizer: everything but the weights.
 # Sentence encoders may have weights in subfolders: layers after the transformer, such as 2_Dense.
 _SUBFOLDER_FILES = {"evaluation.encoder": ["*/model.safetensors"]}
+
+_answered: set[str] = set()  # The addresses of the hubs that this process has connected to.
 
 # Settings whose files are found by pattern, with the type of repository. The weights of a model that a run reads are
 # requested by name instead, so that a missing file is an error.
@@ -38,10 +42,35 @@ _SNAPSHOTS = {
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether `source` has the form of a hub id and is not the path of an existing file or folder."""
-    # A name that ends like a data file is a mistyped path: the error should list the files that exist.
-    is_file_name = source.partition("@")[0].lower().endswith((*_DATA_SUFFIXES, ".git"))
-    return _HUB_ID.fullmatch(source) is not None and not is_file_name and not Path(source).exists()
+    """Return whether `source` has the form of a hub id and is not a path, existing or mistyped.
+
+    A name that ends like a file is a path, and so is one in runs/, where run folders are by default.
+    """
+    name = source.partition("@")[0].lower()
+    is_path = name.endswith(_FILE_SUFFIXES) or name.startswith("runs/")
+    return _HUB_ID.fullmatch(source) is not None and not is_path and not Path(source).exists()
+
+
+def require_source(source: str, field: str) -> None:
+    """Raise InputError unless `source` is an existing path or has the form of a hub id. Does not ask the hub."""
+    is_source = Path(source).exists() or is_hub_id(source)
+    remedy = "give a folder, or a hub id such as google/flan-t5-small"
+    if field == "data.source":
+        remedy = "give a file, a folder or a hub id"
+    remedy = nearby_paths(Path(source)) or remedy
+    require(is_source, field, source, "is neither an existing path nor a hub id", remedy)
+
+
+def config_folder(source: str, field: str) -> Path:
+    """Return the folder with the config of a model; of a hub id only the config is downloaded, unless it is cached.
+
+    Raises InputError as `fetch` does.
+    """
+    if not is_hub_id(source):
+        require_source(source, field)
+        return Path(source)
+    with _input_errors(source, field):
+        return _commit_folder(source, field)
 
 
 def pin_revision(source: str, field: str) -> str:
@@ -62,8 +91,7 @@ def fetch(source: str, field: str, weights: bool = True) -> str:
     without its weights. Raises InputError when a path does not exist or a needed file is not available.
     """
     if not is_hub_id(source):
-        rule = "is neither an existing path nor a hub id"
-        require(Path(source).exists(), field, source, rule, "give a folder, or a hub id such as google/flan-t5-small")
+        require_source(source, field)
         return source
 
     with _input_errors(source, field):
@@ -75,7 +103,7 @@ def fetch(source: str, field: str, weights: bool = True) -> str:
         pinned = _at_commit(source, folder)
         _download_snapshot(pinned, "model", [*_MODEL_FILES, *_SUBFOLDER_FILES.get(field, [])])
         if weights:
-            for file in _weight_files(folder, source, field):
+            for file in weight_files(folder, source, field):
                 _download_file(pinned, file)
     return str(folder)
 
@@ -90,6 +118,13 @@ def fetch_policy(source: str, field: str) -> str:
     return fetch(source, field)
 
 
+def pin_policy(source: str, field: str) -> str:
+    """Return a model or LoRA on a hub as `name@commit`, as `pin_revision`; a path becomes absolute."""
+    if not is_hub_id(source):
+        return str(Path(source).resolve())
+    return pin_revision(source, "policy.adapter" if _is_adapter(source, field) else field)
+
+
 def download_size(source: str, field: str) -> int:
     """Return how many bytes of a model's weights are not cached yet. Raises InputError as `fetch` does."""
     if not is_hub_id(source):
@@ -99,12 +134,26 @@ def download_size(source: str, field: str) -> int:
 
     size = 0
     with _input_errors(source, field):
-        for file in _weight_files(folder, source, field):
+        for file in weight_files(folder, source, field):
             ask = partial(huggingface_hub.hf_hub_download, name, file, revision=folder.name, dry_run=True)
-            plan = _or_cached(ask)
+            plan = _or_cached(ask, folder.name)
             if plan.will_download:
                 size += plan.file_size or 0
     return size
+
+
+def weight_files(folder: Path, source: str, field: str) -> list[str]:
+    """Return the names of a model's weight files: one, or the shards that its index lists. Raises InputError."""
+    weights = "adapter_model.safetensors" if field == "policy.adapter" else "model.safetensors"
+    index = folder / f"{weights}.index.json"
+    if not index.is_file():
+        return [weights]
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = "name another revision" if is_hub_id(source) else "restore the file"
+        raise InputError(field, source, f"has a malformed {index.name}", remedy) from error
 
 
 def push_token(name: str) -> str:
@@ -197,38 +246,46 @@ def _commit_folder(source: str, field: str) -> Path:
     return _download_file(source, config).parent
 
 
-def _weight_files(folder: Path, source: str, field: str) -> list[str]:
-    """Return the names of a model's weight files: one, or the shards that its index lists."""
-    weights = "adapter_model.safetensors" if field == "policy.adapter" else "model.safetensors"
-    index = folder / f"{weights}.index.json"
-    if not index.is_file():
-        return [weights]
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        return sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(field, source, f"has a malformed {index.name}", "name another revision") from error
-
-
 def _download_file(source: str, file: str) -> Path:
     name, revision = _split(source)
-    return Path(_or_cached(partial(huggingface_hub.hf_hub_download, name, file, revision=revision)))
+    return Path(_or_cached(partial(huggingface_hub.hf_hub_download, name, file, revision=revision), revision))
 
 
 def _download_snapshot(source: str, repo_type: str, patterns: list[str]) -> Path:
     name, revision = _split(source)
     download = partial(huggingface_hub.snapshot_download, name, repo_type=repo_type, revision=revision)
-    return Path(_or_cached(partial(download, allow_patterns=patterns)))
+    return Path(_or_cached(partial(download, allow_patterns=patterns), revision))
 
 
-def _or_cached(download: Callable[..., Any]) -> Any:
-    """Return the result of a download, taken from the cache alone if the connection breaks."""
+def _or_cached(download: Callable[..., Any], revision: str | None) -> Any:
+    """Return the result of a download, taken from the cache alone if the hub cannot be reached."""
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
     try:
+        if not is_commit:  # What the cache holds of a commit needs no hub.
+            _require_answer(constants.ENDPOINT)
         return download()
     except errors.HfHubHTTPError:
         raise
     except errors.HTTPError:  # type: ignore[attr-defined]
         return download(local_files_only=True)
+
+
+def _require_answer(endpoint: str) -> None:
+    """Raise the error of httpx if a hub cannot be connected to. A hub that could be is not tried again.
+
+    huggingface_hub tries six times for each file, for half a minute, before it gives up.
+    """
+    if endpoint in _answered or constants.is_offline_mode():
+        return
+
+    httpx = utils.httpx  # type: ignore[attr-defined]
+    try:
+        huggingface_hub.get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        raise
+    except httpx.HTTPError:
+        pass  # It was connected to: what is wrong with it shows at the files.
+    _answered.add(endpoint)
 
 
 @contextmanager
@@ -240,6 +297,8 @@ def _input_errors(source: str, field: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         rule, remedy = _download_failure(error, source, field)
+        meant = meant_path(Path(source))
+        remedy = f"{meant} If not, {remedy}" if meant else remedy
         raise InputError(field, source, rule, remedy) from error
 
 

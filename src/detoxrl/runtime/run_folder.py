@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 
 from detoxrl.config.edit import config_from_json, config_to_json
+from detoxrl.config.names import misspelt, question
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 from detoxrl.runtime.console import log
@@ -114,9 +115,8 @@ class RunFolder:
     def open(cls, root: Path) -> tuple[Self, Config]:
         """Return an existing run folder and its config. Raises InputError when there is none."""
         if not (root / "config.json").is_file():
-            likely = Path("runs") / root
-            remedy = f"did you mean {likely}?" if likely.is_dir() else "run `detoxrl prepare RECIPE` first"
-            raise InputError("run folder", str(root), "holds no config.json", remedy)
+            rule = "holds no config.json" if root.exists() else "does not exist"
+            raise InputError("run folder", str(root), rule, _likely_run(root))
         return cls(root), config_from_json(root / "config.json")
 
     def require_product(self, name: str, stage: str) -> Path:
@@ -235,6 +235,17 @@ def _is_unused(root: Path) -> bool:
     if not root.exists():
         return True
     return all(path.name in (_LOCK, "run.json") or is_temporary(path) for path in root.iterdir())
+
+
+def _likely_run(root: Path) -> str:
+    """Return the remedy for a folder that is no run: the run that was meant, or the runs that there are beside it."""
+    below = Path("runs") / root
+    if below.is_dir():
+        return f"did you mean {below}?"
+
+    names = sorted(path.parent.name for path in root.parent.glob("*/config.json") if _is_run(path.parent))
+    there_is = f"{root.parent} contains {', '.join(names)}" if names else "run `detoxrl prepare RECIPE` first"
+    return question([str(root.parent / name) for name in misspelt(root.name, names)]) or there_is
 
 
 def _is_run(root: Path) -> bool:

@@ -1,0 +1,268 @@
+"""What is wrong with an input that can be known before torch is imported and before any weights are read?
+
+Torch and transformers take seconds to import, on a slow machine half a minute, and a hub that cannot be reached takes
+as long to fail. So local files come first, then the configs of models on a hub, and everything else later. What only
+the shapes of a model tell is checked in `prepare`, also before any weights are read.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from detoxrl.config.schema import Config
+from detoxrl.config.sources import (
+    ClassifierSource,
+    judging_classifiers,
+    label_settings,
+    map_sources,
+    sources,
+    with_absolute_paths,
+)
+from detoxrl.data.layout import require_usable_source, require_usable_texts
+from detoxrl.errors import require
+from detoxrl.evaluation.subjects import NO_BASE, Subjects, measuring_config, with_commits
+from detoxrl.models.files import (
+    ADAPTER_CONFIG,
+    ARCHITECTURES,
+    SCRATCH_LAYERS,
+    adapted_part,
+    layers_in_files,
+    read_settings,
+    require_adapter_files,
+    require_model_files,
+    require_targets,
+)
+from detoxrl.rewards.names import require_embedded_labels, require_function, require_labels
+from detoxrl.runtime.hub import config_folder, fetch, is_hub_id, pin_revision
+from detoxrl.runtime.packages import is_installed
+from detoxrl.runtime.run_folder import IfExists, RunFolder
+
+PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
+"""Names of the files that `convert` converts."""
+_SECTIONS = ("data", "policy", "reward", "evaluation")
+_CLASSIFIER = "reward.classifier"
+_GIVEN = "--policy"
+
+
+def checked_run(root: Path, config: Config, if_exists: IfExists, has_reward: bool = False) -> Config:
+    """Return the config of a run to start or to resume in `root`, with a commit behind every hub id.
+
+    `has_reward` says that the reward is a function given in Python. Raises InputError for what does not fit,
+    StorageError for weights that are corrupted.
+    """
+    resumes = if_exists in ("resume", "resume with changes") and (root / "config.json").is_file()
+    if resumes:
+        return checked_config(config, RunFolder.open(root)[1], has_reward)
+
+    RunFolder.require_usable(root, if_exists == "overwrite")
+    return checked_config(config, None, has_reward)
+
+
+def checked_config(config: Config, previous: Config | None = None, has_reward: bool = False) -> Config:
+    """Return a config with a commit behind every hub id, once what can be known of its parts is known to fit.
+
+    What `previous`, the config of a run to resume, has in common with it is taken as it is. Raises as `checked_run`.
+    """
+    if previous:
+        config = _with_earlier_choices(config, previous)
+    sections = _read_sections(config, has_reward)
+    if previous:
+        sections = [name for name in sections if getattr(config, name) != getattr(previous, name)]
+
+    _check_sections(config, sections, at_hub=False)
+    config = _with_revisions(config, but="data.source")  # A model's config is small, a data set may be large.
+    _check_sections(config, sections, at_hub=True)
+    return _with_revisions(config)
+
+
+def check_stage(root: Path, stage: str, has_reward: bool = False) -> None:
+    """Raise InputError when a stage of an existing run lacks a part that it reads from outside of the run folder."""
+    folder, config = RunFolder.open(root)
+    used = {
+        "sft": ("policy", "reward") if config.sft.baseline_steps > 0 else ("policy",),
+        "train": ("policy", "reward", "evaluation"),
+        "evaluate": ("policy", "reward", "evaluation"),
+        "report": (),
+    }[stage]
+    sections = [name for name in _read_sections(config, has_reward) if name in used]
+    _check_sections(_without_replaced_parts(folder, config), sections, at_hub=False)
+
+
+def check_locally(config: Config, has_reward: bool = False) -> None:
+    """Raise InputError when a part of a new run that is in local files does not fit. Does not ask a hub."""
+    _check_sections(config, _read_sections(config, has_reward), at_hub=False)
+
+
+def checked_subjects(subjects: Subjects, config: Config, has_reward: bool = False) -> Subjects:
+    """Return subjects to measure in a new folder with a commit behind every hub id. Raises as `checked_run`."""
+    check_subjects(subjects)
+    check_locally(measuring_config(config, subjects), has_reward)
+    return with_commits(subjects)
+
+
+def check_subjects(subjects: Subjects) -> None:
+    """Raise InputError when texts, or policies in local folders, cannot be measured. Does not ask a hub."""
+    for path in subjects.texts.values():
+        require_usable_texts(Path(path))
+
+    for source in subjects.policies.values():
+        folder = _folder(source, _GIVEN, at_hub=False)
+        if folder is None:
+            continue
+        if (folder / ADAPTER_CONFIG).is_file():
+            require_adapter_files(folder, _GIVEN, source)
+        else:
+            read_settings(folder, "config.json", _GIVEN, source)
+            require_model_files(folder, _GIVEN, source)
+
+
+def convertible_folder(source: str, target: Path) -> Path:
+    """Return the folder of the model or LoRA to convert to the new folder `target`. Raises InputError."""
+    require(not target.exists(), "TO", str(target), "already exists", "name a new folder")
+    folder = Path(fetch(source, "FROM"))
+    has_pickles = any(True for pattern in PICKLES for _ in folder.glob(pattern))
+    rule = f"has no weights in {' or '.join(PICKLES)}"
+    require(has_pickles, "FROM", source, rule, "nothing needs converting")
+    return folder
+
+
+def _read_sections(config: Config, has_reward: bool) -> list[str]:
+    """Return the sections that name what a run reads; a reward given in Python replaces what the config names."""
+    if config.policy.base == NO_BASE:  # Only judges read texts that were written elsewhere.
+        return ["evaluation"]
+    return [name for name in _SECTIONS if not (name == "reward" and has_reward)]
+
+
+def _with_earlier_choices(config: Config, previous: Config) -> Config:
+    """Return the config with what the run to resume chose where the config leaves it open: revisions, LoRA targets."""
+    earlier = sources(previous)
+
+    def pinned(setting: str, source: str) -> str:
+        before = earlier.get(setting, "")
+        return before if is_hub_id(source) and before.startswith(f"{source}@") else source
+
+    config = map_sources(with_absolute_paths(config), pinned)
+    targets = config.policy.lora_targets or previous.policy.lora_targets
+    return replace(config, policy=replace(config.policy, lora_targets=targets))
+
+
+def _with_revisions(config: Config, but: str = "") -> Config:
+    """Return the config with today's commit behind every hub id that has none, that of the setting `but` aside."""
+
+    def pin(setting: str, source: str) -> str:
+        return source if setting == but else pin_revision(source, setting)
+
+    return map_sources(config, pin)
+
+
+def _without_replaced_parts(folder: RunFolder, config: Config) -> Config:
+    """Return the config without the base and the adapter that products of the warm start have replaced."""
+    policy = config.policy
+    if (folder / "base").is_dir():
+        policy = replace(policy, base=str(folder / "base"))
+    if (folder / "start").is_dir():
+        policy = replace(policy, adapter=None)
+    return replace(config, policy=policy)
+
+
+def _check_sections(config: Config, sections: Sequence[str], at_hub: bool) -> None:
+    """Raise InputError for a part that does not fit, among those in local files or among those on a hub."""
+    for section in sections:
+        _CHECKS[section](config, at_hub)
+
+
+def _check_data(config: Config, at_hub: bool) -> None:
+    if config.data.source != "embedded" and not at_hub:
+        require_usable_source(config.data)
+
+
+def _check_policy(config: Config, at_hub: bool) -> None:
+    policy = config.policy
+    if policy.base == "scratch":
+        require_targets(policy.lora_targets or (), SCRATCH_LAYERS)
+    else:
+        _check_base(config, at_hub)
+
+    folder = _folder(policy.adapter, "policy.adapter", at_hub) if policy.adapter else None
+    if folder is not None and not at_hub:
+        require_adapter_files(folder, "policy.adapter", str(policy.adapter))
+
+
+def _check_base(config: Config, at_hub: bool) -> None:
+    policy = config.policy
+    folder = _folder(policy.base, "policy.base", at_hub)
+    if folder is None:
+        return
+
+    settings = read_settings(folder, "config.json", "policy.base", policy.base)
+    if at_hub:  # Nothing but the config is here.
+        return
+
+    require_model_files(folder, "policy.base", policy.base)
+    architecture = ARCHITECTURES.get(str(settings.get("model_type")))
+    if architecture and policy.lora_targets:
+        part = adapted_part(architecture.has_encoder, policy.train_encoder)
+        require_targets(policy.lora_targets, layers_in_files(folder, policy.base, part))
+
+
+def _check_reward(config: Config, at_hub: bool) -> None:
+    reward = config.reward
+    if reward.function is not None:
+        require_function(reward.function)
+        return
+
+    labels = label_settings(config, _CLASSIFIER)
+    if reward.classifier == "embedded":
+        require_embedded_labels(labels)
+    else:
+        _check_classifier(ClassifierSource(_CLASSIFIER, reward.classifier, labels), at_hub)
+
+
+def _check_evaluation(config: Config, at_hub: bool) -> None:
+    for classifier in judging_classifiers(config):
+        _check_classifier(classifier, at_hub)
+
+    settings = config.evaluation
+    if settings.primary_judge == "alt-profanity-check":
+        remedy = "pip install 'detoxrl[offline]'"
+        installed = is_installed("profanity_check")
+        require(installed, "evaluation.primary_judge", settings.primary_judge, "is not installed", remedy)
+
+    if settings.encoder:
+        remedy = "pip install 'detoxrl[similarity]'"
+        rule = "needs the package sentence-transformers"
+        require(is_installed("sentence_transformers"), "evaluation.encoder", settings.encoder, rule, remedy)
+        _folder(settings.encoder, "evaluation.encoder", at_hub)
+
+
+def _check_classifier(classifier: ClassifierSource, at_hub: bool) -> None:
+    setting, source, labels = classifier
+    folder = _folder(source, setting, at_hub)
+    if folder is None:
+        return
+
+    id2label = read_settings(folder, "config.json", setting, source).get("id2label")
+    if id2label:  # Without names transformers makes some up, which is left to it.
+        require_labels(id2label, labels)
+    if not at_hub:
+        require_model_files(folder, setting, source)
+
+
+def _folder(source: str, setting: str, at_hub: bool) -> Path | None:
+    """Return the folder of a model with its config, or None when the model is not where this check looks.
+
+    Raises InputError when there is none.
+    """
+    if is_hub_id(source) != at_hub:
+        return None
+    folder = config_folder(source, setting)
+    require(folder.is_dir(), setting, source, "is a file", "give the folder or hub id of a model")
+    return folder
+
+
+_CHECKS: dict[str, Callable[[Config, bool], None]] = {
+    "data": _check_data,
+    "policy": _check_policy,
+    "reward": _check_reward,
+    "evaluation": _check_evaluation,
+}

@@ -1,0 +1,112 @@
+"""What do the files of a model say about it before any of its weights is read?
+
+This needs no torch: settings are JSON, and the header of a safetensors file names each weight with its shape.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.runtime.hub import weight_files
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Every tokenizer has a file with one of these in its name: tokenizer.json, vocab.txt, spiece.model, source.spm ...
+_TOKENIZER_FILE = re.compile(r"tok|vocab|merges|bpe|spm|\.model$", re.IGNORECASE)
+
+
+class Architecture(NamedTuple):
+    """What is known of a type of model by its name."""
+
+    lora_targets: tuple[str, ...]  # The layers that a new adapter usually changes.
+    has_encoder: bool
+
+
+_T5 = Architecture(("q", "v"), has_encoder=True)
+_BART = Architecture(("q_proj", "v_proj"), has_encoder=True)
+_GPT2 = Architecture(("c_attn",), has_encoder=False)
+_LLAMA = Architecture(("q_proj", "v_proj"), has_encoder=False)
+ARCHITECTURES = {
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART),
+    "gpt2": _GPT2,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+}
+"""Types of models whose layers have the names that their weights have in the file."""
+SCRATCH_LAYERS = ("k", "o", "q", "v", "wi_0", "wi_1", "wo")
+"""The linear layers of policy.base = 'scratch'."""
+# Weights of two dimensions that do not belong to linear layers, in these architectures.
+_EMBEDDINGS = {"shared", "embed_tokens", "embed_positions", "wte", "wpe", "relative_attention_bias"}
+
+
+def read_settings(folder: Path, name: str, field: str, source: str) -> dict[str, Any]:
+    """Return the settings in a JSON file of a model's folder.
+
+    Raises InputError, naming `field` and its value `source`, when there is no such file or it is malformed.
+    """
+    path = folder / name
+    require(path.is_file(), field, source, f"holds no {name}", "give the folder or hub id of a model")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # Neither UTF-8 nor JSON.
+        raise InputError(field, source, f"has a malformed {name}: {first_line(error)}", "restore the file") from None
+
+    require(isinstance(settings, dict), field, source, f"has a malformed {name}", "restore the file")
+    return dict(settings)
+
+
+def require_model_files(folder: Path, field: str, source: str) -> None:
+    """Raise InputError unless a local folder holds weights in safetensors and a tokenizer."""
+    for name in weight_files(folder, source, field):
+        remedy = f"give a folder that has it; `detoxrl convert {source} FOLDER` makes safetensors of a .bin"
+        require((folder / name).is_file(), field, source, f"holds no {name}", remedy)
+
+    has_tokenizer = any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir())
+    require(has_tokenizer, field, source, "holds no tokenizer", "give a folder with its tokenizer files")
+
+
+def require_adapter_files(folder: Path, field: str, source: str) -> None:
+    """Raise InputError unless a local folder holds a LoRA as peft saves it."""
+    remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        require((folder / name).is_file(), field, source, f"holds no {name}", remedy)
+
+
+def require_targets(targets: Collection[str], layers: Collection[str]) -> None:
+    """Raise InputError, which lists the layers, unless each target is the name of one."""
+    remedy = f"choose from {', '.join(sorted(layers))}"
+    for target in targets:
+        require(target in layers, "policy.lora_targets", target, "names no linear layer of the base", remedy)
+
+
+def adapted_part(has_encoder: bool, train_encoder: bool) -> str:
+    """Return a pattern for the beginning of the names of the layers that a new adapter may change."""
+    return ".*" if train_encoder or not has_encoder else ".*decoder"
+
+
+def layers_in_files(folder: Path, source: str, part: str) -> set[str]:
+    """Return the names of the linear layers in a part of a model, by the weights that its local folder holds.
+
+    Raises StorageError when they are corrupted.
+    """
+    path = re.compile(rf"{part}\..*\b(\w+)\.weight")
+    matches = [path.fullmatch(name) for name, shape in _shapes(folder, source).items() if len(shape) == 2]
+    return {match[1] for match in matches if match} - _EMBEDDINGS
+
+
+def _shapes(folder: Path, source: str) -> dict[str, list[int]]:
+    """Return the shape of each weight in the files of a model, by its name."""
+    shapes: dict[str, list[int]] = {}
+    for name in weight_files(folder, source, "policy.base"):
+        try:
+            with safe_open(folder / name, framework="numpy") as weights:
+                for weight in list(weights.keys()):
+                    shapes[weight] = weights.get_slice(weight).get_shape()
+        except SafetensorError as error:
+            raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
+    return shapes
