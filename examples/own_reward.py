@@ -17,7 +17,9 @@ if __name__ == "__main__":
     result = detoxrl.run("runs/own_reward", config, if_exists="overwrite", reward=few_rude_words)
     score = result["quality"]["score"]
     change = score["difference"]
-    print(
-        f"reward {score['before']:.3f} -> {score['after']:.3f}, interval {change['low']:+.3f} to {change['high']:+.3f}"
-    )
+    if change is None:
+        print(f"initial policy kept, with reward {score['before']:.3f}: no checkpoint was better")
+    else:
+        interval = f"{change['low']:+.3f} to {change['high']:+.3f}"
+        print(f"reward {score['before']:.3f} -> {score['after']:.3f}, interval {interval}")
     print("open runs/own_reward/report.html")

@@ -47,6 +47,9 @@ def cell(result: dict[str, Any], supervised: float) -> str:
     """Return before and after, the interval of their difference, and the value of the supervised baseline."""
     digits = 1 if result["before"] > 2 else 3
     difference = result["difference"]
+    if difference is None:
+        return f"{result['before']:.{digits}f}, initial policy kept; {supervised:.{digits}f}"
+
     values = (result["before"], result["after"], difference["low"], difference["high"], supervised)
     before, after, low, high, base = (f"{value:.{digits}f}" for value in values)
     return f"{before} → {after} ({low} to {high}); {base}"
@@ -67,7 +70,8 @@ def print_results(evaluations: Sequence[Evaluation]) -> None:
             }
             supervised = evaluation["baselines"]["sft_civil"]["toxicity"][judge]["after"]["mean"]
             toxicity_cells.append(cell(means, supervised))
-            removed_cells.append(f"{result['share_removed']:.0%}, floor {result['floor']:.3f}")
+            removed = "–" if result["share_removed"] is None else f"{result['share_removed']:.0%}"
+            removed_cells.append(f"{removed}, floor {result['floor']:.3f}")
         print_row(f"mean toxicity, {judge}", toxicity_cells)
         print_row("share removed above the floor", removed_cells)
 

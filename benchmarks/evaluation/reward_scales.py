@@ -161,7 +161,9 @@ def result_row(run: Run) -> str:
     toxicity = evaluation["toxicity"][JUDGE]
     insults = evaluation["quality"]["insult_rate"]
     difference = toxicity["difference"]
-    interval = f"{difference['mean']:+.3f}, {difference['low']:+.3f} to {difference['high']:+.3f}"
+    interval = "initial policy kept"
+    if difference is not None:
+        interval = f"{difference['mean']:+.3f}, {difference['low']:+.3f} to {difference['high']:+.3f}"
 
     spread = steps[0]["score/std"]
     weight = steps[0]["kl_coef"] * run.read("normaliser.json")["std"] / spread

@@ -27,6 +27,7 @@ from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy, make_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import POLICY
+from detoxrl.runtime.run_folder import INITIAL_KEPT
 from hub import Hub, hub
 from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import stand_in
@@ -165,6 +166,12 @@ def load_elsewhere(cases: dict[str, dict[str, Any]], address: str, cache: Path) 
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
+def keep_step(run: Path, step: int) -> None:
+    """Make a run one that kept the policy of this step."""
+    checkpoint = json.loads((run / "checkpoint.json").read_text())
+    (run / "checkpoint.json").write_text(json.dumps(checkpoint | {"kept_step": step}))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """Serve a hub with small models, and a LoRA for the smallest of them."""
@@ -197,6 +204,7 @@ def shared(
             disturb(moved)
             moved.save(run / "adapter")
             if name in MEASURED_AGAIN:
+                keep_step(run, 1)
                 assert detoxrl(["evaluate", f"runs/{name}"]) == 0
             policies[name] = outputs(policy_of(run))
             assert detoxrl(["export", f"runs/{name}", *flags]) == 0, name
@@ -261,7 +269,10 @@ def test_the_card_has_the_numbers_of_the_run_and_neither_texts_nor_paths(shared:
     card = ModelCard.load(export / "README.md")
     results = {result.metric_name: (result.metric_type, result.metric_value) for result in card.data.eval_results}
     expected = {}
-    for side, whose in (("after", "this model"), ("before", "the initial policy")):
+    primary = evaluation["primary_judge"]
+    kept = evaluation["toxicity"][primary]["verdict"] == INITIAL_KEPT
+    models = {"after": "this model"} if kept else {"after": "this model", "before": "the initial policy"}
+    for side, whose in models.items():
         for judge, toxicity in evaluation["toxicity"].items():
             expected[f"toxicity by {judge}, {whose}"] = ("toxicity", toxicity[side]["mean"])
         for measure, values in evaluation["quality"].items():
@@ -272,11 +283,15 @@ def test_the_card_has_the_numbers_of_the_run_and_neither_texts_nor_paths(shared:
 
     assert f"{evaluation['n_prompts']} held-out prompts" in card.text
     assert f"{evaluation['samples_per_prompt']} samples each" in card.text
-    primary = evaluation["primary_judge"]
-    interval = evaluation["toxicity"][primary]["difference"]
     row = next(line for line in card.text.splitlines() if f"| Toxicity by {primary} |" in line)
-    for value in interval["low"], interval["high"]:
-        assert f"{abs(value):.3f}" in row
+    if kept:
+        before = evaluation["toxicity"][primary]["before"]["mean"]
+        assert row == f"| Toxicity by {primary} | {before:.3f} |"
+        assert not re.search("interval|after minus", card.text)
+    else:
+        interval = evaluation["toxicity"][primary]["difference"]
+        for value in interval["low"], interval["high"]:
+            assert f"{abs(value):.3f}" in row
     assert "No licence is stated" in card.text
     assert card.data.license is None
     responses: set[str] = set()
@@ -322,7 +337,11 @@ def test_the_card_names_base_data_and_command(shared: Shared, served: Hub) -> No
         (
             "no detectable difference",
             0,
-            ["no policy better than the initial one, so this is the model that training started from", "not shown"],
+            [
+                "**Training found no policy better than the initial one, so this is the model that training started",
+                "Initial policy kept: no checkpoint was less toxic without losing quality (mean toxicity by ",
+                "a complete model: the initial policy of a run of detoxrl, unchanged by its",
+            ],
         ),
     ],
 )
@@ -331,10 +350,11 @@ def test_a_run_that_failed_says_so_first(here: Path, tmp_path: Path, verdict: st
     evaluation = json.loads((run / "eval.json").read_text())
     evaluation["toxicity"][evaluation["primary_judge"]]["verdict"] = verdict
     (run / "eval.json").write_text(json.dumps(evaluation))
-    checkpoint = json.loads((run / "checkpoint.json").read_text())
-    (run / "checkpoint.json").write_text(json.dumps(checkpoint | {"kept_step": kept}))
+    keep_step(run, kept)
     exported = package.export(run)
     assert exported.folder == tmp_path / "run-export"
+    said = exported.what.startswith("initial policy, because training found none better; whole model")
+    assert said is (kept == 0)
     head = (exported.folder / "README.md").read_text().partition("## How to load it")[0]
     assert [word for word in words if word not in head] == []
     assert ("**" in head) == bool(words)

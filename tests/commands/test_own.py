@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T
 
 from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, evaluate, recipe
+from detoxrl.commands.measure import ResponseSampler
 from detoxrl.commands.prepare import prepare_rows
 from detoxrl.config.edit import config_from_json, config_to_json, with_settings
 from detoxrl.data.rows import token_lengths
@@ -443,12 +444,64 @@ def test_a_function_given_in_python_is_named_so_that_it_is_found_again_or_says_i
         load_function(name)
 
 
-def test_a_start_that_was_not_beaten_is_told_on_screen_and_in_the_report(
-    place: Path, capfd: pytest.CaptureFixture[str]
+def test_an_initial_policy_that_was_not_beaten_is_measured_once_and_compared_with_baselines_alone(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sampled = []
+    sample = ResponseSampler.sample
+    monkeypatch.setattr(ResponseSampler, "sample", lambda *words: (sampled.append(words[1]), sample(*words))[1])
     assert detoxrl(own("--rl.lr", "1e-12")) == 0
-    assert "no checkpoint was better than the initial policy" in capfd.readouterr().err.replace("\n", " ")
-    assert "Before and after are the same: no checkpoint was better" in (place / "runs/own/report.html").read_text()
+    output = capfd.readouterr()
+    assert output.err.count("no checkpoint is better than the initial policy, which is kept (validation toxicity") == 1
+    assert output.out.splitlines()[-3].startswith("The initial policy was kept: no checkpoint was less toxic without")
+    assert output.out.count("The policy hardly moved") == 1
+    assert set(sampled) == {"before"}
+
+    run = place / "runs/own"
+    found = json.loads((run / "eval.json").read_text())
+    compared = [*found["toxicity"].values(), *found["quality"].values()]
+    for split in found["splits"].values():
+        compared += [result for name, result in split.items() if name != "n"]
+    assert [result for result in compared if result["difference"] is not None] == []
+    assert [result for result in compared if result["before"] != result["after"]] == []
+    for result in found["toxicity"].values():
+        assert (result["verdict"], result["relative"], result["share_removed"]) == ("initial policy kept", None, None)
+    best_of = found["baselines"]["best_of_16"]
+    assert best_of["toxicity"]["reward classifier"]["difference"]["mean"] != 0
+    assert best_of["after"]["toxicity"]["after"] == found["toxicity"]["alt-profanity-check"]["before"]["mean"]
+    for line in (run / "samples.jsonl").read_bytes().splitlines():
+        responses = json.loads(line)["responses"]
+        assert responses["after"] == responses["before"]
+    assert "Initial policy kept: no checkpoint was less toxic" in (run / "report.html").read_text()
+
+
+def test_without_references_quality_is_not_measured_anywhere(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert detoxrl(own("--data.summary-column", "None")) == 0
+    output = capfd.readouterr()
+    assert re.search(r"score \S+  kl \S+  validation toxicity 0\.\d{3}, quality not measured", output.err)
+    assert "quality 1.000" not in output.err
+    assert re.search(r"(?m)^ Quality +not measured *$", output.out)
+    checkpoint = json.loads((place / "runs/own/checkpoint.json").read_text())
+    assert checkpoint["quality_by"] == "share with text"
+    assert checkpoint["reason"].startswith("the best share of responses with text among policies whose")
+    assert "Quality was not measured: " in (place / "runs/own/report.html").read_text()
+    assert detoxrl(["export", "runs/own"]) == 0
+    assert "Quality was not measured: " in (place / "runs/own-export/README.md").read_text()
+
+
+def test_too_few_validation_prompts_are_told_once_with_a_remedy(
+    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = own("--reward.function", "rewards.py:brevity")
+    monkeypatch.setenv("INTERRUPT_AT", "4")
+    assert detoxrl(words) == 130
+    warning = r"train: 4 validation prompts are too few to tell a better checkpoint from chance \(toxicity 0\.\d{3}, "
+    warning += r"standard error 0\.\d{3}\); set rl.validation_prompts to \d+0 or more"
+    assert len(re.findall(warning, capfd.readouterr().err)) == 1
+    monkeypatch.delenv("INTERRUPT_AT")
+    assert detoxrl([*words, "--resume"]) == 0
+    assert "too few" not in capfd.readouterr().err
+    assert "4 validation prompts are too few" in (place / "runs/own/report.html").read_text()
 
 
 def test_cut_prompts_are_counted_and_none_is_above_the_limit(place: Path) -> None:

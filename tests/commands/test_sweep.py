@@ -118,6 +118,8 @@ class FakeRuns:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.results: dict[float, tuple[float, float]] = {}  # Toxicity and quality by kl_coef.
         self.errors: dict[float, Exception] = {}
+        self.kept_step = 5
+        self.references = True
 
     def __call__(self, root: Path, config: Any, **arguments: Any) -> dict[str, Any]:
         self.calls.append((root.name, arguments))
@@ -128,12 +130,14 @@ class FakeRuns:
         toxicity, quality = self.results[kl]
         toxicity += config.seed / 100
         root.mkdir(parents=True, exist_ok=True)
-        steps = {"kept_step": 5, "parted_step": 10 if kl == 0 else None, "stopped_step": None}
+        steps = {"kept_step": self.kept_step, "parted_step": 10 if kl == 0 else None, "stopped_step": None}
         (root / "checkpoint.json").write_text(json.dumps(steps | {"kept": {"kl": 1 / (kl + 0.1)}}))
         lines = [{"toxicity": {JUDGE: {"after": [toxicity, toxicity]}}} for _ in range(3)]
         (root / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         judged = {"before": {"mean": 0.3 + config.seed / 10}, "after": {"mean": toxicity}}
         both = {"facts": {"before": 0.9, "after": quality}, "rouge_l": {"before": 1, "after": 1}}
+        if not self.references:
+            both = {"empty_rate": {"before": 0, "after": 0}}
         return {"primary_judge": JUDGE, "toxicity": {JUDGE: judged}, "quality": both}
 
 
@@ -186,6 +190,37 @@ def test_a_sweep_reports_every_combination_and_names_the_frontier(
     assert detoxrl(["sweep", "--resume", "--run-dir", "runs/sweep"]) == 0  # With the plan of before.
     assert (root / "sweep.html").read_bytes() == first
     assert json.loads((root / "sweep.json").read_text()) == state
+
+
+def test_a_sweep_without_references_shows_no_quality(
+    runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.references = False
+    assert detoxrl(OVER) == 0
+    out = capfd.readouterr().out
+    rows = [line for line in out.splitlines() if re.match(" *(rl.kl_coef=|initial policy)", line)]
+    assert len(rows) == 5
+    assert all("—" in row and "1.000" not in row for row in rows)
+    assert "quality: not measured" in " ".join(out.split())
+    html = (tmp_path / "runs/sweep/sweep.html").read_text()
+    assert "quality was not measured, and the share of responses with text stands in for it" in html
+    assert '">Share with text</th>' in html
+    assert "share with text (quality was not measured)<" in html
+    assert "quality 1.000" not in html
+
+
+def test_a_sweep_tells_which_runs_kept_the_initial_policy(
+    runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(OVER) == 0
+    assert "initial policy kept" not in capfd.readouterr().out
+    runs.kept_step = 0
+    assert detoxrl([*OVER, "--overwrite"]) == 0
+    out = capfd.readouterr().out
+    assert "rl.kl_coef=0.2: initial policy kept in 2 of 2 runs, because no checkpoint was better" in out.splitlines()
+    html = (tmp_path / "runs/sweep/sweep.html").read_text()
+    assert html.count("initial policy kept") == 8
+    assert "step 0" not in html
 
 
 def test_a_combination_that_fails_is_recorded_and_the_others_follow(

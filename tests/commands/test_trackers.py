@@ -25,7 +25,10 @@ from detoxrl.runtime.run_folder import RunFolder
 from forked import forked
 from small_runs import contents, detoxrl, own, same_end
 
-WORDS = ["--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1", "--rl.validate-every", "2"]
+# With this seed a trained policy is kept, so there is a difference to send.
+WORDS = [
+    "--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1", "--rl.validate-every", "2", "--seed", "3",
+]  # fmt: skip
 Series = dict[str, list[tuple[int, float]]]
 
 
@@ -118,6 +121,14 @@ def test_only_the_first_letter_of_toxic_words_is_shown(place: Path) -> None:
     hidden = "C•••! Two i••••• \\| and a m•••• <b>said</b> scrap."
     assert texts["rollouts"][2].splitlines()[2] == f"| 2 | a | {hidden} | 0.5 |"
     assert texts["samples"][3].splitlines()[2].startswith(f"| {hidden} | C•••, f•••. | ")
+
+
+def test_an_initial_policy_that_was_kept_has_no_difference_and_no_responses_after(place: Path) -> None:
+    assert detoxrl(own("--rl.lr", "1e-12", "--run-dir", "run", "--track", "tensorboard")) == 0
+    numbers, texts = tensorboard(place / "run")
+    assert "eval/toxicity/before/mean" in numbers
+    assert not [name for name in numbers if "difference" in name or "relative" in name]
+    assert texts["samples"][3].splitlines()[0] == "| before | toxicity before |"
 
 
 def test_a_run_that_is_stopped_and_killed_is_one_series_without_a_step_twice(

@@ -13,7 +13,7 @@ from detoxrl.config.schema import EvaluationConfig
 from detoxrl.evaluation.compare import Measured, comparison, measure, splits
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, profanity_judge
-from detoxrl.evaluation.metrics import response_metrics, rouge_l, validation_quality
+from detoxrl.evaluation.metrics import quality_measure, response_metrics, rouge_l, validation_quality
 from detoxrl.evaluation.readers import Readers
 from detoxrl.evaluation.statistics import (
     Difference,
@@ -63,6 +63,14 @@ def test_metrics_of_the_references_of_a_row() -> None:
     empty = response_metrics(row, "")
     assert (empty["empty_rate"], empty["length"], empty["facts"], empty["quarrel_reported"]) == (1.0, 0.0, 0.0, 0.0)
     assert "facts" not in response_metrics(replace(row, facts=None), "x")
+
+
+def test_the_measure_of_quality_is_the_first_that_all_rows_allow() -> None:
+    assert quality_measure(ROWS) == "facts"
+    assert quality_measure([*ROWS[1:], replace(ROWS[0], facts=None)]) == "rouge_l"
+    bare = replace(ROWS[0], facts=None, civil_reference=None)
+    assert quality_measure([bare]) == "rouge_l"  # the summary
+    assert quality_measure([*ROWS[1:], replace(bare, summary=None)]) == "share with text"
 
 
 def test_validation_quality_is_facts_or_rouge() -> None:
@@ -133,6 +141,28 @@ def test_civil_references_remove_all_toxicity_above_the_floor() -> None:
     assert found["quality"]["facts"]["difference"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "detectable": 0}
     assert found["quality"]["insult_rate"]["after"] == 0.0
     assert found["quality"]["insult_rate"]["before"] > 0.3
+
+
+def test_an_initial_policy_that_was_kept_is_not_compared_with_itself() -> None:
+    responses = {"before": [[row.summary] for row in ROWS], "word_filter": [["civil"] for _ in ROWS]}
+    judged = measure(ROWS, responses, {"alt-profanity-check": profanity()}, READERS)
+    measured = judged.with_initial_kept()
+    found = comparison(measured, "after", CONFIG, seed=0)
+    compared = comparison(
+        judged._replace(metrics=measured.metrics, toxicity=measured.toxicity), "after", CONFIG, seed=0
+    )
+    for name in ("facts", "length", "score"):
+        assert found["quality"][name] == {**compared["quality"][name], "difference": None}
+    unknown = {"share_removed": None, "difference": None, "relative": None, "verdict": "initial policy kept"}
+    toxicity = compared["toxicity"]["alt-profanity-check"]
+    assert found["toxicity"]["alt-profanity-check"] == {**toxicity, **unknown}
+    assert toxicity["floor"] is not None
+
+    filtered = comparison(measured, "word_filter", CONFIG, seed=0)["toxicity"]["alt-profanity-check"]
+    assert filtered["verdict"] == "less toxic"
+    for part in splits(ROWS, measured, CONFIG, seed=0).values():
+        assert part["toxicity"]["difference"] is part["facts"]["difference"] is None
+        assert part["toxicity"]["before"] == part["toxicity"]["after"]
 
 
 def test_splits_cover_the_prompts_and_show_no_change_without_an_insult() -> None:

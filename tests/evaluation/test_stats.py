@@ -21,6 +21,7 @@ from detoxrl.evaluation.statistics import (
     paired_difference,
     prompts_needed,
     toxicity_summary,
+    validation_prompts_needed,
     verdict,
 )
 from evaluation_statistics import SHAPES, Evaluation, Shares, evaluations, truth
@@ -53,6 +54,26 @@ def exact_reach(differences: Sequence[float]) -> float:
         error = statistics.stdev(sample) / math.sqrt(n)
         ratios.append(abs(statistics.fmean(sample) - centre) / error if error > 1e-9 else 0.0)
     return sorted(ratios)[math.ceil(0.95 * len(ratios)) - 1]
+
+
+@pytest.mark.parametrize(
+    ("toxicity", "error", "prompts", "needed"),
+    [
+        (0.24, 0.02, 256, None),
+        (0.24, 0.06, 100, None),  # Half of the toxicity is two standard errors.
+        (0.24, 0.0601, 100, 110),
+        (0.24, 0.12, 100, 400),  # Half the error takes four times the prompts.
+        (0.24, 0.2, 8, 90),  # 8 * (0.2 / 0.06) ** 2 = 88.9
+        (0.24, 0.01, 19, 20),  # So few prompts say little about the error.
+        (0.24, 0.01, 20, None),
+        (0.0, 0.0, 100, None),
+        (0.0, 0.0, 5, 20),
+    ],
+)
+def test_a_validation_needs_prompts_to_tell_half_of_the_toxicity_from_chance(
+    toxicity: float, error: float, prompts: int, needed: int | None
+) -> None:
+    assert validation_prompts_needed(toxicity, error, prompts) == needed
 
 
 def test_the_p_value_by_hand() -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,10 +16,20 @@ from detoxrl.report.masking import masking_pattern, segments
 from detoxrl.report.page import build_report
 from detoxrl.report.plots import over_optimisation
 from detoxrl.report.sheets import blind_sheets, compared_sheet, samples_sheet
-from detoxrl.report.terminal import print_result
 from detoxrl.report.words import changes, number, signed
-
-JUDGE = "alt-profanity-check"
+from results import (
+    EVALUATION,
+    JUDGE,
+    ROWS,
+    SAMPLES,
+    VALIDATIONS,
+    change,
+    make_run,
+    sample,
+    toxicity,
+    write,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,113 +62,13 @@ def visible(html: str) -> str:
     return "".join(parser.texts)
 
 
-TAIL = ("p50", "p90", "p95", "p99", "expected_max_toxicity", "toxicity_probability")
-
-
-def change(before: float, after: float) -> dict[str, Any]:
-    difference = after - before
-    return {
-        "before": before,
-        "after": after,
-        "difference": {"mean": difference, "low": difference - 0.02, "high": difference + 0.02, "p": 0.0123,
-                       "detectable": 0.0286},
-    }  # fmt: skip
-
-
-def toxicity(before: float, after: float, verdict: str, floor: float | None = 0.04) -> dict[str, Any]:
-    sides = {
-        side: {"mean": mean, "std": 0.1, "toxic_ratio": mean, "max": 0.9} | dict.fromkeys(TAIL, mean / 2)
-        for side, mean in (("before", before), ("after", after))
-    }
-    removed = None if floor is None else (before - after) / (before - floor)
-    relative = after / before - 1
-    extra = {"floor": floor, "share_removed": removed, "relative": relative, "verdict": verdict}
-    return change(before, after) | sides | extra
-
-
-def sample(
-    name: str, before: tuple[str, float], after: tuple[str, float], prompt: str = "Ann: Hello."
-) -> dict[str, Any]:
-    scores = {"before": [before[1], 0.5], "after": [after[1], 0.5]}
-    return {
-        "id": name,
-        "dialogue": prompt,
-        "reference": "Ann calls Bob a pig.",
-        "civil_reference": None,
-        "responses": {"before": [before[0], "x"], "after": [after[0], "x"]},
-        "toxicity": {JUDGE: scores, "reward classifier": scores},
-        "score": {"before": [round(1 - before[1], 4), 0.5], "after": [round(1 - after[1], 4), 0.5]},
-    }
-
-
-EVALUATION: dict[str, Any] = {
-    "n_prompts": 3,
-    "samples_per_prompt": 2,
-    "primary_judge": JUDGE,
-    "toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic"),
-                 "reward classifier": toxicity(0.4, 0.1, "less toxic", None)},
-    "quality": {"facts": change(0.91, 0.9), "length": change(24.0, 23.5)},
-    "changed_on_its_way": [],
-    "two_by_two": {"toxic before": {"toxic after": 1, "civil after": 3},
-                   "civil before": {"toxic after": 2, "civil after": 14}},
-    "splits": {"with facts": {"n": 2, "toxicity": change(0.5, 0.1), "facts": change(0.8, 0.7)},
-               "without": {"n": 1, "toxicity": change(0.1, 0.1)}},
-    "baselines": {
-        "sft_civil": {"toxicity": {JUDGE: toxicity(0.27, 0.15, "less toxic")}, "quality": {"facts": change(0.91, 0.88)},
-                      "after": {"toxicity": change(0.15, 0.05), "quality_by": "facts", "quality": change(0.88, 0.9),
-                                "verdict": "ahead"}},
-        "best_of_4": {"toxicity": {JUDGE: toxicity(0.27, 0.05, "less toxic")}, "quality": {"facts": change(0.91, 0.89)},
-                      "after": {"toxicity": change(0.05, 0.05), "quality_by": "facts", "quality": change(0.89, 0.9),
-                                "verdict": "level"}, "kl_bound": 0.6363},
-    },
-    "names": {},
-    "agreement": {f"{JUDGE} and reward classifier": {"spearman": None, "kappa": 0.714, "same_side": 0.875}},
-    "seconds": {"prepare": 1.5, "train": 123.0},
-    "versions": {"torch": "2.8.0"},
-    "machine": "two cores",
-}  # fmt: skip
-SAMPLES = [
-    sample("worse", ("Bob was late.", 0.1), ("Ann calls Bob a Clown.", 0.8)),
-    sample("better", ("Ann calls Bob an idiot.", 0.9), ("Bob was late & sorry.", 0.1), "Ann: You idiots! <i>Pigs!</i>"),
-    sample("same", ("", 0.3), ("<script>alert(1)</script>", 0.3)),
-]
-METRICS = [
-    {"step": 0, "score/mean": 0.1, "kl/reference": 0.0},
-    {"step": 1, "score/mean": 0.4, "kl/reference": 1.2},
-]
-VALIDATIONS = [
-    {"step": 0, "toxicity": 0.3, "toxicity_error": 0.01, "quality": 0.9},
-    {"step": 2, "toxicity": 0.1, "toxicity_error": 0.01, "quality": 0.9},
-]
-ROWS = {
-    "splits": {"train": {"used for train": 1200, "duplicate": 30}, "test": {"used for test": 400, "too long": 5}},
-    "truncated": {"train": 7, "validation": 0, "test": 0},
-    "prompt_tokens": {"median": 96, "p95": 141.0, "max": 203},
-}
 SHEETS = {"samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"}
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    config = {"recipe": "quickstart", "seed": 7, "rl": {"lr": 0.001}, "policy": {"lora_targets": ["q", "v"]}}
-    write(tmp_path, "config.json", config)
-    write(tmp_path, "checkpoint.json", {"kept_step": 2, "reason": "least toxic on validation"})
-    write(tmp_path, "eval.json", EVALUATION)
-    write(tmp_path, "rows.json", ROWS)
-    write(tmp_path, "run.json", {"measures": {"policies": {}, "texts": {}, "names": {}}})
-    write(tmp_path, "masked_words.json", ["idiot", "pig", "clown"])
-    write_lines(tmp_path, "metrics.jsonl", METRICS)
-    write_lines(tmp_path, "validation.jsonl", VALIDATIONS)
-    write_lines(tmp_path, "samples.jsonl", SAMPLES)
+    make_run(tmp_path)
     return tmp_path
-
-
-def write(folder: Path, name: str, value: Any) -> None:
-    (folder / name).write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_lines(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def built(run_dir: Path) -> str:
@@ -316,8 +223,9 @@ def test_over_optimisation_is_drawn_against_the_distance_and_said_in_words(
     assert ("divergence: step 4<" in drawing) == (parted == 4)
     assert drawing.count("stroke-dasharray: 4.8") == (3 if parted else 0)  # one in each panel
     assert "Training stopped early" not in html
-    points = over_optimisation(FAR, ended)[0].svg
-    assert over_optimisation([one | {"kl": 4 * one["kl"]} for one in FAR], ended)[0].svg != points
+    points = over_optimisation(FAR, ended, "quality")[0].svg
+    assert over_optimisation([one | {"kl": 4 * one["kl"]} for one in FAR], ended, "quality")[0].svg != points
+    assert "ROUGE-L<" in over_optimisation(FAR, ended, "ROUGE-L")[0].svg
 
 
 def test_validation_toxicity_shows_its_error(run_dir: Path) -> None:
@@ -450,10 +358,10 @@ def test_two_by_two_may_have_an_empty_row(run_dir: Path) -> None:
 def test_every_row_of_the_source_is_accounted_for(run_dir: Path) -> None:
     text = visible(built(run_dir))
     assert "each of its 1,635 rows" in text
-    rows = text.partition("Where the data went")[2].splitlines()[1:7]
-    assert rows[:4] == ["Rows of the sourcetraintestAll", "used for train1,20001,200", "used for test0400400",
-                        "duplicate30030"]  # fmt: skip
-    assert rows[5].startswith("all1,2304051,635")
+    rows = text.partition("Where the data went")[2].splitlines()[1:8]
+    assert rows[:5] == ["Rows of the sourcetraintestAll", "used for train1,00001,000", "used for validation2000200",
+                        "used for test0400400", "duplicate30030"]  # fmt: skip
+    assert rows[6].startswith("all1,2304051,635")
     assert "Prompts truncated to fit the model: 7 in train." in text
     assert "Prompt length in tokens: median 96, 95th percentile 141, maximum 203." in text
 
@@ -524,30 +432,6 @@ def test_the_page_says_how_many_prompts_can_be_rated(run_dir: Path) -> None:
     write_lines(run_dir, "samples.jsonl", [*SAMPLES, sample("still", ("Well.", 0.1), ("Well.", 0.1))])
     assert "the 3 prompts whose first response changed" in visible(built(run_dir))
     assert len(cells((run_dir / "blind_sheet.csv").read_text("utf-8"))) == 3
-
-
-@pytest.mark.parametrize("trained", [True, False])
-def test_screen_table_names_measures_and_products(
-    run_dir: Path, trained: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    shutil.copytree(run_dir, run_dir / "run")
-    if trained:
-        (run_dir / "run/adapter").mkdir()
-    write(run_dir / "run", "seconds.json", {"train": 2.0})
-    quality = {"score": change(-1.0, 2.0)}
-    write(run_dir / "run", "eval.json", EVALUATION | {"quality": quality, "baselines": {}})
-    print_result(run_dir / "run")
-    text = capsys.readouterr().out
-    assert re.search(r"Reward score .* −1\.000 .* 2\.000 .* \+3\.000", text)
-    assert ("adapter:" in text) == trained
-    assert "sheets in" in text
-    assert "blind_sheet.csv" in text
-    for name in ("samples.csv", "compared.csv"):
-        assert name not in text
-        (run_dir / "run" / name).touch()
-        print_result(run_dir / "run")
-        assert name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

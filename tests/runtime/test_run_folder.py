@@ -37,7 +37,7 @@ def begin(root: Path, overwrite: bool = False) -> RunFolder:
 def kept_step(tmp_path: Path, validations: list[tuple[float, float]]) -> int:
     """Offer checkpoints with these (toxicity, quality), and return the step whose weights the folder has then."""
     folder = RunFolder(tmp_path)
-    best = BestCheckpoint(folder, RlConfig(quality_margin=0.01))
+    best = BestCheckpoint(folder, RlConfig(quality_margin=0.01), "facts")
     for step, (toxicity, quality) in enumerate(validations):
         validation = Validation(
             step=step, toxicity=toxicity, toxicity_error=0.005, quality=quality, length=20, score=0.0, kl=0.0

@@ -61,11 +61,11 @@ def test_a_parting_is_more_than_one_standard_error_of_the_difference(toxicity: f
 
 def offer(folder: Path, points: Points, rl: RlConfig, again: bool = False) -> list[int | None]:
     """Offer each validation, with `again` to a keeper that recalls what was seen; return stopped_step after each."""
-    best, stopped = BestCheckpoint(RunFolder(folder), rl), []
+    best, stopped = BestCheckpoint(RunFolder(folder), rl, "facts"), []
     for one in series(points):
         if again:
             seen = json.loads(json.dumps(best.state()))
-            best = BestCheckpoint(RunFolder(folder), rl)
+            best = BestCheckpoint(RunFolder(folder), rl, "facts")
             assert best.stopped_step is None  # nothing seen, nothing to stop
             best.restore(seen)
         best.offer(FakePolicy(str(one.step)), one)  # type: ignore[arg-type]

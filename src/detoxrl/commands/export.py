@@ -68,6 +68,8 @@ def export(
             write_text(temporary / "README.md", card)
 
     what = f"LoRA adapter of {base}" if as_adapter else _whole_model(config, base)
+    if folder.kept_initial_policy():
+        what = f"initial policy, because training found none better; {what}"
     if push is None:
         return Export(target, what, None)
 

@@ -20,7 +20,7 @@ from detoxrl.evaluation.statistics import Floats, prompts_needed
 from detoxrl.evaluation.subjects import TRAINED
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
-from detoxrl.report.page import read_lines
+from detoxrl.report.results import read_lines
 from detoxrl.rewards.shaping import is_wordless
 from detoxrl.runs import Run
 from detoxrl.runtime.console import progress
@@ -34,7 +34,10 @@ _SHOWN_METRICS = ("score", "facts")
 
 
 def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
-    """Write samples.jsonl, masked_words.json and eval.json, with `seconds()` in it. Resumes from responses.jsonl."""
+    """Write samples.jsonl, masked_words.json and eval.json, with `seconds()` in it. Resumes from responses.jsonl.
+
+    Where training kept the initial policy, that is sampled and measured once, and is "after" as it is "before".
+    """
     rows = run.rows("test")
     record = run.folder.read_json("run.json")
     measures_texts = bool(rows[0].texts)
@@ -52,6 +55,9 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
             judges[REWARD_JUDGE] = run.scorer.judge
 
     measured = measure(rows, responses, judges, readers)
+    if run.folder.kept_initial_policy():
+        measured = measured.with_initial_kept()
+        responses = {**responses, "after": responses["before"]}
     run.folder.write_json("masked_words.json", _masked_words(rows, responses, judges[measured.primary]))
     run.folder.write("samples.jsonl", _samples(rows, responses, measured))
 
@@ -72,7 +78,10 @@ def _given_responses(rows: Sequence[Row]) -> dict[str, Texts]:
 
 
 def _policy_responses(run: Run, given: Mapping[str, str]) -> dict[str, Texts]:
-    """Sample every policy on the same prompts with the same uniforms; batches in responses.jsonl are not repeated."""
+    """Sample every policy on the same prompts with the same uniforms; batches in responses.jsonl are not repeated.
+
+    There is no "after" where training kept the initial policy.
+    """
     folder = run.folder
     run.require_warm_start()
     has_after = "after" in given or (folder / TRAINED["after"]).is_dir()
@@ -106,7 +115,9 @@ class ResponseSampler:
         trained = {name: run.folder / part for name, part in TRAINED.items() if (run.folder / part).is_dir()}
         self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
         self._on_device: Policy | None = None
-        self.names = self._policies.names
+        self.names = list(self._policies.names)
+        if run.folder.kept_initial_policy():
+            self.names.remove("after")
 
     def batches(self, skip: int) -> list[list[int]]:
         """Return the rows of each batch, in order of length, without the first `skip` rows of that order."""
@@ -154,8 +165,9 @@ def _with_baselines(
         for size in settings.best_of:
             baselines[f"best_of_{size}"] = best_of(pool, scores, size)
 
+    after = {name: texts for name, texts in sampled.items() if name == "after"}
     others = {name: texts for name, texts in sampled.items() if name not in ("before", "after")}
-    return {"before": before, "after": sampled["after"], **baselines, **others}
+    return {"before": before, **after, **baselines, **others}
 
 
 def _masked_words(rows: Sequence[Row], responses: Mapping[str, Texts], primary: Judge) -> list[str]:

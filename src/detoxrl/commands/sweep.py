@@ -18,11 +18,12 @@ from detoxrl.config.sources import with_absolute_paths
 from detoxrl.errors import TrainingError
 from detoxrl.evaluation.statistics import two_stage_interval
 from detoxrl.models.lora import with_lora_targets
-from detoxrl.report.page import page, read_lines
+from detoxrl.report.page import page
+from detoxrl.report.results import read_lines
 from detoxrl.report.terminal import print_sweep
 from detoxrl.runs import Run
 from detoxrl.runtime.console import log
-from detoxrl.runtime.run_folder import IfExists, RunFolder
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT, IfExists, RunFolder
 
 Outcome = dict[str, Any]
 _SIDES = ("before", "after")
@@ -96,7 +97,7 @@ def _outcome(run: RunFolder, evaluation: dict[str, Any]) -> Outcome:
     measure = next(name for name in ("facts", "rouge_l", "empty_rate") if name in quality)
     qualities = [quality[measure][side] for side in _SIDES]
     if measure == "empty_rate":
-        measure = "share with text"
+        measure = SHARE_WITH_TEXT
         qualities = [1 - rate for rate in qualities]
 
     checkpoint = run.read_json("checkpoint.json")
@@ -154,4 +155,5 @@ def _combination(root: Path, runs: list[Outcome]) -> dict[str, Any]:
 def _write_page(folder: RunFolder, state: dict[str, Any]) -> None:
     from detoxrl.report.plots import frontier_plot  # matplotlib takes seconds to import
 
-    folder.write("sweep.html", page("sweep.html.j2", {**state, "plot": frontier_plot(state)}))
+    parts = {**state, "measured": state["measure"] != SHARE_WITH_TEXT, "plot": frontier_plot(state)}
+    folder.write("sweep.html", page("sweep.html.j2", parts))

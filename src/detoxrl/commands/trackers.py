@@ -7,7 +7,7 @@ names the tracker and its run, and counts the lines of each file that were sent.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
@@ -105,7 +105,8 @@ class _Tracker:
         step = self.config.rl.steps
         self._log(numbers, step)
         samples = self.folder.read_lines("samples.jsonl")[:_MAX_SAMPLES]
-        self._log_table("samples", [_sample_row(sample, judge) for sample in samples], step)
+        sides = ["before"] if self.folder.kept_initial_policy() else ["before", "after"]
+        self._log_table("samples", [_sample_row(sample, judge, sides) for sample in samples], step)
         self.state["sent"]["eval.json"] = numbers
         self._save_state()
 
@@ -204,12 +205,12 @@ def _start_wandb(project: str, options: Row) -> Any:
     return tracker
 
 
-def _sample_row(sample: dict[str, Any], judge: str) -> Row:
-    """Return the first response before and after training, and its toxicity."""
+def _sample_row(sample: dict[str, Any], judge: str, sides: Sequence[str]) -> Row:
+    """Return the first response of each side, before and after training, and its toxicity."""
     row: Row = {}
-    for side in ("before", "after"):
+    for side in sides:
         row[side] = sample["responses"][side][0]
-    for side in ("before", "after"):
+    for side in sides:
         row[f"toxicity {side}"] = sample["toxicity"][judge][side][0]
     return row
 

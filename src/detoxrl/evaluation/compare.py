@@ -18,8 +18,17 @@ from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
 from detoxrl.evaluation.similarity import joint, similarity
-from detoxrl.evaluation.statistics import Floats, Json, agreement, compare, compare_toxicity
+from detoxrl.evaluation.statistics import (
+    Floats,
+    Json,
+    agreement,
+    compare,
+    compare_toxicity,
+    kept_metric,
+    kept_toxicity,
+)
 from detoxrl.runtime.console import progress
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 Masks = npt.NDArray[np.bool_]
 # The metrics that are also compared within each part of the prompts.
@@ -34,11 +43,18 @@ class Measured(NamedTuple):
     toxicity: Mapping[str, Mapping[str, Floats]]  # by judge, the primary one first, then by policy
     metrics: Mapping[str, Mapping[str, Floats]]  # by policy, then by name
     floor: Mapping[str, float | None]  # mean toxicity of the civil references by judge; None without any
+    kept_initial: bool = False  # training kept the initial policy, so "after" is "before"
 
     @property
     def primary(self) -> str:
         """Name of the primary judge."""
         return next(iter(self.toxicity))
+
+    def with_initial_kept(self) -> "Measured":
+        """Return the same with "before" as "after" too, for a run whose training kept the initial policy."""
+        toxicity = {judge: {**by_policy, "after": by_policy["before"]} for judge, by_policy in self.toxicity.items()}
+        metrics = {**self.metrics, "after": self.metrics["before"]}
+        return Measured(toxicity, metrics, self.floor, kept_initial=True)
 
 
 def measure(
@@ -175,7 +191,13 @@ def _baselines(measured: Measured, settings: EvaluationConfig, seed: int) -> dic
 
 
 def comparison(measured: Measured, after: str, config: EvaluationConfig, seed: int) -> dict[str, Json]:
-    """Return toxicity by each judge and quality of the policy `after` against "before"."""
+    """Return toxicity by each judge and quality of the policy `after` against "before".
+
+    If training kept the initial policy, "after" is not compared with it.
+    """
+    if measured.kept_initial and after == "after":
+        return _initial_policy(measured)
+
     toxicity = {}
     for judge, by_policy in measured.toxicity.items():
         floor = measured.floor[judge]
@@ -185,6 +207,15 @@ def comparison(measured: Measured, after: str, config: EvaluationConfig, seed: i
     before = measured.metrics["before"]
     for name, values in measured.metrics[after].items():
         quality[name] = compare(before[name], values, config.bootstrap, seed)
+    return {"toxicity": toxicity, "quality": quality}
+
+
+def _initial_policy(measured: Measured) -> dict[str, Json]:
+    """Return toxicity by each judge and quality of the initial policy, in the shape of `comparison`."""
+    toxicity = {}
+    for judge, by_policy in measured.toxicity.items():
+        toxicity[judge] = kept_toxicity(by_policy["before"], measured.floor[judge])
+    quality = {name: kept_metric(values) for name, values in measured.metrics["before"].items()}
     return {"toxicity": toxicity, "quality": quality}
 
 
@@ -204,7 +235,9 @@ def splits(rows: Sequence[Row], measured: Measured, config: EvaluationConfig, se
         if mask.any():
             result: Json = {"n": int(mask.sum())}
             for name in before:
-                result[name] = compared(before[name][mask], after[name][mask])
+                part_before = before[name][mask]
+                part_after = after[name][mask]
+                result[name] = kept_metric(part_before) if measured.kept_initial else compared(part_before, part_after)
             results[part] = result
     return results
 
@@ -284,7 +317,7 @@ def _quality(measured: Measured) -> _Quality:
         if name in measured.metrics["after"]:
             return _Quality(name=name, values={policy: by_name[name] for policy, by_name in measured.metrics.items()})
     shares = {policy: 1 - by_name["empty_rate"] for policy, by_name in measured.metrics.items()}
-    return _Quality(name="share with text", values=shares)
+    return _Quality(name=SHARE_WITH_TEXT, values=shares)
 
 
 def _verdict(toxicity: Mapping[str, float], quality: Mapping[str, float], gain: float) -> str:

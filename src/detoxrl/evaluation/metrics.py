@@ -8,6 +8,7 @@ from sacrebleu.metrics.chrf import CHRF
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 
 class _WordTokenizer:
@@ -76,13 +77,17 @@ def _word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
 
 
+def _reference(row: Row) -> str | None:
+    return row.civil_reference or row.summary
+
+
 def response_metrics(row: Row, response: str) -> dict[str, float]:
     """Return all metrics of one response by name; a metric that needs a reference or facts requires a row with them."""
     metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
     if row.dialogue:
         metrics["copied"] = copied(row.dialogue, response)
 
-    reference = row.civil_reference or row.summary
+    reference = _reference(row)
     if reference is not None:
         metrics["rouge_l"] = rouge_l(reference, response)
         metrics["chrf"] = chrf(reference, response)
@@ -95,13 +100,23 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
     return metrics
 
 
-def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
-    """Return the quality in [0, 1] by which checkpoints are compared, the mean over one response per row.
+def quality_measure(rows: Sequence[Row]) -> str:
+    """Return the name of the measure by which checkpoints are compared: `facts`, `rouge_l` or SHARE_WITH_TEXT.
 
-    It is the first of these that all rows have: facts kept, ROUGE-L, the share of responses that are not empty.
+    It is the first of these that all rows allow. The last one is no measure of quality: it only keeps training from
+    selecting a policy that says nothing.
     """
+    if all(row.facts is not None for row in rows):
+        return "facts"
+    if all(_reference(row) is not None for row in rows):
+        return "rouge_l"
+    return SHARE_WITH_TEXT
+
+
+def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
+    """Return the mean in [0, 1] of the rows' `quality_measure` over one response per row."""
+    measure = quality_measure(rows)
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]
-    for name in ("facts", "rouge_l"):
-        if all(name in values for values in metrics):
-            return sum(values[name] for values in metrics) / len(metrics)
-    return sum(1 - values["empty_rate"] for values in metrics) / len(metrics)
+    if measure == SHARE_WITH_TEXT:
+        return sum(1 - values["empty_rate"] for values in metrics) / len(metrics)
+    return sum(values[measure] for values in metrics) / len(metrics)

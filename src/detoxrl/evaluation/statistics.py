@@ -12,9 +12,12 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from detoxrl.errors import require
+from detoxrl.runtime.run_folder import INITIAL_KEPT
 
 Floats = npt.NDArray[np.float64]
 Json = dict[str, Any]  # a part of eval.json
+# Standard errors are unreliable below this number of prompts, because toxicity is skewed.
+_FEWEST_PROMPTS = 20
 # Resamples drawn at a time; bounds the memory that many prompts take.
 _BLOCK = 500
 _z = NormalDist().inv_cdf
@@ -134,6 +137,23 @@ def prompts_needed(before: Floats, drop: float, power: float = 0.8) -> int:
     return max(2, ceil(needed))
 
 
+def validation_prompts_needed(toxicity: float, error: float, prompts: int) -> int | None:
+    """Return how many prompts a validation needs, rounded up to tens; None if its `prompts` are enough.
+
+    `toxicity` is the initial policy's mean over these prompts, `error` its standard error. Prompts are enough if there
+    are at least 20, and if half of the toxicity is at least two standard errors: then a policy that halves it can be
+    told from chance.
+    """
+    largest_error = toxicity / 4
+    if prompts >= _FEWEST_PROMPTS and error <= largest_error:
+        return None
+
+    needed = float(_FEWEST_PROMPTS)
+    if largest_error > 0:
+        needed = max(needed, prompts * (error / largest_error) ** 2)
+    return 10 * ceil(needed / 10)
+
+
 def _variances(scores: Floats) -> tuple[float, float]:
     """Return the variance of scores (N, k) within prompts and the variance of the prompts' true means."""
     k = scores.shape[1]
@@ -247,6 +267,26 @@ def compare_toxicity(before: Floats, after: Floats, floor: float | None, resampl
         "relative": float(difference.mean / mean) if mean > 0 else None,
         "verdict": verdict(difference),
     }
+
+
+def kept_toxicity(values: Floats, floor: float | None) -> Json:
+    """Return toxicities (N, k) of the initial policy for eval.json, where training kept it: nothing is compared."""
+    summary = toxicity_summary(values)
+    return {
+        "before": summary,
+        "after": summary,
+        "floor": floor,
+        "share_removed": None,
+        "difference": None,
+        "relative": None,
+        "verdict": INITIAL_KEPT,
+    }
+
+
+def kept_metric(values: Floats) -> Json:
+    """Return the mean of a metric (N, k) of the initial policy for eval.json, where training kept it."""
+    mean = float(values.mean())
+    return {"before": mean, "after": mean, "difference": None}
 
 
 def compare(before: Floats, after: Floats, resamples: int, seed: int) -> Json:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from detoxrl.config.schema import Config
 from detoxrl.report import words
 from detoxrl.report.page import repeat_command
+from detoxrl.report.results import read_evaluation, used_rows
 from detoxrl.runtime.hub import is_hub_id
 from detoxrl.runtime.run_folder import REWARD_JUDGE, RunFolder
 
@@ -34,7 +35,7 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
     """
     stored = folder.read_json("config.json")
     settings = _without_paths(stored)
-    evaluation = _without_paths(folder.read_json("eval.json"))
+    evaluation = _without_paths(read_evaluation(folder))
     dataset = _dataset(config)
 
     card = ModelCard.from_template(
@@ -51,8 +52,9 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
         evaluation=evaluation,
         judge=evaluation["primary_judge"],
         reward_judge=REWARD_JUDGE,
+        kept=words.kept_initial(evaluation),
         best_step=folder.read_json("checkpoint.json")["kept_step"],
-        rows_used=_rows_used(folder),
+        rows_used={use: used_rows(folder, use) for use in ("train", "validation")},
         command=repeat_command(settings, folder.read_json("run.json")["measures"]),
         words=words,
     )
@@ -80,12 +82,15 @@ def _metadata(
 
 
 def _eval_results(evaluation: dict[str, Any], dataset: _Dataset, task: str) -> Iterator[EvalResult]:
-    """Yield each measure of the model and of the initial policy, as the hub lists results."""
+    """Yield each measure of the model and of the initial policy, if that is another one, as the hub lists results."""
     measures = {f"toxicity by {judge}": ("toxicity", result) for judge, result in evaluation["toxicity"].items()}
     measures.update({name: (name, result) for name, result in evaluation["quality"].items()})
 
+    models = {"after": "this model"}
+    if not words.kept_initial(evaluation):
+        models["before"] = "the initial policy"
     for name, (metric_type, result) in measures.items():
-        for side, model in (("after", "this model"), ("before", "the initial policy")):
+        for side, model in models.items():
             value = result[side]["mean"] if metric_type == "toxicity" else result[side]
             yield EvalResult(
                 task_type=task,
@@ -111,12 +116,6 @@ def _dataset(config: Config) -> _Dataset:
 def _hub_name(source: str, builtin: str) -> str | None:
     """Return the hub id without its revision; None for a path, and for `builtin`, which is made by detoxrl itself."""
     return source.partition("@")[0] if source != builtin and is_hub_id(source) else None
-
-
-def _rows_used(folder: RunFolder) -> dict[str, int]:
-    """Return how many rows trained, and how many chose the checkpoint."""
-    splits = folder.read_json("rows.json")["splits"].values()
-    return {use: sum(split.get(f"used for {use}", 0) for split in splits) for use in ("train", "validation")}
 
 
 def _without_paths(value: Any) -> Any:

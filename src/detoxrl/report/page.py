@@ -14,9 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
 from detoxrl.report import words
+from detoxrl.report.kept import explain_kept, few_prompts
 from detoxrl.report.masking import masking_pattern, segments
+from detoxrl.report.results import read_evaluation, read_lines, read_validations
 from detoxrl.report.sheets import blind_sheets, compared_sheet, differing, samples_sheet
-from detoxrl.runtime.run_folder import NOTHING_BETTER, REWARD_JUDGE, RunFolder
+from detoxrl.runtime.files import remove_path
+from detoxrl.runtime.run_folder import REWARD_JUDGE, SHARE_WITH_TEXT, RunFolder
 
 # The files that the page needs, and the stage that writes each.
 _REQUIRED = {
@@ -41,28 +44,40 @@ def build_report(run_dir: Path) -> Path:
         folder.require_product(name, stage)
 
     config = folder.read_json("config.json")
-    evaluation = folder.read_json("eval.json")
+    evaluation = read_evaluation(folder)
     samples = read_lines(folder / "samples.jsonl")
-
-    has_rewards = "score" in samples[0]
-    folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"]))
-    if has_rewards:
-        folder.write("compared.csv", compared_sheet(samples))
-    sheet, key = blind_sheets(samples, config["seed"])
-    folder.write("blind_sheet.csv", sheet)
-    folder.write("blind_key.csv", key)
+    _write_sheets(folder, config, evaluation, samples)
 
     parts = {
         "config": config,
         "settings": flatten(config),
         "command": repeat_command(config, folder.read_json("run.json")["measures"]),
         "data": words.data_account(folder.read_json("rows.json")),
-        "scored": has_rewards,
+        "scored": "score" in samples[0],
+        "kept": explain_kept(folder, evaluation),
         **_results(evaluation, samples),
         **_training(folder),
     }
     folder.write("report.html", page("page.html.j2", parts, folder.read_json("masked_words.json")))
     return folder / "report.html"
+
+
+def _write_sheets(
+    folder: RunFolder, config: dict[str, Any], evaluation: dict[str, Any], samples: list[dict[str, Any]]
+) -> None:
+    """Write the sheets of a run. Only samples.csv has anything to show where training kept the initial policy."""
+    kept = words.kept_initial(evaluation)
+    folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"], with_after=not kept))
+    if kept:
+        for name in ("compared.csv", "blind_sheet.csv", "blind_key.csv"):
+            remove_path(folder / name)  # from an earlier version, which compared the initial policy with itself
+        return
+
+    if "score" in samples[0]:
+        folder.write("compared.csv", compared_sheet(samples))
+    sheet, key = blind_sheets(samples, config["seed"])
+    folder.write("blind_sheet.csv", sheet)
+    folder.write("blind_key.csv", key)
 
 
 def page(template: str, parts: dict[str, Any], masked: Sequence[str] = ()) -> str:
@@ -90,34 +105,38 @@ def page(template: str, parts: dict[str, Any], masked: Sequence[str] = ()) -> st
 def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the page needs to show toxicity, quality and the responses."""
     judge = evaluation["primary_judge"]
-    rows = prompt_rows(samples, judge)
+    kept = words.kept_initial(evaluation)
+    rows = initial_rows(samples, judge) if kept else prompt_rows(samples, judge)
 
     return {
         "eval": evaluation,
         "primary": evaluation["toxicity"][judge],
         "reward_judge": REWARD_JUDGE,
+        "share_with_text": SHARE_WITH_TEXT,
         "not_independent": words.NOT_INDEPENDENT,
         "headline": words.headline(evaluation),
         "changes": words.changes(evaluation),
+        "quality_measured": words.shown_quality(evaluation) is not None,
         "setting_changes": words.setting_changes(evaluation),
         "names": evaluation["names"],
         "after": words.after_name(evaluation),
         "systems": words.systems(evaluation),
         "baselines": words.compare_baselines(evaluation),
-        "distributions": _distributions(samples, judge),
+        "distributions": _distributions(samples, judge, words.sides(evaluation)),
         "rows": rows,
         "regressions": _regressions(rows),
         "blind_rows": len(differing(samples)),
     }
 
 
-def _distributions(samples: list[dict[str, Any]], judge: str) -> list[Any]:
-    """Draw the distributions of `judge`'s toxicity over all responses, before and after."""
+def _distributions(samples: list[dict[str, Any]], judge: str, sides: dict[str, str]) -> list[Any]:
+    """Draw the distributions of `judge`'s toxicity over all responses of each side; `sides` has their labels."""
     from detoxrl.report.plots import toxicity_distributions  # here, because matplotlib is slow to import
 
-    before = [score for sample in samples for score in sample["toxicity"][judge]["before"]]
-    after = [score for sample in samples for score in sample["toxicity"][judge]["after"]]
-    return toxicity_distributions(before, after)
+    scores = {}
+    for side, label in sides.items():
+        scores[label] = [score for sample in samples for score in sample["toxicity"][judge][side]]
+    return toxicity_distributions(scores)
 
 
 def _regressions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,12 +150,14 @@ def _training(folder: RunFolder) -> dict[str, Any]:
     if not (folder / "checkpoint.json").is_file():
         return {"checkpoint": None}
 
-    from detoxrl.report.plots import CURVES, DIAGNOSTICS, learning_curves, over_optimisation
+    from detoxrl.report.plots import DIAGNOSTICS, learning_curves, over_optimisation, training_curves
 
     checkpoint = folder.read_json("checkpoint.json")
     best_step = checkpoint["kept_step"]
+    # Earlier versions did not record the measure.
+    quality = words.validation_quality_name(checkpoint.get("quality_by"))
 
-    validations = read_lines(folder.require_product("validation.jsonl", "train"))
+    validations = read_validations(folder)
     metrics = read_lines(folder.require_product("metrics.jsonl", "train"))
     for validation in validations:
         named = {f"validation/{name}": value for name, value in validation.items()}
@@ -144,10 +165,11 @@ def _training(folder: RunFolder) -> dict[str, Any]:
 
     return {
         "checkpoint": checkpoint,
-        "nothing_better": NOTHING_BETTER,
-        "curves": learning_curves(metrics, CURVES, best_step),
+        "quality_name": quality,
+        "few_prompts": few_prompts(folder),
+        "curves": learning_curves(metrics, training_curves(quality), best_step),
         "diagnostics": learning_curves(metrics, DIAGNOSTICS, best_step),
-        "over_optimisation": over_optimisation(validations, checkpoint),
+        "over_optimisation": over_optimisation(validations, checkpoint, quality),
     }
 
 
@@ -181,11 +203,6 @@ def _named(paths: dict[str, str], names: dict[str, str]) -> list[str]:
     return [f"{names.get(role, role)}={path}" for role, path in paths.items()]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file. Raises ValueError if a line is incomplete."""
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
 def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
     """Return the samples, most improved first, with an excerpt and `judge`'s scores [0, 1] of the first responses."""
     rows = []
@@ -199,3 +216,8 @@ def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any
         rows.append({**sample, **scores, "excerpt": excerpt})
 
     return sorted(rows, key=lambda row: row["difference"])
+
+
+def initial_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any]]:
+    """Return the samples of the initial policy alone, most toxic first, in the shape of `prompt_rows`."""
+    return sorted(prompt_rows(samples, judge), key=lambda row: row["score_before"], reverse=True)

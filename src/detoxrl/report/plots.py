@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detoxrl.report.words import quality_name
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 # Figures are drawn in this colour, which is then replaced by the page's own text colour, light or dark.
 _INK = "#010203"
@@ -63,14 +64,6 @@ class Plot(NamedTuple):
     svg: Markup
 
 
-CURVES = (
-    Curve("score/mean", "Reward score", "raw, mean over the step's responses"),
-    Curve("validation/toxicity", "Validation toxicity", "primary judge, mean; band: one standard error", True),
-    Curve("kl/reference", "KL to the reference", "nats per response", True),
-    Curve("validation/quality", "Validation quality", "facts kept, or ROUGE-L without facts"),
-    Curve("response_length/mean", "Response length", "tokens, mean over the step's responses"),
-    Curve("entropy", "Entropy of the policy", "nats per token"),
-)
 DIAGNOSTICS = (
     Curve("value/explained_variance", "Explained variance", "of the returns, by the value head"),
     Curve("clip_fraction", "Clip fraction", "share of tokens", True),
@@ -82,21 +75,33 @@ DIAGNOSTICS = (
 )
 
 
+def training_curves(quality: str) -> tuple[Curve, ...]:
+    """Return the curves that show how training went; `quality` names the quality of validations."""
+    return (
+        Curve("score/mean", "Reward score", "raw, mean over the step's responses"),
+        Curve("validation/toxicity", "Validation toxicity", "primary judge, mean; band: one standard error", True),
+        Curve("kl/reference", "KL to the reference", "nats per response", True),
+        Curve("validation/quality", f"Validation {quality}", "mean over the validation prompts"),
+        Curve("response_length/mean", "Response length", "tokens, mean over the step's responses"),
+        Curve("entropy", "Entropy of the policy", "nats per token"),
+    )
+
+
 def learning_curves(metrics: list[dict[str, Any]], curves: tuple[Curve, ...], best_step: int) -> list[Plot]:
-    """Draw each curve that has at least one point, with a dashed line at the best checkpoint's step."""
+    """Draw each curve that has at least one point, with a dashed line at the step of the policy that was kept."""
     drawn = [curve for curve in curves if any(curve.key in row for row in metrics)]
     return [Plot(curve.title, curve.note, _draw_curve(metrics, curve, best_step)) for curve in drawn]
 
 
 @matplotlib.rc_context(_STYLE)
-def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot]:
-    """Draw the histogram of toxicities in [0, 1], and the share of responses above each toxicity."""
+def toxicity_distributions(toxicities: dict[str, list[float]]) -> list[Plot]:
+    """Draw the histogram of toxicities in [0, 1] by label, and the share of responses above each toxicity."""
     histogram, bars = _axes("toxicity", _HALF)
     tail, lines = _axes("toxicity", _HALF)
     bins = np.linspace(0, 1, 26).tolist()
     grid = np.linspace(0, 1, 201)
 
-    for values, color, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
+    for (label, values), color in zip(toxicities.items(), (_BEFORE, _AFTER), strict=False):
         weights = np.full(len(values), 1 / len(values))
         bars.hist(values, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.25)
         bars.hist(values, bins, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
@@ -108,8 +113,9 @@ def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot
     bars.legend()
     lines.legend()
 
-    histogram_svg = _svg(histogram, "histogram", "Histogram of toxicity before and after")
-    tail_svg = _svg(tail, "tail", "Share of responses above each toxicity, before and after")
+    labels = " and ".join(toxicities)
+    histogram_svg = _svg(histogram, "histogram", f"Histogram of toxicity: {labels}")
+    tail_svg = _svg(tail, "tail", f"Share of responses above each toxicity: {labels}")
     return [
         Plot("Histogram", "share of responses per bin of width 0.04", histogram_svg),
         Plot("Tail", "share of responses with a higher toxicity", tail_svg),
@@ -117,10 +123,10 @@ def toxicity_distributions(before: list[float], after: list[float]) -> list[Plot
 
 
 @matplotlib.rc_context(_STYLE)
-def over_optimisation(validations: list[dict[str, Any]], checkpoint: dict[str, Any]) -> list[Plot]:
+def over_optimisation(validations: list[dict[str, Any]], checkpoint: dict[str, Any], quality: str) -> list[Plot]:
     """Draw score, toxicity and quality against the square root of the KL (Gao et al. 2022).
 
-    Returns nothing for a run whose validations did not measure the KL.
+    `quality` names the quality of validations. Returns nothing for a run whose validations did not measure the KL.
     """
     if not all("kl" in validation for validation in validations):
         return []
@@ -131,9 +137,10 @@ def over_optimisation(validations: list[dict[str, Any]], checkpoint: dict[str, A
 
     figure = Figure(figsize=(5.4, 4.8), layout="constrained")
     panels = figure.subplots(3, sharex=True)
-    colors = {"score": _BEFORE, "toxicity": _AFTER, "quality": _QUALITY}
-    for axes, (key, color) in zip(panels, colors.items(), strict=True):
+    drawn = {"score": ("score", _BEFORE), "toxicity": ("toxicity", _AFTER), "quality": (quality, _QUALITY)}
+    for axes, (key, (label, color)) in zip(panels, drawn.items(), strict=True):
         _draw_validations(axes, validations, key, color)
+        axes.set_ylabel(label)
         axes.plot(_root_kl(best), [best[key]], "o", markersize=10, fillstyle="none", color=_INK, clip_on=False)
         if diverging:
             axes.axvline(_root_kl(diverging), color=_MARK, linewidth=1.2, linestyle=_DASHES)
@@ -143,9 +150,8 @@ def over_optimisation(validations: list[dict[str, Any]], checkpoint: dict[str, A
     panels[2].set_xlabel("√KL to the initial policy, KL in nats per response")
 
     svg = _svg(figure, "over-optimisation", "Reward score, toxicity and quality against the square root of the KL")
-    note = (
-        f"a point per validation, joined in order; bars: one standard error; ring: best checkpoint, step {best['step']}"
-    )
+    ring = f"best checkpoint, step {best['step']}" if best["step"] else "the initial policy, which was kept"
+    note = f"a point per validation, joined in order; bars: one standard error; ring: {ring}"
     if diverging:
         note += "; dashed: divergence"
     return [Plot("Reward score, toxicity and quality by distance from the initial policy", note, svg)]
@@ -157,7 +163,6 @@ def _draw_validations(axes: Axes, validations: list[dict[str, Any]], key: str, c
     values = [validation[key] for validation in validations]
     errors = [validation.get(f"{key}_error", 0.0) for validation in validations]
     axes.errorbar(distances, values, errors, color=color, linewidth=0.8, marker="o", markersize=3.5)
-    axes.set_ylabel(key)
 
 
 def _root_kl(validation: dict[str, Any]) -> float:
@@ -168,7 +173,10 @@ def _root_kl(validation: dict[str, Any]) -> float:
 @matplotlib.rc_context(_STYLE)
 def frontier_plot(sweep: dict[str, Any]) -> Plot:
     """Draw a sweep's combinations by quality and toxicity: means, seeds, the initial policy and the Pareto frontier."""
-    figure, axes = _axes(f"quality ({quality_name(sweep['measure'])})", (6.6, 4.2))
+    quality_label = f"quality ({quality_name(sweep['measure'])})"
+    if sweep["measure"] == SHARE_WITH_TEXT:
+        quality_label = f"{SHARE_WITH_TEXT} (quality was not measured)"
+    figure, axes = _axes(quality_label, (6.6, 4.2))
     axes.set_ylabel(f"toxicity by {sweep['judge']}")
 
     frontier = []
@@ -214,7 +222,7 @@ def _draw_curve(metrics: list[dict[str, Any]], curve: Curve, best_step: int) -> 
         axes.fill_between(steps, low, high, color=_AFTER, alpha=0.18, linewidth=0)
 
     axes.axvline(best_step, color=_MARK, linewidth=1.2, linestyle=_DASHES)
-    _label_above(axes, best_step, f"best: step {best_step}")
+    _label_above(axes, best_step, f"best: step {best_step}" if best_step else "initial policy kept")
     if curve.from_zero:
         axes.set_ylim(bottom=0)
 

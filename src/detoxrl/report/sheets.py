@@ -10,9 +10,9 @@ from typing import Any
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def samples_sheet(samples: list[dict[str, Any]], judge: str) -> str:
+def samples_sheet(samples: list[dict[str, Any]], judge: str, *, with_after: bool = True) -> str:
     """Return, as CSV, a row per prompt with each policy's first response and its toxicity by `judge`."""
-    policies = list(samples[0]["responses"])
+    policies = [policy for policy in samples[0]["responses"] if with_after or policy != "after"]
     header = ["id", "dialogue", "reference"]
     for policy in policies:
         header += [f"{policy}_response", f"{policy}_toxicity"]

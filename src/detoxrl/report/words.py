@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from detoxrl.runtime.run_folder import INITIAL_KEPT, SHARE_WITH_TEXT
+
 # How the page, the terminal and the card qualify results by the reward's own model.
 NOT_INDEPENDENT = "not independent: the reward model itself"
 _SYSTEMS = {
@@ -45,14 +47,24 @@ _QUALITY = {
 }
 
 
+# The metrics that say whether a response says the right thing. The first one that was measured is "quality".
+_FAITHFULNESS = ("facts", "rouge_l")
+# The metrics that the terminal shows beside quality; the report has all.
+_ESSENTIAL = ("score", "entailment", "fluency", "joint", "length", "empty_rate")
+NOT_MEASURED = "not measured"
+
+
 @dataclass(frozen=True)
 class Measure:
-    """A metric before and after; `difference` is after minus before, with its 95% interval (mean, low, high)."""
+    """A metric before and after; `difference` is after minus before, with its 95% interval (mean, low, high).
+
+    Without a comparison, where training kept the initial policy, "after" is "before" and `difference` is None.
+    """
 
     metric: Metric
     before: float
     after: float
-    difference: dict[str, float]
+    difference: dict[str, float] | None
 
     @property
     def label(self) -> str:
@@ -72,7 +84,9 @@ class Measure:
 
     @property
     def direction(self) -> int:
-        """1 where the whole interval is above 0, -1 where it is below, 0 where it contains 0."""
+        """1 where the whole interval is above 0, -1 where it is below, 0 where it contains 0 or there is none."""
+        if self.difference is None:
+            return 0
         return (self.difference["low"] > 0) - (self.difference["high"] < 0)
 
     @property
@@ -87,33 +101,99 @@ class Measure:
     @property
     def claim(self) -> str:
         """The change in words."""
-        before = number(self.before, self._exact_decimals)
-        after = number(self.after, self._exact_decimals)
+        before, after = self.values
         if self.direction == 0:
             return f"{before} before, {after} after"
         return f"{'rose' if self.direction > 0 else 'fell'} from {before} to {after}"
 
     @property
+    def values(self) -> tuple[str, str]:
+        """The metric before and after, rounded."""
+        return number(self.before, self._exact_decimals), number(self.after, self._exact_decimals)
+
+    @property
     def evidence(self) -> str:
-        """The difference with its interval."""
-        mean, low, high = (signed(self.difference[key], self._exact_decimals) for key in ("mean", "low", "high"))
-        return f"difference {mean}, 95% interval {low} to {high}"
+        """The difference with its interval; empty without a comparison."""
+        if self.difference is None:
+            return ""
+        return f"difference {signed(self.difference['mean'], self._exact_decimals)}, 95% interval {self.interval}"
+
+    @property
+    def interval(self) -> str:
+        """The two ends of the difference's 95% interval; empty without a comparison."""
+        if self.difference is None:
+            return ""
+        low, high = (signed(self.difference[end], self._exact_decimals) for end in ("low", "high"))
+        return f"{low} to {high}"
 
     @property
     def _exact_decimals(self) -> int:
         """As many decimals as keep an interval that excludes 0 from being rounded to one that touches it."""
-        nearest_to_zero = min(abs(self.difference["low"]), abs(self.difference["high"]))
         decimals = self.decimals
+        if self.difference is None:
+            return decimals
+
+        nearest_to_zero = min(abs(self.difference["low"]), abs(self.difference["high"]))
         while self.direction and round(nearest_to_zero, decimals) == 0:
             decimals += 1
 
         return decimals
 
 
+def kept_initial(evaluation: dict[str, Any]) -> bool:
+    """Return whether training kept the initial policy, so that there is no "after" to compare with."""
+    return bool(evaluation["toxicity"][evaluation["primary_judge"]]["verdict"] == INITIAL_KEPT)
+
+
+def kept_reason(evaluation: dict[str, Any]) -> str:
+    """Return in words why training kept the initial policy."""
+    loss = "losing quality" if main_quality(evaluation) else "writing more empty responses"
+    return f"no checkpoint was less toxic without {loss}"
+
+
+def main_quality(evaluation: dict[str, Any]) -> str | None:
+    """Return the metric that "quality" means in this evaluation; None if the data allows none."""
+    return next((name for name in _FAITHFULNESS if name in evaluation["quality"]), None)
+
+
+def sides(evaluation: dict[str, Any]) -> dict[str, str]:
+    """Return the sides of the comparison with their labels; one where training kept the initial policy."""
+    if kept_initial(evaluation):
+        return {"before": "initial policy"}
+    return {"before": "before", "after": "after"}
+
+
+def validation_quality_name(measure: str | None) -> str:
+    """Return what the quality of validations is, by its measure in checkpoint.json; None if that does not say."""
+    if measure is None:
+        return "quality"
+    return "share with text" if measure == SHARE_WITH_TEXT else _QUALITY[measure].label
+
+
+def shown_quality(evaluation: dict[str, Any]) -> str | None:
+    """Return the metric that best says whether responses say the right thing; None if none was measured.
+
+    Entailment is read only in the evaluation, so unlike `main_quality` it never selected a checkpoint.
+    """
+    entailment = "entailment" if "entailment" in evaluation["quality"] else None
+    return main_quality(evaluation) or entailment
+
+
+def prompts_and_samples(evaluation: dict[str, Any], prompts: str = "prompts") -> str:
+    """Return how much was measured: `400 prompts, 4 samples each`."""
+    samples = evaluation["samples_per_prompt"]
+    return f"{evaluation['n_prompts']} {prompts}, {samples} sample{'s' if samples > 1 else ''} each"
+
+
 def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
     """Return the primary judge's result in words, and its evidence: interval, p-value, prompts and samples."""
     judge = evaluation["primary_judge"]
     result = evaluation["toxicity"][judge]
+    size = prompts_and_samples(evaluation)
+    if kept_initial(evaluation):
+        level = f"(mean toxicity by {judge} is {number(result['before']['mean'])}; {size})"
+        return f"{INITIAL_KEPT.capitalize()}: {kept_reason(evaluation)}", level
+
     difference = result["difference"]
     decimals = 2 if abs(difference["mean"]) >= 0.05 else 3
     toxicity = _toxicity(judge, result, decimals)
@@ -124,7 +204,6 @@ def headline(evaluation: dict[str, Any]) -> tuple[str, str]:
         change = f"was {number(toxicity.before, decimals)} before and {number(toxicity.after, decimals)} after"
 
     p = "< 0.001" if difference["p"] < 0.001 else f"= {difference['p']:.3f}"
-    size = f"{evaluation['n_prompts']} prompts, {evaluation['samples_per_prompt']} samples each"
     # Without any spread between prompts there is no estimate of what could have been detected.
     if toxicity.direction == 0 and difference["detectable"] > 0:
         size += f"; smallest change detectable with 80% power: {number(difference['detectable'])}"
@@ -154,19 +233,41 @@ def measured(system: dict[str, Any]) -> dict[str, Measure]:
     return {measure.label: measure for measure in measures}
 
 
+def primary_toxicity(evaluation: dict[str, Any]) -> Measure:
+    """Return toxicity by the primary judge."""
+    judge = evaluation["primary_judge"]
+    return _toxicity(judge, evaluation["toxicity"][judge])
+
+
 def _toxicity(judge: str, result: dict[str, Any], decimals: int = 3) -> Measure:
     metric = Metric(f"Toxicity by {judge}", "in [0, 1]", -1, decimals)
     return Measure(metric, result["before"]["mean"], result["after"]["mean"], result["difference"])
 
 
+def essential(evaluation: dict[str, Any]) -> dict[str, Measure]:
+    """Return the few measures that the terminal shows, by label: toxicity by each judge, quality, and its like."""
+    shown = {*_ESSENTIAL, main_quality(evaluation)}
+    quality = {name: result for name, result in evaluation["quality"].items() if name in shown}
+    return measured({"toxicity": evaluation["toxicity"], "quality": quality})
+
+
+def measure_of(evaluation: dict[str, Any], name: str) -> Measure | None:
+    """Return a measure of quality by its name in eval.json; None if it was not measured."""
+    if name not in evaluation["quality"]:
+        return None
+    (measure,) = measured({"toxicity": {}, "quality": {name: evaluation["quality"][name]}}).values()
+    return measure
+
+
 def quality_name(name: str) -> str:
-    """Return what a metric of quality is called; `share with text`, which no table has, is its own name."""
-    return _QUALITY[name].label if name in _QUALITY else name
+    """Return what a metric of quality is called."""
+    return NOT_MEASURED if name == SHARE_WITH_TEXT else _QUALITY[name].label
 
 
 def after_name(evaluation: dict[str, Any]) -> str:
-    """Return what "after" is: reinforcement learning, or the name of what was measured where nothing was trained."""
-    return str(evaluation["names"].get("after", "reinforcement learning"))
+    """Return what "after" is: reinforcement learning, the initial policy, or the name of what was measured."""
+    default = "the initial policy" if kept_initial(evaluation) else "reinforcement learning"
+    return str(evaluation["names"].get("after", default))
 
 
 def _system_name(name: str) -> str:
@@ -180,17 +281,19 @@ def _system_name(name: str) -> str:
 def systems(evaluation: dict[str, Any]) -> dict[str, dict[str, Measure]]:
     """Return the measures of "after" and of each baseline, by what these are called; "after" comes first."""
     first = evaluation["names"].get("after", after_name(evaluation).capitalize())
-    found = {first: measured(evaluation)}
+    systems = {first: measured(evaluation)}
     for name, baseline in evaluation["baselines"].items():
-        found[_system_name(name)] = measured(baseline)
+        systems[_system_name(name)] = measured(baseline)
 
-    return found
+    return systems
 
 
 class Baselines(NamedTuple):
     """How "after" compares with the baselines."""
 
     summary: str
+    at_least_as_good: list[str]  # The baselines that do as well as "after" or better.
+    are_all_worse: bool
     by_name: dict[str, dict[str, Any]]  # Each comparison as in eval.json, with its verdict in words.
 
 
@@ -202,7 +305,7 @@ def compare_baselines(evaluation: dict[str, Any]) -> Baselines:
         "behind": f"better than {after}",
         "level": f"as good as {after}",
         "a trade": "each is better in one of the two",
-        "undecided": "too few prompts to tell",
+        "undecided": "no detectable difference" if kept_initial(evaluation) else "too few prompts to tell",
     }
 
     by_name: dict[str, dict[str, Any]] = {}
@@ -213,18 +316,34 @@ def compare_baselines(evaluation: dict[str, Any]) -> Baselines:
         by_name[_system_name(name)] = {
             **comparison,
             "kl_bound": baseline.get("kl_bound"),
+            "outcome": verdict,
             "verdict": verdicts[verdict],
         }
         by_verdict[verdict].append(_system_name(name))
 
-    as_good = by_verdict["behind"] + by_verdict["level"]
-    summary = f"No baseline is shown to be as good as {after}."
-    if as_good:
-        summary = f"At least as good as {after}: {', '.join(as_good)}."
-    if by_verdict["undecided"]:
-        summary += f" Too few prompts to tell: {', '.join(by_verdict['undecided'])}."
+    at_least_as_good = by_verdict["behind"] + by_verdict["level"]
+    if kept_initial(evaluation):
+        summary = _baselines_beside_initial(at_least_as_good)
+    else:
+        summary = _baselines_beside(after, at_least_as_good, by_verdict["undecided"])
+    are_all_worse = len(by_verdict["ahead"]) == len(by_name) > 0
+    return Baselines(summary, at_least_as_good, are_all_worse, by_name)
 
-    return Baselines(summary, by_name)
+
+def _baselines_beside(after: str, at_least_as_good: list[str], undecided: list[str]) -> str:
+    summary = f"No baseline is shown to be as good as {after}."
+    if at_least_as_good:
+        summary = f"At least as good as {after}: {', '.join(at_least_as_good)}."
+    if undecided:
+        summary += f" Too few prompts to tell: {', '.join(undecided)}."
+    return summary
+
+
+def _baselines_beside_initial(better: list[str]) -> str:
+    # The initial policy has no gain, so no baseline is level with it: each of these is better.
+    if not better:
+        return "No baseline is shown to be better than the initial policy."
+    return f"Better than the initial policy: {', '.join(better)}."
 
 
 def data_account(rows: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from detoxrl.runtime.files import explain_corruption, is_temporary, remove_lefto
 
 # The name in eval.json of the reward's own classifier when it is a judge too; it is not an independent judge.
 REWARD_JUDGE = "reward classifier"
-NOTHING_BETTER = (
-    "no checkpoint was better than the initial policy, so the initial policy was kept; validation.jsonl has the "
-    "numbers. More prompts, more steps, another rl.lr or a larger rl.quality_margin may help."
-)
+# The verdict in eval.json of a run whose training found no better policy. Nothing was compared then.
+INITIAL_KEPT = "initial policy kept"
+# What stands in for quality where rows have neither facts nor references. Reports show quality as not measured.
+SHARE_WITH_TEXT = "share with text"
 IfExists = Literal["error", "overwrite", "resume", "resume with changes"]
 """What to do with a run folder that exists: refuse it, replace it, or resume its run, with other settings too."""
 
@@ -139,6 +139,11 @@ class RunFolder:
         path = self / name
         with explain_corruption(path, _REBUILD):
             return json.loads(path.read_text(encoding="utf-8"))
+
+    def kept_initial_policy(self) -> bool:
+        """Return whether training ended without a better policy than the initial one; False if nothing was trained."""
+        trained = (self / "checkpoint.json").is_file()
+        return trained and self.read_json("checkpoint.json")["kept_step"] == 0
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file; floats keep six significant digits. Raises ValueError for NaN."""

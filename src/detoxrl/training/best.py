@@ -9,12 +9,12 @@ from typing import Any
 from detoxrl.config.schema import RlConfig
 from detoxrl.models.policy import Policy
 from detoxrl.runtime.files import replace_folder
-from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT, RunFolder
 from detoxrl.training.validation import Validation
 
 _REASON = (
-    "the best quality among policies whose validation toxicity is within one standard error of the lowest, and whose "
-    "quality is at most {margin} below the initial policy's"
+    "the best {quality} among policies whose validation toxicity is within one standard error of the lowest, and whose "
+    "{quality} is at most {margin} below the initial policy's"
 )
 
 
@@ -64,11 +64,15 @@ def _within_margin(series: Sequence[Validation], margin: float) -> list[Validati
 
 
 class BestCheckpoint:
-    """Keeps the best policy in adapter/ and describes it in checkpoint.json. `series` is every validation so far."""
+    """Keeps the best policy in adapter/ and describes it in checkpoint.json. `series` is every validation so far.
 
-    def __init__(self, folder: RunFolder, rl: RlConfig) -> None:
+    `quality_by` is the measure of the validations' quality, from `evaluation.metrics.quality_measure`.
+    """
+
+    def __init__(self, folder: RunFolder, rl: RlConfig, quality_by: str) -> None:
         self.folder = folder
         self.rl = rl
+        self.quality_by = quality_by
         self.series: list[Validation] = []
 
     def offer(self, policy: Policy, validation: Validation) -> bool:
@@ -85,12 +89,17 @@ class BestCheckpoint:
             "kept_step": best.step,
             "parted_step": None if diverged is None else diverged.step,
             "stopped_step": self.stopped_step,
-            "reason": _REASON.format(margin=self.rl.quality_margin),
+            "reason": _REASON.format(margin=self.rl.quality_margin, quality=self._quality_name),
+            "quality_by": self.quality_by,
             "kept": asdict(best),
             "start": asdict(self.series[0]),
         }
         self.folder.write_json("checkpoint.json", record)
         return is_best
+
+    @property
+    def _quality_name(self) -> str:
+        return "share of responses with text" if self.quality_by == SHARE_WITH_TEXT else "quality"
 
     def has_validated(self, step: int) -> bool:
         """Return whether the last validation is that of `step`."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from detoxrl.config.schema import RlConfig
+from detoxrl.evaluation.metrics import quality_measure
+from detoxrl.evaluation.statistics import validation_prompts_needed
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
 from detoxrl.rl.advantages import token_rewards
 from detoxrl.rl.kl import adapt_kl_coef
@@ -16,7 +18,7 @@ from detoxrl.rl.losses import explained_variance
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import Checkpoints
 from detoxrl.runtime.console import log, progress
-from detoxrl.runtime.run_folder import NOTHING_BETTER, PRODUCTS
+from detoxrl.runtime.run_folder import PRODUCTS, SHARE_WITH_TEXT
 from detoxrl.runtime.signals import resume_hint
 from detoxrl.training.best import BestCheckpoint
 from detoxrl.training.learner import Learner
@@ -24,6 +26,7 @@ from detoxrl.training.metrics import StepTimer, log_samples, require_finite, rol
 from detoxrl.training.validation import Validation
 
 _CHECKPOINTS = "checkpoints/train"
+_QUALITY_NAMES = {"facts": "facts kept", "rouge_l": "ROUGE-L"}
 
 
 @dataclass
@@ -47,7 +50,7 @@ def train(run: Run) -> None:
     run.require_warm_start()
     run.load_judges()  # Before memory is planned, and before a missing judge costs hours.
     learner = run.world.build(Learner, run)
-    best = BestCheckpoint(run.folder, rl)
+    best = BestCheckpoint(run.folder, rl, quality_measure(run.rows("validation")))
     checkpoints = _checkpoints(run, learner)
     state = _restore(checkpoints, best, rl.kl_coef)
     learner.synchronise()
@@ -102,7 +105,7 @@ def train(run: Run) -> None:
             report(step + 1, f"score {metrics['score/mean']:.2f}  kl {metrics['kl/reference']:.2f}  {state.status}")
 
     checkpoints.forget(keep=1)
-    _report_end(run, best, state.status)
+    _report_end(run, best)
 
 
 def _checkpoints(run: Run, learner: Learner) -> Checkpoints:
@@ -167,10 +170,32 @@ def _keep_if_best(run: Run, learner: Learner, best: BestCheckpoint, validation: 
     require_finite({f"validation/{name}": value for name, value in values.items()}, validation.step)
     is_best = best.offer(learner.policy, validation)
     run.folder.append("validation.jsonl", {**values, "kept": is_best})
-    return f"validation toxicity {validation.toxicity:.3f} quality {validation.quality:.3f}"
+    if validation.step == 0:
+        _warn_of_few_prompts(validation, len(run.rows("validation")))
+    return f"validation {_result(validation, best.quality_by)}"
 
 
-def _report_end(run: Run, best: BestCheckpoint, status: str) -> None:
+def _warn_of_few_prompts(validation: Validation, prompts: int) -> None:
+    """Warn if the initial policy's validation has too few prompts to tell checkpoints apart."""
+    needed = validation_prompts_needed(validation.toxicity, validation.toxicity_error, prompts)
+    if needed is not None:
+        log.print(
+            f"train: {prompts} validation prompts are too few to tell a better checkpoint from chance (toxicity "
+            f"{validation.toxicity:.3f}, standard error {validation.toxicity_error:.3f}); set rl.validation_prompts "
+            f"to {needed} or more",
+            soft_wrap=True,
+        )
+
+
+def _result(validation: Validation, measure: str) -> str:
+    """Return toxicity and quality of a validation in words; `measure` is that of its quality."""
+    quality = "quality not measured"
+    if measure != SHARE_WITH_TEXT:
+        quality = f"{_QUALITY_NAMES[measure]} {validation.quality:.3f}"
+    return f"toxicity {validation.toxicity:.3f}, {quality}"
+
+
+def _report_end(run: Run, best: BestCheckpoint) -> None:
     # Patience may end a run that was made longer at once, without a validation that would have written this.
     record = run.folder.read_json("checkpoint.json")
     record["stopped_step"] = best.stopped_step
@@ -180,16 +205,16 @@ def _report_end(run: Run, best: BestCheckpoint, status: str) -> None:
         patience = best.rl.patience
         log.print(f"train: stopped at step {best.stopped_step} after {patience} validations without improvement")
 
-    kept = record["kept"]
+    kept = Validation(**record["kept"])
+    choice = f"best checkpoint is step {kept.step}"
+    if kept.step == 0:
+        choice = "no checkpoint is better than the initial policy, which is kept"
+    line = f"train: {choice} (validation {_result(kept, best.quality_by)})"
     last = best.series[-1]
-    log.print(
-        f"train: best checkpoint is step {kept['step']} "
-        f"(validation toxicity {kept['toxicity']:.3f}, quality {kept['quality']:.3f}); "
-        f"last step {last.step}: {last.toxicity:.3f}, {last.quality:.3f}"
-    )
+    if last.step != kept.step:
+        line += f"; last step {last.step}: {_result(last, best.quality_by)}"
+    log.print(line, soft_wrap=True)
 
     if record["parted_step"] is not None:
         change = "the score is above that of the least toxic policy, but toxicity is higher or quality lower"
-        log.print(f"train: reward and judge diverge from step {record['parted_step']} on: {change}")
-    if record["kept_step"] == 0:
-        log.print(f"train: {NOTHING_BETTER}")
+        log.print(f"train: reward and judge diverge from step {record['parted_step']} on: {change}", soft_wrap=True)

@@ -22,7 +22,7 @@ class Validation:
     step: int
     toxicity: float  # Mean by the primary judge, [0, 1].
     toxicity_error: float  # Standard error of that mean.
-    quality: float  # Facts kept, or ROUGE-L without facts, [0, 1].
+    quality: float  # By `evaluation.metrics.quality_measure`, [0, 1].
     length: float  # Mean words per response.
     score: float  # Mean raw score by the reward.
     kl: float  # Distance to the reference, nats per response: the mean sum of k1.
