@@ -94,13 +94,14 @@ def _policy_responses(run: Run, given: Mapping[str, str]) -> dict[str, Texts]:
             texts[line["policy"]].update(line["responses"])
 
     rows = len(run.rows("test"))
-    with progress("sample", len(sampler.names) * rows) as report:
+    counts = {name: sampler.samples_per_prompt(name) for name in sampler.names}
+    with progress("sample", rows * sum(counts.values())) as report:
         for name in sampler.names:
             for batch in sampler.batches(skip=len(texts[name])):
                 sampled = sampler.sample(name, batch)
                 folder.append(_RESPONSES, {"policy": name, "responses": list(sampled.items())})
                 texts[name].update(sampled)
-                report(sum(map(len, texts.values())), name)
+                report(sum(len(texts[name]) * count for name, count in counts.items()), name)
     return {name: [by_row[row] for row in range(rows)] for name, by_row in texts.items()}
 
 
@@ -126,22 +127,21 @@ class ResponseSampler:
         left = order[skip:]
         return [left[start : start + size] for start in range(0, len(left), size)]
 
+    def samples_per_prompt(self, name: str) -> int:
+        """Return how many responses a policy gives to a prompt; the initial one more, from which best-of-n picks."""
+        settings = self._config.evaluation
+        extra = max(settings.best_of, default=0) if name == "before" else 0
+        return settings.samples_per_prompt + extra
+
     @together
     def sample(self, name: str, batch: list[int]) -> dict[int, list[str]]:
-        """Return the responses of one policy to some rows, by row.
-
-        Of the initial policy there are more samples: those from which best-of-n picks.
-        """
+        """Return the responses of one policy to some rows, by row."""
         policy, adapter = self._policies.get(name)
         if policy is not self._on_device:
             self._on_device = policy.to(self.world.device)
-        settings = self._config.evaluation
-        samples = settings.samples_per_prompt
-        if name == "before":
-            samples += max(settings.best_of, default=0)
-
         mine = self.world.share(batch)
         prompts = [self._prompts[row] for row in mine]
+        samples = self.samples_per_prompt(name)
         texts = sample_texts(policy, prompts, self._config.generation, self._draws, samples, adapter)
         responses: dict[int, list[str]] = {}
         for part in self.world.gather(dict(zip(mine, texts, strict=True))):

@@ -102,7 +102,7 @@ def train(run: Run) -> None:
             state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/reference"], rl)
             run.folder.append("metrics.jsonl", {"step": step, **metrics, **timer.metrics(tokens=int(mask.sum()))})
             log_samples(run.folder, rollout, raw, step)
-            report(step + 1, f"score {metrics['score/mean']:.2f}  kl {metrics['kl/reference']:.2f}  {state.status}")
+            report(step + 1, f"{state.status}, score {metrics['score/mean']:.2f}, kl {metrics['kl/reference']:.2f}")
 
     checkpoints.forget(keep=1)
     _report_end(run, best)
@@ -172,7 +172,7 @@ def _keep_if_best(run: Run, learner: Learner, best: BestCheckpoint, validation: 
     run.folder.append("validation.jsonl", {**values, "kept": is_best})
     if validation.step == 0:
         _warn_of_few_prompts(validation, len(run.rows("validation")))
-    return f"validation {_result(validation, best.quality_by)}"
+    return _result(validation, best.quality_by)
 
 
 def _warn_of_few_prompts(validation: Validation, prompts: int) -> None:
