@@ -184,7 +184,8 @@ KNOWN_WITHOUT_WEIGHTS: list[tuple[Callable[[Path], None], list[str], str]] = [
      r"policy\.train_encoder = True: needs an encoder, and the base has none"),
     (a_type_that_is_not_known, own("--policy.base", "opt", "--policy.lora-targets", "q"),
      r"policy\.lora_targets = 'q': names no linear layer of the base; choose from fc1, fc2, k_proj, "),
-    (nothing, own("--policy.lora-targets", "q", "--reward.function", "rewards.py:short"), r"returned shape \(1,\) fo"),
+    (nothing, own("--reward.function", "rewards.py:short", "--evaluation.primary-judge", "classifier",
+                  "--evaluation.judge-label", "hate"), r"returned shape \(1,\) for 3 responses"),
 ]  # fmt: skip
 
 
@@ -204,9 +205,10 @@ def test_what_rows_and_shapes_tell_is_known_before_weights_are_read(
     arrange(place)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
     before = contents(place)
-    assert detoxrl(words) == 2
-    told = capfd.readouterr().err
-    assert re.search(message, told), told
+    for command in ("run", "doctor"):
+        assert detoxrl([command, *words[1:]]) == 2
+        told = capfd.readouterr().err
+        assert re.search(message, told), told
     assert contents(place) == before
 
 
@@ -217,8 +219,8 @@ def test_python_has_the_same_order(place: Path, no_weights: None) -> None:
     with pytest.raises(InputError, match=r"--policy = '\./typo': is neither"):
         evaluate("runs/own", config, policies={"it": "./typo"})
     # A function that is given replaces the classifier, which then need not exist.
-    without = with_settings(config, {"reward.classifier": "./gone", "policy.lora_targets": ["x"]})
-    with pytest.raises(InputError, match=r"policy\.lora_targets = 'x'"):
+    without = with_settings(config, {"reward.classifier": "./gone", "evaluation.primary_judge": "classifier"})
+    with pytest.raises(InputError, match=r"evaluation\.judge_label = 'toxic'"):
         run_in_python("runs/own", without, reward=lambda prompts, responses: [0.0 for _ in responses])
     assert not Path("runs").exists()
 

@@ -29,6 +29,7 @@ EVERYTHING = "choose from seed, data.*, policy.*, sft.*, reward.*, generation.*,
         ("data.max_lenght", "did you mean data.max_length?"),
         ("evalution.promts", "did you mean evaluation.prompts?"),
         ("rl.min_batch_size", "did you mean rl.minibatch_size?"),
+        ("sfr.lr", "did you mean sft.lr?"),
         ("sead", "did you mean seed?"),
         # Spelt in another way.
         ("rl.kl-coef", "did you mean rl.kl_coef?"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config, DataConfig
 from detoxrl.data.duplicates import THRESHOLD, near_duplicate_groups, shingles
+from detoxrl.data.files import require_usable_source
 from detoxrl.data.rows import Row, token_lengths, with_prompts
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
@@ -124,6 +125,33 @@ def test_a_file_that_cannot_be_used_is_one_line_with_a_remedy(
     with pytest.raises(InputError, match=message) as raised:
         read_source(config(tmp_path / name, **settings).data)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_whether_a_source_can_be_used_is_known_from_its_first_rows(tmp_path: Path, name: str) -> None:
+    rows: list[dict[str, Any]] = [{"key": 1, "talk": "a", "gist": ""}, {"key": 2, "talk": "b", "gist": "c"}]
+    path = write(tmp_path / name, rows)
+    torn = gzip.compress(gzip.decompress(path.read_bytes()) + b"{oops") if name.endswith("gz") else b'"oops'
+    with path.open("ab" if not name.endswith("gz") else "wb") as file:
+        file.write(torn)
+    require_usable_source(config(path).data)
+    with pytest.raises(InputError, match=r"cannot be read: "):  # To name the columns that there are, it is read whole.
+        require_usable_source(config(path, id_column="number").data)
+    with pytest.raises(InputError, match=r"cannot be read: "):
+        read_source(config(path).data)
+
+
+def test_a_column_that_only_later_rows_have_is_found(tmp_path: Path) -> None:
+    for names in (("a.jsonl",), ("train.jsonl", "test.jsonl")):
+        folder = tmp_path / str(len(names))
+        folder.mkdir()
+        write(folder / names[0], [{"talk": "a"}])
+        with pytest.raises(InputError, match=r"data\.summary_column = 'gist': .*; choose from talk, or set it to none"):
+            require_usable_source(config(folder / names[0]).data)
+        write(folder / names[-1], [{"talk": "a"}, {"talk": "b", "gist": "c"}])
+        source = folder if len(names) > 1 else folder / names[0]
+        require_usable_source(config(source).data)
+        assert sum(map(len, read_source(config(source).data).values())) == len(names) + 1
 
 
 # Selection

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 
 from detoxrl.commands.forecast import bare_policy, stage_memory, weight_bytes
 from detoxrl.commands.preflight import checked_config
-from detoxrl.commands.prepare import Prepared, account_table, checked_policy, prepare_rows, require_fitting_shapes
+from detoxrl.commands.prepare import (
+    Prepared,
+    account_table,
+    checked_policy,
+    load_reward_and_judges,
+    prepare_rows,
+    require_fitting_shapes,
+)
 from detoxrl.commands.timing import finetuning_seconds, policy_seconds
 from detoxrl.commands.workload import stage_seconds
 from detoxrl.config.schema import Config
@@ -71,8 +78,7 @@ def _examine(run: Run) -> None:
     _print_labels(classifiers)
 
     with status("fetching and trying the models"):
-        run.load_measures()
-        run.load_reward()
+        load_reward_and_judges(run)
         run.use_rows(prepared.rows)
         kl, error = _first_step(checked_policy(run, prepared).to(device), config, prepared)
     _OUT.print(f"labels: {'right on a civil and a toxic sentence' if classifiers else 'no classifier to try'}")

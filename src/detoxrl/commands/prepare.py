@@ -78,16 +78,21 @@ def _check(run: Run, subjects: Subjects) -> Prepared:
     if not subjects.policies:
         require_fitting_shapes(run.config, prepared)
 
-    if run.has_reward_function:  # It comes first because the others read weights.
-        run.load_reward()
-    run.load_measures()
-    run.load_reward()
+    load_reward_and_judges(run)
     if subjects.policies:
         policies = MeasuredPolicies(run.base, run.adapter, {}, subjects.policies, run.config)
         try_policies(policies, subjects.policies, run.config)
     else:
         checked_policy(run, prepared)
     return prepared
+
+
+def load_reward_and_judges(run: Run) -> None:
+    """Load and try what reads responses: a reward function first, because it has no weights, then judges and reward."""
+    if run.has_reward_function:
+        run.load_reward()
+    run.load_measures()
+    run.load_reward()
 
 
 def _prepare_texts(config: Config, subjects: Subjects) -> Prepared:
