@@ -304,7 +304,7 @@ def test_without_a_text_in_a_terminal_one_line_says_what_to_type(
         (["--file", "folder"], "--file = 'folder': is not a file; folder contains no data file"),
         (["--file", "empty.txt"], "--file = 'empty.txt': is empty; give one text per line"),
         (["--file", "empty.jsonl"], "--file = 'empty.jsonl': contains no rows"),
-        (["--file", "a.txt/b"], "--file = 'a.txt/b': cannot be read: Not a directory"),
+        (["--file", "a.txt/b"], "--file = 'a.txt/b': is not a file; there is no folder a.txt"),
         (["--file", "x" * 5000], "': cannot be read: File name too long; give a file that can be read"),
         (["--file", "bad.txt"], "--file = 'bad.txt': cannot be read: line 2 is not UTF-8 (byte 0xe9); save it as"),
         (["--file", "bad.jsonl"], "--file = 'bad.jsonl': cannot be read: line 3 is not UTF-8 (byte 0xff); give UTF-8"),

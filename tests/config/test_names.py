@@ -88,8 +88,8 @@ def test_a_flag_that_does_not_exist_is_answered_likewise(command: str, flag: str
         ("evalute", "did you mean evaluate?"),
         ("trian", "did you mean train?"),
         ("Run", "did you mean run?"),
-        ("serve", "choose from run, sweep, doctor, "),
-        ("tune", "choose from run, sweep, "),
+        ("serve", "choose from score, run, sweep, doctor, "),
+        ("tune", "choose from score, run, sweep, "),
     ],
 )
 def test_a_command_that_does_not_exist_is_answered_likewise(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config, DataConfig
 from detoxrl.data.duplicates import THRESHOLD, near_duplicate_groups, shingles
-from detoxrl.data.files import require_usable_source
+from detoxrl.data.layout import require_usable_source
 from detoxrl.data.rows import Row, token_lengths, with_prompts
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
