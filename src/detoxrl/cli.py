@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
 from detoxrl.evaluation.subjects import Subjects, subjects_of
+from detoxrl.runtime.console import status
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
 
@@ -64,7 +66,7 @@ def _run(request: Request) -> None:
         resolve_tracker(track, root if if_exists.startswith("resume") else None)
         config = checked_run(root, config, if_exists)
 
-        from detoxrl.commands import run as stages
+        stages = _imported_stages()
         from detoxrl.report.terminal import print_result
 
         stages.run(root, config, if_exists=if_exists, track=track)
@@ -94,7 +96,7 @@ def _prepare(request: Request) -> None:
     with _explained_stop(root):
         config = checked_run(root, config, if_exists)
 
-        from detoxrl.commands import run as stages
+        stages = _imported_stages()
 
         stages.prepare(root, config, if_exists)
         _print_next(request, root)
@@ -128,7 +130,7 @@ def _rerun_stage(request: Request) -> None:
     with _explained_stop(root):
         check_stage(root, stage)
 
-        from detoxrl.commands import run as stages
+        stages = _imported_stages()
         from detoxrl.report.terminal import print_result
 
         stages.rerun_stage(root, stage, track=request.options.get("track"))
@@ -165,7 +167,7 @@ def _evaluate_subjects(request: Request) -> None:
         RunFolder.require_usable(root, "overwrite" in options)
         checked_subjects(subjects_of(policies, texts, config), config)
 
-        from detoxrl.commands import run as stages
+        stages = _imported_stages()
         from detoxrl.report.terminal import print_result
 
         stages.evaluate(root, config, policies=policies, texts=texts, overwrite="overwrite" in options)
@@ -192,8 +194,8 @@ def _evaluate_run(request: Request) -> None:
         elif "power" not in options:
             check_stage(root, "evaluate")
 
+        stages = _imported_stages()
         from detoxrl.commands import measure as measuring
-        from detoxrl.commands import run as stages
         from detoxrl.report.terminal import print_result
 
         if "power" in options:
@@ -252,6 +254,13 @@ def _convert(request: Request) -> None:
 
 
 # What the commands share
+
+
+def _imported_stages() -> ModuleType:
+    """Return the module of the stages, and show meanwhile what takes the first seconds."""
+    with status("loading torch and transformers"):
+        from detoxrl.commands import run as stages
+    return stages
 
 
 def existing_run_policy(options: Mapping[str, Any]) -> IfExists:
