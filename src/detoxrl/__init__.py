@@ -23,6 +23,10 @@ _ENVIRONMENT = {
     # OpenMP threads spin while they wait. If another job shares the cores, two spinning teams slow each other down a
     # hundredfold (docs/log.md). OpenMP reads this when torch is imported.
     "GOMP_SPINCOUNT": "2000",
+    # oneDNN keeps compiled code for each shape that it has met, and padded batches have many shapes. By default it and
+    # torch keep 1,024 each: 0.6 GiB in the quickstart, for no gain in time (docs/log.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
     "TOKENIZERS_PARALLELISM": "false",
     # Libraries send no telemetry, and wandb does not copy what is printed.
     "HF_HUB_DISABLE_TELEMETRY": "1",

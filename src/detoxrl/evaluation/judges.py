@@ -83,7 +83,7 @@ def load_judge(judge: JudgeSource) -> Judge:
 
     # Imported here because torch takes seconds and the other judges do not need it.
     from detoxrl.rewards.classifier import load_classifier
-    from detoxrl.rewards.fit import LABELS
+    from detoxrl.rewards.names import LABELS
     from detoxrl.runtime.shipped import MODELS
     from detoxrl.runtime.world import current_world
 

@@ -9,10 +9,9 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForSequenceClassification
 
 from detoxrl.models.loading import scratch_tokenizer
+from detoxrl.rewards.names import LABELS
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
 from detoxrl.runtime.randomness import batch_indices, torch_seed
-
-LABELS = ("nothate", "hate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from detoxrl.errors import InputError, require
 FUNCTION = "reward.function"
 IN_PYTHON = "given in Python"
 """What stands for the module of a function that was passed in Python and that no file holds."""
-EMBEDDED_LABELS = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
+LABELS = ("nothate", "hate")
+"""The labels of the embedded classifier by index: those of facebook/roberta-hate-speech-dynabench-r4-target."""
+EMBEDDED_LABELS = {"reward.toxic_label": LABELS[1], "reward.good_label": LABELS[0]}
 """The labels of the embedded classifier, by the settings that have to name them."""
 
 
