@@ -29,7 +29,7 @@ from detoxrl.commands.preflight import (
 )
 from detoxrl.commands.sweep_plan import SweepPlan, planned_sweep
 from detoxrl.commands.tracker_state import resolve_tracker
-from detoxrl.config.edit import config_from_json, with_settings
+from detoxrl.config.edit import config_from_json, with_settings, without_stale_targets
 from detoxrl.config.names import did_you_mean
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config
@@ -282,7 +282,7 @@ def _config(request: Request) -> Config:
     """Return the config that the command line describes: where its settings start from, changed by its flags."""
     likely_root = _root(request, request.target)
     with _explained_stop(likely_root):
-        return with_settings(_initial_config(request), request.settings)
+        return with_settings(_initial_config(request), without_stale_targets(request.settings))
 
 
 def _initial_config(request: Request) -> Config:

@@ -107,6 +107,9 @@ KNOWN_WITHOUT_TORCH = [
     (own("--evaluation.nli", "classifier"), r"evaluation\.nli = 'entailment': is not a label of the classifier"),
     (own("--evaluation.fluency", "classifier=good"), r"evaluation\.fluency = 'good': is not a label"),
     (own("--track", "wandbb"), r"--track = 'wandbb': is not a tracker; did you mean wandb\?"),
+    (own("--reward.classifier", "listed"), r"reward\.toxic_label = 'hate': belongs to a classifier whose id2label"),
+    (own("--data.source", "pipe.jsonl"), r"data\.source = '.*pipe\.jsonl': is a pipe"),
+    (["evaluate", "--texts", "pipe.jsonl"], r"--texts = 'pipe\.jsonl': is a pipe"),
     # What is measured.
     (["evaluate", "--texts", "typo.txt"], r"--texts = 'typo\.txt': is not a file"),
     (["evaluate", "--texts", "mine.jsonl"], r"--texts = 'mine\.jsonl': row 1 has no text under 'response'"),
@@ -128,6 +131,10 @@ KNOWN_WITHOUT_TORCH = [
 
 
 def test_what_local_files_tell_is_known_without_torch_and_without_a_hub_and_writes_nothing(place: Path) -> None:
+    os.mkfifo("pipe.jsonl")
+    copytree("classifier", "listed")
+    settings = json.loads(Path("listed/config.json").read_text())
+    Path("listed/config.json").write_text(json.dumps(settings | {"id2label": ["nothate", "hate"]}))
     (place / "empty").mkdir()
     before = contents(place)
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -244,6 +251,23 @@ def test_a_stage_that_lacks_a_part_deletes_nothing(
     assert detoxrl(["report", "run"]) == 0  # It reads the run folder alone.
 
 
+def test_a_new_warm_start_needs_the_base_that_the_old_one_has_replaced(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(own("--sft.steps", "2", "--sft.full-weights", "--run-dir", "run")) == 0
+    Path("model").rename("moved")
+    before = contents(place)
+    assert detoxrl(["sft", "run"]) == 2
+    assert re.search(r"policy\.base = '.*model': is neither an existing path", capfd.readouterr().err)
+    assert contents(place) == before
+
+
+def test_a_finished_run_is_read_without_its_rows(place: Path) -> None:
+    assert detoxrl(own("--run-dir", "run")) == 0
+    rmtree("run/data")
+    assert detoxrl(["run", "--resume", "--run-dir", "run"]) == 0
+
+
 def test_what_the_warm_start_has_replaced_may_be_gone(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert detoxrl(own("--sft.steps", "2", "--sft.full-weights", "--run-dir", "run")) == 0
     rmtree("model")
@@ -290,6 +314,24 @@ def test_lora_targets_follow_from_the_type_of_the_base_and_are_stored(
     # A resumed run keeps what it chose, also if it is described as it was at first.
     assert detoxrl([*words, "--run-dir", "usual", "--resume"]) == 0
     assert detoxrl([*words, "--policy.lora-targets", "none", "--run-dir", "named", "--resume"]) == 0
+
+
+def test_another_base_than_the_stored_one_has_its_own_targets(place: Path, bases: dict[str, Path]) -> None:
+    words = own("--policy.base", str(bases["t5"]), "--data.max-prompt-tokens", "100", "--rl.steps", "1")
+    assert detoxrl([*words, "--run-dir", "first"]) == 0
+    again = ["--from", "first", "--policy.base", str(bases["gpt2"])]
+    assert detoxrl(["run", *again, "--run-dir", "second"]) == 0
+    assert config_from_json(place / "second/config.json").policy.lora_targets == ("c_attn",)
+    assert detoxrl(["run", *again, "--policy.lora-targets", "q", "--run-dir", "third"]) == 2
+
+
+def test_targets_are_not_looked_for_where_no_adapter_is_made(place: Path, no_weights: None) -> None:
+    settings = {"policy.base": "model", "data.source": "mine.jsonl", "reward.classifier": "classifier",
+                "policy.lora_targets": ("typo",)}  # fmt: skip
+    config = recipe("own", settings)
+    with pytest.raises(InputError, match=r"policy\.lora_targets = 'typo'"):
+        preflight.check_locally(config)
+    preflight.check_locally(with_settings(config, {"policy.full_weights": True}))
 
 
 def test_the_default_is_the_same_adapter_as_its_names(bases: dict[str, Path], architecture: str) -> None:

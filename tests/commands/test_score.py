@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,19 @@ def test_a_progress_bar_in_the_terminal_leaves_stdout_alone(
     assert [(line["index"], line["text"]) for line in lines] == [(n + 1, str(n)) for n in range(600)]
     assert "600/600" in terminal.getvalue()
     assert "index" not in terminal.getvalue()
+
+
+def test_judges_of_one_name_are_told_apart_or_refused(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    for folder in ("a/m", "b/m", "text"):
+        copytree("classifier", folder)
+    (line,) = lines_of(capsys, "Thank you.", "--judge", str(place / "a/m=hate"), str(place / "b/m=hate"))
+    assert line.keys() == {"index", "text", "m", "m (hate)"}
+
+    words = ["score", "Thank you.", "--judge", *(str(place / f"{name}/m=hate") for name in ("a", "b", "a/../a"))]
+    assert detoxrl(words) == 2
+    assert "is called m (hate) in results, as another judge is" in capsys.readouterr().err
+    assert detoxrl(["score", "Thank you.", "--jsonl", "--judge", str(place / "text=hate")]) == 2
+    assert "--judge = 'text': is the name of another key" in capsys.readouterr().err
 
 
 def test_the_embedded_judge_is_the_reward_model_that_comes_with_the_package(

@@ -259,6 +259,22 @@ def test_a_sweep_is_replaced_or_resumed_on_request_only(runs: FakeRuns, capfd: p
     assert json.loads(Path("runs/sweep/base.json").read_text())["rl"]["steps"] == 7
 
 
+def test_a_sweep_that_is_replaced_is_checked_before_anything_of_it_is_lost(
+    runs: FakeRuns, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(OVER) == 0
+    runs.calls.clear()
+    before = Path("runs/sweep/sweep.json").read_bytes()
+    for settled in ("--overwrite", "--resume"):
+        assert detoxrl(["sweep", "quickstart", "--over", "data.source=embedded,typo.jsonl", settled]) == 2
+        assert "data.source = 'typo.jsonl': is not a file" in capfd.readouterr().err
+    assert Path("runs/sweep/sweep.json").read_bytes() == before
+    assert runs.calls == []
+
+    assert detoxrl([*OVER, "--overwrite"]) == 0
+    assert [name for name, _ in runs.calls].count("checked") == 4
+
+
 def test_a_small_sweep_through_the_real_command_line(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ CONFIG: dict[str, Any] = {
     "recipe": "quickstart",
     "data": {"source": "embedded"},
     "policy": {"base": "scratch"},
+    "reward": {"function": None},
     "rl": {"lr": 3e-4, "steps": 60},
 }
 OWN = CONFIG | {"recipe": "own", "data": {"source": "/data/my.jsonl"}, "policy": {"base": "google/flan-t5-small"}}
@@ -148,8 +149,13 @@ def test_the_third_line_names_the_report_and_the_next_command_for_the_users_data
     )
     named = evaluation(names={"before": "a", "after": "b"})
     assert end(named).next == OWN_DATA
-    assert end(named, OWN).next == (
-        "next, train on the same data: detoxrl run --from runs/mine/config.json --run-dir runs/mine-2"
+    # The config of a measurement trains nothing, so no command begins from it.
+    assert end(named, OWN).next == OWN_DATA
+
+    in_python = OWN | {"reward": {"function": "given in Python:score"}}
+    assert end(evaluation(), in_python).next == "next, share the policy: detoxrl export runs/mine"
+    assert end(evaluation(toxicity=judged(0.27, 0.27)), in_python).next == (
+        "next, run it again in Python with other settings: no command can name its reward"
     )
 
 
@@ -289,7 +295,7 @@ def test_a_kept_initial_policy_on_the_users_data_is_tried_again_with_other_setti
     few = [{"step": 0, "toxicity": 0.3, "toxicity_error": 0.2, "quality": 0.9, "score": 0.1, "kl": 0.0}]
     keep_initial_policy(run_dir, [*few, few[0] | {"step": 5, "kl": 0.01}])
     config = json.loads((run_dir / "config.json").read_text())
-    write(run_dir, "config.json", config | {"data": {"source": "/data/my.jsonl"}})
+    write(run_dir, "config.json", config | {"data": {"source": "/data/my.jsonl"}, "reward": {"function": None}})
     lines = shown(run_dir, capsys)
     assert lines[-1].endswith(
         f"next, try again: detoxrl run --from {run_dir}/config.json --run-dir {run_dir}-2 --rl.lr 0.003 "

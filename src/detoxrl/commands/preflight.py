@@ -85,7 +85,9 @@ def check_stage(root: Path, stage: str, has_reward: bool = False) -> None:
         "report": (),
     }[stage]
     sections = [name for name in _read_sections(config, has_reward) if name in used]
-    _check_sections(_without_replaced_parts(folder, config), sections, at_hub=False)
+    if stage != "sft":  # It makes the warm start, so it reads what the later stages no longer need.
+        config = _without_replaced_parts(folder, config)
+    _check_sections(config, sections, at_hub=False)
 
 
 def check_locally(config: Config, has_reward: bool = False) -> None:
@@ -142,6 +144,8 @@ def _with_earlier_choices(config: Config, previous: Config) -> Config:
         return before if is_hub_id(source) and before.startswith(f"{source}@") else source
 
     config = map_sources(with_absolute_paths(config), pinned)
+    if config.policy.base != previous.policy.base:
+        return config
     targets = config.policy.lora_targets or previous.policy.lora_targets
     return replace(config, policy=replace(config.policy, lora_targets=targets))
 
@@ -200,7 +204,8 @@ def _check_base(config: Config, at_hub: bool) -> None:
 
     require_model_files(folder, "policy.base", policy.base)
     architecture = ARCHITECTURES.get(str(settings.get("model_type")))
-    if architecture and policy.lora_targets:
+    makes_adapter = policy.adapter is None and not policy.full_weights
+    if architecture and policy.lora_targets and makes_adapter:
         part = adapted_part(architecture.has_encoder, policy.train_encoder)
         require_targets(policy.lora_targets, layers_in_files(folder, policy.base, part))
 

@@ -61,8 +61,9 @@ def run(
         _started(root, config, if_exists, reward) as started,
         tracking(started, track),
     ):
-        rows = {split: started.rows(split) for split in SPLITS}
-        overall.expect(bar_seconds(started.config, rows, PROPORTIONS))
+        if "evaluate" not in started.folder.finished():
+            rows = {split: started.rows(split) for split in SPLITS}
+            overall.expect(bar_seconds(started.config, rows, PROPORTIONS))
         for stage in STAGES[1:]:
             if stage not in started.folder.finished():
                 _run_stage(started, stage)

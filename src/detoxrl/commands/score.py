@@ -77,6 +77,9 @@ def score(texts: Sequence[str], sources: Sequence[JudgeSource], jsonl: bool, sho
     """
     with status(f"loading {', '.join(judge.source for judge in sources)}"):
         loaded = load_judges(sources)
+    for key in ("index", "text"):
+        rule = "is the name of another key of the JSON lines"
+        require(not (jsonl and key in loaded), "--judge", key, rule, "rename the folder")
     judges = {name: memoized(judge) for name, judge in loaded.items()}
 
     if jsonl:

@@ -38,9 +38,9 @@ def sweep(root: Path, config: Config, plan: SweepPlan, if_exists: IfExists = "er
     that do not fit, and TrainingError when no run has a result.
     """
     folder = RunFolder(root)
-    started = (root / STATE).is_file()
+    resumes = if_exists.startswith("resume") and (root / STATE).is_file()
     plan, runs = planned_sweep(root, config, plan, if_exists)
-    if not started:
+    if not resumes:
         _check(root, runs.values())
 
     state: dict[str, Any] = asdict(plan)

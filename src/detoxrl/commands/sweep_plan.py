@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from detoxrl.commands.preflight import check_locally
 from detoxrl.commands.tracker_state import resolve_tracker
-from detoxrl.config.edit import flatten, with_settings
+from detoxrl.config.edit import flatten, with_settings, without_stale_targets
 from detoxrl.config.schema import Config
 from detoxrl.errors import require
 from detoxrl.runtime.run_folder import IfExists, RunFolder
@@ -41,8 +41,8 @@ def planned_sweep(
 ) -> tuple[SweepPlan, dict[str, PlannedRun]]:
     """Return the plan of a sweep in `root`, with what a sweep that exists there tried, and its runs by folder name.
 
-    Raises InputError for a folder that cannot be used, a tracker that is not installed, a plan that does not fit, and,
-    unless the sweep exists, for local files that do not fit. Writes nothing.
+    Raises InputError for a folder that cannot be used, a tracker that is not installed, a plan that does not fit, and
+    for local files of a run that do not fit unless that run is resumed. Writes nothing.
     """
     exists = (root / STATE).is_file()
     if exists:
@@ -57,9 +57,10 @@ def planned_sweep(
     require(bool(plan.over or plan.seeds), "--over", "", "is missing", remedy)
 
     runs = plan_runs(config, plan)
-    if not exists:
-        for run in {run.label: run for run in runs.values()}.values():
-            check_locally(run.config)
+    resumes = if_exists.startswith("resume")
+    unstarted = [run for name, run in runs.items() if not (resumes and (root / name).is_dir())]
+    for run in {run.label: run for run in unstarted}.values():
+        check_locally(run.config)
     return plan, runs
 
 
@@ -83,7 +84,7 @@ def plan_runs(config: Config, plan: SweepPlan) -> dict[str, PlannedRun]:
     for *combination, seed in itertools.product(*values.values(), plan.seeds or [str(config.seed)]):
         settings = dict(zip(values, combination, strict=True))
         settings["seed"] = seed
-        changed = with_settings(config, settings)
+        changed = with_settings(config, without_stale_targets(settings))
 
         flat = flatten(asdict(changed))
         label = " ".join(f"{setting}={flat[setting]}" for setting in values) or "as given"

@@ -41,6 +41,17 @@ _RULES: dict[str, tuple[str, str | None]] = {
 }
 
 
+def without_stale_targets(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return changes to a stored config: with another base, its LoRA targets are chosen anew unless they are given.
+
+    A run stores the layers that it chose for its base; another base has other layers.
+    """
+    changes = dict(settings)
+    if "policy.base" in changes:
+        changes.setdefault("policy.lora_targets", None)
+    return changes
+
+
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one level of dotted keys."""
     flat: dict[str, Any] = {}

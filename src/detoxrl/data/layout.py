@@ -33,6 +33,9 @@ def require_usable_source(config: DataConfig) -> None:
     Reads the first rows only, as long as they have every column.
     """
     files = local_files(config.source)
+    for file in files.values():
+        # A pipe could be read once only.
+        require(not file.is_fifo(), "data.source", str(file), "is a pipe", "give a file")
     if files:
         require_columns(chain.from_iterable(map(iterate_records, files.values())), config)
     else:
@@ -60,6 +63,8 @@ def require_columns(records: Iterable[Record], config: DataConfig) -> None:
 
 def require_usable_texts(path: Path) -> None:
     """Raise InputError unless a file of responses can be read and its first row has a response."""
+    # A pipe could be read once only.
+    require(not path.is_fifo(), "--texts", str(path), "is a pipe", "give a file")
     next(response_records(path))
 
 

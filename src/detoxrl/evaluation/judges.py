@@ -69,6 +69,8 @@ def load_judges(judges: Iterable[JudgeSource]) -> dict[str, Judge]:
         name = _judge_name(judge.source)
         if name in by_name:
             name = f"{name} ({judge.label})"
+        rule = f"is called {name} in results, as another judge is"
+        require(name not in by_name, judge.field, judge.source, rule, "rename the folder, or leave one of them out")
         by_name[name] = load_judge(judge)
     return by_name
 

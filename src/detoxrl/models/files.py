@@ -53,7 +53,7 @@ def read_settings(folder: Path, name: str, field: str, source: str) -> dict[str,
     require(path.is_file(), field, source, f"holds no {name}", "give the folder or hub id of a model")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # Neither UTF-8 nor JSON.
+    except (ValueError, OSError, RecursionError) as error:  # Neither UTF-8 nor JSON, or not readable.
         raise InputError(field, source, f"has a malformed {name}: {first_line(error)}", "restore the file") from None
 
     require(isinstance(settings, dict), field, source, f"has a malformed {name}", "restore the file")

@@ -9,6 +9,7 @@ from detoxrl.config.schema import without_revision
 from detoxrl.report import words
 from detoxrl.report.kept import Explanation
 from detoxrl.report.words import Measure, number
+from detoxrl.rewards.names import IN_PYTHON
 
 # What may have been lost for less toxicity, beside quality and length.
 _LOSSES = ("entailment", "fluency", "empty_rate", "distinct_2")
@@ -165,20 +166,22 @@ def _baselines(evaluation: dict[str, Any]) -> str:
 def _next_command(root: Path, config: dict[str, Any], evaluation: dict[str, Any], kept: Explanation | None) -> str:
     """Return what to do next, with a command for the user's own data."""
     default_source = recipe(config["recipe"]).data.source
-    if without_revision(config["data"]["source"]) == default_source:
+    was_trained = not evaluation["names"]
+    if without_revision(config["data"]["source"]) == default_source or not was_trained:
         return f"on your own data: {_OWN_DATA}"
 
     folder = shlex.quote(str(root))
+    direction = words.primary_toxicity(evaluation).direction
+    if kept is None and direction < 0:
+        return f"share the policy: detoxrl export {folder}"
+    if str(config["reward"]["function"]).startswith(IN_PYTHON):
+        return "run it again in Python with other settings: no command can name its reward"
+
     again = f"detoxrl run --from {folder}/config.json --run-dir {folder}-2"
-    if evaluation["names"]:
-        return f"train on the same data: {again}"
     if kept is not None:
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in kept.settings.items()]
         return f"try again: {' '.join([again, *flags])}"
 
-    direction = words.primary_toxicity(evaluation).direction
-    if direction < 0:
-        return f"share the policy: detoxrl export {folder}"
     if direction > 0:
         return f"try a lower learning rate: {again} --rl.lr {config['rl']['lr'] / 3:.2g}"
     longer = 2 * config["rl"]["steps"]

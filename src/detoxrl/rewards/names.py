@@ -25,6 +25,8 @@ EMBEDDED_LABELS = {"reward.toxic_label": LABELS[1], "reward.good_label": LABELS[
 
 def label_index(id2label: Mapping[Any, str] | None, field: str, label: str) -> int:
     """Return the output index of a label; case is ignored. Raises InputError, which lists the labels."""
+    rule = "belongs to a classifier whose id2label is not an object"
+    require(isinstance(id2label, Mapping | None), field, label, rule, "correct its config.json")
     indices = {str(name).lower(): index for index, name in (id2label or {}).items()}
     if label.lower() not in indices:
         raise InputError(field, label, "is not a label of the classifier", f"use one of {', '.join(indices)}")

@@ -73,7 +73,9 @@ class RunProgress:
 
     @property
     def position(self) -> str:
-        """The current stage of how many: "3/5"."""
+        """The current stage of how many: "3/5"; "" before the first one."""
+        if not self._stage:
+            return ""
         return f"{self._stages.index(self._stage) + 1}/{len(self._stages)}"
 
     def expect(self, work: Mapping[str, float]) -> None:
@@ -147,7 +149,7 @@ def _bar(pace: "_Pace") -> Iterator[Callable[[int, str], None]]:
         # Of a narrow terminal the status gets what the other columns leave.
         TextColumn("{task.fields[status]}", style="dim", table_column=Column(no_wrap=True, ratio=1)),
     ]
-    title = f"{_run.position} {pace.what}" if _run else pace.what
+    title = f"{_run.position} {pace.what}".lstrip() if _run else pace.what
     with Progress(*columns, console=log, expand=True) as bar:
         task = bar.add_task(title, total=pace.total, status="", left="")
 

@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = _temporary_path(path, "new")
 
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -256,4 +256,7 @@ def _likely_run(root: Path) -> str:
 def _is_run(root: Path) -> bool:
     # Model folders have a config.json too; only that of a run names a recipe.
     config = root / "config.json"
-    return config.is_file() and '"recipe"' in config.read_text("utf-8")
+    try:
+        return config.is_file() and '"recipe"' in config.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
