@@ -17,6 +17,7 @@ test: .venv/test-installed
 
 wheel: .venv/bin/python
 	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@for wheel in dist/*.whl; do echo "made $$wheel; next: pip install '$$wheel[offline]'"; done
 
 models: .venv/test-installed
 	.venv/bin/python benchmarks/models/shipped_models.py

@@ -417,6 +417,13 @@ def test_a_hub_that_cannot_be_reached_is_tried_once_and_a_folder_that_may_be_mea
     for field, name, _ in EVERYTHING:
         assert f"downloading from {OFF} failed: " in refused(field, name)
 
+    def ask(*_: object, **__: object) -> None:
+        pytest.fail("the hub is asked again within a minute")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=ask))
+        assert f"downloading from {OFF} failed: " in refused("policy.base", SMALLEST)
+
     (tmp_path / "my-model").mkdir()
     assert "efused; did you mean my-model? If not, check the network" in refused("policy.base", "my-modle")
     use(OFF, offline=True)

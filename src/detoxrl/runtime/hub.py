@@ -6,6 +6,7 @@ A hub id is `name` or `name@revision`. A run pins it to `name@commit`, so that i
 import errno
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,9 @@ _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # Configuration and to
 _SUBFOLDER_FILES = {"evaluation.encoder": ["*/model.safetensors"]}
 
 _answered: set[str] = set()  # The addresses of the hubs that this process has connected to.
+# When and why this process last failed to connect to a hub, by its address.
+_failures: dict[str, tuple[float, Exception]] = {}
+_TRY_AGAIN_AFTER = 60.0  # Seconds.
 
 # Settings whose files are found by pattern, with the type of repository. The weights of a model that a run reads are
 # requested by name instead, so that a missing file is an error.
@@ -271,17 +275,23 @@ def _or_cached(download: Callable[..., Any], revision: str | None) -> Any:
 
 
 def _require_answer(endpoint: str) -> None:
-    """Raise the error of httpx if a hub cannot be connected to. A hub that could be is not tried again.
+    """Raise the error of httpx if a hub cannot be connected to.
 
+    A hub that could be is not tried again, and one that could not only after a minute: each of a model's files asks.
     huggingface_hub tries six times for each file, for half a minute, before it gives up.
     """
     if endpoint in _answered or constants.is_offline_mode():
         return
 
+    failed_at, failure = _failures.get(endpoint, (-_TRY_AGAIN_AFTER, None))
+    if failure is not None and time.monotonic() - failed_at < _TRY_AGAIN_AFTER:
+        raise failure
+
     httpx = utils.httpx  # type: ignore[attr-defined]
     try:
         huggingface_hub.get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (httpx.ConnectError, httpx.ConnectTimeout):
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        _failures[endpoint] = (time.monotonic(), error)
         raise
     except httpx.HTTPError:
         pass  # It was connected to: what is wrong with it shows at the files.
