@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
 
+import huggingface_hub
 import pytest
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel
 
@@ -249,6 +250,20 @@ def test_a_stage_that_lacks_a_part_deletes_nothing(
         stages.rerun_stage(Path("run"), "train")
     assert contents(place) == before
     assert detoxrl(["report", "run"]) == 0  # It reads the run folder alone.
+
+
+def test_a_stage_whose_base_is_neither_cached_nor_to_be_had_deletes_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert detoxrl(own("--run-dir", "run")) == 0
+    on_hub = with_settings(config_from_json(place / "run/config.json"), {"policy.base": f"some/base@{'0' * 40}"})
+    RunFolder(place / "run").write("config.json", config_to_json(on_hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    before = contents(place)
+    for stage in ("train", "evaluate"):
+        assert detoxrl([stage, "run"]) == 2
+        assert "policy.base = 'some/base@0" in capfd.readouterr().err
+    assert contents(place) == before
 
 
 def test_a_new_warm_start_needs_the_base_that_the_old_one_has_replaced(

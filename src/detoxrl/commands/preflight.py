@@ -88,6 +88,8 @@ def check_stage(root: Path, stage: str, has_reward: bool = False) -> None:
     if stage != "sft":  # It makes the warm start, so it reads what the later stages no longer need.
         config = _without_replaced_parts(folder, config)
     _check_sections(config, sections, at_hub=False)
+    # The run pinned these to commits, so nothing is asked of a hub while they are cached.
+    _check_sections(config, sections, at_hub=True)
 
 
 def check_locally(config: Config, has_reward: bool = False) -> None:
