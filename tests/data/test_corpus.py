@@ -52,6 +52,14 @@ def test_rows_follow_from_the_seed(rows: dict[str, list[Row]]) -> None:
     assert len({row.id for split_rows in rows.values() for row in split_rows}) == sum(SIZES.values())
 
 
+def test_the_rows_of_a_split_do_not_depend_on_the_sizes_of_the_others(rows: dict[str, list[Row]]) -> None:
+    sizes = {"test": 40, "train": 500, "validation": 7}
+    other = generate_rows(0, sizes)
+    assert {split: len(split_rows) for split, split_rows in other.items()} == sizes
+    for split, split_rows in other.items():
+        assert split_rows == rows[split][: len(split_rows)]
+
+
 def test_no_two_splits_share_scenario_and_fillers(rows: dict[str, list[Row]]) -> None:
     def combinations(split: str) -> set[tuple[object, ...]]:
         # Swapping the speakers does not make a new combination, so both get one name.
