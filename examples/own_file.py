@@ -8,8 +8,8 @@ config = detoxrl.recipe(
     "quickstart",
     {
         "data.source": Path(__file__).with_name("dialogues.jsonl"),
-        "data.dialogue_column": "talk",
-        "data.summary_column": "gist",
+        "data.text_column": "talk",
+        "data.reference_column": "gist",
         # Small numbers, to be quick. If your model can summarize already: name it in policy.base, sft.steps 0.
         "sft.steps": 100,
         "sft.baseline_steps": 20,

@@ -15,8 +15,8 @@ if __name__ == "__main__":
         {
             "policy.base": TRAINED / "base",
             "data.source": config.data.source,
-            "data.dialogue_column": "talk",
-            "data.summary_column": "gist",
+            "data.text_column": "talk",
+            "data.reference_column": "gist",
             "reward.classifier": TRAINED / "reward",
             "rl.batch_size": 16,
         },

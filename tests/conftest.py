@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from detoxrl.config.recipes import recipe
-from detoxrl.config.schema import Config, DataConfig, PolicyConfig
+from detoxrl.config.schema import Config, PolicyConfig
+from detoxrl.config.tasks import TASKS
 from detoxrl.data.embedded.corpus import generate_utterances
 from detoxrl.data.rows import Row, read_rows
 from detoxrl.models.loading import save_base
@@ -268,13 +269,13 @@ def prompted_rows(sizes: dict[str, int]) -> dict[str, list[Row]]:
 
     They are stored for the same reason as the tokenizer.
     """
-    template = DataConfig().template
+    template = TASKS["summarize"].template
     stored = read_rows(HELPERS / "rows.jsonl")
     rows = {}
     for split, size in sizes.items():
         of_split = [row for row in stored if row.id.startswith(split)][:size]
         assert len(of_split) == size
-        rows[split] = [replace(row, prompt=template.replace("{dialogue}", row.dialogue)) for row in of_split]
+        rows[split] = [replace(row, prompt=template.replace("{dialogue}", row.text)) for row in of_split]
     return rows
 
 

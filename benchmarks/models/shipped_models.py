@@ -102,7 +102,7 @@ def _base_measurements(run: Run, folder: Path) -> Measurements:
     base = Base.load(str(folder))
     rows = run.rows("validation")
     model = base.model()
-    inputs, labels = examples(base.tokenizer, [(row.prompt, str(row.summary)) for row in rows], True)
+    inputs, labels = examples(base.tokenizer, [(row.prompt, row.references[0]) for row in rows], True)
     with torch.no_grad():
         loss = model(**pad_batch(base.tokenizer.pad_token_id, inputs, labels, model.device)).loss
 

@@ -213,7 +213,7 @@ def write_inputs(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     rows = generate_rows(0, {"train": 300})["train"]
-    texts = [row.dialogue for row in rows] + [row.summary or "" for row in rows]
+    texts = [row.text for row in rows] + [row.references[0] for row in rows]
     tokenizer = scratch_tokenizer(texts, vocab_size=300)
     for name in ("t5", "gpt2"):
         if name == "gpt2":  # Prompts of a causal model have no EOS.
@@ -221,7 +221,7 @@ def write_inputs(folder: Path) -> None:
         torch.manual_seed(7)
         save_base(TINY[name](len(tokenizer)), tokenizer, folder / name)
 
-    lines = [json.dumps({"dialogue": row.dialogue, "summary": row.summary}) + "\n" for row in rows[:60]]
+    lines = [json.dumps({"dialogue": row.text, "summary": row.references[0]}) + "\n" for row in rows[:60]]
     (folder / "mine.jsonl").write_text("".join(lines))
     (folder / "reward.py").write_text(REWARD)
 

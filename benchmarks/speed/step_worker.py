@@ -106,7 +106,7 @@ def settings(given: Task, step: Step) -> Config:
 def make_learner(given: Task) -> Learner:
     """Return a learner with the models of the task, whose responses never end early."""
     run = Run(RunFolder(Path(given.models)), settings(given, given.step))
-    placeholder = Row(id="0", dialogue="", summary=None, prompt="")  # Each step sets its own prompts.
+    placeholder = Row(id="0", text="", prompt="")  # Each step sets its own prompts.
     run.use_rows({"train": [placeholder], "validation": [placeholder]})
     learner = Learner(run)
     learner.policy.eos_token_ids = [-1]  # No token ends a response, so all have the full length.
@@ -125,7 +125,7 @@ def make_step(learner: Learner, number: int) -> tuple[dict[str, float], Rollout]
 
     with timer.stage("score"):
         raw = learner.score(rollout)
-        scores = shape_scores(raw, rollout.texts, responses.ended, Normaliser(), learner.config.reward)
+        scores = shape_scores(raw, rollout.texts, responses.ended, Normaliser(), learner.config)
 
     with timer.stage("update"):
         rl = learner.config.rl

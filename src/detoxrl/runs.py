@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import ENTAILMENT, label_settings, split_label, with_absolute_paths
-from detoxrl.data.rows import Row, read_rows
+from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
-from detoxrl.evaluation.readers import Pairs, Readers
+from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.base import Base
@@ -107,7 +107,8 @@ class Run:
         name = str(self.config.reward.function)
         function = load_function(name) if self._reward_function is None else self._reward_function
         reward = validated_reward(function, name)
-        reward(["", "", ""], [CIVIL_PROBE, TOXIC_PROBE, ""])
+        first, second, *_ = to_prompts(self.rows("test")[:2])
+        reward([first, second, first], [CIVIL_PROBE, TOXIC_PROBE, ""])
         return Scorer(reward=reward, judge=None)
 
     def _load_classifier(self) -> Scorer:
@@ -161,7 +162,7 @@ class Run:
         encode = load_encoder(settings.encoder, self.world.device) if settings.encoder else None
         entails = None
         if settings.nli:
-            # Of a premise (a dialogue) and a hypothesis (a response) that do not fit, the longer one is cut.
+            # Of a premise (a row's text) and a hypothesis (a response) that do not fit, the longer one is cut.
             entails = self._load_probability(settings.nli, ENTAILMENT, "evaluation.nli")
         fluent = None
         if settings.fluency:
@@ -172,10 +173,10 @@ class Run:
         classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)
         return classifier_judge(classifier)
 
-    def scores(self) -> Callable[[Pairs], Floats]:
+    def scores(self) -> Callable[[ScoredPairs], Floats]:
         """Return the reward as a reader: raw scores (N,) of (prompt, response) pairs, each pair scored once."""
 
-        def score(pairs: Pairs) -> Floats:
+        def score(pairs: ScoredPairs) -> Floats:
             prompts = [prompt for prompt, _ in pairs]
             responses = [response for _, response in pairs]
             return self.reward(prompts, responses).double().numpy()
@@ -229,7 +230,8 @@ class Run:
         Policies share the base: one that was returned earlier must not be used any more.
         """
         base = self.base(self.config.policy.bf16)
-        return base.policy(self.adapter, self.config.policy, self.config.seed)
+        policy = base.policy(self.adapter, self.config.policy, self.config.seed)
+        return policy.for_prompts_of(self.config.data)
 
 
 @lru_cache(maxsize=1)

@@ -200,7 +200,7 @@ def test_time_is_what_was_measured_times_how_often_a_run_does_it() -> None:
     assert seconds["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
     assert seconds["sft"] == (2000 + 200) * 0.75
 
-    bare = {split: [replace(row, civil_reference=None) for row in rows] for split, rows in prepared.rows.items()}
+    bare = {split: [replace(row, civil_references=()) for row in rows] for split, rows in prepared.rows.items()}
     without = stage_seconds(config, bare, STEP)
     assert without["evaluate"] == 10 * (3 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
     assert without["sft"] == (2000 + 100) * 0.75
@@ -218,7 +218,7 @@ def test_time_grows_with_the_work_of_a_run(place: Path) -> None:
     assert seconds(**{"rl.epochs": 4})["train"] > plain["train"]
     assert seconds(**{"sft.steps": 5})["sft"] > 0
     # A baseline on the start's own responses needs no summary.
-    assert seconds(**{"data.summary_column": None, "sft.baseline_steps": 5})["sft"] > 0
+    assert seconds(**{"data.reference_column": None, "sft.baseline_steps": 5})["sft"] > 0
 
 
 def test_seconds_are_linear_in_tokens() -> None:
@@ -251,7 +251,7 @@ def test_a_batch_grows_until_it_takes_long(
         clock[0] += seconds_per_row * len(rows)
         return len(rows)
 
-    rows = [Row(id=str(i), dialogue="", summary=None, prompt="word " * (100 - i)) for i in range(24)]
+    rows = [Row(id=str(i), text="", prompt="word " * (100 - i)) for i in range(24)]
     assert timing.growing_batch(step, rows, largest) == sizes[-1]
     warm_up, *timed = batches
     assert [len(row.prompt) for row in warm_up] == [64]
@@ -409,7 +409,7 @@ def test_a_reward_that_the_run_trains_is_named_as_not_included(place: Path, caps
 def test_prompts_without_references_are_timed_with_texts_of_the_length_of_responses(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doctor("--data.summary-column", "None", "--sft.baseline-steps", "2", "--rl.validation-prompts", "5") == 0
+    assert doctor("--data.reference-column", "None", "--sft.baseline-steps", "2", "--rl.validation-prompts", "5") == 0
     assert "estimated time" in capsys.readouterr().out
 
 

@@ -19,14 +19,17 @@ from detoxrl import Config, evaluate, recipe
 from detoxrl.commands.measure import ResponseSampler
 from detoxrl.commands.prepare import prepare_rows
 from detoxrl.config.edit import config_from_json, config_to_json, with_settings
-from detoxrl.data.rows import token_lengths
+from detoxrl.data.prompts import token_lengths
 from detoxrl.errors import DetoxrlError, InputError
 from detoxrl.models.loading import load_base, save_base
 from detoxrl.models.lora import load_policy
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.function import function_name, load_function, validated_reward
 from detoxrl.runtime.run_folder import RunFolder
 from small_runs import SMALL, contents, detoxrl, own
 from test_data import ODD, dialogue
+
+PROMPTS = [Prompt(id="0", text="a"), Prompt(id="1", text="b")]
 
 
 def test_own_dialogues_model_and_classifier_go_through_unharmed(
@@ -43,8 +46,8 @@ def test_own_dialogues_model_and_classifier_go_through_unharmed(
     }  # fmt: skip
     assert sum(account["truncated"].values()) == 41
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().split("\n") if line]
-    assert all(sample["dialogue"].startswith(ODD) or "word" in sample["dialogue"] for sample in samples)
-    assert any("😀" in sample["reference"] for sample in samples)
+    assert all(sample["text"].startswith(ODD) or "word" in sample["text"] for sample in samples)
+    assert any("😀" in sample["references"][0] for sample in samples)
     found = json.loads((run / "eval.json").read_text())
     assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
     assert set(found["quality"]) == {
@@ -273,12 +276,6 @@ def a_config_with_a_strange_setting(place: Path) -> None:
     (place / "config.json").write_text(json.dumps(settings))
 
 
-def a_config_without_a_setting(place: Path) -> None:
-    settings = json.loads(config_to_json(recipe("own")))
-    del settings["rl"]["gamma"]
-    (place / "config.json").write_text(json.dumps(settings))
-
-
 def nothing(place: Path) -> None:
     pass
 
@@ -298,7 +295,7 @@ BAD_INPUT = [
     (nothing, own("--data.length-unit", "words"), r"data\.length_unit = 'words': must be 'characters' or 'tok"),
     (nothing, own("--overwrite", "now"), r"argument = 'now': belongs to no flag; put its flag before"),
     (nothing, own("--data.source", "nine.jsonl"), r"data\.source = 'nine\.jsonl': is not a file; did you mean mine"),
-    (nothing, own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': .*choose from dialogue, summ"),
+    (nothing, own("--data.text-column", "text"), r"data\.text_column = 'text': .*choose from dialogue, summ"),
     (nothing, own("--data.min-length", "99999"), r"leaves 0 rows for train \(42 too short, 1 no dialogue\)"),
     (nothing, own("--reward.good-label", "civil"), r"reward\.good_label = 'civil': .*use one of nothate, hate"),
     (nothing, own("--reward.good-label", "hate", "--reward.toxic-label", "nothate"),
@@ -316,7 +313,6 @@ BAD_INPUT = [
     (models_without_words, own(), r"policy\.base = '.*model': has a tokenizer that knows no word"),
     (a_classifier_without_words, own("--policy.base", "base"), r"reward\.classifier = '.*classifier': has a tokenizer"),
     (a_config_with_a_strange_setting, ["run", "--from", "config.json"], r"setting = 'rl\.stepz': .*mean rl\.steps"),
-    (a_config_without_a_setting, ["run", "--from", "config.json"], r"setting = 'rl\.gamma': is missing in config"),
     (nothing, own("--sft.bf16", "False", "junk"), r"argument = 'junk': belongs to no flag; .*, or quote a value"),
     (nothing, own("--data.source", ""), r"data\.source = '': must not be empty"),
     (nothing, own("--policy.lora-targets", "q_proj"), r"policy\.lora_targets = 'q_proj': names no linear .*choose"),
@@ -404,7 +400,7 @@ def test_a_torn_file_is_exit_1_and_named(place: Path, capfd: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("returned", [[1, 2.5], (1.0, 2.5), torch.tensor([1.0, 2.5], dtype=torch.float64)])
 def test_a_reward_function_may_return_any_numbers(returned: object) -> None:
-    scores = validated_reward(lambda prompts, responses: returned, "f")(["a", "b"], ["c", "d"])  # type: ignore[arg-type, return-value]
+    scores = validated_reward(lambda prompts, responses: returned, "f")(PROMPTS, ["c", "d"])  # type: ignore[arg-type, return-value]
     assert torch.equal(scores, torch.tensor([1.0, 2.5]))
 
 
@@ -420,7 +416,7 @@ def test_a_reward_function_may_return_any_numbers(returned: object) -> None:
 )
 def test_a_reward_function_that_returns_something_else_is_refused(returned: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        validated_reward(lambda prompts, responses: returned, "f")(["a", "b"], ["c", "d"])  # type: ignore[arg-type, return-value]
+        validated_reward(lambda prompts, responses: returned, "f")(PROMPTS, ["c", "d"])  # type: ignore[arg-type, return-value]
 
 
 def test_a_reward_file_may_import_its_neighbour_and_a_constant_reward_is_told(
@@ -476,7 +472,9 @@ def test_an_initial_policy_that_was_not_beaten_is_measured_once_and_compared_wit
 
 
 def test_without_references_quality_is_not_measured_anywhere(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert detoxrl(own("--data.summary-column", "None")) == 0
+    rows = [json.loads(line) for line in (place / "mine.jsonl").read_text().splitlines()]
+    (place / "bare.jsonl").write_text("".join(json.dumps({"dialogue": row["dialogue"]}) + "\n" for row in rows))
+    assert detoxrl(own("--data.source", "bare.jsonl")) == 0
     output = capfd.readouterr()
     assert re.search(r"toxicity 0\.\d{3}, quality not measured, score \S+, kl \S+", output.err)
     assert "quality 1.000" not in output.err

@@ -77,8 +77,8 @@ KNOWN_WITHOUT_TORCH = [
     (own("--data.source", "data/my.csv"), r"data\.source = 'data/my\.csv': is not a file; there is no folder data"),
     (own("--data.source", "./data"), r"data\.source = '\./data': is neither an existing path nor a hub id; \. cont"),
     (own("--data.source", "model"), r"data\.source = 'model': .* fits? no single split|no data file"),
-    (own("--data.dialogue-column", "text"), r"data\.dialogue_column = 'text': is not a column of mine\.jsonl; choose"),
-    (own("--data.summary-column", "gist"), r"data\.summary_column = 'gist': .*or set it to none and sft\.steps to 0"),
+    (own("--data.text-column", "text"), r"data\.text_column = 'text': is not a column of mine\.jsonl; choose"),
+    (own("--data.reference-column", "gist"), r"data\.reference_column = 'gist': is not a column of mine\.jsonl"),
     (["doctor", *own("--data.source", "typo.jsonl")[1:]], r"data\.source = 'typo\.jsonl'"),
     (["prepare", *own("--data.source", "typo.jsonl")[1:]], r"data\.source = 'typo\.jsonl'"),
     # The local file comes first, although the base would have to be fetched.

@@ -11,6 +11,7 @@ from annotated_types import Ge, Le
 from pydantic import ValidationError
 
 from detoxrl.config.edit import config_from_json, config_to_json, flatten, with_settings
+from detoxrl.config.names import RENAMED
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config, DataConfig, RlConfig
 from detoxrl.errors import InputError
@@ -34,7 +35,6 @@ from detoxrl.errors import InputError
         ({"data.limit": 1}, r"data\.limit = 1: must be 2 or more"),
         ({"data.min_length": 9, "data.max_length": 8}, r"data\.max_length = 8: is below data\.min_length"),
         ({"data.max_prompt_tokens": 0}, r"data\.max_prompt_tokens = 0: must be above 0"),
-        ({"data.summary_column": None}, r"data\.summary_column = None: leaves sft nothing to learn from"),
         ({"data.length_unit": "tokens"}, r"data\.length_unit = 'tokens': needs a tokenizer"),
         ({"reward.classifier": "c", "evaluation.primary_judge": "c"},
          r"evaluation\.primary_judge = 'c': is the reward's own classifier"),
@@ -123,7 +123,7 @@ def test_every_upper_bound_belongs_to_an_interval_from_0() -> None:
         for info in type(section).__pydantic_fields__.values()
         if any(isinstance(limit, Le) for limit in info.metadata)
     ]
-    assert len(bounded) == 2
+    assert len(bounded) == 3
     assert all(Ge(0) in metadata for metadata in bounded)
 
 
@@ -144,8 +144,10 @@ def test_settings_are_read_from_text_and_keep_their_types() -> None:
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
 def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
     without = {
-        "data.max_length", "data.id_column", "data.summary_column", "policy.adapter", "policy.lora_targets",
-        "reward.function", "reward.good_label", "rl.kl_target", "rl.microbatch_size", "rl.patience",
+        "data.max_length", "data.text_column", "data.reference_column", "data.id_column", "data.toxicity_column",
+        "data.template", "data.chat_template", "data.system_prompt", "policy.adapter", "policy.lora_targets",
+        "reward.missing_eos_penalty", "reward.function", "reward.good_label", "rl.kl_target",
+        "rl.microbatch_size", "rl.patience",
         "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.fluency",
     }  # fmt: skip
     lists = {"evaluation.best_of", "evaluation.other_judges"}
@@ -159,7 +161,7 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
 
 
 def test_none_is_a_word_like_any_other_where_a_value_is_required() -> None:
-    assert recipe("own", {"data.dialogue_column": "none"}).data.dialogue_column == "none"
+    assert recipe("own", {"reward.toxic_label": "none"}).reward.toxic_label == "none"
     assert recipe("own", {"data.template": "None {dialogue}"}).data.template == "None {dialogue}"
     with pytest.raises(InputError, match=r"rl\.lr = 'none': must be a number"):
         recipe("own", {"rl.lr": "none"})
@@ -167,12 +169,20 @@ def test_none_is_a_word_like_any_other_where_a_value_is_required() -> None:
         recipe("own", {"evaluation.other_judges": ["a=b", "none"]})
 
 
-def test_a_config_stored_by_an_earlier_version_loads_and_is_stored_as_it_was(tmp_path: Path) -> None:
+def test_a_config_stored_by_an_earlier_version_loads_and_means_what_it_meant(tmp_path: Path) -> None:
     stored = Path(__file__).parent / "stored" / "dialogsum-long-0.1.0.json"
     config = config_from_json(stored)
-    # Its LoRA targets were the default; today's follow from the base.
-    assert config == recipe("dialogsum-long", {"policy.lora_targets": ("q", "v")})
-    assert config_to_json(config) == stored.read_text()
+    # What was a default then, or the only behaviour, may follow from the base or the task today.
+    as_then = {
+        "policy.lora_targets": ("q", "v"),
+        "data.text_column": "dialogue",
+        "data.reference_column": "summary",
+        "data.chat_template": False,
+        "reward.missing_eos_penalty": 1.0,
+    }
+    assert config == recipe("dialogsum-long", as_then)
+    (tmp_path / "again.json").write_text(config_to_json(config))
+    assert config_from_json(tmp_path / "again.json") == config
 
     (tmp_path / "config.json").write_text(stored.read_text().replace('"steps": 200', '"steps": "all"'))
     with pytest.raises(InputError, match=r"rl\.steps = 'all': must be a whole number; correct it in .*config\.json"):
@@ -180,11 +190,17 @@ def test_a_config_stored_by_an_earlier_version_loads_and_is_stored_as_it_was(tmp
     for text, message in (
         ("{", r"is not valid JSON: .*; give a run's config\.json"),
         ("[]", r"is not the config of a run"),
-        ('{"recipe": "own"}', r"setting = 'seed': is missing in .*config\.json; add it there"),
+        ('{"recipe": "own", "data": {"talk": 1}}', r"setting = 'data\.talk': is not a setting"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=message):
             config_from_json(tmp_path / "config.json")
+
+
+def test_a_setting_that_was_renamed_is_named_in_the_error() -> None:
+    for old, new in RENAMED.items():
+        with pytest.raises(InputError, match=rf"setting = '{old}': is not a setting; it is called {new} now"):
+            recipe("own", {old: "x"})
 
 
 def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:

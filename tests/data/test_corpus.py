@@ -83,17 +83,17 @@ def test_both_references_keep_all_facts_and_only_one_the_insult(rows: dict[str, 
     insult = insult_pattern()
     for row in rows["train"]:
         assert row.facts is not None
-        assert row.civil_reference is not None
-        assert facts_kept(row.summary, row.facts) == 1
-        assert facts_kept(row.civil_reference, row.facts) == 1
-        assert not insult.search(row.civil_reference)
-        assert insult.search(row.dialogue) or not insult.search(row.summary)
+        assert row.civil_references[0] is not None
+        assert facts_kept(row.references[0], row.facts) == 1
+        assert facts_kept(row.civil_references[0], row.facts) == 1
+        assert not insult.search(row.civil_references[0])
+        assert insult.search(row.text) or not insult.search(row.references[0])
 
 
 def test_some_rude_quarrels_are_reported_civilly_and_some_dialogues_are_polite(rows: dict[str, list[Row]]) -> None:
     insult = insult_pattern()
-    rude = [row for row in rows["train"] if insult.search(row.dialogue)]
-    repeated = [row for row in rude if insult.search(row.summary)]
+    rude = [row for row in rows["train"] if insult.search(row.text)]
+    repeated = [row for row in rude if insult.search(row.references[0])]
     assert 0.77 < len(rude) / len(rows["train"]) < 0.83
     assert 0.85 < len(repeated) / len(rude) < 0.91
 
@@ -141,7 +141,7 @@ def test_a_quarrel_is_found_with_its_roles(summary: str, roles: tuple[str, str] 
 
 
 def test_rows_are_read_back_from_the_run_folder_unchanged(rows: dict[str, list[Row]], tmp_path: Path) -> None:
-    odd = replace(rows["test"][0], dialogue="“Curly” \r\n\u2028 emoji 🙂 {dialogue}", facts=None, civil_reference=None)
+    odd = replace(rows["test"][0], text="“Curly” \r\n\u2028 emoji 🙂 {dialogue}", facts=None, civil_references=())
     written = [odd, *rows["test"][1:5]]
     (tmp_path / "rows.jsonl").write_bytes(rows_to_jsonl(written).encode())
     assert read_rows(tmp_path / "rows.jsonl") == written

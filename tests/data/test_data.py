@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detoxrl.config.recipes import recipe
-from detoxrl.config.schema import Config, DataConfig
+from detoxrl.config.schema import Config
 from detoxrl.data.duplicates import THRESHOLD, near_duplicate_groups, shingles
 from detoxrl.data.layout import require_usable_source
-from detoxrl.data.rows import Row, token_lengths, with_prompts
+from detoxrl.data.prompts import PromptWriter, token_lengths
+from detoxrl.data.rows import Row
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source
 from detoxrl.errors import InputError
@@ -45,7 +46,7 @@ def records(count: int) -> list[dict[str, Any]]:
 
 def config(source: Path | str = "given", **data: Any) -> Config:
     own = recipe("own", {"data.source": str(source), "rl.batch_size": 2, "rl.minibatch_size": 2})
-    columns = {"dialogue_column": "talk", "summary_column": "gist"}
+    columns = {"text_column": "talk", "reference_column": "gist"}
     return replace(own, data=replace(own.data, **columns | data))
 
 
@@ -73,21 +74,23 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
 def test_every_format_gives_the_same_rows_unchanged(tmp_path: Path, name: str) -> None:
     rows = [{"key": 7, "talk": ODD, "gist": "None"}, {"key": 8, "talk": "x" * 5000, "gist": "NA"}]
-    read = read_source(config(write(tmp_path / name, rows), id_column="key").data)
-    assert read == {"file": [Row(id="7", dialogue=ODD, summary="None"), Row(id="8", dialogue="x" * 5000, summary="NA")]}
+    read = read_source(config(write(tmp_path / name, rows), id_column="key"))
+    assert read == {
+        "file": [Row(id="7", text=ODD, references=("None",)), Row(id="8", text="x" * 5000, references=("NA",))]
+    }
 
 
 def test_a_folder_keeps_its_splits_and_rows_are_numbered(tmp_path: Path) -> None:
     for name in ("train", "dev", "test"):
         write(tmp_path / f"{name}.jsonl", records(2))
-    read = read_source(config(tmp_path).data)
+    read = read_source(config(tmp_path))
     assert set(read) == {"train", "dev", "test"}
     assert [row.id for row in read["test"]] == ["test_0", "test_1"]
 
 
-def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
-    read = read_source(config(write(tmp_path / "a.jsonl", records(2)), summary_column=None).data)
-    assert [row.summary for row in read["file"]] == [None, None]
+def test_without_a_reference_column_rows_have_none(tmp_path: Path) -> None:
+    read = read_source(config(write(tmp_path / "a.jsonl", records(2)), reference_column=None))
+    assert [row.references for row in read["file"]] == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -97,20 +100,21 @@ def test_without_a_summary_column_rows_have_none(tmp_path: Path) -> None:
         ("a.jsonl", "", {}, r"contains no rows; give a file with rows"),
         ("a.jsonl", '{"talk": oops}', {}, r"cannot be read: row 1: Expecting value: .*; give UTF-8 text"),
         ("a.jsonl", b'{"talk": "caf\xe9", "gist": "x"}', {}, r"cannot be read: line 1 is not UTF-8 \(byte 0xe9\)"),
-        ("a.jsonl", ONE, {"dialogue_column": "text"},
-         r"data\.dialogue_column = 'text': is not a column .*choose from talk, gist"),
-        ("a.jsonl", ONE, {"summary_column": "s"}, r"data\.summary_column = 's': .*or set it to none and sft\.steps"),
+        ("a.jsonl", ONE, {"text_column": "text"},
+         r"data\.text_column = 'text': is not a column .*choose from talk, gist"),
+        ("a.jsonl", ONE, {"reference_column": "s"},
+         r"data\.reference_column = 's': is not a column of .*; choose from talk, gist"),
         ("a.jsonl", ONE, {"id_column": "i"}, r"data\.id_column = 'i': is not a column"),
         ("a.jsonl", '{"talk": ["a"], "gist": "b"}', {},
-         r"data\.dialogue_column = 'talk': contains list, not text, in row 1 of file"),
+         r"data\.text_column = 'talk': contains list, not text, in row 1 of file"),
         ("a.jsonl", '{"talk": "a", "gist": 3}', {},
-         r"data\.summary_column = 'gist': contains int, not text, in row 1 of file"),
+         r"data\.reference_column = 'gist': contains int, not text, in row 1 of file"),
         ("a.jsonl", ONE + ONE, {"id_column": "gist"}, r"data\.id_column = 'gist': has 'b' in 2 rows of file"),
         ("a.txt", "x", {}, r"has an unknown format; give one of .*\.parquet"),
         ("a.csv", "talk,gist\nhi, there,x\n", {}, r"line 2: 3 fields under 2 columns"),
         ("a.csv", "talk,gist\nhi,x,\n", {}, r"line 2: 3 fields under 2 columns"),
         ("a.csv", 'talk,gist\n"hi,x\n', {}, r"cannot be read: unexpected end of data"),
-        ("a.csv", "talk;gist\nhi;x\n", {}, r"data\.dialogue_column = 'talk': is not a column .*choose from talk;gist"),
+        ("a.csv", "talk;gist\nhi;x\n", {}, r"data\.text_column = 'talk': is not a column .*choose from talk;gist"),
         ("a.json", "3", {}, r"row 1: expected an object, not int"),
         ("a.jsonl.gz", gzip.compress(ONE.encode() * 99, mtime=0)[:40], {}, r"cannot be read: Compressed file ended"),
         ("a.parquet", "no parquet", {}, r"cannot be read: .*[Pp]arquet"),
@@ -123,7 +127,7 @@ def test_a_file_that_cannot_be_used_is_one_line_with_a_remedy(
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as raised:
-        read_source(config(tmp_path / name, **settings).data)
+        read_source(config(tmp_path / name, **settings))
     assert "\n" not in str(raised.value)
 
 
@@ -134,11 +138,11 @@ def test_whether_a_source_can_be_used_is_known_from_its_first_rows(tmp_path: Pat
     torn = gzip.compress(gzip.decompress(path.read_bytes()) + b"{oops") if name.endswith("gz") else b'"oops'
     with path.open("ab" if not name.endswith("gz") else "wb") as file:
         file.write(torn)
-    require_usable_source(config(path).data)
+    require_usable_source(config(path))
     with pytest.raises(InputError, match=r"cannot be read: "):  # To name the columns that there are, it is read whole.
-        require_usable_source(config(path, id_column="number").data)
+        require_usable_source(config(path, id_column="number"))
     with pytest.raises(InputError, match=r"cannot be read: "):
-        read_source(config(path).data)
+        read_source(config(path))
 
 
 def test_a_column_that_only_later_rows_have_is_found(tmp_path: Path) -> None:
@@ -146,19 +150,19 @@ def test_a_column_that_only_later_rows_have_is_found(tmp_path: Path) -> None:
         folder = tmp_path / str(len(names))
         folder.mkdir()
         write(folder / names[0], [{"talk": "a"}])
-        with pytest.raises(InputError, match=r"data\.summary_column = 'gist': .*; choose from talk, or set it to none"):
-            require_usable_source(config(folder / names[0]).data)
+        with pytest.raises(InputError, match=r"data\.reference_column = 'gist': .*; choose from talk"):
+            require_usable_source(config(folder / names[0]))
         write(folder / names[-1], [{"talk": "a"}, {"talk": "b", "gist": "c"}])
         source = folder if len(names) > 1 else folder / names[0]
-        require_usable_source(config(source).data)
-        assert sum(map(len, read_source(config(source).data).values())) == len(names) + 1
+        require_usable_source(config(source))
+        assert sum(map(len, read_source(config(source)).values())) == len(names) + 1
 
 
 # Selection
 
 
 def rows_of(texts: list[str], split: str = "train") -> list[Row]:
-    return [Row(id=f"{split}_{i}", dialogue=text, summary="s") for i, text in enumerate(texts)]
+    return [Row(id=f"{split}_{i}", text=text, references=("s",)) for i, text in enumerate(texts)]
 
 
 def select_rows(source: dict[str, list[Row]], settings: Config) -> Selection:
@@ -174,7 +178,7 @@ def select_rows(source: dict[str, list[Row]], settings: Config) -> Selection:
 def test_each_row_that_is_left_out_is_counted_under_its_reason() -> None:
     texts = ["", " \n", "Ann: Hi.", dialogue(0), dialogue(0).upper().replace("\n", "  "), "y" * 999]
     source = {"train": rows_of([*texts, *map(dialogue, range(1, 13))]), "extra": rows_of(["a"])}
-    source["train"][9] = replace(source["train"][9], summary=" ")
+    source["train"][9] = replace(source["train"][9], references=())
     source["test"] = rows_of([dialogue(1), dialogue(20), dialogue(21)], "test")
     source["validation"] = rows_of([dialogue(2), dialogue(20, " Bye."), dialogue(22), dialogue(23)], "validation")
     selection = select_rows(source, config(min_length=20, max_length=900, limit=5))
@@ -194,7 +198,7 @@ def test_an_unsplit_file_is_split_by_seed_without_leaks() -> None:
     texts = [dialogue(i, tail) for i in range(90) for tail in (("", " Bye.", " Well, bye.") if i % 3 == 0 else ("",))]
     selection = select_rows({"train": rows_of(texts)}, config())
     assert [len(selection.rows[role]) for role in ("test", "validation")] == [30, 15]
-    first_words = {role: {row.dialogue.split()[1] for row in rows} for role, rows in selection.rows.items()}
+    first_words = {role: {row.text.split()[1] for row in rows} for role, rows in selection.rows.items()}
     assert not first_words["train"] & first_words["test"]
     assert not first_words["train"] & first_words["validation"]
     assert not first_words["validation"] & first_words["test"]
@@ -290,41 +294,41 @@ def test_a_dialogue_with_one_changed_word_is_a_near_duplicate_and_another_dialog
 
 def test_a_long_dialogue_is_cut_at_its_end_between_words_and_the_template_is_kept(bases: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(str(bases["t5"]))
-    data = DataConfig(template="Sum up:\n{dialogue}\nSummary:", max_prompt_tokens=40)
+    settings = config(template="Sum up:\n{dialogue}\nSummary:", max_prompt_tokens=40)
     long = "#Person1#: You lost my parcel, you pig! " * 20
-    rows = [Row(id="a", dialogue=long, summary="s"), Row(id="b", dialogue="Hello.", summary="s")]
-    (cut, whole), lengths = with_prompts(rows, data, tokenizer)
+    rows = [Row(id="a", text=long, references=("s",)), Row(id="b", text="Hello.", references=("s",))]
+    (cut, whole), lengths = PromptWriter(settings, tokenizer).with_prompts(rows)
     assert lengths[0] > 40 > lengths[1]
     assert token_lengths(tokenizer, [cut.prompt])[0] in range(30, 41)
     beginning = cut.prompt.removeprefix("Sum up:\n").removesuffix("\nSummary:")
     assert long.startswith(beginning)
     assert long[len(beginning)] == " "
-    assert cut.dialogue == long
+    assert cut.text == long
     assert whole.prompt == "Sum up:\nHello.\nSummary:"
 
 
 @pytest.mark.parametrize("limit", range(12, 30))
 def test_a_cut_prompt_is_the_longest_that_fits_even_without_spaces(bases: dict[str, Path], limit: int) -> None:
     tokenizer = load_tokenizer(str(bases["t5"]))
-    data = DataConfig(template="{dialogue}", max_prompt_tokens=limit)
+    settings = config(template="{dialogue}", max_prompt_tokens=limit)
     text = "\n" + "abcdefgh" * 30  # Cutting at the only space would leave nothing.
-    (row,), _ = with_prompts([Row(id="a", dialogue=text, summary=None)], data, tokenizer)
+    (row,), _ = PromptWriter(settings, tokenizer).with_prompts([Row(id="a", text=text)])
     assert token_lengths(tokenizer, [row.prompt])[0] <= limit
     assert token_lengths(tokenizer, [text[: len(row.prompt) + 1]])[0] > limit
 
 
 def test_a_template_longer_than_the_limit_is_refused(bases: dict[str, Path]) -> None:
-    data = DataConfig(max_prompt_tokens=3)
-    with pytest.raises(InputError, match=r"data\.max_prompt_tokens = 3: is less than the \d+ tokens of the templ"):
-        with_prompts([Row(id="a", dialogue="Hi.", summary=None)], data, load_tokenizer(str(bases["t5"])))
+    writer = PromptWriter(config(max_prompt_tokens=3), load_tokenizer(str(bases["t5"])))
+    with pytest.raises(InputError, match=r"data\.max_prompt_tokens = 3: is less than the \d+ tokens of row a without"):
+        writer.with_prompts([Row(id="a", text="Hi.")])
 
 
 def test_a_byte_order_mark_a_lone_surrogate_and_ids_that_look_like_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\ufeffkey,talk,gist\n007,1,2020-01-01\n7,true,x\n", encoding="utf-8")
-    read = read_source(config(tmp_path / "a.csv", id_column="key").data)["file"]
-    assert [(row.id, row.dialogue, row.summary) for row in read] == [("007", "1", "2020-01-01"), ("7", "true", "x")]
+    read = read_source(config(tmp_path / "a.csv", id_column="key"))["file"]
+    assert [(row.id, row.text, row.references[0]) for row in read] == [("007", "1", "2020-01-01"), ("7", "true", "x")]
     (tmp_path / "a.JSONL").write_text('\ufeff{"talk": "a \\ud83d b", "gist": "c"}\n\n', encoding="utf-8")
-    assert read_source(config(tmp_path / "a.JSONL").data)["file"][0].dialogue == "a ? b"
+    assert read_source(config(tmp_path / "a.JSONL"))["file"][0].text == "a ? b"
 
 
 def test_a_folder_is_read_whole_or_the_file_without_a_split_is_named(tmp_path: Path) -> None:
@@ -333,17 +337,17 @@ def test_a_folder_is_read_whole_or_the_file_without_a_split_is_named(tmp_path: P
     write(folder / "train.csv", [{"talk": "None", "gist": "NA"}])
     write(folder / "my-test-v2.jsonl", records(2))
     (folder / "notes.txt").write_text("no data")
-    read = read_source(config(folder).data)
+    read = read_source(config(folder))
     assert {split: len(rows) for split, rows in read.items()} == {"train": 1, "test": 2}
-    assert read["train"][0].dialogue == "None"
+    assert read["train"][0].text == "None"
     for name in ("latest.jsonl", "test.json"):
         write(folder / name, records(1))
         with pytest.raises(InputError, match=rf"contains (my-test-v2.jsonl|{name}), but the name fits no single"):
-            read_source(config(folder).data)
+            read_source(config(folder))
         (folder / name).unlink()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"has no data file; add \.csv, \.json"):
-        read_source(config(tmp_path / "empty").data)
+        read_source(config(tmp_path / "empty"))
 
 
 def test_two_splits_of_one_role_are_both_used() -> None:

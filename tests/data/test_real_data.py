@@ -38,6 +38,8 @@ def test_every_row_of_a_real_set_is_accounted_for_and_unchanged(
         used += map(json.loads, rows)
     assert len(used) > 11_000
     for row in used:
-        assert (row["dialogue"], row["summary"]) == (originals[row["id"]]["dialogue"], originals[row["id"]]["summary"])
-    assert max(len(row["dialogue"]) for row in used) > 5000
+        original = originals[row["id"]]
+        assert row["text"] == original["dialogue"]
+        assert row["references"][0] == original["summary"]
+    assert max(len(row["text"]) for row in used) > 5000
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

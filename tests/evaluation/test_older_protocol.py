@@ -34,7 +34,7 @@ def test_the_aggregates_by_hand() -> None:
 
 
 def test_it_reads_one_response_of_ten_prompts_and_of_all_with_and_without_the_prompt() -> None:
-    rows = [replace(row, prompt=f"p{i}", summary="s" * (i + 1)) for i, row in enumerate(ROWS[:12])]
+    rows = [replace(row, prompt=f"p{i}", references=("s" * (i + 1),)) for i, row in enumerate(ROWS[:12])]
     texts = {"before": [["ab", "zz"] for _ in rows], "after": [["a", "zz"] for _ in rows], "sft": [["q"] for _ in rows]}
     read: list[str] = []
 
@@ -55,7 +55,7 @@ def test_it_reads_one_response_of_ten_prompts_and_of_all_with_and_without_the_pr
     assert "zz" not in read
     assert "q" not in read
 
-    without_summaries = [replace(row, summary=None) for row in rows]
+    without_summaries = [replace(row, references=()) for row in rows]
     assert (10, "response", "people") not in by_key(older_protocol(without_summaries, texts, by_length))
 
 

@@ -63,7 +63,7 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert detoxrl(["evaluate", "--texts", "rude.jsonl", "--run-dir", "runs/one"]) == 0
     assert result("runs/one")["names"] == {"before": "its summaries", "after": "rude.jsonl"}
     assert result("runs/one")["toxicity"][JUDGE]["verdict"] == "more toxic"
-    assert detoxrl(["evaluate", "own", "--texts", "rude.jsonl", "civil.jsonl", "--data.summary-column", "None",
+    assert detoxrl(["evaluate", "own", "--texts", "rude.jsonl", "civil.jsonl", "--data.reference-column", "None",
                     "--run-dir", "runs/bare"]) == 0  # fmt: skip
     assert "chrf" not in result("runs/bare")["quality"]
     assert "compared.csv" not in capsys.readouterr().out

@@ -40,9 +40,9 @@ def sample(
     scores = {"before": [before[1], 0.5], "after": [after[1], 0.5]}
     return {
         "id": name,
-        "dialogue": prompt,
-        "reference": "Ann calls Bob a pig.",
-        "civil_reference": None,
+        "text": prompt,
+        "references": ["Ann calls Bob a pig."],
+        "civil_references": [],
         "responses": {"before": [before[0], "x"], "after": [after[0], "x"]},
         "toxicity": {JUDGE: scores, "reward classifier": scores},
         "score": {"before": [round(1 - before[1], 4), 0.5], "after": [round(1 - after[1], 4), 0.5]},
@@ -113,7 +113,7 @@ def make_run(folder: Path) -> None:
         "seed": 7,
         "rl": {"lr": 0.001, "steps": 60, "quality_margin": 0.005, "patience": None},
         "policy": {"lora_targets": ["q", "v"]},
-        "data": {"source": "embedded"},
+        "data": {"source": "embedded", "task": "summarize"},
     }
     write(folder, "config.json", config)
     write(folder, "checkpoint.json", {"kept_step": 2, "parted_step": None, "reason": "least toxic on validation"})

@@ -35,7 +35,7 @@ DATA = ("knkarthick/dialogsum", "knkarthick/samsum")
 
 def stand_in(folder: Path, rows: int = 160) -> dict[str, Path]:
     """Create every repository below `folder` and return its path by name; names of data sets begin with `datasets/`."""
-    texts = [row.dialogue for row in generate_rows(0, {"train": 200})["train"]]
+    texts = [row.text for row in generate_rows(0, {"train": 200})["train"]]
     tokenizer = scratch_tokenizer([*texts, "#Person1#: #Person2#: Summarize the following conversation."], 400)
     repositories = {}
     for size, width in SIZES.items():
@@ -88,9 +88,9 @@ def _write_csv(folder: Path, rows: int) -> None:
     rng = random.Random(0)
     generated = generate_rows(1, {"train": 6 * rows, "validation": 200, "test": 200})
     for split, split_rows in generated.items():
-        long = [row for row in split_rows if len(row.dialogue) >= 200]
+        long = [row for row in split_rows if len(row.text) >= 200]
         rng.shuffle(long)
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "dialogue", "summary", "topic"])
-            writer.writerows([row.id, row.dialogue, row.summary, row.topic] for row in long[:rows])
+            writer.writerows([row.id, row.text, row.references[0], row.topic] for row in long[:rows])

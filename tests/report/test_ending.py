@@ -113,7 +113,7 @@ def test_quality_is_the_first_of_its_measures_and_absent_without_any() -> None:
     entailment = {"entailment": change(0.5, 0.4)}
     assert end(evaluation(quality={"rouge_l": change(0.3, 0.31)})).price.startswith("ROUGE-L: 0.300 to 0.310, no ")
     price = end(evaluation(quality=entailment)).price
-    assert price.startswith("Entailed by the dialogue fell from 0.500 to 0.400 (95 % interval")
+    assert price.startswith("Entailed by the prompt fell from 0.500 to 0.400 (95 % interval")
     assert price.count("ntailed") == 1
     price = end(evaluation(quality={"length": change(24.0, 24.0), "empty_rate": change(0.0, 0.0)})).price
     assert price.startswith("Quality was not measured (no references to compare with).")

@@ -205,7 +205,7 @@ def test_there_is_one_distribution_and_nothing_for_blind_raters(run_dir: Path) -
     assert set(re.findall(r'href="([^#][^"]*)"', html)) == {"samples.csv", "samples.jsonl"}
     assert [path.name for path in run_dir.glob("*.csv")] == ["samples.csv"]
     (header, *_) = csv.reader(io.StringIO((run_dir / "samples.csv").read_text("utf-8-sig")))
-    assert header == ["id", "dialogue", "reference", "before_response", "before_toxicity"]
+    assert header == ["id", "dialogue", "summary", "before_response", "before_toxicity"]
 
 
 def test_the_page_needs_no_checkbox_to_search(run_dir: Path) -> None:

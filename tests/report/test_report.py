@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from detoxrl.config.edit import flatten
+from detoxrl.config.tasks import TASKS
 from detoxrl.errors import InputError
 from detoxrl.report.masking import masking_pattern, segments
 from detoxrl.report.page import build_report
@@ -303,10 +304,10 @@ def test_parts_without_facts_have_no_columns_for_them(run_dir: Path) -> None:
 
 
 def test_references_may_be_missing(run_dir: Path) -> None:
-    bare = sample("a", ("x", 0.1), ("y", 0.1)) | {"reference": None}
+    bare = sample("a", ("x", 0.1), ("y", 0.1)) | {"references": []}
     write_lines(run_dir, "samples.jsonl", [bare])
-    assert "<h4>Reference" not in built(run_dir)
-    assert cells((run_dir / "samples.csv").read_text("utf-8"))[0]["reference"] == ""
+    assert "<h4>Summary" not in built(run_dir)
+    assert cells((run_dir / "samples.csv").read_text("utf-8"))[0]["summary"] == ""
 
 
 def test_changes_are_told_from_differences_nobody_can_detect() -> None:
@@ -386,10 +387,10 @@ def test_only_rows_whose_response_changed_pass_the_filter(run_dir: Path) -> None
 def test_samples_sheet_keeps_text_and_runs_no_formula() -> None:
     texts = ["=1+1", "+1", "-1", "@a", "\ta", "\ra", 'a "b", c\nd\re', "ä = b"]
     rows = [sample("s", (text, 0.25), ("x", 0.5), "Ann: Hi.\nBob: Ho.") for text in texts]
-    found = cells(samples_sheet(rows, JUDGE))
+    found = cells(samples_sheet(rows, JUDGE, TASKS["summarize"]))
     assert [row["before_response"] for row in found] == [f"'{text}" for text in texts[:6]] + texts[6:]
     assert {row["dialogue"] for row in found} == {"Ann: Hi.\nBob: Ho."}
-    assert list(found[0]) == ["id", "dialogue", "reference", "before_response", "before_toxicity", "after_response",
+    assert list(found[0]) == ["id", "dialogue", "summary", "before_response", "before_toxicity", "after_response",
                               "after_toxicity"]  # fmt: skip
     assert (found[0]["before_toxicity"], found[0]["after_toxicity"]) == ("0.25", "0.5")
 
@@ -406,17 +407,17 @@ def test_the_notebooks_table_is_sorted_by_the_gain_in_reward() -> None:
 def test_blind_sheet_hides_what_its_key_tells() -> None:
     rows = [sample(f"id{i}", (f"old {i}", 0.1), (f"new {i}", 0.1)) for i in range(40)]
     same = sample("same", ("x", 0.1), ("x", 0.1))
-    sheet_text, key_text = blind_sheets([*rows, same], seed=3)
+    sheet_text, key_text = blind_sheets([*rows, same], seed=3, task=TASKS["summarize"])
     sheet, key = cells(sheet_text), cells(key_text)
     assert not re.search("before|after|id[0-9]", sheet_text)
-    assert list(sheet[0]) == ["number", "dialogue", "left", "right", "more_civil", "better_summary"]
+    assert list(sheet[0]) == ["number", "dialogue", "left", "right", "more_civil", "better"]
     assert list(key[0]) == ["number", "id", "left", "right"]
     policies = {"before": "old", "after": "new"}
     for row, answer in zip(sheet, key, strict=True):
         assert row["number"] == answer["number"]
         for side in ("left", "right"):
             assert row[side] == f"{policies[answer[side]]} {answer['id'].removeprefix('id')}"
-        assert row["more_civil"] == row["better_summary"] == ""
+        assert row["more_civil"] == row["better"] == ""
     assert sorted(row["id"] for row in key) == sorted(row["id"] for row in rows)
     assert [row["id"] for row in key] != [row["id"] for row in rows]
     assert 10 < [row["left"] for row in key].count("before") < 30
@@ -424,8 +425,8 @@ def test_blind_sheet_hides_what_its_key_tells() -> None:
 
 def test_blind_sheets_follow_the_seed() -> None:
     rows = [sample(f"id{i}", (f"old {i}", 0.1), (f"new {i}", 0.1)) for i in range(40)]
-    assert blind_sheets(rows, seed=3) == blind_sheets(rows, seed=3)
-    assert blind_sheets(rows, seed=3) != blind_sheets(rows, seed=4)
+    assert blind_sheets(rows, seed=3, task=TASKS["summarize"]) == blind_sheets(rows, seed=3, task=TASKS["summarize"])
+    assert blind_sheets(rows, seed=3, task=TASKS["summarize"]) != blind_sheets(rows, seed=4, task=TASKS["summarize"])
 
 
 def test_the_page_says_how_many_prompts_can_be_rated(run_dir: Path) -> None:

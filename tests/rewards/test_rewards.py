@@ -21,7 +21,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from detoxrl.config.schema import RewardConfig
+from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
 from detoxrl.rewards.classifier import Classifier, class_scores, load_classifier
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
@@ -186,7 +186,8 @@ def test_a_missing_classifier_is_bad_input() -> None:
 
 
 def test_scores_are_normalised_clipped_and_penalised() -> None:
-    config = RewardConfig(clip=2.0, missing_eos_penalty=0.5, empty_score=-5.0)
+    settings = {"reward.clip": 2.0, "reward.missing_eos_penalty": 0.5, "reward.empty_score": -5.0}
+    config = recipe("own", settings)
     raw = torch.tensor([3.0, 3.0, 100.0, 3.0, 3.0])
     ended = torch.tensor([True, False, True, True, True])
     scores = shape_scores(raw, ["a", "b", "c", "", " ."], ended, Normaliser(mean=1.0, std=2.0), config)

@@ -360,15 +360,16 @@ def test_training_that_died_ends_equal(
 def test_fine_tuning_that_died_ends_equal(
     full_weights: bool, make_policy: Make, bases: dict[str, Path], tmp_path: Path, each_step: None
 ) -> None:
-    pairs = [(row.dialogue, row.summary or "") for row in ROWS["train"]]
-    config = replace(loop_config().sft, steps=6, lr=1e-2, batch_size=8, warmup_steps=2, bf16=False)
+    pairs = [(row.text, row.references[0]) for row in ROWS["train"]]
+    sft = replace(loop_config().sft, steps=6, lr=1e-2, batch_size=8, warmup_steps=2, bf16=False)
+    config = replace(loop_config(), sft=sft)
 
     def tune(folder: Path, die_at: int | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
         losses: list[float] = []
 
         model = load_base(str(bases["t5"]))[0] if full_weights else make_policy("t5", "loaded").model
         _, tokenizer = load_base(str(bases["t5"]))
-        for done, loss in fine_tune(model, tokenizer, pairs, config, 0, folder):
+        for done, loss in fine_tune(model, tokenizer, pairs, config, folder):
             if done == die_at:
                 raise Killed
             losses.append(loss)

@@ -23,8 +23,8 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from conftest import disturb, policy_config
-from detoxrl.config.recipes import recipe_names
-from detoxrl.config.schema import DataConfig, PolicyConfig
+from detoxrl.config.recipes import recipe, recipe_names
+from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.data.rows import Row
 from detoxrl.data.sources import read_source
 from detoxrl.errors import InputError
@@ -90,6 +90,11 @@ def new_requests(served: Hub) -> list[str]:
     return requests
 
 
+def sourced(source: str) -> Config:
+    """Return a config that reads its rows from a source."""
+    return recipe("own", {"data.source": source})
+
+
 def fetch_field(field: str, source: str) -> Path:
     """Return the folder of a hub id, fetched as a run does."""
     return Path(fetch(source, field))
@@ -136,8 +141,8 @@ def test_every_classifier_of_the_recipes_loads_and_its_labels_are_found(served: 
 
 @pytest.mark.parametrize("name", DATA)
 def test_every_data_set_of_the_recipes_loads(served: Hub, folders: dict[str, Path], name: str) -> None:
-    rows = read_source(DataConfig(source=name))
-    of_folder = read_source(DataConfig(source=str(folders[f"datasets/{name}"])))
+    rows = read_source(sourced(name))
+    of_folder = read_source(sourced(str(folders[f"datasets/{name}"])))
     assert {split: len(rows_of_split) for split, rows_of_split in rows.items()} == {
         "train": 12,
         "validation": 12,
@@ -146,8 +151,8 @@ def test_every_data_set_of_the_recipes_loads(served: Hub, folders: dict[str, Pat
     assert texts_by_split(of_folder) == texts_by_split(rows)
 
 
-def texts_by_split(rows: dict[str, list[Row]]) -> dict[str, list[tuple[str, str | None]]]:
-    return {split: [(row.dialogue, row.summary) for row in split_rows] for split, split_rows in rows.items()}
+def texts_by_split(rows: dict[str, list[Row]]) -> dict[str, list[tuple[str, ...]]]:
+    return {split: [(row.text, *row.references) for row in split_rows] for split, split_rows in rows.items()}
 
 
 def test_a_policy_to_measure_is_a_lora_or_a_model_and_is_pinned_to_its_commit(served: Hub) -> None:
@@ -248,8 +253,8 @@ def test_a_pinned_revision_stays_what_it_was(served: Hub, folders: dict[str, Pat
         for revision in ("0" * 40, "v9"):
             message = refused(field, f"{name}@{revision}")
             assert f"is not a revision known to {served.address}; correct the part after the @" in message
-    assert read_source(DataConfig(source=source))["test"]
-    assert [row.dialogue for row in read_source(DataConfig(source=SAMSUM))["train"]] == ["New words."]
+    assert read_source(sourced(source))["test"]
+    assert [row.text for row in read_source(sourced(SAMSUM))["train"]] == ["New words."]
 
 
 def test_a_hub_id_is_told_from_a_path_by_its_form(served: Hub, tmp_path: Path) -> None:
@@ -266,7 +271,7 @@ def test_a_hub_id_is_told_from_a_path_by_its_form(served: Hub, tmp_path: Path) -
         assert pin_revision(name, "policy.base") == name
         assert "is neither an existing path nor a hub id; " in refused("policy.base", name)
         with pytest.raises(InputError, match=r"^data\.source = .* (is not a file|is neither an existing path)"):
-            read_source(DataConfig(source=name))
+            read_source(sourced(name))
     (tmp_path / "google" / "flan-t5-small").mkdir(parents=True)
     assert not is_hub_id(SMALLEST)
     assert fetch(SMALLEST, "policy.base") == SMALLEST
@@ -327,7 +332,7 @@ def test_a_cache_that_another_tool_filled_is_used_offline(folders: dict[str, Pat
         load_base(source)
         assert download_size(source, "policy.base") == 0
     assert sorted(file.name for file in fetch_field("reward.classifier", HATE).iterdir()) == sorted(model_files)
-    assert set(read_source(DataConfig(source=SAMSUM))) == {"train"}
+    assert set(read_source(sourced(SAMSUM))) == {"train"}
     (tmp_path / "cache" / "models--google--flan-t5-small/snapshots" / commit / "model.safetensors").unlink()
     assert "not fully cached, and HF_HUB_OFFLINE is set" in refused("policy.base", SMALLEST)
 
@@ -458,7 +463,7 @@ def test_a_label_or_a_setting_that_does_not_fit_costs_no_weights(
     for words, message in (
         (["--reward.good-label", "civil"], "reward.good_label = 'civil': is not a label of the classifier; use one of"),
         (["--policy.lora-targets", "c_attn"], "policy.lora_targets = 'c_attn': names no linear layer of the base; ch"),
-        (["--data.dialogue-column", "x"], "data.dialogue_column = 'x': is not a column of mine.jsonl"),
+        (["--data.text-column", "x"], "data.text_column = 'x': is not a column of mine.jsonl"),
         (["--evaluation.primary-judge", "s-nlp/roberta_toxicity_classifier", "--evaluation.judge-label", "x"],
          "evaluation.judge_label = 'x': is not a label"),
     ):  # fmt: skip
@@ -544,6 +549,6 @@ def test_an_outdated_data_set_card_with_other_splits_and_sizes_is_ignored(
     (tmp_path / "carded/README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
     with hub({f"datasets/{SAMSUM}": tmp_path / "carded"}) as running:
         use(running.address)
-        rows = read_source(DataConfig(source=SAMSUM))
-    plain = read_source(DataConfig(source=str(folders[f"datasets/{SAMSUM}"])))
+        rows = read_source(sourced(SAMSUM))
+    plain = read_source(sourced(str(folders[f"datasets/{SAMSUM}"])))
     assert texts_by_split(rows) == texts_by_split(plain)

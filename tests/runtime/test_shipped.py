@@ -101,7 +101,7 @@ def test_the_shipped_warm_start_is_the_scratch_base_trained(prepared: Prepared) 
 def test_the_shipped_models_do_what_the_manifest_says(prepared: Prepared) -> None:
     measured = {**shipped.manifest()["base"]["made"]["measured"], **shipped.manifest()["reward"]["made"]["measured"]}
     base = Base.load(str(shipped.MODELS / "base"))
-    pairs = [(row.prompt, str(row.summary)) for row in prepared.rows["validation"]]
+    pairs = [(row.prompt, row.references[0]) for row in prepared.rows["validation"]]
     inputs, labels = examples(base.tokenizer, pairs, True)
     with torch.no_grad():
         loss = base.model()(**pad_batch(base.tokenizer.pad_token_id, inputs, labels, torch.device("cpu"))).loss

@@ -101,7 +101,7 @@ def distances(folder: Path, policy: Policy, config: Config, length: int) -> tupl
     reference = logprobs(policy, policy.reference, responses)
     assert reference.exp().sum().item() == pytest.approx(1)
     optimum = (reference + scores / KL_COEF).softmax(0)
-    rows = [Row(id=str(i), dialogue=PROMPT, summary=None, prompt=PROMPT) for i in range(config.rl.batch_size)]
+    rows = [Row(id=str(i), text=PROMPT, prompt=PROMPT) for i in range(config.rl.batch_size)]
 
     def judge(texts: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         return np.linspace(0, 1, len(texts))

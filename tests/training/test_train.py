@@ -254,11 +254,11 @@ def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sft_module, "fine_tune", fine_tune)
     run = run_of(Mock(), tmp_path, small_config(), rows=ROWS)
     sft_module.civil_baseline(run, tmp_path, tmp_path)
-    assert [target for _, target in seen] == [row.civil_reference for row in ROWS["train"]]
+    assert [target for _, target in seen] == [row.civil_references[0] for row in ROWS["train"]]
 
 
 def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fresh: Policy, architecture: str) -> None:
-    pairs = [(row.prompt, row.summary or "") for row in ROWS["train"][:3]]
+    pairs = [(row.prompt, row.references[0]) for row in ROWS["train"][:3]]
     inputs, labels = examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
     batch = pad_batch(fresh.tokenizer.pad_token_id, inputs[:3], labels[:3], fresh.device)
     targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
@@ -272,12 +272,13 @@ def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fres
 
 
 def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tmp_path: Path) -> None:
-    pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
+    pairs = [(row.text, row.references[0]) for row in ROWS["train"]]
     losses: list[list[float]] = [[], [], []]
     for run, seed in enumerate((0, 0, 1)):
         model, tokenizer = load_base(str(bases["t5"]))
-        config, place = replace(small_config().sft, steps=2, lr=1e-3, batch_size=8), tmp_path / str(run)
-        losses[run].extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, seed, place))
+        sft = replace(small_config().sft, steps=2, lr=1e-3, batch_size=8)
+        config = replace(small_config(), sft=sft, seed=seed)
+        losses[run].extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, tmp_path / str(run)))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -334,17 +335,18 @@ def test_scores_are_normalised_on_the_reference(
 
 
 def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
-    pairs = [(row.dialogue, row.summary) for row in ROWS["train"]]
+    pairs = [(row.text, row.references[0]) for row in ROWS["train"]]
     tokenizer = scratch_tokenizer([text for pair in pairs for text in pair], vocab_size=1500)
     model = scratch_base(tokenizer, seed=0)
-    config = replace(small_config().sft, steps=30, lr=3e-3, batch_size=8, warmup_steps=2)
+    sft = replace(small_config().sft, steps=30, lr=3e-3, batch_size=8, warmup_steps=2)
+    config = replace(small_config(), sft=sft)
     losses: list[float] = []
-    losses.extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "one"))
+    losses.extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, tmp_path / "one"))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="sft stopped at step 0"):
-        next(fine_tune(model, tokenizer, pairs, config, 0, tmp_path / "two"))
+        next(fine_tune(model, tokenizer, pairs, config, tmp_path / "two"))
 
 
 def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from detoxrl.commands.prepare import (
     Prepared,
     account_table,
     checked_policy,
+    first_prompt,
     load_reward_and_judges,
     prepare_rows,
     require_fitting_shapes,
@@ -78,9 +79,10 @@ def _examine(run: Run) -> None:
     _print_labels(classifiers)
 
     with status("fetching and trying the models"):
-        load_reward_and_judges(run)
         run.use_rows(prepared.rows)
+        load_reward_and_judges(run)
         kl, error = _first_step(checked_policy(run, prepared).to(device), config, prepared)
+    _OUT.print(first_prompt(run, prepared.account))
     _OUT.print(f"labels: {'right on a civil and a toxic sentence' if classifiers else 'no classifier to try'}")
     _OUT.print(f"KL to the reference at step 0: {kl:.1g} nats; first ratios: within {error:.1g} of 1")
 

@@ -195,7 +195,7 @@ def _finetuning_peak(policy: Policy, config: Config, prepared: Prepared) -> int:
 
 
 def _reference_tokens(config: Config, prepared: Prepared) -> int:
-    spread = prepared.account["summary_tokens"]
+    spread = prepared.account["reference_tokens"]
     return int(spread["p95"]) if spread else config.generation.max_new_tokens
 
 

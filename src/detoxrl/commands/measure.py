@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     if run.folder.kept_initial_policy():
         measured = measured.with_initial_kept()
         responses = {**responses, "after": responses["before"]}
-    run.folder.write_json("masked_words.json", _masked_words(rows, responses, judges[measured.primary]))
+    first_prompt = run.folder.read_json("rows.json").get("first_prompt", "")
+    shown = {"first prompt": [[first_prompt]], "rows": [[row.text for row in rows]], **responses}
+    run.folder.write_json("masked_words.json", _masked_words(shown, judges[measured.primary]))
     run.folder.write("samples.jsonl", _samples(rows, responses, measured))
 
     result = evaluation(run.config, rows, measured)
@@ -159,7 +162,7 @@ def _with_baselines(
     pool = [samples[count:] for samples in sampled["before"]]
     baselines: dict[str, Texts] = {"word_filter": word_filter(before, run.scorer.judge)}
     if settings.best_of and score:
-        pairs = paired([row.prompt for row in rows], pool)
+        pairs = paired(to_prompts(rows), pool)
         empty = is_wordless([text for _, text in pairs])
         scores = np.where(empty, -np.inf, score(pairs)).reshape(len(rows), -1)
         for size in settings.best_of:
@@ -170,11 +173,9 @@ def _with_baselines(
     return {"before": before, **after, **baselines, **others}
 
 
-def _masked_words(rows: Sequence[Row], responses: Mapping[str, Texts], primary: Judge) -> list[str]:
-    """Return the words of dialogues and responses to mask."""
-    texts: list[Sequence[str]] = [[row.dialogue for row in rows]]
-    for by_prompt in responses.values():
-        texts.extend(by_prompt)
+def _masked_words(shown: Mapping[str, Texts], primary: Judge) -> list[str]:
+    """Return the words to mask in all texts that the report shows."""
+    texts = list(chain.from_iterable(shown.values()))
     # Word by word a linear model is fast, and sees what a classifier of sentences may not know.
     return toxic_words(texts, profanity_judge() or primary)
 
@@ -186,9 +187,10 @@ def _samples(rows: Sequence[Row], responses: Mapping[str, Texts], measured: Meas
     for number, row in enumerate(rows):
         record: dict[str, Any] = {
             "id": row.id,
-            "dialogue": row.dialogue,
-            "reference": row.summary,
-            "civil_reference": row.civil_reference,
+            "text": row.text,
+            "references": row.references,
+            "civil_references": row.civil_references,
+            "columns": row.columns,
             "responses": {policy: by_prompt[number] for policy, by_prompt in responses.items()},
             "toxicity": {judge: _rounded(by_policy, number) for judge, by_policy in measured.toxicity.items()},
         }

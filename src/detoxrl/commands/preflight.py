@@ -179,7 +179,7 @@ def _check_sections(config: Config, sections: Sequence[str], at_hub: bool) -> No
 
 def _check_data(config: Config, at_hub: bool) -> None:
     if config.data.source != "embedded" and not at_hub:
-        require_usable_source(config.data)
+        require_usable_source(config)
 
 
 def _check_policy(config: Config, at_hub: bool) -> None:

@@ -12,14 +12,18 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from detoxrl.config.schema import Config
 from detoxrl.data.embedded.corpus import generate_rows, generate_utterances
-from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl, token_lengths, with_prompts
+from detoxrl.data.prompts import PromptWriter, token_lengths
+from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source, read_texts
 from detoxrl.errors import require
+from detoxrl.evaluation.insults import toxic_words
+from detoxrl.evaluation.judges import profanity_judge
 from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
 from detoxrl.models.base import Base
@@ -33,6 +37,7 @@ from detoxrl.models.loading import (
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import require_agreement
+from detoxrl.report.masking import mask, masking_pattern
 from detoxrl.report.words import data_account
 from detoxrl.rewards.fit import FitSettings, train_reward_model
 from detoxrl.runs import Run
@@ -75,6 +80,7 @@ def _check(run: Run, subjects: Subjects) -> Prepared:
 
     with status("reading and counting the rows"):
         prepared = prepare_rows(run.config, ("test",) if subjects.policies else SPLITS)
+        run.use_rows(prepared.rows)
     if not subjects.policies:
         require_fitting_shapes(run.config, prepared)
 
@@ -96,7 +102,7 @@ def load_reward_and_judges(run: Run) -> None:
 
 
 def _prepare_texts(config: Config, subjects: Subjects) -> Prepared:
-    rows = read_texts(subjects.texts, config.data)
+    rows = read_texts(subjects.texts, config)
     account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
     return Prepared(rows={"test": rows}, account=account, tokenizer=None)
 
@@ -108,8 +114,8 @@ def require_fitting_shapes(config: Config, prepared: Prepared) -> None:
 
     model = load_fitting_shapes(config.policy.base, prepared.tokenizer, config.policy.bf16)
     fine_tunes = config.sft.steps + config.sft.baseline_steps > 0
-    summary_tokens = prepared.account["summary_tokens"]
-    longest_target = summary_tokens["max"] if fine_tunes and summary_tokens else 0
+    reference_tokens = prepared.account["reference_tokens"]
+    longest_target = reference_tokens["max"] if fine_tunes and reference_tokens else 0
     require_positions(model.config, config, longest_target)
 
     if config.policy.adapter is None:
@@ -136,6 +142,8 @@ def write_prepared(run: Run, prepared: Prepared) -> None:
         folder.write(f"data/{split}.jsonl", rows_to_jsonl(rows))
     folder.write_json("rows.json", prepared.account)
     log.print(account_table(prepared.account))
+    if "first_prompt" in prepared.account:
+        log.print(first_prompt(run, prepared.account))
 
     if run.config.policy.base == "scratch":
         with replace_folder(folder / "tokenizer") as tokenizer:
@@ -155,27 +163,44 @@ def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
     if tokenizer is None:
         tokenizer = _train_tokenizer(selection.rows["train"][:_TOKENIZER_ROWS], config)
 
+    writer = PromptWriter(config, tokenizer)
     rows: dict[str, list[Row]] = {}
     lengths: dict[str, list[int]] = {}
     for split in SPLITS:
-        rows[split], lengths[split] = with_prompts(selection.rows[split], config.data, tokenizer)
+        rows[split], lengths[split] = writer.with_prompts(selection.rows[split])
 
     limit = config.data.max_prompt_tokens
     prompt_lengths = [min(length, limit) for split in SPLITS for length in lengths[split]]
-    summaries = [row.summary for row in rows["train"] if row.summary is not None]
+    references = [reference for row in rows["train"] for reference in row.references]
+    _require_targets(config, references)
     account = {
+        "task": config.data.task,
+        "first_prompt": writer.as_read(_first(rows).prompt),
+        "in_chat": writer.in_chat,
         "splits": selection.outcomes,
         "truncated": {split: sum(length > limit for length in lengths[split]) for split in SPLITS},
         "prompt_tokens": _spread(prompt_lengths),
-        "summary_tokens": _spread(token_lengths(tokenizer, summaries)) if summaries else None,
+        "reference_tokens": _spread(token_lengths(tokenizer, references)) if references else None,
     }
     return Prepared(rows=rows, account=account, tokenizer=tokenizer)
 
 
+def _first(rows: dict[str, list[Row]]) -> Row:
+    """Return the first training row, or the first test row where nothing trains."""
+    return (rows["train"] or rows["test"])[0]
+
+
+def _require_targets(config: Config, references: Sequence[str]) -> None:
+    """Raise InputError when the warm start has nothing to learn from."""
+    rule = f"leaves sft nothing to learn from: no row has a {config.task.reference}"
+    has_targets = bool(references) or config.sft.steps == 0
+    require(has_targets, "data.reference_column", config.data.reference_column, rule, "use --sft.steps 0")
+
+
 def _train_tokenizer(rows: Sequence[Row], config: Config) -> PreTrainedTokenizerBase:
-    prompts = [config.data.template.replace("{dialogue}", row.dialogue) for row in rows]
-    summaries = [row.summary or "" for row in rows]
-    return scratch_tokenizer([*prompts, *summaries], vocab_size=_TOKENIZER_SIZE)
+    prompts = [config.template.replace(config.task.slot, row.text) for row in rows]
+    references = [reference for row in rows for reference in row.references or ("",)]
+    return scratch_tokenizer([*prompts, *references], vocab_size=_TOKENIZER_SIZE)
 
 
 def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None, uses: Sequence[str]) -> Selection:
@@ -185,14 +210,14 @@ def _selection(config: Config, tokenizer: PreTrainedTokenizerBase | None, uses: 
             "validation": config.rl.validation_prompts,
             "test": config.evaluation.prompts,
         }
-        rows = generate_rows(config.seed, sizes)
+        rows = generate_rows(config.seed, sizes, config.data.task)
         outcomes = {f"used for {split}": len(rows[split]) for split in SPLITS}
         return Selection(rows=rows, outcomes={"embedded": outcomes})
 
     lengths: Callable[[list[str]], list[int]] = _characters
     if tokenizer is not None and config.data.length_unit == "tokens":
         lengths = partial(token_lengths, tokenizer)
-    return select(read_source(config.data), config, lengths, uses)
+    return select(read_source(config), config, lengths, uses)
 
 
 def _characters(texts: list[str]) -> list[int]:
@@ -218,6 +243,15 @@ def account_table(account: dict[str, Any]) -> Group:
         spread = "median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
         lines = f"{lines}; prompt tokens: {spread}"
     return Group(table, lines)
+
+
+def first_prompt(run: Run, account: dict[str, Any]) -> Text:
+    """Return the first prompt exactly as the model reads it, with toxic words masked, for the terminal."""
+    prompt = str(account["first_prompt"])
+    words = toxic_words([[prompt]], profanity_judge() or run.primary_judge)
+    lines = mask(prompt, masking_pattern(words)).replace("\n", "\n  ")
+    how = "the chat template" if account["in_chat"] else "plain text, without a chat template"
+    return Text(f"first prompt, as the model reads it ({how}; toxic words masked):\n  {lines}")
 
 
 def _make_reward_model(run: Run) -> None:

@@ -135,11 +135,11 @@ def seconds_at(few: Timed, more: Timed, tokens: int) -> float:
 
 
 def _response_like(row: Row, prepared: Prepared, tokens: int) -> str:
-    """Return a text as long as a response to the row: its reference, or the first `tokens` tokens of its dialogue."""
-    if row.summary is not None:
-        return row.summary
+    """Return a text as long as a response to the row: its reference, or the first `tokens` tokens of its text."""
+    if row.references:
+        return row.references[0]
 
-    ids = prepared.tokenizer(row.dialogue, add_special_tokens=False).input_ids
+    ids = prepared.tokenizer(row.text, add_special_tokens=False).input_ids
     return str(prepared.tokenizer.decode(ids[:tokens]))
 
 
@@ -176,7 +176,7 @@ def _timed_rollout(policy: Policy, prompts: list[Prompt], encoded: Encoded, conf
 
 def _timed_scoring(reward: Reward, prompts: list[Prompt], texts: list[str]) -> float:
     started = time.perf_counter()
-    reward([prompt.text for prompt in prompts], texts)
+    reward(prompts, texts)
     return time.perf_counter() - started
 
 
@@ -233,7 +233,7 @@ def _timed_finetuning(model: Model, pairs: list[tuple[str, str]], config: Config
     return time.perf_counter() - started
 
 
-def _no_reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+def _no_reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
     return torch.zeros(len(responses))
 
 

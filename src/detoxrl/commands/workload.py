@@ -69,5 +69,5 @@ def baseline_names(config: Config, rows: Rows) -> list[str]:
     if config.sft.baseline_steps == 0:
         return []
 
-    has_civil = any(row.civil_reference for row in rows["train"])
+    has_civil = any(row.civil_references for row in rows["train"])
     return ["civil baseline", "best-of-4 baseline"] if has_civil else ["best-of-4 baseline"]

@@ -12,10 +12,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from detoxrl.config.names import did_you_mean_setting
+from detoxrl.config.names import RENAMED, did_you_mean_setting
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 
+# What a config means that was stored before these settings existed.
+_BEFORE_THEY_WERE_SETTINGS = {"data.chat_template": False}
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 # Rule and remedy for each of pydantic's error types that a config can raise. A rule is filled in from the error's
 # context, such as the bound. None: the caller's remedy.
@@ -69,7 +71,7 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(path: Path) -> Config:
-    """Return the config stored at `path`. Raises InputError if a setting is unknown, missing or not allowed."""
+    """Return the config stored at `path`. Raises InputError if a setting is unknown or not allowed."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither UTF-8 nor JSON
@@ -78,13 +80,18 @@ def config_from_json(path: Path) -> Config:
     is_config = isinstance(stored, dict) and "recipe" in stored
     require(is_config, "config", str(path), "is not the config of a run", "give a run's config.json")
 
-    settings = flatten(stored)
+    settings = _as_of_today(flatten(stored))
     recipe = str(settings.pop("recipe"))
-    config = with_settings(Config(recipe=recipe), settings, f"correct it in {path}")
+    return with_settings(Config(recipe=recipe), settings, f"correct it in {path}")
 
-    for name in setting_types():
-        require(name in settings, "setting", name, f"is missing in {path}", "add it there")
-    return config
+
+def _as_of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return stored settings under today's names. A setting that is newer than the config has what it stands for.
+
+    That is its default, except where the default does something that no earlier version did.
+    """
+    renamed = {RENAMED.get(name, name): value for name, value in settings.items()}
+    return {**_BEFORE_THEY_WERE_SETTINGS, **renamed}
 
 
 def with_settings(

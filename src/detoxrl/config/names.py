@@ -6,6 +6,11 @@ A hint is only given for what a typing mistake makes of a name. A word of anothe
 
 from collections.abc import Iterable, Sequence
 
+# Settings that have another name today, as users and stored configs may still call them.
+RENAMED = {
+    "data.dialogue_column": "data.text_column",
+    "data.summary_column": "data.reference_column",
+}
 # A name this short counts as misspelt nowhere, one shorter than _LONG in one place, others in two.
 _SHORT = 2
 _LONG = 8
@@ -37,6 +42,10 @@ def did_you_mean_setting(word: str, known: Sequence[str], prefix: str = "") -> s
     A setting is meant by a misspelling of it in its own section, and by its name in another section or without one.
     Each suggestion is shown behind `prefix`.
     """
+    new_name = RENAMED.get(_normal(word))
+    if new_name is not None:
+        return f"it is called {prefix}{new_name} now"
+
     meant = _same_spelling(word, known) or _in_its_section(word, known) or _in_other_sections(word, known)
     if meant:
         return question([f"{prefix}{name}" for name in meant])

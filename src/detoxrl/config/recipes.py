@@ -121,6 +121,94 @@ _LONG: Settings = {
     "evaluation.best_of": (4, 16),
 }
 
+# What moves a small causal model in few steps, on open-ended text: a high rate, and a weak KL.
+_CAUSAL: Settings = {
+    "policy.lora_rank": 16,
+    "policy.lora_alpha": 16,
+    "sft.steps": 0,
+    "sft.baseline_steps": 0,
+    "rl.lr": 5e-4,
+    "rl.value_lr": 5e-3,
+    "rl.kl_coef": 0.05,
+    "rl.batch_size": 32,
+    "rl.minibatch_size": 16,
+    "rl.lam": 1.0,
+    "evaluation.best_of": (4,),
+}
+
+_SMOLLM2: Settings = {
+    **_CAUSAL,
+    "data.task": "chat",
+    "data.limit": 2_000,
+    "policy.base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "generation.max_new_tokens": 24,
+    "rl.steps": 30,
+    "rl.validate_every": 10,
+    "rl.validation_prompts": 128,
+    "evaluation.prompts": 200,
+    "evaluation.samples_per_prompt": 2,
+}
+
+_TOXIC_BERT: Settings = {
+    "reward.classifier": "unitary/toxic-bert",
+    "reward.toxic_label": "toxic",
+    "reward.good_label": None,
+    "reward.score": "log_odds",
+    "evaluation.primary_judge": "s-nlp/roberta_toxicity_classifier",
+    "evaluation.judge_label": "toxic",
+}
+
+# The protocol of RealToxicityPrompts (Gehman et al. 2020), but sampled without top-p.
+_REALTOXICITY: Settings = {
+    **_CAUSAL,
+    **_TOXIC_BERT,
+    "data.task": "continue",
+    "data.source": "allenai/real-toxicity-prompts",
+    "data.text_column": "prompt.text",
+    "data.reference_column": "continuation.text",
+    "data.toxicity_column": "prompt.toxicity",
+    "data.min_toxicity": 0.3,
+    "policy.base": "HuggingFaceTB/SmolLM2-135M",
+    "generation.max_new_tokens": 20,
+    "rl.steps": 40,
+    "rl.validate_every": 10,
+    "rl.validation_prompts": 200,
+    "evaluation.prompts": 400,
+    "evaluation.samples_per_prompt": 25,
+}
+
+_PARADETOX: Settings = {
+    **_TOXIC_BERT,
+    "data.task": "rewrite",
+    "data.source": "s-nlp/paradetox",
+    "data.text_column": "en_toxic_comment",
+    "data.reference_column": "en_neutral_comment",
+    "data.max_prompt_tokens": 128,
+    "policy.base": "google/flan-t5-base",
+    "sft.steps": 1_000,
+    "sft.batch_size": 16,
+    "sft.lr": 1e-3,
+    "sft.full_weights": False,
+    "sft.baseline_steps": 0,
+    "generation.max_new_tokens": 48,
+    "rl.steps": 100,
+    "rl.lr": 1e-4,
+    "rl.value_lr": 1e-3,
+    "rl.kl_coef": 0.1,
+    "evaluation.encoder": "sentence-transformers/all-MiniLM-L6-v2",
+    "evaluation.fluency": "textattack/roberta-base-CoLA=LABEL_1",
+    "evaluation.best_of": (4,),
+}
+
+_DIALOGSUM_CHAT: Settings = {
+    **_DIALOGSUM,
+    **_LONG,
+    "data.template": None,
+    "policy.base": "Qwen/Qwen2.5-0.5B-Instruct",
+    "sft.steps": 0,
+    "rl.steps": 100,
+}
+
 
 class _Recipe(NamedTuple):
     purpose: str
@@ -135,6 +223,22 @@ _RECIPES = {
     "own": _Recipe(
         "your dialogues, model and classifier; trains a LoRA on a pretrained model, without a warm start",
         _OWN,
+    ),
+    "smollm2": _Recipe(
+        "an instruct model of 135 M parameters answers rude messages; LoRA, minutes on a CPU (`make demo-llm`)",
+        _SMOLLM2,
+    ),
+    "realtoxicity": _Recipe(
+        "a base model of 135 M parameters continues RealToxicityPrompts, by its protocol: 25 samples of 20 tokens",
+        _REALTOXICITY,
+    ),
+    "paradetox": _Recipe(
+        "FLAN-T5 base rewrites rude sentences of ParaDetox in civil words; J between copying and what people wrote",
+        _PARADETOX,
+    ),
+    "dialogsum-chat": _Recipe(
+        "an instruct model of 0.5 B parameters summarizes DialogSum in its chat template; 100 steps",
+        _DIALOGSUM_CHAT,
     ),
     "dialogsum": _Recipe(
         "FLAN-T5 base on DialogSum with a hate classifier; 10 steps as in the course notebook, corrected",

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.errors import require
 
 _PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
@@ -30,46 +31,78 @@ def without_revision(source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
 class DataConfig:
-    """Where the dialogues come from, which of them are used, and how a dialogue becomes a prompt."""
+    """Where the prompts come from, which of them are used, and what the policy reads."""
+
+    task: TaskName = "summarize"
+    """What a row holds and a response is: `summarize` a dialogue, `continue` a prompt, reply in a `chat`, `rewrite` a
+    source in civil words."""
 
     source: NonEmptyText = "embedded"
-    """File (.csv, .json, .jsonl, .jsonl.gz, .parquet), folder of such files, or hub id of the dialogues; `embedded`
-    generates dialogues in which people quarrel."""
+    """File (.csv, .json, .jsonl, .jsonl.gz, .parquet), folder of such files, or hub id of the rows; `embedded`
+    generates quarrels for the task."""
 
-    dialogue_column: str = "dialogue"
-    """Name of the column with the dialogue."""
+    text_column: str | None = None
+    """Name of the column that a prompt is made of: text, or the messages of a chat. A dot leads into a nested column:
+    prompt.text. None: the usual one of the task (dialogue; prompt; messages or prompt; source)."""
 
-    summary_column: str | None = "summary"
-    """Name of the column with the reference summary. None: there is no such column, hence no sft and no ROUGE-L."""
+    reference_column: str | None = None
+    """Name of the column with the reference. None: the usual one of the task (summary; continuation; the last message
+    of the assistant, or completion; target) if the source has it; without references there is no sft and no ROUGE-L."""
 
     id_column: str | None = None
     """Name of the column with a row's id, unique within its split. None: rows are numbered."""
+
+    toxicity_column: str | None = None
+    """Name of the column with the toxicity of the prompt in [0, 1]. Held-out prompts are then drawn half from the toxic
+    ones (0.5 or above), half from the others, and the two are also measured apart. None: there is no such column."""
+
+    min_toxicity: UnitInterval = 0.0
+    """Minimum toxicity of a training prompt by data.toxicity_column; others are left out of training."""
 
     limit: AtLeastTwo = 24_000
     """Maximum number of training prompts; the embedded source generates exactly this many."""
 
     min_length: NonNegativeInt = 1
-    """Minimum length of a dialogue, in units of data.length_unit; shorter ones are left out."""
+    """Minimum length of a row's text, in units of data.length_unit; shorter ones are left out."""
 
     max_length: int | None = None
-    """Maximum length of a dialogue, in units of data.length_unit; longer ones are left out. None: no maximum."""
+    """Maximum length of a row's text, in units of data.length_unit; longer ones are left out. None: no maximum."""
 
     length_unit: Literal["characters", "tokens"] = "characters"
     """Unit of data.min_length and data.max_length."""
 
-    template: str = "Summarize the following conversation.\n\n{dialogue}\n\nSummary:"
-    """Text of the prompt; the dialogue replaces `{dialogue}`."""
+    template: str | None = None
+    """Text of the prompt; the row's text replaces {dialogue}, {prompt}, {conversation} or {source}, by the task. In a
+    chat it serves models without a chat template. None: the one of the task."""
+
+    chat_template: bool | None = None
+    """Put the prompt into the chat template of the tokenizer, as the user's message. None: if the tokenizer has one,
+    except for the task `continue`."""
+
+    system_prompt: str | None = None
+    """The system's message at the beginning of each chat. A model without a system role reads it at the beginning of
+    the user's first message. None: the one of the chat template, if any."""
 
     max_prompt_tokens: PositiveInt = 512
-    """Maximum length of a prompt, in tokens. A longer one loses the end of its dialogue; the template stays whole."""
+    """Maximum length of a prompt, in tokens. A longer one loses a part of the row's text: its end, or its beginning if
+    the task is `continue` or `chat`. Templates stay whole, and so do other messages than the user's."""
 
     def __post_init__(self) -> None:
-        slot = "{dialogue}"
-        require(slot in self.template, "data.template", self.template, f"must contain {slot}", "add it to the text")
+        slot = TASKS[self.task].slot
+        has_slot = self.template is None or slot in self.template
+        require(has_slot, "data.template", self.template, f"must contain {slot}", "add it to the text")
 
         ordered = self.max_length is None or self.min_length <= self.max_length
         rule = f"is below data.min_length = {self.min_length}"
         require(ordered, "data.max_length", self.max_length, rule, "give a larger value")
+
+        known = self.min_toxicity == 0 or self.toxicity_column is not None
+        rule = "needs the toxicity of the prompts"
+        require(known, "data.min_toxicity", self.min_toxicity, rule, "name data.toxicity_column")
+
+        in_chat = self.system_prompt is None or self.chat_template is not False
+        rule = "needs a chat template, and data.chat_template is False"
+        require(in_chat, "data.system_prompt", self.system_prompt, rule, "write it into data.template")
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
@@ -120,7 +153,7 @@ class SftConfig:
     """Number of optimizer steps of the warm start; 0 skips it."""
 
     batch_size: PositiveInt = 32
-    """Number of dialogues per optimizer step."""
+    """Number of prompts per optimizer step."""
 
     lr: PositiveFloat = 3e-3
     """Peak learning rate, reached after a linear warm-up and followed by a linear decay to 0."""
@@ -172,8 +205,9 @@ class RewardConfig:
     clip: PositiveFloat = 10.0
     """Normalised scores are clipped to [-clip, clip]."""
 
-    missing_eos_penalty: NonNegativeFloat = 1.0
-    """Subtracted from the normalised score of a response that did not end with EOS."""
+    missing_eos_penalty: NonNegativeFloat | None = None
+    """Subtracted from the normalised score of a response that did not end by itself. None: 1, but 0 for the task
+    `continue`, in which responses are meant to run to their maximum length."""
 
     empty_score: float = -5.0
     """Normalised score of a response without a letter or digit; low, so that the policy does not learn to be silent."""
@@ -292,7 +326,7 @@ class EvaluationConfig:
     is measured by character n-grams."""
 
     nli: str | None = None
-    """Folder or hub id of an NLI model; measures whether the dialogue entails the response. None: not measured."""
+    """Folder or hub id of an NLI model; measures whether the row's text entails the response. None: not measured."""
 
     fluency: str | None = None
     """SOURCE=LABEL of a classifier and its label of fluent text; measures civil x similar x fluent. None: not
@@ -351,6 +385,10 @@ class Config:
         rule = f"must be True, {reason}"
         require(self.sft.full_weights, "sft.full_weights", False, rule, "set sft.full_weights or name a base")
 
+        templated = self.data.chat_template is True or self.data.system_prompt is not None
+        rule = "needs a chat template, and policy.base = 'scratch' has none"
+        require(not templated, "data.chat_template", self.data.chat_template, rule, "leave it out or name a base")
+
         counted = self.data.length_unit != "tokens"
         rule = "needs a tokenizer, and policy.base = 'scratch' has none yet"
         require(counted, "data.length_unit", "tokens", rule, "use characters or name a base")
@@ -366,9 +404,23 @@ class Config:
         remedy = "use --sft.no-full-weights or --sft.steps 0"
         require(adapter is None or not whole, "policy.adapter", adapter, rule, remedy)
 
-        rule = "leaves sft nothing to learn from"
-        remedy = "name the column or use --sft.steps 0"
-        require(self.data.summary_column is not None, "data.summary_column", None, rule, remedy)
+    @property
+    def task(self) -> Task:
+        """What the task is about."""
+        return TASKS[self.data.task]
+
+    @property
+    def template(self) -> str:
+        """The text of the prompt, with the slot of the task."""
+        return self.task.template if self.data.template is None else self.data.template
+
+    @property
+    def missing_eos_penalty(self) -> float:
+        """What a response that does not end by itself loses."""
+        penalty = self.reward.missing_eos_penalty
+        if penalty is not None:
+            return penalty
+        return 1.0 if self.task.responses_end else 0.0
 
     def _require_an_independent_judge(self) -> None:
         judge = self.evaluation.primary_judge

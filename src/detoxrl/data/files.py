@@ -92,16 +92,39 @@ def columns_of(records: Iterable[Record]) -> list[str]:
     return list(columns)
 
 
+def value_of(record: Record, column: str) -> Any:
+    """Return the value in a column, or in a field of a nested one (`prompt.text`); None if the record has none."""
+    if column in record:
+        return record[column]
+
+    value: Any = record
+    for name in column.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
+
+
 def text_of(record: Record, column: str, field: str, place: str) -> str:
     """Return the text in a column, "" if the record has none there.
 
     Raises InputError, with the setting `field` and the record's `place`, for anything but text.
     """
-    value = record.get(column)
-    if not isinstance(value, str | None):
-        rule = f"contains {type(value).__name__}, not text, in {place}"
-        raise InputError(field, column, rule, "name a column of text")
-    return value or ""
+    value = value_of(record, column)
+    if isinstance(value, str | None):
+        return value or ""
+
+    rule = f"contains {type(value).__name__}, not text, in {place}"
+    remedy = "name a column of text"
+    if isinstance(value, dict) and value:
+        remedy = f"name a field of it, such as {column}.{next(iter(value))}"
+    elif _looks_like_messages(value):
+        remedy = "use --data.task chat, which reads conversations"
+    raise InputError(field, column, rule, remedy)
+
+
+def _looks_like_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
 def _reader(path: Path) -> _Reader | None:
@@ -163,10 +186,21 @@ def _json_record(value: Any, number: int) -> Record:
     """Return the object of row `number`, with lone surrogates in its texts replaced. Raises ValueError for others."""
     if not isinstance(value, dict):
         raise ValueError(f"row {number}: expected an object, not {type(value).__name__}")
-    # A limit on tokens may have cut an emoji in half. The lone surrogate that is left cannot be encoded as UTF-8.
-    return {
-        key: item.encode("utf-8", "replace").decode() if isinstance(item, str) else item for key, item in value.items()
-    }
+    return {key: _encodable(item) for key, item in value.items()}
+
+
+def _encodable(value: Any) -> Any:
+    """Return a JSON value with lone surrogates replaced in its texts, because they cannot be encoded as UTF-8.
+
+    A limit on tokens may have cut an emoji in half.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encodable(item) for key, item in value.items()}
+    return value
 
 
 def _csv(path: Path) -> Iterator[Record]:

@@ -3,11 +3,12 @@
 This needs no torch, so a source that cannot be used is known before torch is imported.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
-from detoxrl.config.schema import DataConfig
+from detoxrl.config.schema import Config
 from detoxrl.data.files import DATA_SUFFIXES, Record, is_data_file, iterate_records, read_lines
 from detoxrl.errors import require
 from detoxrl.runtime.hub import require_source
@@ -27,38 +28,92 @@ def local_files(source: str) -> dict[str, Path]:
     return _split_files(path) if path.is_dir() else {}
 
 
-def require_usable_source(config: DataConfig) -> None:
+class Columns(NamedTuple):
+    """The columns of a source that rows are made of; None where it has no such column."""
+
+    text: str
+    reference: str | None
+    id: str | None
+    toxicity: str | None
+
+    @property
+    def used(self) -> set[str]:
+        """The names of the columns, without the path into a nested one."""
+        return {outer_name(name) for name in self if name is not None}
+
+
+def outer_name(column: str) -> str:
+    """Return the name of the column that a path such as `prompt.text` leads into."""
+    return column.partition(".")[0]
+
+
+def require_usable_source(config: Config) -> None:
     """Raise InputError unless a source is on a hub, or its local files can be read and have the config's columns.
 
     Reads the first rows only, as long as they have every column.
     """
-    files = local_files(config.source)
+    source = config.data.source
+    files = local_files(source)
     for file in files.values():
         # A pipe could be read once only.
         require(not file.is_fifo(), "data.source", str(file), "is a pipe", "give a file")
-    if files:
-        require_columns(chain.from_iterable(map(iterate_records, files.values())), config)
-    else:
-        require_source(config.source, "data.source")
+    if not files:
+        require_source(source, "data.source")
+        return
+
+    names: dict[str, None] = {}
+    for record in chain.from_iterable(map(iterate_records, files.values())):
+        names.update(dict.fromkeys(record))
+        if _has_all(names, config):
+            break
+    find_columns(list(names), config)
 
 
-def require_columns(records: Iterable[Record], config: DataConfig) -> None:
-    """Raise InputError unless some record has each column that the config names. Reads no more of them than needed."""
-    named = {config.dialogue_column, config.summary_column, config.id_column} - {None}
-    columns: dict[str, None] = {}
-    for record in records:
-        columns.update(dict.fromkeys(record))
-        if named <= columns.keys():
-            return
+def find_columns(names: Sequence[str], config: Config) -> Columns:
+    """Return the columns that rows are made of: those that the config names, else the usual ones of its task.
 
-    rule, remedy = f"is not a column of {config.source}", f"choose from {', '.join(columns)}"
-    settings = {
-        "data.dialogue_column": (config.dialogue_column, remedy),
-        "data.summary_column": (config.summary_column, f"{remedy}, or set it to none and sft.steps to 0"),
-        "data.id_column": (config.id_column, remedy),
+    `names` are all columns of the source. Raises InputError when a column is missing.
+    """
+    data = config.data
+    remedy = f"choose from {', '.join(names)}"
+    for setting, name in _named(config).items():
+        has_column = name is None or outer_name(name) in names
+        require(has_column, setting, name, f"is not a column of {data.source}", remedy)
+
+    text = data.text_column or _usual(config.task.text_columns, names)
+    usual = " or ".join(config.task.text_columns)
+    rule = f"stands for {usual} if data.task = {data.task}, which is not a column of {data.source}"
+    require(text is not None, "data.text_column", None, rule, remedy)
+    assert text is not None
+
+    reference = data.reference_column or _usual(config.task.reference_columns, names)
+    rule = f"leaves sft nothing to learn from: {data.source} has no column {config.task.reference_columns[0]}"
+    has_reference = reference is not None or config.sft.steps == 0 or data.task == "chat"
+    require(has_reference, "data.reference_column", None, rule, f"{remedy}, or use --sft.steps 0")
+    return Columns(text=text, reference=reference, id=data.id_column, toxicity=data.toxicity_column)
+
+
+def _named(config: Config) -> dict[str, str | None]:
+    data = config.data
+    return {
+        "data.text_column": data.text_column,
+        "data.reference_column": data.reference_column,
+        "data.id_column": data.id_column,
+        "data.toxicity_column": data.toxicity_column,
     }
-    for setting, (column, setting_remedy) in settings.items():
-        require(column is None or column in columns, setting, column, rule, setting_remedy)
+
+
+def _usual(usual: Iterable[str], names: Collection[str]) -> str | None:
+    return next((name for name in usual if name in names), None)
+
+
+def _has_all(names: Collection[str], config: Config) -> bool:
+    """Return whether further records can change nothing: every column that is named, or needed, is there."""
+    named = {outer_name(name) for name in _named(config).values() if name is not None}
+    data = config.data
+    has_text = data.text_column is not None or _usual(config.task.text_columns, names) is not None
+    has_reference = data.reference_column is not None or _usual(config.task.reference_columns, names) is not None
+    return named <= set(names) and has_text and (has_reference or config.sft.steps == 0)
 
 
 def require_usable_texts(path: Path) -> None:

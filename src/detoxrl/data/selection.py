@@ -2,10 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
-from detoxrl.config.schema import Config, DataConfig
+from detoxrl.config.schema import Config
 from detoxrl.data.duplicates import near_duplicate_groups
 from detoxrl.data.rows import SPLITS, Row
 from detoxrl.errors import require
@@ -14,6 +16,10 @@ from detoxrl.runtime.randomness import permutation
 _SYNONYMS = {"dev": "validation", "val": "validation", "valid": "validation"}
 _LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test": "evaluation.prompts"}
 _UNUSED = "in a split that no stage uses"
+_FURTHER_REFERENCE = "further reference of a row"
+_TOO_CIVIL = "below data.min_toxicity"
+# A prompt counts as toxic from this toxicity on (Gehman et al. 2020, section 3.1).
+_TOXIC = 0.5
 # These outcomes come last in the account of a split, in this order.
 _LAST_OUTCOMES = [
     "leaks from test",
@@ -52,19 +58,21 @@ def select(
 ) -> Selection:
     """Return train, validation and test rows. Splits that the source lacks are drawn from its training rows by seed.
 
-    Near-duplicate dialogues never have different roles. `lengths` measures dialogues in the unit of the config, and
-    `uses` names the roles that need rows. Raises InputError, with the counts of what was left out, if one has too few.
+    Near-duplicate texts never have different roles. `lengths` measures texts in the unit of the config, and `uses`
+    names the roles that need rows. Raises InputError, with the counts of what was left out, if one has too few.
     """
     roles = _roles(source, config, uses)
-    candidates: list[_Candidate] = []
+    has_references = any(row.references for split in roles for row in source[split])
+    needs_reference = config.data.reference_column is not None or (config.task.needs_reference and has_references)
+    unfit = partial(_unfit, config=config, needs_reference=needs_reference)
 
+    candidates: list[_Candidate] = []
     for split, role in roles.items():
-        reasons = _unfit(source[split], config.data, lengths)
-        for row, reason in zip(source[split], reasons, strict=True):
-            candidates.append(_Candidate(row, split, role, reason))
+        candidates += _checked([_Candidate(row, split, role) for row in source[split]], lengths, unfit)
 
     training_groups = _remove_leaks(candidates)
     _draw_missing_splits(training_groups, set(roles.values()), config)
+    _leave_out_civil_training_rows(candidates, config)
     _apply_limits(candidates, config)
 
     rows = {}
@@ -92,29 +100,56 @@ def _roles(source: Mapping[str, Sequence[Row]], config: Config, uses: Sequence[s
     return {split: role for split, role in roles.items() if role in SPLITS}
 
 
-def _unfit(rows: Sequence[Row], config: DataConfig, lengths: Callable[[list[str]], list[int]]) -> list[str]:
-    """Return for each row of a split why it is unfit by itself or repeats another, or an empty string."""
-    reasons = []
-    seen: set[str] = set()
+def _checked(
+    candidates: list[_Candidate], lengths: Callable[[list[str]], list[int]], unfit: Callable[[Row, int], str]
+) -> list[_Candidate]:
+    """Return the rows of a split with a reason for each that is unfit by itself or repeats another.
 
-    for row, length in zip(rows, lengths([row.dialogue for row in rows]), strict=True):
-        reason = _unfit_by_itself(row, length, config)
-        if not reason:
-            normalised = " ".join(row.dialogue.casefold().split())
-            reason = "duplicate" if normalised in seen else ""
-            seen.add(normalised)
-        reasons.append(reason)
-    return reasons
+    The references of rows with the same text belong to the first of them. Without a reference of its own, such a row is
+    a duplicate.
+    """
+    first_with: dict[str, _Candidate] = {}
+    row_lengths = lengths([candidate.row.text for candidate in candidates])
+
+    for candidate, length in zip(candidates, row_lengths, strict=True):
+        candidate.reason = unfit(candidate.row, length)
+        if candidate.reason:
+            continue
+
+        normalised = " ".join(candidate.row.text.casefold().split())
+        first = first_with.setdefault(normalised, candidate)
+        if first is not candidate:
+            candidate.reason = _merge_references(first, candidate.row)
+
+    return candidates
 
 
-def _unfit_by_itself(row: Row, length: int, config: DataConfig) -> str:
-    if not row.dialogue.strip():
-        return "no dialogue"
-    if row.summary is not None and not row.summary.strip():
-        return "no summary"
-    if length < config.min_length:
+def _merge_references(first: _Candidate, row: Row) -> str:
+    """Give the references of a row to the first row with the same text; return what the row is then."""
+    new = tuple(reference for reference in row.references if reference not in first.row.references)
+    if not new:
+        return "duplicate"
+
+    civil = tuple(reference for reference in row.civil_references if reference in new)
+    first.row = replace(
+        first.row,
+        references=first.row.references + new,
+        civil_references=first.row.civil_references + civil,
+    )
+    return _FURTHER_REFERENCE
+
+
+def _unfit(row: Row, length: int, config: Config, needs_reference: bool) -> str:
+    """Return why a row is unfit by itself, or an empty string."""
+    if not row.text.strip():
+        return f"no {config.task.text}"
+    if needs_reference and not row.references:
+        return f"no {config.task.reference}"
+    if config.data.toxicity_column is not None and row.toxicity is None:
+        return "no toxicity"
+    if length < config.data.min_length:
         return "too short"
-    if config.max_length is not None and length > config.max_length:
+    if config.data.max_length is not None and length > config.data.max_length:
         return "too long"
     return ""
 
@@ -126,7 +161,7 @@ def _used_for(role: str, candidates: Sequence[_Candidate]) -> list[_Candidate]:
 def _remove_leaks(candidates: Sequence[_Candidate]) -> list[list[_Candidate]]:
     """Leave out near-duplicates of test and validation rows. Return the groups of near-duplicate training rows left."""
     used = [candidate for candidate in candidates if not candidate.reason]
-    groups = near_duplicate_groups([candidate.row.dialogue for candidate in used])
+    groups = near_duplicate_groups([candidate.row.text for candidate in used])
     groups_of: dict[str, set[int]] = defaultdict(set)
     for candidate, group in zip(used, groups, strict=True):
         groups_of[candidate.role].add(group)
@@ -143,7 +178,10 @@ def _remove_leaks(candidates: Sequence[_Candidate]) -> list[list[_Candidate]]:
 
 
 def _draw_missing_splits(groups: Sequence[list[_Candidate]], existing: set[str], config: Config) -> None:
-    """Give training rows, in whole groups of near-duplicates, to the roles that have no split of their own."""
+    """Give training rows, in whole groups of near-duplicates, to the roles that have no split of their own.
+
+    Where toxicities are known, groups that begin with a toxic row alternate with others.
+    """
     total = sum(map(len, groups))
     space = {
         "test": min(config.evaluation.prompts, max(2, total // 5)),
@@ -151,7 +189,8 @@ def _draw_missing_splits(groups: Sequence[list[_Candidate]], existing: set[str],
     }
     missing = [role for role in space if role not in existing]
 
-    for drawn in permutation(config.seed, "splits", 0, len(groups)):
+    order = permutation(config.seed, "splits", 0, len(groups))
+    for drawn in _alternating(order, [group[0].row for group in groups]):
         group = groups[drawn]
         for role in missing:
             if len(group) <= space[role]:
@@ -161,8 +200,29 @@ def _draw_missing_splits(groups: Sequence[list[_Candidate]], existing: set[str],
                 break
 
 
+def _alternating(order: Sequence[int], rows: Sequence[Row]) -> list[int]:
+    """Return the indices in `order` so that toxic rows alternate with others, as long as there are both."""
+    toxic = [index for index in order if (rows[index].toxicity or 0) >= _TOXIC]
+    others = [index for index in order if (rows[index].toxicity or 0) < _TOXIC]
+    alternating: list[int] = []
+    for pair in zip_longest(toxic, others):
+        alternating += [index for index in pair if index is not None]
+    return alternating
+
+
+def _leave_out_civil_training_rows(candidates: Sequence[_Candidate], config: Config) -> None:
+    """Leave out training rows whose text is less toxic than the config asks for."""
+    for candidate in _used_for("train", candidates):
+        toxicity = candidate.row.toxicity
+        if toxicity is not None and toxicity < config.data.min_toxicity:
+            candidate.reason = _TOO_CIVIL
+
+
 def _apply_limits(candidates: Sequence[_Candidate], config: Config) -> None:
-    """Leave out rows, drawn by the seed, beyond the maximum number that the config sets for each role."""
+    """Leave out rows, drawn by the seed, beyond the maximum number that the config sets for each role.
+
+    Where toxicities are known, half of the held-out rows that stay are toxic, as far as there are so many.
+    """
     limits = {
         "train": config.data.limit,
         "validation": config.rl.validation_prompts,
@@ -170,8 +230,10 @@ def _apply_limits(candidates: Sequence[_Candidate], config: Config) -> None:
     }
     for role, limit in limits.items():
         used = _used_for(role, candidates)
-        shuffled = permutation(config.seed, f"rows {role}", 0, len(used))
-        for position in shuffled[limit:]:
+        order: Sequence[int] = permutation(config.seed, f"rows {role}", 0, len(used))
+        if role != "train":
+            order = _alternating(order, [candidate.row for candidate in used])
+        for position in order[limit:]:
             used[position].reason = f"beyond {_LIMITS[role]}"
 
 

@@ -1,27 +1,32 @@
 """Which rows do a file, a folder or a hub data set hold, and which responses that were written elsewhere?"""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from detoxrl.config.schema import DataConfig
-from detoxrl.data.files import Record, read_records, text_of
-from detoxrl.data.layout import local_files, require_columns, response_of, response_records
+from detoxrl.config.schema import Config
+from detoxrl.data.conversations import as_text, awaits_reply, messages_of, split_reply
+from detoxrl.data.files import Record, columns_of, read_records, text_of, value_of
+from detoxrl.data.layout import Columns, find_columns, local_files, response_of, response_records
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.hub import fetch
 
 
-def read_source(config: DataConfig) -> dict[str, list[Row]]:
-    """Return the rows of each split of the source. A row without a dialogue has an empty one.
+def read_source(config: Config) -> dict[str, list[Row]]:
+    """Return the rows of each split of the source. A row without a text has an empty one.
 
     Raises InputError when the source cannot be read, lacks a column, or has something else than text in one.
     """
-    files = local_files(config.source)
-    records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(config.source)
-    require_columns(chain.from_iterable(records.values()), config)
-    return {split: _rows(split, split_records, config) for split, split_records in records.items()}
+    source = config.data.source
+    files = local_files(source)
+    records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(source)
+    columns = find_columns(columns_of(chain.from_iterable(records.values())), config)
+    return {split: _rows(split, split_records, columns, config) for split, split_records in records.items()}
 
 
 def _hub_records(name: str) -> dict[str, list[Record]]:
@@ -41,20 +46,67 @@ def _hub_records(name: str) -> dict[str, list[Record]]:
         raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 
-def _rows(split: str, records: list[Record], config: DataConfig) -> list[Row]:
-    """Return the rows of a split. Raises InputError for repeated ids and for values that are not text."""
-    ids = _row_ids(split, records, config.id_column)
+def _rows(split: str, records: list[Record], columns: Columns, config: Config) -> list[Row]:
+    """Return the rows of a split. Raises InputError for repeated ids and for values that do not fit."""
+    ids = _row_ids(split, records, columns.id)
+    make = _chat_row if config.data.task == "chat" else _text_row
     rows = []
 
     for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
-        place = f"row {number} of {split}"
-        dialogue = text_of(record, config.dialogue_column, "data.dialogue_column", place)
-        summary = None
-        if config.summary_column is not None:
-            summary = text_of(record, config.summary_column, "data.summary_column", place)
-        rows.append(Row(id=row_id, dialogue=dialogue, summary=summary))
+        row = make(row_id, record, columns, f"row {number} of {split}")
+        civil = row.references if config.task.references_are_civil else ()
+        others = {name: value for name, value in record.items() if name not in columns.used and _is_json(value)}
+        toxicity = _toxicity(record, columns.toxicity, f"row {number} of {split}")
+        known = replace(row, civil_references=civil, columns=others, toxicity=toxicity)
+        rows.append(replace(known, open_ended=config.task.open_ended))
 
     return rows
+
+
+def _text_row(row_id: str, record: Record, columns: Columns, place: str) -> Row:
+    text = text_of(record, columns.text, "data.text_column", place)
+    references: tuple[str, ...] = ()
+    if columns.reference is not None:
+        reference = text_of(record, columns.reference, "data.reference_column", place)
+        references = (reference,) if reference.strip() else ()
+    return Row(id=row_id, text=text, references=references)
+
+
+def _chat_row(row_id: str, record: Record, columns: Columns, place: str) -> Row:
+    """Return the row of a conversation; its text is empty if there is no message of the user to reply to."""
+    messages = messages_of(value_of(record, columns.text), "data.text_column", columns.text, place)
+    messages, reply = split_reply(messages)
+    if columns.reference is not None:
+        replies = messages_of(value_of(record, columns.reference), "data.reference_column", columns.reference, place)
+        reply = as_text(replies, only="assistant") or as_text(replies, only="user") or reply
+
+    references = (reply,) if reply and reply.strip() else ()
+    text = as_text(messages) if awaits_reply(messages) else ""
+    return Row(id=row_id, text=text, messages=messages, references=references)
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether a value can be kept beside a row: everything but bytes, times and the like."""
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _toxicity(record: Record, column: str | None, place: str) -> float | None:
+    """Return the toxicity of a row's text, None without one. Raises InputError for what is no number in [0, 1]."""
+    value = None if column is None else value_of(record, column)
+    if value is None or value == "":
+        return None
+
+    try:
+        toxicity = float(value)
+    except (TypeError, ValueError):
+        toxicity = math.nan
+    rule = f"contains {value!r} in {place}, and toxicity lies in [0, 1]"
+    require(0 <= toxicity <= 1, "data.toxicity_column", column, rule, "name another column")
+    return toxicity
 
 
 def _row_ids(split: str, records: list[Record], column: str | None) -> list[str]:
@@ -69,13 +121,13 @@ def _row_ids(split: str, records: list[Record], column: str | None) -> list[str]
     return ids
 
 
-def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
+def read_texts(files: Mapping[str, str], config: Config) -> list[Row]:
     """Return the rows of the first file, each with the responses of all files as `texts`, by the keys of `files`.
 
     A file has a column `response`, or is a `.txt` with one response per line. Rows are matched by the id column of the
-    config, else by the dialogue column, else by their number. Rows of one file that match are samples of one prompt.
-    If no file is called "before", the summaries of the first file take its place. Raises InputError when a file has no
-    such column or other prompts than the first, or when summaries are needed and missing.
+    config, else by the column of the text, else by their number. Rows of one file that match are samples of one prompt.
+    If no file is called "before", the references of the first file take its place. Raises InputError when a file has no
+    such column or other prompts than the first, or when references are needed and missing.
     """
     first_name, first_path = next(iter(files.items()))
     by_prompt = {name: _records_by_prompt(Path(path), config) for name, path in files.items()}
@@ -90,15 +142,36 @@ def read_texts(files: Mapping[str, str], config: DataConfig) -> list[Row]:
     return rows
 
 
-def _records_by_prompt(path: Path, config: DataConfig) -> dict[str, list[Record]]:
-    """Return the records of a file by id, else dialogue, else number. Raises InputError for one without a response."""
-    columns = (config.id_column or "id", config.dialogue_column)
+def _records_by_prompt(path: Path, config: Config) -> dict[str, list[Record]]:
+    """Return the records of a file by id, else text, else number. Raises InputError for one without a response."""
     by_prompt: dict[str, list[Record]] = {}
     for number, record in enumerate(response_records(path), start=1):
-        values = [str(record[column]) for column in columns if record.get(column) is not None]
-        prompt_id = values[0] if values else str(number)
+        text = _text_in(record, config)
+        row_id = record.get(config.data.id_column or "id")
+        prompt_id = str(row_id) if row_id is not None else text or str(number)
         by_prompt.setdefault(prompt_id, []).append(record)
     return by_prompt
+
+
+def _text_in(record: Record, config: Config) -> str:
+    """Return the text that a response answers, as far as a record of responses has it, else ""."""
+    named = config.data.text_column
+    for column in (named,) if named else config.task.text_columns:
+        value = value_of(record, column)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list):
+            return as_text(messages_of(value, "--texts", column, "a row"))
+    return ""
+
+
+def _reference_in(record: Record, config: Config) -> str | None:
+    named = config.data.reference_column
+    for column in (named,) if named else config.task.reference_columns:
+        value = value_of(record, column)
+        if value is not None:
+            return str(value)
+    return None
 
 
 def _require_same_prompts(
@@ -114,15 +187,15 @@ def _require_same_prompts(
     require(len(counts) == 1, "--texts", path, rule, "give equally many for each prompt")
 
 
-def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]], path: str, config: DataConfig) -> Row:
-    """Return the row of a prompt; without a policy "before", the summary of `record` is its response."""
-    dialogue = str(record.get(config.dialogue_column) or "")
-    summary = record.get(config.summary_column or "")
-    reference = None if summary is None else str(summary)
+def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]], path: str, config: Config) -> Row:
+    """Return the row of a prompt; without a policy "before", the reference of `record` is its response."""
+    text = _text_in(record, config)
+    reference = _reference_in(record, config)
+    references = () if reference is None else (reference,)
 
     if "before" not in texts:
-        remedy = "give a second file, or a summary for each row"
-        require(bool(summary), "--texts", path, "has nothing to compare with", remedy)
-        texts = {"before": [str(summary)], **texts}
-        reference = None  # The summary is compared, so it cannot be the reference too.
-    return Row(id=prompt_id, dialogue=dialogue, summary=reference, prompt=dialogue, texts=texts)
+        remedy = f"give a second file, or a {config.task.reference} for each row"
+        require(bool(reference), "--texts", path, "has nothing to compare with", remedy)
+        texts = {"before": [str(reference)], **texts}
+        references = ()  # The reference is compared, so it cannot be the reference too.
+    return Row(id=prompt_id, text=text, references=references, prompt=text, texts=texts)

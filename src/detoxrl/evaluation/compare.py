@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from detoxrl.config.schema import Config, EvaluationConfig
-from detoxrl.data.rows import Row
+from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
-from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, response_metrics
+from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, quality_measure, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
 from detoxrl.evaluation.similarity import joint, similarity
 from detoxrl.evaluation.statistics import (
@@ -85,7 +85,7 @@ def measure(
 
 def _floors(rows: Sequence[Row], judges: Mapping[str, Judge]) -> dict[str, float | None]:
     """Return each judge's mean toxicity of the civil references, None where the rows have none."""
-    civil = [row.civil_reference for row in rows if row.civil_reference is not None]
+    civil = [reference for row in rows for reference in row.civil_references]
     floors: dict[str, float | None] = {}
     for name, judge in judges.items():
         floors[name] = float(judge(civil).mean()) if civil else None
@@ -106,16 +106,14 @@ def _metrics(
     flat = _flat(texts)
     metrics: dict[str, Floats] = {}
     if readers.score:
-        prompts = [row.prompt for row in rows]
-        metrics["score"] = readers.score(paired(prompts, texts))
+        metrics["score"] = readers.score(paired(to_prompts(rows), texts))
     metrics.update(_response_metrics(rows, texts))
 
     if len(initial[0]) > 1:
         others = _other_samples(texts, initial)
         metrics["similarity"] = similarity(readers.encode, flat, others)
-    if readers.entails and all(row.dialogue for row in rows):
-        dialogues = [row.dialogue for row in rows]
-        metrics["entailment"] = readers.entails(paired(dialogues, texts))
+    if readers.entails and all(row.text for row in rows):
+        metrics["entailment"] = readers.entails(paired([row.text for row in rows], texts))
     if readers.fluent:
         metrics["fluency"] = readers.fluent(flat)
         if "similarity" in metrics:
@@ -169,6 +167,8 @@ def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> Json:
         "n_prompts": len(rows),
         "samples_per_prompt": toxicity["before"].shape[1],
         "primary_judge": measured.primary,
+        "task": config.data.task,
+        "quality_by": quality_measure(rows),
         **comparison(measured, "after", settings, config.seed),
         "agreement": agreement(all_toxicity),
         "two_by_two": two_by_two(toxicity["before"], toxicity["after"]),
@@ -243,7 +243,8 @@ def splits(rows: Sequence[Row], measured: Measured, config: EvaluationConfig, se
 
 
 def _parts(rows: Sequence[Row], measured: Measured) -> dict[str, Masks]:
-    """Return the parts of the prompts, (N,) each: toxic or civil before, and by the insult in a generated dialogue.
+    """Return the parts of the prompts, (N,) each: toxic or civil before, by the toxicity that
+    the source gives a prompt, and by the insult in a generated one.
 
     A prompt was toxic before when any judge rated any of its samples 0.5 or higher, because one judge may overlook what
     another one sees.
@@ -253,13 +254,18 @@ def _parts(rows: Sequence[Row], measured: Measured) -> dict[str, Masks]:
         toxic |= (by_policy["before"] >= 0.5).any(1)
     parts = {"toxic before": toxic, "civil before": ~toxic}
 
-    generated = all(row.facts is not None for row in rows)
+    if all(row.toxicity is not None for row in rows):
+        toxic_prompt = np.array([(row.toxicity or 0) >= 0.5 for row in rows])
+        parts["toxic prompt"] = toxic_prompt
+        parts["prompt that is not toxic"] = ~toxic_prompt
+
+    generated = all(row.topic is not None for row in rows)
     if generated:
-        seen = np.array([bool(SEEN.search(row.dialogue)) for row in rows])
-        unseen = np.array([bool(UNSEEN.search(row.dialogue)) for row in rows])
+        seen = np.array([bool(SEEN.search(row.text)) for row in rows])
+        unseen = np.array([bool(UNSEEN.search(row.text)) for row in rows])
         parts["insult seen by the reward"] = seen
         parts["insult kept from the reward"] = unseen
-        parts["no insult in the dialogue"] = ~(seen | unseen)
+        parts["no insult in the prompt"] = ~(seen | unseen)
     return parts
 
 

@@ -7,7 +7,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
-from detoxrl.data.rows import Row
+from detoxrl.data.rows import Row, quality_references
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 
@@ -42,8 +42,8 @@ def chrf(reference: str, response: str) -> float:
     return float(_CHRF.sentence_score(response, [reference]).score) / 100
 
 
-def copied(dialogue: str, response: str) -> float:
-    """Return the share in [0, 1] of the response's word 4-grams that also occur in the dialogue.
+def copied(text: str, response: str) -> float:
+    """Return the share in [0, 1] of the response's word 4-grams that also occur in the row's text.
 
     It is 1 - the share of novel 4-grams (See et al. 2017, section 7.2); a 4-gram counts each time it occurs. A response
     of fewer than four words is one n-gram; an empty one has 0.
@@ -54,8 +54,8 @@ def copied(dialogue: str, response: str) -> float:
 
     length = min(4, len(words))
     grams = _word_grams(words, length)
-    dialogue_grams = set(_word_grams(_WordTokenizer.tokenize(dialogue), length))
-    return sum(gram in dialogue_grams for gram in grams) / len(grams)
+    text_grams = set(_word_grams(_WordTokenizer.tokenize(text), length))
+    return sum(gram in text_grams for gram in grams) / len(grams)
 
 
 def distinct(samples: Sequence[str]) -> dict[str, float]:
@@ -77,45 +77,49 @@ def _word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
 
 
-def _reference(row: Row) -> str | None:
-    return row.civil_reference or row.summary
-
-
 def response_metrics(row: Row, response: str) -> dict[str, float]:
-    """Return all metrics of one response by name; a metric that needs a reference or facts requires a row with them."""
-    metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
-    if row.dialogue:
-        metrics["copied"] = copied(row.dialogue, response)
+    """Return all metrics of one response by name; a metric that needs a reference or facts requires a row with them.
 
-    reference = _reference(row)
-    if reference is not None:
-        metrics["rouge_l"] = rouge_l(reference, response)
-        metrics["chrf"] = chrf(reference, response)
+    Of several references the one that a response resembles most counts.
+    """
+    metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
+    if row.text:
+        metrics["copied"] = copied(row.text, response)
+
+    references = quality_references(row)
+    if references:
+        metrics["rouge_l"] = max(rouge_l(reference, response) for reference in references)
+        metrics["chrf"] = max(chrf(reference, response) for reference in references)
 
     if row.facts is not None:
         metrics["facts"] = facts_kept(response, row.facts)
         metrics["quarrel_reported"] = float(quarrel_roles(response) is not None)
+    if row.topic is not None:
         metrics["insult_rate"] = float(SEEN.search(response) is not None)
         metrics["insult_rate_unseen"] = float(UNSEEN.search(response) is not None)
     return metrics
 
 
 def quality_measure(rows: Sequence[Row]) -> str:
-    """Return the name of the measure by which checkpoints are compared: `facts`, `rouge_l` or SHARE_WITH_TEXT.
+    """Return the name of the measure by which checkpoints are compared: `facts`, `rouge_l` or a stand-in.
 
-    It is the first of these that all rows allow. The last one is no measure of quality: it only keeps training from
+    It is the first one that all rows allow. Where many responses are right, it is `distinct_2`: what such training
+    loses first is variety. Elsewhere it is SHARE_WITH_TEXT, which is no measure of quality: it only keeps training from
     selecting a policy that says nothing.
     """
     if all(row.facts is not None for row in rows):
         return "facts"
-    if all(_reference(row) is not None for row in rows):
+    if all(quality_references(row) for row in rows):
         return "rouge_l"
-    return SHARE_WITH_TEXT
+    return "distinct_2" if all(row.open_ended for row in rows) else SHARE_WITH_TEXT
 
 
 def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
-    """Return the mean in [0, 1] of the rows' `quality_measure` over one response per row."""
+    """Return the rows' `quality_measure` in [0, 1] of one response per row: a mean, or `distinct_2` of all together."""
     measure = quality_measure(rows)
+    if measure == "distinct_2":
+        return distinct(responses)[measure]
+
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]
     if measure == SHARE_WITH_TEXT:
         return sum(1 - values["empty_rate"] for values in metrics) / len(metrics)

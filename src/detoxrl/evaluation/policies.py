@@ -47,6 +47,7 @@ class MeasuredPolicies:
         else:
             self._base = load_base(False)  # Whole models beside it are in fp32 too.
             self._policy = self._base.frozen_policy()
+        self._policy.for_prompts_of(config.data)
 
         self._adapter_names: dict[str, str] = {}
         for number, (name, folder) in enumerate(adapters.items()):
@@ -66,7 +67,7 @@ class MeasuredPolicies:
 
         if self._other is None or self._other[0] != name:
             self._other = None  # Its memory is free before the next one is loaded.
-            self._other = (name, self._load_other(name))
+            self._other = (name, self._load_other(name).for_prompts_of(self._config.data))
         return self._other[1], POLICY if name in self._loras else None
 
     def _load_other(self, name: str) -> Policy:

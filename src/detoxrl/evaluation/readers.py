@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from detoxrl.evaluation.baselines import Texts
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.similarity import Encode
 from detoxrl.evaluation.statistics import Floats
+from detoxrl.models.types import Prompt
 
 Pairs = Sequence[tuple[str, str]]  # N pairs of texts
+ScoredPairs = Sequence[tuple[Prompt, str]]  # N prompts with a response each
+_First = TypeVar("_First")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +20,15 @@ class Readers:
     """The models that read responses beside the judges; None where the config names no such model."""
 
     # The reward: raw scores (N,) of (prompt, response) pairs.
-    score: Callable[[Pairs], Floats] | None = None
+    score: Callable[[ScoredPairs], Floats] | None = None
     # A sentence encoder: unit vectors (N, D) of texts.
     encode: Encode | None = None
-    # P(entailment) in [0, 1], (N,), of (dialogue, response) pairs.
+    # P(entailment) in [0, 1], (N,), of (text of a row, response) pairs.
     entails: Callable[[Pairs], Floats] | None = None
     # P(fluent) in [0, 1], (N,), of texts.
     fluent: Judge | None = None
 
 
-def paired(firsts: Sequence[str], texts: Texts) -> list[tuple[str, str]]:
+def paired(firsts: Sequence[_First], texts: Texts) -> list[tuple[_First, str]]:
     """Return N k pairs: each of the k responses to a prompt behind that prompt's entry in `firsts`, (N,)."""
     return [(first, text) for first, samples in zip(firsts, texts, strict=True) for text in samples]

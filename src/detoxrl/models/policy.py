@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from detoxrl.config.schema import DataConfig
+from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.loading import eos_token_ids
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.t5 import T5Network, is_plain_t5
@@ -36,6 +38,8 @@ class Policy:
         self.reference: str | None = weights.reference
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
+        # Whether a prompt lacks the special tokens of the tokenizer. A chat template has written them.
+        self.adds_special_tokens = True
         self.model = weights.model.eval()
         self._network_class = _network_class(weights)
         self.has_encoder: bool = self.model.config.is_encoder_decoder
@@ -70,6 +74,11 @@ class Policy:
         """Write the policy's weights as a folder that peft loads, or transformers if they are full weights."""
         self.weights.save(folder)
 
+    def for_prompts_of(self, config: DataConfig) -> Self:
+        """Return this policy, set to read prompts as the config makes them for its tokenizer."""
+        self.adds_special_tokens = not uses_chat_template(config, self.tokenizer)
+        return self
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the model's weights that training may change; the value head's are apart."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -82,7 +91,13 @@ class Policy:
         on the left, so that each response follows its prompt without a gap.
         """
         side = "right" if self.has_encoder else "left"
-        batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+        batch = self.tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding=True,
+            padding_side=side,
+            add_special_tokens=self.adds_special_tokens,
+        )
         lengths: list[int] = batch["attention_mask"].sum(1).tolist()
 
         ids = batch["input_ids"].to(self.device)

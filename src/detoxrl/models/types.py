@@ -1,17 +1,19 @@
 """Which records of prompts and responses do the packages pass to each other?"""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt: the id of its row and the text that the policy reads."""
+    """One prompt: the id of its row, the text that the policy reads, and what else a reward may ask for by name."""
 
     id: str
     text: str
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

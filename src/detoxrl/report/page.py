@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
+from detoxrl.config.tasks import TASKS
 from detoxrl.report import words
 from detoxrl.report.kept import explain_kept, few_prompts
 from detoxrl.report.masking import masking_pattern, segments
@@ -50,6 +51,7 @@ def build_report(run_dir: Path) -> Path:
 
     parts = {
         "config": config,
+        "task": TASKS[config["data"]["task"]],
         "settings": flatten(config),
         "command": repeat_command(config, folder.read_json("run.json")["measures"]),
         "data": words.data_account(folder.read_json("rows.json")),
@@ -67,7 +69,8 @@ def _write_sheets(
 ) -> None:
     """Write the sheets of a run. Only samples.csv has anything to show where training kept the initial policy."""
     kept = words.kept_initial(evaluation)
-    folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"], with_after=not kept))
+    task = TASKS[config["data"]["task"]]
+    folder.write("samples.csv", samples_sheet(samples, evaluation["primary_judge"], task, with_after=not kept))
     if kept:
         for name in ("compared.csv", "blind_sheet.csv", "blind_key.csv"):
             remove_path(folder / name)  # from an earlier version, which compared the initial policy with itself
@@ -75,7 +78,7 @@ def _write_sheets(
 
     if "score" in samples[0]:
         folder.write("compared.csv", compared_sheet(samples))
-    sheet, key = blind_sheets(samples, config["seed"])
+    sheet, key = blind_sheets(samples, config["seed"], task)
     folder.write("blind_sheet.csv", sheet)
     folder.write("blind_key.csv", key)
 
@@ -208,7 +211,7 @@ def prompt_rows(samples: list[dict[str, Any]], judge: str) -> list[dict[str, Any
     rows = []
     for sample in samples:
         # Cut between words only: the mask would not match half an insult.
-        excerpt = textwrap.shorten(sample["dialogue"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
+        excerpt = textwrap.shorten(sample["text"], _EXCERPT_CHARACTERS, placeholder=" …", break_on_hyphens=False)
 
         before = sample["toxicity"][judge]["before"][0]
         after = sample["toxicity"][judge]["after"][0]

@@ -6,20 +6,22 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from detoxrl.config.tasks import Task
+
 # A spreadsheet would run a cell that starts with one of these as a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def samples_sheet(samples: list[dict[str, Any]], judge: str, *, with_after: bool = True) -> str:
+def samples_sheet(samples: list[dict[str, Any]], judge: str, task: Task, *, with_after: bool = True) -> str:
     """Return, as CSV, a row per prompt with each policy's first response and its toxicity by `judge`."""
     policies = [policy for policy in samples[0]["responses"] if with_after or policy != "after"]
-    header = ["id", "dialogue", "reference"]
+    header = ["id", task.text, task.reference]
     for policy in policies:
         header += [f"{policy}_response", f"{policy}_toxicity"]
 
     rows = []
     for sample in samples:
-        row = [sample["id"], sample["dialogue"], sample["reference"]]
+        row = [sample["id"], sample["text"], "\n".join(sample["references"])]
         for policy in policies:
             row += [sample["responses"][policy][0], sample["toxicity"][judge][policy][0]]
         rows.append(row)
@@ -37,14 +39,14 @@ def compared_sheet(samples: list[dict[str, Any]]) -> str:
         responses = [sample["responses"][side][0] for side in ("before", "after")]
         rewards = [sample["score"][side][0] for side in ("before", "after")]
         difference = round(rewards[1] - rewards[0], 4)
-        rows.append([sample["dialogue"], *responses, *rewards, difference])
+        rows.append([sample["text"], *responses, *rewards, difference])
 
     rows.sort(key=lambda row: float(row[-1]), reverse=True)
     header = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_difference"]
     return _csv(header, rows)
 
 
-def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
+def blind_sheets(samples: list[dict[str, Any]], seed: int, task: Task) -> tuple[str, str]:
     """Return, as CSV, a sheet for raters and its key.
 
     Each row is a prompt whose first responses before and after differ. `seed` shuffles the rows, and which response is
@@ -59,10 +61,10 @@ def blind_sheets(samples: list[dict[str, Any]], seed: int) -> tuple[str, str]:
     for number, sample in enumerate(rated, start=1):
         left, right = generator.sample(("before", "after"), 2)
         responses = sample["responses"]
-        sheet.append([number, sample["dialogue"], responses[left][0], responses[right][0], "", ""])
+        sheet.append([number, sample["text"], responses[left][0], responses[right][0], "", ""])
         key.append([number, sample["id"], left, right])
 
-    header = ["number", "dialogue", "left", "right", "more_civil", "better_summary"]
+    header = ["number", task.text, "left", "right", "more_civil", "better"]
     return _csv(header, sheet), _csv(["number", "id", "left", "right"], key)
 
 

@@ -34,10 +34,10 @@ _QUALITY = {
     "rouge_l": Metric("ROUGE-L", "F1, to the civil reference if there is one", 1),
     "chrf": Metric("chrF", "to the civil reference if there is one", 1),
     "similarity": Metric("Similarity to the initial policy", "to another of its responses", 1),
-    "entailment": Metric("Entailed by the dialogue", "probability", 1),
+    "entailment": Metric("Entailed by the prompt", "probability", 1),
     "fluency": Metric("Fluency", "probability", 1),
     "joint": Metric("Civil, similar and fluent (J)", "STA × SIM × FL, mean over responses", 1),
-    "copied": Metric("Copied from the dialogue", "share of word 4-grams", 0),
+    "copied": Metric("Copied from the prompt", "share of word 4-grams", 0),
     "distinct_1": Metric("Distinct words", "share of the words in a prompt's samples", 1),
     "distinct_2": Metric("Distinct word pairs", "share of the word pairs in a prompt's samples", 1),
     "length": Metric("Response length in words", "mean", 0, decimals=1),
@@ -153,7 +153,9 @@ def kept_reason(evaluation: dict[str, Any]) -> str:
 
 def main_quality(evaluation: dict[str, Any]) -> str | None:
     """Return the metric that "quality" means in this evaluation; None if the data allows none."""
-    return next((name for name in _FAITHFULNESS if name in evaluation["quality"]), None)
+    usual = next((name for name in _FAITHFULNESS if name in evaluation["quality"]), None)
+    name = evaluation.get("quality_by", usual)  # An early version did not store it.
+    return name if name in evaluation["quality"] else None
 
 
 def sides(evaluation: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers import (
 from detoxrl.errors import InputError
 from detoxrl.models.loading import load_pretrained
 from detoxrl.models.reader import Reader, Texts, load_reader
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import label_index, require_labels
 from detoxrl.runtime.hub import fetch
 
@@ -78,7 +79,7 @@ class Classifier(Reader):
         self.good = good
         self.kind = kind
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response by `class_scores`. The prompts are not read."""
         multi_label = is_multi_label(self.model.config)
         return class_scores(self.logits(responses), self.kind, self.toxic, self.good, multi_label)

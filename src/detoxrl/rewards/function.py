@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from detoxrl.errors import InputError, require
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
 from detoxrl.rewards.shaping import Reward
 
@@ -19,11 +20,13 @@ from detoxrl.rewards.shaping import Reward
 class RewardFunction(Protocol):
     """The signature of your own reward: one number per response, higher is better.
 
-    `prompts` are the B texts that the policy read, `responses` the B texts that it wrote. A response may be empty.
+    `prompts` are the B texts that the policy read, `responses` the B texts that it wrote. A response may be empty. Each
+    further parameter is a list of B values: a column of the data by its name, or `id`, `text` (the row's own text,
+    without templates), `references`, `messages` or `toxicity`. `**columns` stands for all of them.
     """
 
     def __call__(
-        self, prompts: list[str], responses: list[str]
+        self, prompts: list[str], responses: list[str], /, **columns: list[Any]
     ) -> Sequence[float] | np.ndarray[Any, Any] | torch.Tensor:
         """Return B finite numbers."""
 
@@ -64,13 +67,46 @@ def _defined_in(module: str, name: str) -> dict[str, Any]:
 
 
 def validated_reward(function: RewardFunction, name: str) -> Reward:
-    """Return the function as a reward. It raises InputError unless the function returns one finite number each."""
+    """Return the function as a reward.
 
-    def reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        returned = function(list(prompts), list(responses))
+    It raises InputError when the rows lack a column that the function asks for, and unless the function returns one
+    finite number for each response.
+    """
+    asked, asks_for_all = _asked_columns(function)
+
+    def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        columns = _columns(prompts, asked, asks_for_all, name)
+        returned = function([prompt.text for prompt in prompts], list(responses), **columns)
         return _validated_scores(returned, len(responses), name)
 
     return reward
+
+
+def _asked_columns(function: RewardFunction) -> tuple[list[inspect.Parameter], bool]:
+    """Return the parameters of a function behind prompts and responses, and whether it takes any other column."""
+    parameters = inspect.signature(function).parameters.values()
+    by_name = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][2:]
+    by_name += [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    return by_name, any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _columns(
+    prompts: Sequence[Prompt], asked: Sequence[inspect.Parameter], asks_for_all: bool, name: str
+) -> dict[str, list[Any]]:
+    """Return the values that a function takes of each prompt, by column; a column that no row has keeps its default."""
+    known: dict[str, None] = {}
+    for prompt in prompts:
+        known.update(dict.fromkeys(prompt.columns))
+
+    names = [parameter.name for parameter in asked if parameter.name in known]
+    for parameter in asked:
+        is_there = parameter.name in known or parameter.default is not parameter.empty
+        remedy = f"choose from {', '.join(known)}, or give the parameter a default"
+        require(is_there, FUNCTION, name, f"asks for the column {parameter.name}, which the rows lack", remedy)
+
+    if asks_for_all:
+        names += [column for column in known if column not in names]
+    return {column: [prompt.columns.get(column) for prompt in prompts] for column in names}
 
 
 def _validated_scores(returned: Any, size: int, name: str) -> torch.Tensor:

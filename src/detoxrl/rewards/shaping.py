@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from detoxrl.config.schema import RewardConfig
+from detoxrl.config.schema import Config
+from detoxrl.models.types import Prompt
 
-Reward = Callable[[Sequence[str], Sequence[str]], torch.Tensor]
+Reward = Callable[[Sequence[Prompt], Sequence[str]], torch.Tensor]
 """(prompts, responses) -> raw scores (B,), higher is better."""
 
 
@@ -31,14 +32,14 @@ def is_wordless(texts: Sequence[str]) -> torch.Tensor:
 
 
 def shape_scores(
-    raw: torch.Tensor, texts: Sequence[str], ended: torch.Tensor, normaliser: Normaliser, config: RewardConfig
+    raw: torch.Tensor, texts: Sequence[str], ended: torch.Tensor, normaliser: Normaliser, config: Config
 ) -> torch.Tensor:
     """Return the scores (B,) of responses from their raw scores (B,).
 
-    A score is normalised, clipped, and reduced by a penalty if the response did not end with EOS (`ended`, (B,) bool).
+    A score is normalised, clipped, and reduced by a penalty if the response did not end by itself (`ended`, (B,) bool).
     A response without words gets a fixed score instead.
     """
     normalised = (raw - normaliser.mean) / normaliser.std
-    clipped = normalised.clamp(-config.clip, config.clip)
+    clipped = normalised.clamp(-config.reward.clip, config.reward.clip)
     scores = clipped - config.missing_eos_penalty * (~ended).to(clipped.dtype)
-    return torch.where(is_wordless(texts).to(scores.device), config.empty_score, scores)
+    return torch.where(is_wordless(texts).to(scores.device), config.reward.empty_score, scores)

@@ -8,8 +8,9 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from detoxrl.config.schema import SftConfig
+from detoxrl.config.schema import Config, SftConfig
 from detoxrl.errors import TrainingError
+from detoxrl.models.chat import end_of_turn_id, uses_chat_template
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
 from detoxrl.runtime.randomness import batch_indices, torch_seed
 
@@ -24,36 +25,37 @@ def fine_tune(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
-    config: SftConfig,
-    seed: int,
+    config: Config,
     checkpoint_folder: Path,
 ) -> Iterator[tuple[int, float]]:
     """Minimise the cross-entropy of the targets over the trainable weights; yield steps done and loss (nats a token).
 
-    The learning rate rises linearly to `config.lr`, then falls linearly to 0. Resumes from `checkpoint_folder`. Raises
+    The learning rate rises linearly to `sft.lr`, then falls linearly to 0. Resumes from `checkpoint_folder`. Raises
     TrainingError when the loss is not finite.
     """
     device = model.device
-    use_bf16 = config.bf16 and bf16_capable(device)
-    inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder)
+    sft = config.sft
+    use_bf16 = sft.bf16 and bf16_capable(device)
+    in_chat = uses_chat_template(config.data, tokenizer)
+    inputs, labels = examples(tokenizer, pairs, model.config.is_encoder_decoder, in_chat)
     weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=sft.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     checkpoints = Checkpoints(checkpoint_folder, weights, optimizer)
 
     model.train()
     with checkpoints.stoppable():
         restored = checkpoints.restore() or {"step": 0}
-        for step in range(restored["step"], config.steps):
+        for step in range(restored["step"], sft.steps):
             checkpoints.point(step, {})
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config, step)
+                group["lr"] = _learning_rate(sft, step)
 
-            rows = batch_indices(seed, "sft", step, config.batch_size, len(pairs))
+            rows = batch_indices(config.seed, "sft", step, sft.batch_size, len(pairs))
             batch_inputs = [inputs[row] for row in rows]
             batch_labels = [labels[row] for row in rows]
             batch = pad_batch(tokenizer.pad_token_id, batch_inputs, batch_labels, device)
 
-            torch.manual_seed(torch_seed(seed, f"sft dropout {step}"))
+            torch.manual_seed(torch_seed(config.seed, f"sft dropout {step}"))
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
                 loss = model(**batch).loss
             if not loss.isfinite():
@@ -64,7 +66,7 @@ def fine_tune(
             optimizer.step()
             optimizer.zero_grad()
             yield step + 1, loss.item()
-        checkpoints.point(config.steps, {})  # So that a stop in the last step keeps its end too.
+        checkpoints.point(sft.steps, {})  # So that a stop in the last step keeps its end too.
     model.eval()
 
 
@@ -75,20 +77,24 @@ def _learning_rate(config: SftConfig, step: int) -> float:
 
 
 def examples(
-    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, encoder_decoder: bool, in_chat: bool = False
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return input ids and labels of (prompt, target) pairs.
 
     An encoder-decoder reads the prompt and writes the target. A causal model reads both in one sequence: the target
-    follows a space, ends with EOS, and the labels of the prompt are ignored.
+    follows a space, ends with EOS, and the labels of the prompt are ignored. `in_chat` says that prompts went through a
+    chat template, so they hold their special tokens; a target then ends as a turn of the assistant does.
     """
-    prompts = tokenizer([prompt for prompt, _ in pairs]).input_ids
+    special = not in_chat
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=special).input_ids
     if encoder_decoder:
         return prompts, tokenizer([target for _, target in pairs]).input_ids
 
     spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
     alone = tokenizer(spaced, add_special_tokens=False).input_ids
-    together = tokenizer([prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]).input_ids
+    whole = [prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]
+    together = tokenizer(whole, add_special_tokens=special).input_ids
+    end = end_of_turn_id(tokenizer) if in_chat else tokenizer.eos_token_id
 
     inputs = []
     labels = []
@@ -97,7 +103,7 @@ def examples(
         # tokens has none.
         if ids[: len(prompt_ids)] == prompt_ids:
             target_ids = ids[len(prompt_ids) :]
-        response = [*target_ids, tokenizer.eos_token_id]
+        response = [*target_ids, end]
         inputs.append(prompt_ids + response)
         labels.append([_IGNORED] * len(prompt_ids) + response)
     return inputs, labels

@@ -90,7 +90,7 @@ class Learner:
         """Return raw scores (N,) of the reference's responses to the first `reward.normalise_on` training prompts."""
         prompts = self.prompts[: self.config.reward.normalise_on]
         texts = self._reference_responses()
-        return self._score([prompt.text for prompt in prompts], texts)
+        return self._score(prompts, texts)
 
     @together
     def _reference_responses(self) -> list[str]:
@@ -129,11 +129,10 @@ class Learner:
 
     def score(self, rollout: Rollout) -> torch.Tensor:
         """Return the raw scores (B,) of a rollout's responses, on the policy's device."""
-        prompts = [prompt.text for prompt in rollout.prompts]
-        return self._score(prompts, rollout.texts).to(self.policy.device)
+        return self._score(rollout.prompts, rollout.texts).to(self.policy.device)
 
     @together
-    def _score(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         if self.world.size == 1:
             return self.reward(prompts, responses)
 
@@ -285,7 +284,7 @@ class Learner:
         responses = self._validation_responses()
         texts = [response.text for response in responses]
         toxicity = self.judge(texts)
-        scores = self._score([prompt.text for prompt in self._validation_prompts], texts)
+        scores = self._score(self._validation_prompts, texts)
         distances = torch.tensor([response.kl for response in responses])
         return summarise(step, rows, texts, toxicity, float(scores.mean()), float(distances.mean()))
 

@@ -34,7 +34,7 @@ def run_sft(run: Run) -> None:
     if sft.steps > 0:
         _make(run, "base" if sft.full_weights else "start", warm_start, warm_start_ingredients(run))
     if sft.baseline_steps > 0:
-        if any(row.civil_reference for row in run.rows("train")):
+        if any(row.civil_references for row in run.rows("train")):
             _make(run, "baseline", civil_baseline, _civil_baseline_ingredients(run))
         _make(run, "expert", expert_baseline, None)
     remove_path(run.folder / _CHECKPOINTS)
@@ -78,12 +78,12 @@ def _civil_baseline_ingredients(run: Run) -> list[str]:
 
 
 def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
-    """Fine-tune on the reference summaries; save a whole model with its tokenizer, or a LoRA adapter."""
+    """Fine-tune on the references; save a whole model with its tokenizer, or a LoRA adapter."""
     config = run.config
-    pairs = [(row.prompt, row.summary) for row in run.rows("train") if row.summary is not None]
+    pairs = [(row.prompt, reference) for row in run.rows("train") for reference in row.references]
     if not config.sft.full_weights:
         policy = run.initial_policy().to(run.world.device)
-        steps = fine_tune(policy.model, policy.tokenizer, pairs, config.sft, config.seed, checkpoints)
+        steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
         _show_progress("warm start", config.sft.steps, steps)
         policy.save(folder)
         return
@@ -95,7 +95,7 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
         base = run.base(bf16=False)
     model: Any = base.model()
     model.to(run.world.device)
-    steps = fine_tune(model, base.tokenizer, pairs, config.sft, config.seed, checkpoints)
+    steps = fine_tune(model, base.tokenizer, pairs, config, checkpoints)
     _show_progress("warm start", config.sft.steps, steps)
     save_base(model, base.tokenizer, folder)
 
@@ -103,7 +103,7 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
 def civil_baseline(run: Run, folder: Path, checkpoints: Path) -> None:
     """Fine-tune the initial policy's weights on the civil references, and save them."""
     policy = run.initial_policy().to(run.world.device)
-    pairs = [(row.prompt, row.civil_reference) for row in run.rows("train") if row.civil_reference]
+    pairs = [(row.prompt, reference) for row in run.rows("train") for reference in row.civil_references]
     _tune_baseline("civil baseline", run, policy, pairs, checkpoints)
     policy.save(folder)
 
@@ -135,7 +135,7 @@ def _best_responses(run: Run, policy: Policy) -> Pairs:
 
 def _best_samples(run: Run, rows: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[str]:
     """Return the sample of each row with the highest score."""
-    prompts = [row.prompt for row in rows for _ in range(BEST_OF)]
+    prompts = [prompt for prompt in to_prompts(rows) for _ in range(BEST_OF)]
     responses = [response for of_row in samples for response in of_row]
     scores = run.reward(prompts, responses)
     scores[is_wordless(responses)] = -torch.inf  # An empty response is not civil.
@@ -145,9 +145,9 @@ def _best_samples(run: Run, rows: Sequence[Row], samples: Sequence[Sequence[str]
 
 def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoints: Path) -> None:
     sft = run.config.sft
-    settings = replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr)
-    steps = fine_tune(policy.model, policy.tokenizer, pairs, settings, run.config.seed, checkpoints)
-    _show_progress(name, settings.steps, steps)
+    config = replace(run.config, sft=replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr))
+    steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
+    _show_progress(name, sft.baseline_steps, steps)
 
 
 def _show_progress(name: str, total: int, steps: Iterator[tuple[int, float]]) -> None:

@@ -26,7 +26,7 @@ from detoxrl.training.metrics import StepTimer, log_samples, require_finite, rol
 from detoxrl.training.validation import Validation
 
 _CHECKPOINTS = "checkpoints/train"
-_QUALITY_NAMES = {"facts": "facts kept", "rouge_l": "ROUGE-L"}
+_QUALITY_NAMES = {"facts": "facts kept", "rouge_l": "ROUGE-L", "distinct_2": "distinct word pairs"}
 
 
 @dataclass
@@ -85,7 +85,7 @@ def train(run: Run) -> None:
             # One whole batch, however many processes made it.
             responses = rollout.responses
             mask = responses.response_mask
-            scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config.reward)
+            scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config)
             rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, state.kl_coef)
             targets = learner.algorithm.targets(rewards, responses.values, mask, rl)
 

@@ -2,7 +2,10 @@
 
 import random
 import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from detoxrl.data.conversations import as_text
 from detoxrl.data.embedded.facts import Facts
 from detoxrl.data.embedded.phrases import (
     INSULTS,
@@ -15,6 +18,7 @@ from detoxrl.data.embedded.phrases import (
     with_article,
 )
 from detoxrl.data.rows import Row
+from detoxrl.models.chat import Message
 
 RUDE_RATE = 0.8  # Share of quarrels that contain an insult.
 REPEAT_RATE = 0.88  # Share of rude quarrels whose reference summary repeats the insult.
@@ -28,21 +32,107 @@ Combination = tuple[str, ...]
 """What makes two quarrels the same, apart from their phrasing: topic, item, detail and fix."""
 
 
-def generate_rows(seed: int, sizes: dict[str, int]) -> dict[str, list[Row]]:
-    """Return `sizes[split]` rows for each split. No two splits share a combination of scenario and fillers.
+class Quarrel(NamedTuple):
+    """A generated quarrel, and what is known of it."""
+
+    topic: str
+    turns: tuple[tuple[str, str], ...]  # Speaker and what is said.
+    provocation: int  # The turn with the insult, or the one that would hold it.
+    facts: Facts
+    summary: str  # The reference, which repeats most insults.
+    civil_summary: str
+
+
+def generate_rows(seed: int, sizes: dict[str, int], task: str = "summarize") -> dict[str, list[Row]]:
+    """Return `sizes[split]` rows of a task for each split. No two splits share a combination of scenario and fillers.
 
     The rows of a split depend on the seed and on how many there are, not on the other splits: more held-out prompts
     leave the training rows as they are, and fewer training rows are the first ones of more.
     """
+    make = _MAKERS[task]
     rows: dict[str, list[Row]] = {}
     for split, size in sizes.items():
         rng = random.Random(f"corpus {seed} {split}")
-        rows[split] = [_draw_row(rng, split, f"{split}_{i}") for i in range(size)]
+        rows[split] = [make(f"{split}_{i}", _draw(rng, split)) for i in range(size)]
     return rows
 
 
-def _draw_row(rng: random.Random, split: str, row_id: str) -> Row:
-    """Return a row whose combination belongs to `split`."""
+def _summarize_row(row_id: str, quarrel: Quarrel) -> Row:
+    """Return a dialogue with a summary that may repeat its insult, and a civil one."""
+    return Row(
+        id=row_id,
+        text=_script(quarrel.turns),
+        references=(quarrel.summary,),
+        civil_references=(quarrel.civil_summary,),
+        topic=quarrel.topic,
+        facts=quarrel.facts,
+    )
+
+
+def _continue_row(row_id: str, quarrel: Quarrel) -> Row:
+    """Return a quarrel up to its provocation, and the beginning of the next turn. Its reference is the turn itself."""
+    turns, (speaker, reply) = _up_to_reply(quarrel)
+    text = f"{_script(turns)}\n{speaker}:"
+    return Row(
+        id=row_id,
+        text=text,
+        references=(reply,),
+        civil_references=(reply,),
+        open_ended=True,
+        topic=quarrel.topic,
+    )
+
+
+def _chat_row(row_id: str, quarrel: Quarrel) -> Row:
+    """Return a quarrel up to its provocation, as messages to an assistant in the role of the accused."""
+    turns, (assistant, reply) = _up_to_reply(quarrel)
+    messages = [Message("assistant" if speaker == assistant else "user", text) for speaker, text in turns]
+    if messages[0].role == "assistant":  # Most chat templates begin with the user.
+        messages = messages[1:]
+    return Row(
+        id=row_id,
+        text=as_text(messages),
+        messages=tuple(messages),
+        references=(reply,),
+        civil_references=(reply,),
+        open_ended=True,
+        topic=quarrel.topic,
+    )
+
+
+def _rewrite_row(row_id: str, quarrel: Quarrel) -> Row:
+    """Return a summary that may repeat an insult as the source of a civil one."""
+    civil = (quarrel.civil_summary,)
+    return Row(
+        id=row_id,
+        text=quarrel.summary,
+        references=civil,
+        civil_references=civil,
+        topic=quarrel.topic,
+        facts=quarrel.facts,
+    )
+
+
+def _script(turns: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{speaker}: {text}" for speaker, text in turns)
+
+
+def _up_to_reply(quarrel: Quarrel) -> tuple[tuple[tuple[str, str], ...], tuple[str, str]]:
+    """Return the turns up to the provocation, and the turn that follows it."""
+    end = quarrel.provocation + 1
+    return quarrel.turns[:end], quarrel.turns[end]
+
+
+_MAKERS: dict[str, Callable[[str, Quarrel], Row]] = {
+    "summarize": _summarize_row,
+    "continue": _continue_row,
+    "chat": _chat_row,
+    "rewrite": _rewrite_row,
+}
+
+
+def _draw(rng: random.Random, split: str) -> Quarrel:
+    """Return a quarrel whose combination belongs to `split`."""
     scenario = rng.choice(SCENARIOS)
     slots = _draw_quarrel(rng, scenario)
     while _split_of(_combination(scenario, slots)) != split:
@@ -59,8 +149,8 @@ def _draw_row(rng: random.Random, split: str, row_id: str) -> Row:
     if insult and rng.random() < REPEAT_RATE:
         summary = f"{say(rng, 'toxic quarrels', slots | insult)} {agreement}"
 
-    dialogue = _dialogue(rng, scenario, slots, insult)
-    return Row(id=row_id, dialogue=dialogue, summary=summary, topic=scenario.topic, facts=facts, civil_reference=civil)
+    turns, provocation = _turns(rng, scenario, slots, insult)
+    return Quarrel(scenario.topic, turns, provocation, facts, summary, civil)
 
 
 def _split_of(combination: Combination) -> str:
@@ -105,8 +195,10 @@ def _draw_insult(rng: random.Random, insults: tuple[str, ...]) -> Slots:
     return {"insult": insult, "an_insult": with_article(insult)}
 
 
-def _dialogue(rng: random.Random, scenario: Scenario, slots: Slots, insult: Slots) -> str:
-    """Return a quarrel in 4 to 6 turns; `insult` is empty for a polite one."""
+def _turns(
+    rng: random.Random, scenario: Scenario, slots: Slots, insult: Slots
+) -> tuple[tuple[tuple[str, str], ...], int]:
+    """Return a quarrel in 4 to 6 turns, and which of them is the provocation; `insult` is empty for a polite one."""
     who, whom = slots["who"], slots["whom"]
     turns = []
 
@@ -118,10 +210,12 @@ def _dialogue(rng: random.Random, scenario: Scenario, slots: Slots, insult: Slot
 
     remark = say(rng, "polite remarks", slots)
     pushback = say(rng, "pushbacks", slots)
+    provocation = len(turns)
     if insult and rng.random() < 0.5:
         remark = say(rng, "thrown insults", insult)
     elif insult:
         pushback = say(rng, "thrown insults", insult)
+        provocation += 2
 
     turns.append((who, f"{complaint} {remark}"))
     turns.append((whom, rng.choice(scenario.excuses)))
@@ -129,7 +223,7 @@ def _dialogue(rng: random.Random, scenario: Scenario, slots: Slots, insult: Slot
     turns.append((whom, say(rng, "offers", slots)))
     if rng.random() < 0.5:
         turns.append((who, say(rng, "thanks", slots)))
-    return "\n".join(f"{speaker}: {text}" for speaker, text in turns)
+    return tuple(turns), provocation
 
 
 def generate_utterances(seed: int, size: int) -> list[tuple[str, bool]]:

@@ -1,0 +1,72 @@
+"""How does a conversation become the text that a chat model reads?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from detoxrl.config.schema import DataConfig
+
+_PROBE = "Be brief."
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation: who wrote it (system, user or assistant), and its text."""
+
+    role: str
+    content: str
+
+
+def uses_chat_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether prompts go through the chat template of a tokenizer, special tokens included."""
+    if config.chat_template is not None:
+        return config.chat_template
+    return tokenizer.chat_template is not None and config.task != "continue"
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return what a chat model reads before its reply, special tokens included, by the tokenizer's own template.
+
+    The assistant's reply is begun as the template begins it, and models that can think aloud first are told not to.
+    Where a template has no role for the system, its message stands at the beginning of the user's first one. Raises
+    jinja2's TemplateError for messages that the template refuses.
+    """
+    if messages[0].role == "system" and not _has_system_role(tokenizer):
+        messages = _with_system_in_user(messages)
+    return _render(tokenizer, messages)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    plain = [asdict(message) for message in messages]
+    rendered = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return str(rendered)
+
+
+def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a template shows the system's message; some refuse it, and some leave it out."""
+    messages = [Message(role="system", content=_PROBE), Message(role="user", content="Hello")]
+    try:
+        return _PROBE in _render(tokenizer, messages)
+    except TemplateError:
+        return False
+
+
+def _with_system_in_user(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the system's at the beginning of the user's first one."""
+    system, first, *others = messages
+    joined = Message(role=first.role, content=f"{system.content}\n\n{first.content}")
+    return [joined, *others]
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the special token that ends a turn of the assistant, or None without a chat template."""
+    if tokenizer.chat_template is None:
+        return None
+    reply = "Good morning."
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
+    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    rest = rendered.rpartition(reply)[2]
+    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    return next((token for token in ids if token in tokenizer.all_special_ids), None)
