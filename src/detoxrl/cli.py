@@ -26,6 +26,8 @@ from detoxrl.commands.preflight import (
     checked_run,
     checked_subjects,
     convertible_folder,
+    convertible_gguf,
+    is_gguf,
 )
 from detoxrl.commands.sweep_plan import SweepPlan, planned_sweep
 from detoxrl.commands.tracker_state import resolve_tracker
@@ -244,13 +246,30 @@ def _export(request: Request) -> None:
 
 def _convert(request: Request) -> None:
     complete = len(request.positionals) == 2
-    require(complete, "TO", "", "is missing", "run `detoxrl convert FROM TO` with two folders")
+    require(complete, "TO", "", "is missing", "run `detoxrl convert FROM TO` with a model and a new folder")
     source, target = request.positionals
+    if is_gguf(source):
+        _convert_gguf(source, Path(target))
+        return
+
     convertible_folder(source, Path(target))
 
     from detoxrl.commands.convert import convert
 
     print(f"{target}: {convert(source, Path(target))}; next: use {target} in place of {source}")
+
+
+def _convert_gguf(source: str, target: Path) -> None:
+    with _explained_stop(None):
+        convertible_gguf(source, target)
+
+        with status("loading torch and transformers"):
+            from detoxrl.commands.convert_gguf import convert_gguf
+
+        made = convert_gguf(source, target)
+
+    print(f"{target}: {made}")
+    print(f"next: detoxrl run own --policy.base {target} --data.source my.jsonl")
 
 
 # What the commands share
@@ -489,6 +508,9 @@ _SCORE = (
     Option("--jsonl", "Print a JSON object per text, and nothing else, to stdout."),
     Option("--show", "Do not mask toxic words."),
 )
+_CONVERT_DETAILS = """\
+  detoxrl convert FILE.gguf FOLDER   a GGUF model in full precision, with its tokenizer (needs 'detoxrl[gguf]')
+  detoxrl convert OLD FOLDER         a folder or hub id with .bin weights; no code that a pickle may hold is run"""
 _SCORE_DETAILS = """\
   detoxrl score "You are an idiot" "Thank you"
   detoxrl score --file comments.txt                  one text per line
@@ -596,7 +618,8 @@ _ROWS = (
         name="convert",
         positionals=("FROM", "TO"),
         execute=_convert,
-        summary="Convert an old model or LoRA adapter (.bin) to safetensors",
+        summary="Convert a GGUF model, or an old model or LoRA adapter (.bin), to safetensors",
+        details=_CONVERT_DETAILS,
     ),
 )
 COMMANDS = {command.name: command for command in _ROWS}

@@ -125,6 +125,9 @@ KNOWN_WITHOUT_TORCH = [
     (["convert", "./typo", "out"], r"FROM = '\./typo': is neither an existing path nor a hub id"),
     (["convert", "model", "model"], r"TO = 'model': already exists"),
     (["convert", "model", "out"], r"FROM = 'model': has no weights in "),
+    (["convert", "typo.gguf", "out"], r"FROM = 'typo\.gguf': is not a file; \. contains "),
+    (["convert", "mine.jsonl", "out"], r"FROM = 'mine\.jsonl': is not a GGUF file"),
+    (["convert", "torn.gguf", "out"], r"FROM = 'torn\.gguf': is truncated: it ends within its header"),
     # Names.
     (["run", "quikstart"], r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"),
     (own("--rl.algorithm", "ppo"), r"flag = '--rl\.algorithm': is not known to `detoxrl run`; settings of rl: "),
@@ -133,6 +136,7 @@ KNOWN_WITHOUT_TORCH = [
 
 def test_what_local_files_tell_is_known_without_torch_and_without_a_hub_and_writes_nothing(place: Path) -> None:
     os.mkfifo("pipe.jsonl")
+    Path("torn.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     copytree("classifier", "listed")
     settings = json.loads(Path("listed/config.json").read_text())
     Path("listed/config.json").write_text(json.dumps(settings | {"id2label": ["nothate", "hate"]}))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from detoxrl.commands.gguf_header import GgufHeader, read_header, require_all_data
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import (
     ClassifierSource,
@@ -33,12 +34,13 @@ from detoxrl.models.files import (
     require_targets,
 )
 from detoxrl.rewards.names import require_embedded_labels, require_function, require_labels
+from detoxrl.runtime.files import nearby_paths
 from detoxrl.runtime.hub import config_folder, fetch, is_hub_id, pin_revision
 from detoxrl.runtime.packages import is_installed
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 
 PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
-"""Names of the files that `convert` converts."""
+"""Names of the pickled files that `convert` converts."""
 _SECTIONS = ("data", "policy", "reward", "evaluation")
 _CLASSIFIER = "reward.classifier"
 _GIVEN = "--policy"
@@ -122,12 +124,55 @@ def check_subjects(subjects: Subjects) -> None:
 
 def convertible_folder(source: str, target: Path) -> Path:
     """Return the folder of the model or LoRA to convert to the new folder `target`. Raises InputError."""
-    require(not target.exists(), "TO", str(target), "already exists", "name a new folder")
+    _require_new(target)
     folder = Path(fetch(source, "FROM"))
     has_pickles = any(True for pattern in PICKLES for _ in folder.glob(pattern))
     rule = f"has no weights in {' or '.join(PICKLES)}"
     require(has_pickles, "FROM", source, rule, "nothing needs converting")
     return folder
+
+
+def is_gguf(source: str) -> bool:
+    """Return whether `convert` takes a source for a GGUF file; other models are folders or hub ids."""
+    path = Path(source)
+    return path.is_file() or (path.suffix.lower() == ".gguf" and not path.is_dir())
+
+
+def convertible_gguf(source: str, target: Path) -> GgufHeader:
+    """Return the header of the GGUF file to convert to the new folder `target`. Raises InputError."""
+    _require_new(target)
+    path = Path(source)
+    require(path.is_file(), "FROM", source, "is not a file", nearby_paths(path) or "give the path of a .gguf")
+
+    header = read_header(path, "FROM", source)
+    _require_whole_model(header, source)
+    require(is_installed("gguf"), "FROM", source, "needs the package gguf", "pip install 'detoxrl[gguf]'")
+    require_all_data(header, path, "FROM", source)
+    return header
+
+
+def _require_whole_model(header: GgufHeader, source: str) -> None:
+    """Raise InputError for a GGUF file without a model or tokenizer, or with settings that transformers ignores."""
+    settings = header.settings
+    require(header.architecture != "", "FROM", source, "names no architecture", "give the GGUF of a language model")
+
+    parts = settings.get("split.count", 1)
+    remedy = "merge its parts with llama-gguf-split --merge"
+    require(parts in (0, 1), "FROM", source, f"is one of {parts} parts", remedy)
+
+    has_tokenizer = {"tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id"} <= settings.keys()
+    rule = "holds no tokenizer with an end token"
+    require(has_tokenizer, "FROM", source, rule, "give the GGUF of a language model")
+
+    # Llama 3.1 and later, for example. Without them a model loads, and is another one.
+    scaling = settings.get(f"{header.architecture}.rope.scaling.type", "none")
+    is_scaled = scaling != "none" or any(name.startswith("rope_") for name in header.weights)
+    rule = "scales its rotary positions, which transformers does not read from a GGUF"
+    require(not is_scaled, "FROM", source, rule, "use the safetensors of the model")
+
+
+def _require_new(target: Path) -> None:
+    require(not target.exists(), "TO", str(target), "already exists", "name a new folder")
 
 
 def _read_sections(config: Config, has_reward: bool) -> list[str]:
