@@ -27,7 +27,8 @@ from transformers import (
 import trl_oracle
 from conftest import ENCODER_DECODERS, Make, disturb, policy_config, small_config
 from detoxrl.errors import InputError, StorageError
-from detoxrl.models.loading import eos_token_ids, load_base
+from detoxrl.models.ends import end_token_ids
+from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy, draw_tokens
 from detoxrl.models.sampling import require_agreement
@@ -77,7 +78,7 @@ def test_a_saved_policy_loads_without_detoxrl_and_generates_the_same(
     policy: Policy, request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     name, kind = request.node.callspec.params["policy"]
-    policy.eos_token_ids = eos_token_ids(policy.model.config)
+    policy.eos_token_ids = end_token_ids(policy.weights.active, policy.tokenizer)
     disturb(policy)
     policy.save(tmp_path / "adapter")
     assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]  # no other adapter is saved
@@ -253,7 +254,7 @@ def test_a_model_with_inconsistent_sampling_settings_can_be_saved(bases: dict[st
 
 def test_any_of_several_end_tokens_ends_a_response(bases: dict[str, Path]) -> None:
     policy = load_policy(str(bases["llama"]), None, policy_config("llama"), seed=0)
-    assert policy.eos_token_ids == [2, 1]
+    assert policy.eos_token_ids == [1, 2]
     encoded = policy.encode(TEXTS[:1])
     first_tokens = (torch.tensor([[token]]) for token in (0, 1, 2))
     probabilities = [policy.logprobs(encoded, ids, 1.0)[0].exp().item() for ids in first_tokens]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from detoxrl.commands.export_check import default_target, require_measured, require_writable
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
+from detoxrl.models.ends import end_token_ids
 from detoxrl.models.loading import load_base, load_shapes, load_tokenizer, save_base
 from detoxrl.models.weights import loading_adapter
 from detoxrl.report.card import model_card
@@ -155,7 +156,7 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         top_p=1.0,
         max_new_tokens=config.generation.max_new_tokens,
         bos_token_id=settings.get("bos_token_id"),
-        eos_token_id=settings.get("eos_token_id"),
+        eos_token_id=end_token_ids(model, tokenizer),
         decoder_start_token_id=settings.get("decoder_start_token_id"),
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -27,6 +27,7 @@ from detoxrl.models.files import (
     ARCHITECTURES,
     SCRATCH_LAYERS,
     adapted_part,
+    generation_settings,
     layers_in_files,
     read_settings,
     require_adapter_files,
@@ -250,6 +251,7 @@ def _check_base(config: Config, at_hub: bool) -> None:
         return
 
     require_model_files(folder, "policy.base", policy.base)
+    generation_settings(folder, "policy.base", policy.base)
     architecture = ARCHITECTURES.get(str(settings.get("model_type")))
     makes_adapter = policy.adapter is None and not policy.full_weights
     if architecture and policy.lora_targets and makes_adapter:

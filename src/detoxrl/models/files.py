@@ -16,6 +16,7 @@ from detoxrl.runtime.hub import weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 # Every tokenizer has a file with one of these in its name: tokenizer.json, vocab.txt, spiece.model, source.spm ...
 _TOKENIZER_FILE = re.compile(r"tok|vocab|merges|bpe|spm|\.model$", re.IGNORECASE)
 
@@ -58,6 +59,23 @@ def read_settings(folder: Path, name: str, field: str, source: str) -> dict[str,
 
     require(isinstance(settings, dict), field, source, f"has a malformed {name}", "restore the file")
     return dict(settings)
+
+
+def generation_settings(folder: Path, field: str, source: str) -> dict[str, Any]:
+    """Return the settings in a model's generation_config.json; none if its folder holds no such file.
+
+    Raises InputError, naming `field` and its value `source`, when the file is malformed.
+    """
+    if not (folder / GENERATION_CONFIG).is_file():
+        return {}
+
+    settings = read_settings(folder, GENERATION_CONFIG, field, source)
+    ids = settings.get("eos_token_id")
+    rule = f"has eos_token_id = {ids!r} in {GENERATION_CONFIG}, which is neither an id nor a list of ids"
+    listed = ids if isinstance(ids, list) else [ids]
+    are_ids = ids is None or all(type(id) is int for id in listed)
+    require(are_ids, field, source, rule, "restore the file")
+    return settings
 
 
 def require_model_files(folder: Path, field: str, source: str) -> None:

@@ -27,6 +27,8 @@ from transformers.activations import NewGELUActivation
 
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.models.ends import as_ids, end_token_ids, require_common_end
+from detoxrl.models.files import generation_settings
 from detoxrl.runtime.hub import fetch
 from detoxrl.runtime.randomness import torch_seed
 
@@ -70,6 +72,7 @@ def load_base(
     """
     folder = fetch(base, field)
     config = load_pretrained(AutoConfig, folder, base, field)
+    generation = _generation_config(config, folder, base, field)
     tokenizer = load_tokenizer(base, field)
     model, info = load_pretrained(
         _generator_class(config),
@@ -83,10 +86,10 @@ def load_base(
 
     _require_generator(base, field, model, config)
     _require_complete(base, field, info["missing_keys"])
+    model.generation_config = generation
     _require_matching_tokenizer(base, field, model, tokenizer)
 
-    # The model's own sampling settings are not used here, and inconsistent ones could not be saved again.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    generation.eos_token_id = end_token_ids(model, tokenizer)
     return _prepared(model), tokenizer
 
 
@@ -96,7 +99,8 @@ def load_shapes(base: str, bf16: bool) -> PreTrainedModel:
     config = load_pretrained(AutoConfig, folder, base, "policy.base")
     with torch.device("meta"):
         model = _generator_class(config).from_config(config, dtype=_dtype(bf16))
-        return _prepared(model)
+    model.generation_config = _generation_config(config, folder, base, "policy.base")
+    return _prepared(model)
 
 
 def load_fitting_shapes(base: str, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> PreTrainedModel:
@@ -118,6 +122,17 @@ def load_pretrained(kind: Any, folder: str, source: str, field: str, remedy: str
         raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(field, source, f"cannot be loaded: {first_line(error)}", remedy) from error
+
+
+def _generation_config(config: PreTrainedConfig, folder: str, source: str, field: str) -> GenerationConfig:
+    """Return how a model starts and ends a response, by its config and by generation_config.json, if it has one.
+
+    Other sampling settings are left out: they are not used here, and inconsistent ones could not be saved again.
+    """
+    generation: GenerationConfig = GenerationConfig.from_model_config(config)
+    stored = generation_settings(Path(folder), field, source)
+    generation.eos_token_id = sorted(as_ids(generation.eos_token_id) | as_ids(stored.get("eos_token_id")))
+    return generation
 
 
 def _generator_class(config: PreTrainedConfig) -> Any:
@@ -148,20 +163,12 @@ def _require_matching_tokenizer(
 ) -> None:
     require_vocabulary(field, base, tokenizer, model)
 
-    eos = tokenizer.eos_token_id
-    model_eos = eos_token_ids(model.config)
-    rule = f"has a tokenizer with eos_token_id {eos}, but the model's is {model_eos}"
-    require(eos is not None and eos in model_eos, field, base, rule, _TRAINED_WITH)
+    require_common_end(field, base, model, tokenizer)
 
-    open_ended = model.config.is_encoder_decoder or tokenizer("Thank you").input_ids[-1] != eos
+    ends = end_token_ids(model, tokenizer)
+    open_ended = model.config.is_encoder_decoder or tokenizer("Thank you").input_ids[-1] not in ends
     rule = "has a tokenizer that ends every prompt with EOS, after which a causal model generates nothing useful"
     require(open_ended, field, base, rule, "save its tokenizer with add_eos_token=False")
-
-
-def eos_token_ids(config: PreTrainedConfig) -> list[int]:
-    """Return the ids of the tokens that end a response; a model may have several."""
-    ids = config.get_text_config().eos_token_id
-    return list(ids) if isinstance(ids, list) else [ids]
 
 
 def require_vocabulary(field: str, source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from detoxrl.config.schema import DataConfig
 from detoxrl.models.chat import uses_chat_template
-from detoxrl.models.loading import eos_token_ids
+from detoxrl.models.ends import end_token_ids
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.t5 import T5Network, is_plain_t5
 from detoxrl.models.types import Encoded, Responses
@@ -44,7 +44,7 @@ class Policy:
         self._network_class = _network_class(weights)
         self.has_encoder: bool = self.model.config.is_encoder_decoder
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.eos_token_ids = eos_token_ids(self.model.config)
+        self.eos_token_ids = end_token_ids(weights.active, tokenizer)
 
         width = self.model.get_output_embeddings().weight.shape[1]
         self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
