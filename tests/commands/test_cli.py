@@ -14,10 +14,11 @@ from shutil import copytree, rmtree
 import pytest
 import torch
 
-from detoxrl.commands import measure as measuring
+from detoxrl.commands import responses as sampling
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
+from detoxrl.models.sampling import Distribution, Sample
 from detoxrl.runs import Run
 from detoxrl.runtime.run_folder import RunFolder
 from forked import forked
@@ -83,9 +84,20 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
             assert result["difference"]["mean"] == pytest.approx(change, abs=1e-9)
             assert result["difference"]["low"] <= result["difference"]["mean"] <= result["difference"]["high"]
         names = {"facts", "quarrel_reported", "rouge_l", "length", "empty_rate", "insult_rate", "insult_rate_unseen",
-                 "score", "chrf", "copied", "similarity", "distinct_1", "distinct_2"}  # fmt: skip
-        other = "kl_bound" in systems  # best of n has 4 samples or 1, the start 2
-        assert set(systems["quality"]) == (names - {"distinct_1", "distinct_2"} if other else names)
+                 "score", "chrf", "copied", "similarity", "refusal_rate"}  # fmt: skip
+        of_draws = {"distinct_1", "distinct_2", "distinct_3", "entropy"}
+        if "kl_bound" in systems:  # best of n has 4 samples or 1, the start 2, and they are picked
+            assert set(systems["quality"]) == names | {"nll"}
+        elif systems is found["baselines"]["word_filter"]:  # nobody sampled its tokens
+            assert set(systems["quality"]) == (names | of_draws) - {"entropy"}
+        else:
+            assert set(systems["quality"]) == names | of_draws | {"nll"}
+        assert ("perplexity" in systems) == ("nll" in systems["quality"])
+    assert found["perplexity"]["ratio"]["mean"] == pytest.approx(
+        found["perplexity"]["after"] / found["perplexity"]["before"]
+    )
+    # Nothing but the temperature lies between the initial policy and itself.
+    assert found["quality"]["nll"]["before"] == found["quality"]["entropy"]["before"]
     assert [*found["baselines"]] == ["word_filter", "best_of_4", "best_of_16", "sft_civil", "sft_best_of_4"]
     for name, one in found["baselines"].items():
         assert {"toxicity", "quality", "quality_by", "verdict"} == set(one["after"])
@@ -114,16 +126,20 @@ def test_metrics_are_logged_each_step_and_every_key_is_documented(run: Path) -> 
 
 
 def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def name_adapter(policy: object, prompts: list[object], *others: object) -> list[list[str]]:
-        *_, adapter = others
-        return [[str(adapter)] for _ in prompts]
+    def name_adapters(
+        source: Distribution, initial: Distribution, prompts: list[object], *others: object
+    ) -> list[list[Sample]]:
+        return [[Sample(f"{source.adapter} {initial.adapter} {source.encoder}", None)] for _ in prompts]
 
-    monkeypatch.setattr(measuring, "sample_texts", name_adapter)
-    found = measuring._policy_responses(Run(*RunFolder.open(run)), {})
+    monkeypatch.setattr(sampling, "sample_with_likelihoods", name_adapters)
+    found = sampling.sampled_responses(Run(*RunFolder.open(run)), {})
     (run / "responses.jsonl").unlink()
-    assert {name: texts[0][0] for name, texts in found.items()} == {
-        "before": "None", "after": "measured0", "sft_civil": "measured1", "sft_best_of_4": "measured2",
-    }  # fmt: skip
+    assert {name: samples[0][0].text for name, samples in found.items()} == {
+        "before": "None None None",
+        "after": "measured0 None None",
+        "sft_civil": "measured1 None None",
+        "sft_best_of_4": "measured2 None None",
+    }
 
 
 def test_a_run_without_its_reward_model_keeps_its_results(
@@ -255,7 +271,7 @@ def test_kill_9_in_every_stage_and_the_run_ends_as_if_nothing_had_happened(run: 
         "detoxrl.rewards.fit:batch_indices:60",
         "detoxrl.training.finetune:batch_indices:12",
         "detoxrl.training.learner:collect_rollout:2",
-        "detoxrl.commands.measure:sample_texts:2",
+        "detoxrl.commands.responses:sample_with_likelihoods:2",
     ):
         killed = forked([deadly, *words], tmp_path, environment, KILLED)
         assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config, T
 
 from conftest import TARGETS, disturb, policy_config
 from detoxrl import Config, evaluate, recipe
-from detoxrl.commands.measure import ResponseSampler
 from detoxrl.commands.prepare import prepare_rows
+from detoxrl.commands.responses import ResponseSampler
 from detoxrl.config.edit import config_from_json, config_to_json, with_settings
 from detoxrl.data.prompts import token_lengths
 from detoxrl.errors import DetoxrlError, InputError

@@ -95,11 +95,13 @@ def test_copied_by_hand() -> None:
 
 
 def test_distinct_by_hand() -> None:
-    # 8 words of which a, b, c, d differ; pairs within a sample: ab, bc, ab, ba, ab, (d alone), so ab, bc, ba of 5
+    # 8 words of which a, b, c, d differ; pairs within a sample: ab, bc, ab, ba, ab, (d alone), so ab, bc, ba of 5;
+    # triples: abc, aba, bab
     found = distinct(["a b c", "A b. a, b", "d"])
-    assert found == {"distinct_1": pytest.approx(4 / 8), "distinct_2": pytest.approx(3 / 5)}
-    assert distinct(["x", "x"]) == {"distinct_1": 0.5, "distinct_2": 0.0}
-    assert distinct(["", "!"]) == distinct([]) == {"distinct_1": 0.0, "distinct_2": 0.0}
+    assert found == {"distinct_1": pytest.approx(4 / 8), "distinct_2": pytest.approx(3 / 5), "distinct_3": 1.0}
+    assert distinct(["x y z", "x y z"])["distinct_3"] == 0.5
+    assert distinct(["x", "x"]) == {"distinct_1": 0.5, "distinct_2": 0.0, "distinct_3": 0.0}
+    assert distinct(["", "!"]) == distinct([]) == {"distinct_1": 0.0, "distinct_2": 0.0, "distinct_3": 0.0}
     assert distinct(["да нет", "да да"])["distinct_1"] == 0.5
 
 
@@ -119,7 +121,7 @@ def test_chrf_and_copied_equal_their_definitions_on_any_text(one: str, other: st
 @quick
 def test_distinct_equals_its_definition_on_any_samples(samples: list[str]) -> None:
     found = distinct(samples)
-    for n in (1, 2):
+    for n in (1, 2, 3):
         grams = [" ".join(words(text)[i : i + n]) for text in samples for i in range(len(words(text)) - n + 1)]
         assert found[f"distinct_{n}"] == pytest.approx(len(set(grams)) / len(grams) if grams else 0)
     assert distinct(samples[::-1]) == found

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import disturb, policy_config
+from detoxrl.models.loading import load_base, save_base
 from detoxrl.models.lora import load_policy
 from small_runs import SMALL, detoxrl, own
 
@@ -143,6 +144,11 @@ def test_policies_stand_beside_the_start_and_later_beside_a_run(
     samples = [json.loads(line)["responses"] for line in Path("runs/m/samples.jsonl").read_bytes().splitlines()]
     assert all(sample["whole"] == sample["before"] for sample in samples)
     assert any(sample["after"] != sample["before"] for sample in samples)
+    # A whole model with the same tokens is rated by the initial policy too, which it is.
+    whole, quality = found["baselines"]["whole"]["quality"], found["quality"]
+    for name in ("nll", "entropy"):
+        assert whole[name]["after"] == pytest.approx(quality["nll"]["before"], rel=1e-5)
+    assert quality["nll"]["after"] > quality["entropy"]["after"]  # by the KL
     scores = found["baselines"]["best_of_16"]["quality"]["score"]
     assert scores["after"] > scores["before"]
     assert detoxrl(own()) == 0
@@ -154,6 +160,24 @@ def test_policies_stand_beside_the_start_and_later_beside_a_run(
     assert detoxrl(["evaluate", "runs/own", "--evaluation.other-judges", "classifier=hate"]) == 0
     assert [*result("runs/own")["toxicity"]] == [JUDGE, "classifier", "reward classifier"]
     assert "lora" in result("runs/own")["baselines"]
+    capsys.readouterr()
+
+
+def test_a_policy_with_other_tokens_has_no_perplexity_by_the_initial_one(
+    place: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = load_base(str(bases["t5"]))
+    tokenizer.add_tokens(["overdue"])
+    model.resize_token_embeddings(len(tokenizer))
+    save_base(model, tokenizer, place / "other")
+    recipe = own()[2:]
+    start = ["evaluate", "own", *recipe[: recipe.index("--rl.steps")], *SMALL]
+    assert detoxrl([*start, "--policy", "other", "--run-dir", "runs/m"]) == 0
+    found = result("runs/m")
+    assert "length" in found["quality"]
+    assert found["quality"].keys().isdisjoint({"nll", "entropy"})
+    assert "perplexity" not in found
+    assert "nll" in found["baselines"]["best_of_4"]["quality"]
     capsys.readouterr()
 
 

@@ -17,7 +17,7 @@ from detoxrl.report.masking import masking_pattern, segments
 from detoxrl.report.page import build_report
 from detoxrl.report.plots import over_optimisation
 from detoxrl.report.sheets import blind_sheets, compared_sheet, samples_sheet
-from detoxrl.report.words import changes, number, signed
+from detoxrl.report.words import changes, measured, number, signed
 from results import (
     EVALUATION,
     JUDGE,
@@ -464,3 +464,25 @@ def test_numbers_round_without_a_negative_zero() -> None:
 
 def test_settings_flatten_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+def test_perplexity_is_shown_as_exp_of_its_nats_and_its_change_as_a_ratio(run_dir: Path) -> None:
+    nll = change(1.0, 1.5)  # the interval of the difference is 0.48 to 0.52
+    found = EVALUATION | {"quality": {"nll": nll, "entropy": change(2.0, 1.0)}}
+    measures = measured(found)
+    perplexity = measures["Perplexity by the initial policy"]
+    assert perplexity.cells == ("2.72", "4.48", "×1.65", "×1.62 to ×1.68")
+    assert perplexity.claim == "rose from 2.72 to 4.48"
+    assert perplexity.evidence == "ratio ×1.65, 95% interval ×1.62 to ×1.68"
+    assert (perplexity.verdict, measures["Entropy"].verdict) == ("more", "less")  # neither is better
+    assert measures["Entropy"].cells == ("2.00", "1.00", "−1.00", "−1.02 to −0.98")
+
+    near = nll | {"difference": {"mean": 0.003, "low": 0.001, "high": 0.005, "p": 0.01, "detectable": 0.002}}
+    assert measured({"toxicity": {}, "quality": {"nll": near}}).popitem()[1].interval == "×1.001 to ×1.005"
+    without = {"before": 1.0, "after": 1.0, "difference": None}
+    kept = measured({"toxicity": {}, "quality": {"nll": without}}).popitem()[1]
+    assert (kept.cells, kept.evidence, kept.interval) == (("2.72", "2.72", "", ""), "", "")
+
+    write(run_dir, "eval.json", found)
+    shown = visible(build_report(run_dir).read_text())
+    assert re.search(r"Perplexity by the initial policy.*2\.72.*4\.48.*×1\.65.*×1\.62 to ×1\.68", shown)

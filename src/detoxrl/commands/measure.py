@@ -9,27 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, without_likelihoods
 from detoxrl.data.rows import Row, to_prompts
-from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import Measured, evaluation, measure
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
-from detoxrl.evaluation.policies import MeasuredPolicies
+from detoxrl.evaluation.likelihood import likelihood_metrics
 from detoxrl.evaluation.readers import paired
 from detoxrl.evaluation.statistics import Floats, prompts_needed
-from detoxrl.evaluation.subjects import TRAINED
-from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.report.results import read_lines
 from detoxrl.rewards.shaping import is_wordless
 from detoxrl.runs import Run
-from detoxrl.runtime.console import progress
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import REWARD_JUDGE, RunFolder
-from detoxrl.runtime.world import together
 
-_RESPONSES = "responses.jsonl"
 # Metrics of single responses that samples.jsonl holds.
 _SHOWN_METRICS = ("score", "facts")
 
@@ -46,16 +40,20 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     if not measures_texts:
         run.load_reward()
 
-    responses = _given_responses(rows) if measures_texts else _policy_responses(run, record["measures"]["policies"])
+    samples = _given_responses(rows) if measures_texts else sampled_responses(run, record["measures"]["policies"])
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
         readers = replace(readers, score=run.scores())
-        responses = _with_baselines(run, rows, responses, readers.score)
+        samples = _with_baselines(run, rows, samples, readers.score)
         if run.scorer.judge is not None:
             judges[REWARD_JUDGE] = run.scorer.judge
 
-    measured = measure(rows, responses, judges, readers)
+    responses: dict[str, Texts] = {name: _texts(of_policy) for name, of_policy in samples.items()}
+    likelihoods = {}
+    for name, of_policy in samples.items():
+        likelihoods[name] = likelihood_metrics(of_policy, are_draws=not name.startswith("best_of_"))
+    measured = measure(rows, responses, judges, readers).with_metrics(likelihoods)
     if run.folder.kept_initial_policy():
         measured = measured.with_initial_kept()
         responses = {**responses, "after": responses["before"]}
@@ -69,108 +67,41 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result["changed_on_its_way"] = record["changes"]
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
-    remove_path(run.folder / _RESPONSES)
+    remove_path(run.folder / RESPONSES)
 
 
-def _given_responses(rows: Sequence[Row]) -> dict[str, Texts]:
+def _given_responses(rows: Sequence[Row]) -> dict[str, Samples]:
     """Return the responses that files gave, by policy, and those of "before" without insults."""
     texts = [row.texts for row in rows if row.texts]
     responses: dict[str, Texts] = {name: [by_policy[name] for by_policy in texts] for name in texts[0]}
     responses["word_filter"] = word_filter(responses["before"], None)
-    return responses
-
-
-def _policy_responses(run: Run, given: Mapping[str, str]) -> dict[str, Texts]:
-    """Sample every policy on the same prompts with the same uniforms; batches in responses.jsonl are not repeated.
-
-    There is no "after" where training kept the initial policy.
-    """
-    folder = run.folder
-    run.require_warm_start()
-    has_after = "after" in given or (folder / TRAINED["after"]).is_dir()
-    require(has_after, "run folder", str(folder.root), "has no adapter", "train it first")
-    sampler = run.world.build(ResponseSampler, run, dict(given))
-
-    texts: dict[str, dict[int, list[str]]] = {name: {} for name in sampler.names}
-    for line in folder.read_lines(_RESPONSES):
-        if line["policy"] in texts:
-            texts[line["policy"]].update(line["responses"])
-
-    rows = len(run.rows("test"))
-    counts = {name: sampler.samples_per_prompt(name) for name in sampler.names}
-    with progress("sample", rows * sum(counts.values())) as report:
-        for name in sampler.names:
-            for batch in sampler.batches(skip=len(texts[name])):
-                sampled = sampler.sample(name, batch)
-                folder.append(_RESPONSES, {"policy": name, "responses": list(sampled.items())})
-                texts[name].update(sampled)
-                report(sum(len(texts[name]) * count for name, count in counts.items()), name)
-    return {name: [by_row[row] for row in range(rows)] for name, by_row in texts.items()}
-
-
-class ResponseSampler:
-    """Samples responses of the policies that are measured; all processes of the run share each batch."""
-
-    def __init__(self, run: Run, given: Mapping[str, str]) -> None:
-        self.world = run.world
-        self._config = run.config
-        self._prompts = to_prompts(run.rows("test"))
-        self._draws = Draws(run.config.seed, "evaluation")
-        trained = {name: run.folder / part for name, part in TRAINED.items() if (run.folder / part).is_dir()}
-        self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
-        self._on_device: Policy | None = None
-        self.names = list(self._policies.names)
-        if run.folder.kept_initial_policy():
-            self.names.remove("after")
-
-    def batches(self, skip: int) -> list[list[int]]:
-        """Return the rows of each batch, in order of length, without the first `skip` rows of that order."""
-        size = self._config.generation.batch_size * self.world.size
-        (order,) = batches_by_length(self._prompts, len(self._prompts))
-        left = order[skip:]
-        return [left[start : start + size] for start in range(0, len(left), size)]
-
-    def samples_per_prompt(self, name: str) -> int:
-        """Return how many responses a policy gives to a prompt; the initial one more, from which best-of-n picks."""
-        settings = self._config.evaluation
-        extra = max(settings.best_of, default=0) if name == "before" else 0
-        return settings.samples_per_prompt + extra
-
-    @together
-    def sample(self, name: str, batch: list[int]) -> dict[int, list[str]]:
-        """Return the responses of one policy to some rows, by row."""
-        policy, adapter = self._policies.get(name)
-        if policy is not self._on_device:
-            self._on_device = policy.to(self.world.device)
-        mine = self.world.share(batch)
-        prompts = [self._prompts[row] for row in mine]
-        samples = self.samples_per_prompt(name)
-        texts = sample_texts(policy, prompts, self._config.generation, self._draws, samples, adapter)
-        responses: dict[int, list[str]] = {}
-        for part in self.world.gather(dict(zip(mine, texts, strict=True))):
-            responses.update(part)
-        return responses
+    return {name: without_likelihoods(by_row) for name, by_row in responses.items()}
 
 
 def _with_baselines(
-    run: Run, rows: Sequence[Row], sampled: dict[str, Texts], score: Callable[[Any], Floats] | None
-) -> dict[str, Texts]:
-    """Return the responses, those of the initial policy filtered by words, and the best of its further samples."""
+    run: Run, rows: Sequence[Row], sampled: dict[str, Samples], score: Callable[[Any], Floats] | None
+) -> dict[str, Samples]:
+    """Return the samples, those of the initial policy filtered by words, and the best of its further samples."""
     settings = run.config.evaluation
     count = settings.samples_per_prompt
     before = [samples[:count] for samples in sampled["before"]]
     pool = [samples[count:] for samples in sampled["before"]]
-    baselines: dict[str, Texts] = {"word_filter": word_filter(before, run.scorer.judge)}
+    filtered = word_filter(_texts(before), run.scorer.judge)
+    baselines: dict[str, Samples] = {"word_filter": without_likelihoods(filtered)}
     if settings.best_of and score:
-        pairs = paired(to_prompts(rows), pool)
+        pairs = paired(to_prompts(rows), _texts(pool))
         empty = is_wordless([text for _, text in pairs])
         scores = np.where(empty, -np.inf, score(pairs)).reshape(len(rows), -1)
         for size in settings.best_of:
             baselines[f"best_of_{size}"] = best_of(pool, scores, size)
 
-    after = {name: texts for name, texts in sampled.items() if name == "after"}
-    others = {name: texts for name, texts in sampled.items() if name not in ("before", "after")}
+    after = {name: samples for name, samples in sampled.items() if name == "after"}
+    others = {name: samples for name, samples in sampled.items() if name not in ("before", "after")}
     return {"before": before, **after, **baselines, **others}
+
+
+def _texts(samples: Samples) -> list[list[str]]:
+    return [[sample.text for sample in of_prompt] for of_prompt in samples]
 
 
 def _masked_words(shown: Mapping[str, Texts], primary: Judge) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from detoxrl.data.embedded.phrases import SEEN_INSULTS
 from detoxrl.evaluation.insults import words_toxic_alone
@@ -10,6 +11,7 @@ from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.statistics import Floats
 
 Texts = Sequence[Sequence[str]]  # N prompts with k responses each
+Response = TypeVar("Response")
 
 
 def word_filter(texts: Texts, judge: Judge | None) -> list[list[str]]:
@@ -28,7 +30,7 @@ def word_filter(texts: Texts, judge: Judge | None) -> list[list[str]]:
     return [[pattern.sub("", text).strip() for text in samples] for samples in texts]
 
 
-def best_of(pool: Texts, scores: Floats, n: int) -> list[list[str]]:
+def best_of(pool: Sequence[Sequence[Response]], scores: Floats, n: int) -> list[list[Response]]:
     """Return, for each prompt, the response with the highest score of each n samples in its `pool`: m // n responses.
 
     `scores` is (N, m). Best-of-n: Stiennon et al. 2020, section 4.3. The groups of n do not overlap, so the responses

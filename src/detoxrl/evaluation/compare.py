@@ -15,6 +15,7 @@ from detoxrl.config.schema import Config, EvaluationConfig
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
+from detoxrl.evaluation.likelihood import perplexity
 from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, quality_measure, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
 from detoxrl.evaluation.similarity import joint, similarity
@@ -49,6 +50,11 @@ class Measured(NamedTuple):
     def primary(self) -> str:
         """Name of the primary judge."""
         return next(iter(self.toxicity))
+
+    def with_metrics(self, more: Mapping[str, Mapping[str, Floats]]) -> "Measured":
+        """Return the same with further metrics, by policy and then by name."""
+        metrics = {policy: {**by_name, **more[policy]} for policy, by_name in self.metrics.items()}
+        return self._replace(metrics=metrics)
 
     def with_initial_kept(self) -> "Measured":
         """Return the same with "before" as "after" too, for a run whose training kept the initial policy."""
@@ -191,7 +197,7 @@ def _baselines(measured: Measured, settings: EvaluationConfig, seed: int) -> dic
 
 
 def comparison(measured: Measured, after: str, config: EvaluationConfig, seed: int) -> dict[str, Json]:
-    """Return toxicity by each judge and quality of the policy `after` against "before".
+    """Return toxicity by each judge, quality, and perplexity if known, of the policy `after` against "before".
 
     If training kept the initial policy, "after" is not compared with it.
     """
@@ -207,7 +213,7 @@ def comparison(measured: Measured, after: str, config: EvaluationConfig, seed: i
     before = measured.metrics["before"]
     for name, values in measured.metrics[after].items():
         quality[name] = compare(before[name], values, config.bootstrap, seed)
-    return {"toxicity": toxicity, "quality": quality}
+    return _with_perplexity(toxicity, quality)
 
 
 def _initial_policy(measured: Measured) -> dict[str, Json]:
@@ -216,7 +222,14 @@ def _initial_policy(measured: Measured) -> dict[str, Json]:
     for judge, by_policy in measured.toxicity.items():
         toxicity[judge] = kept_toxicity(by_policy["before"], measured.floor[judge])
     quality = {name: kept_metric(values) for name, values in measured.metrics["before"].items()}
-    return {"toxicity": toxicity, "quality": quality}
+    return _with_perplexity(toxicity, quality)
+
+
+def _with_perplexity(toxicity: Json, quality: Json) -> dict[str, Json]:
+    parts = {"toxicity": toxicity, "quality": quality}
+    if "nll" in quality:
+        parts["perplexity"] = perplexity(quality["nll"])
+    return parts
 
 
 def splits(rows: Sequence[Row], measured: Measured, config: EvaluationConfig, seed: int) -> dict[str, Json]:

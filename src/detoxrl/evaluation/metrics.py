@@ -8,6 +8,7 @@ from sacrebleu.metrics.chrf import CHRF
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row, quality_references
+from detoxrl.evaluation.refusals import is_refusal
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 
@@ -59,14 +60,14 @@ def copied(text: str, response: str) -> float:
 
 
 def distinct(samples: Sequence[str]) -> dict[str, float]:
-    """Return `distinct_1` and `distinct_2`: distinct words, and distinct word pairs, over all in a prompt's samples.
+    """Return `distinct_1`, `distinct_2` and `distinct_3`: distinct word n-grams over all in a prompt's samples.
 
-    Li et al. 2016, section 5, except that they divide the pairs by the number of words too. Both are in [0, 1], and 0
+    Li et al. 2016, section 5, except that they divide the n-grams by the number of words. All are in [0, 1], and 0
     without any. They fall with the number of samples and their length, so compare only equal numbers of samples.
     """
     tokenized = [_WordTokenizer.tokenize(text) for text in samples]
     shares = {}
-    for length in (1, 2):
+    for length in (1, 2, 3):
         grams = [gram for words in tokenized for gram in _word_grams(words, length)]
         shares[f"distinct_{length}"] = len(set(grams)) / len(grams) if grams else 0.0
     return shares
@@ -82,7 +83,11 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
 
     Of several references the one that a response resembles most counts.
     """
-    metrics = {"length": float(len(response.split())), "empty_rate": float(not response)}
+    metrics = {
+        "length": float(len(response.split())),
+        "empty_rate": float(not response),
+        "refusal_rate": float(is_refusal(response)),
+    }
     if row.text:
         metrics["copied"] = copied(row.text, response)
 

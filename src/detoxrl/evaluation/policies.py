@@ -9,7 +9,7 @@ from detoxrl.models.base import Base
 from detoxrl.models.loading import require_positions
 from detoxrl.models.lora import frozen_policy, load_policy
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import require_agreement
+from detoxrl.models.sampling import Distribution, require_agreement
 from detoxrl.models.weights import POLICY
 from detoxrl.runtime.hub import fetch_policy
 
@@ -31,6 +31,7 @@ class MeasuredPolicies:
         config: Config,
     ) -> None:
         self._initial_adapter = initial_adapter
+        self._trained = set(trained)
         self._config = config
         self._folders = {name: Path(fetch_policy(source, "--policy")) for name, source in given.items()}
         self._loras = {
@@ -58,17 +59,34 @@ class MeasuredPolicies:
         self.names = ["before", *adapters, *others]
         self._other: tuple[str, Policy] | None = None  # The whole model that is in memory.
 
-    def get(self, name: str) -> tuple[Policy, str | None]:
-        """Return the policy that samples as `name`, and the adapter by which it does."""
+    @property
+    def initial(self) -> Distribution:
+        """The distribution of the initial policy's responses."""
+        return self.get("before")
+
+    def get(self, name: str) -> Distribution:
+        """Return the distribution of the responses of the policy `name`, at the temperature of the config."""
+        temperature = self._config.generation.temperature
+        initial = self._policy.reference if self._initial_adapter else None
         if name == "before":
-            return self._policy, self._policy.reference if self._initial_adapter else None
+            return Distribution(self._policy, initial, temperature, encoder=initial)
         if name in self._adapter_names:
-            return self._policy, self._adapter_names[name]
+            adapter = self._adapter_names[name]
+            # The run trained no part of an encoder unless it was asked to; a LoRA from elsewhere may have such a part.
+            same_encoder = name in self._trained and not self._config.policy.train_encoder
+            return Distribution(self._policy, adapter, temperature, encoder=initial if same_encoder else adapter)
 
         if self._other is None or self._other[0] != name:
             self._other = None  # Its memory is free before the next one is loaded.
             self._other = (name, self._load_other(name).for_prompts_of(self._config.data))
-        return self._other[1], POLICY if name in self._loras else None
+        weights = POLICY if name in self._loras else None
+        return Distribution(self._other[1], weights, temperature, encoder=weights)
+
+    def has_initial_tokens(self, policy: Policy) -> bool:
+        """Return whether token ids of `policy` mean the same to the initial policy."""
+        if policy is self._policy:
+            return True
+        return _tokens(policy) == _tokens(self._policy)
 
     def _load_other(self, name: str) -> Policy:
         folder = self._folders[name]
@@ -79,9 +97,14 @@ class MeasuredPolicies:
         return load_policy(self._base.source, folder, settings, self._config.seed)
 
 
+def _tokens(policy: Policy) -> tuple[dict[str, int], int]:
+    """Return the token ids of a policy by their texts, and how many logits it has: some have no token."""
+    return policy.tokenizer.get_vocab(), len(policy.model.get_output_embeddings().weight)
+
+
 def try_policies(policies: MeasuredPolicies, given: Mapping[str, str], config: Config) -> None:
     """Raise InputError unless each policy loads, and samples with the log-probs that it scores with."""
     for name in policies.names:
-        policy, _ = policies.get(name)
+        policy = policies.get(name).policy
         require_positions(policy.model.config, config, 0)
         require_agreement(policy, given.get(name, config.policy.base))

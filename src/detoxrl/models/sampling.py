@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 
 from detoxrl.config.schema import GenerationConfig
 from detoxrl.errors import require
 from detoxrl.models.policy import Policy
-from detoxrl.models.types import Prompt
+from detoxrl.models.types import Encoded, Prompt, Responses
 from detoxrl.models.weights import POLICY
 from detoxrl.runtime.randomness import uniforms
 
@@ -38,6 +39,46 @@ def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+class Distribution(NamedTuple):
+    """A policy under the weights of one name, at a temperature: the distribution that its responses are drawn from."""
+
+    policy: Policy
+    adapter: str | None
+    temperature: float
+    encoder: str | None  # The name of the weights that encode the prompts, where there is an encoder.
+
+    def encode(self, prompts: Sequence[Prompt]) -> Encoded:
+        """Return the prompts in the form that `draw` and `logprobs` read."""
+        return self.policy.with_shared_cross(self.policy.encode([prompt.text for prompt in prompts], self.encoder))
+
+    def encodes_as(self, other: Self) -> bool:
+        """Return whether another distribution can read what this one encoded."""
+        return self.policy is other.policy and self.encoder == other.encoder
+
+    def draw(self, encoded: Encoded, uniforms: torch.Tensor) -> Responses:
+        """Return a response to each prompt, drawn from `uniforms` (B, T)."""
+        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter)
+
+    def logprobs(self, encoded: Encoded, responses: Responses) -> torch.Tensor:
+        """Return the log-probs (nats) (B, T) of responses that another distribution may have drawn, teacher-forced."""
+        return response_logprobs(self.policy, encoded, responses, self.temperature, self.adapter)
+
+
+class Likelihood(NamedTuple):
+    """How likely the tokens of one response are, in nats, summed over the tokens."""
+
+    tokens: int  # EOS included.
+    logprob: float  # Under the distribution that they were drawn from.
+    initial_logprob: float  # Under the initial policy.
+
+
+class Sample(NamedTuple):
+    """One response: its text, and how likely its tokens are; None where the initial policy has no such tokens."""
+
+    text: str
+    likelihood: Likelihood | None
+
+
 @torch.no_grad()
 def sample_texts(
     policy: Policy,
@@ -48,14 +89,75 @@ def sample_texts(
     adapter: str | None = POLICY,
 ) -> list[list[str]]:
     """Return `samples` response texts for each prompt of one batch. Each prompt is encoded once."""
-    encoded = policy.with_shared_cross(policy.encode([prompt.text for prompt in prompts], adapter))
+    source = Distribution(policy, adapter, config.temperature, encoder=adapter)
+    encoded = source.encode(prompts)
     texts: list[list[str]] = [[] for _ in prompts]
     for sample in range(samples):
-        chances = draws.uniforms(policy, prompts, sample, config.max_new_tokens)
-        responses = policy.sample(encoded, chances, config.temperature, adapter)
+        responses = source.draw(encoded, draws.uniforms(policy, prompts, sample, config.max_new_tokens))
         for texts_of_prompt, text in zip(texts, policy.decode(responses), strict=True):
             texts_of_prompt.append(text)
     return texts
+
+
+@torch.no_grad()
+def sample_with_likelihoods(
+    source: Distribution,
+    initial: Distribution | None,
+    prompts: Sequence[Prompt],
+    draws: Draws,
+    samples: int,
+    length: int,
+) -> list[list[Sample]]:
+    """Return `samples` responses of up to `length` tokens for each prompt of one batch, with their likelihoods.
+
+    The responses are drawn from `source`. `initial` reads the token ids that were drawn, in one teacher-forced pass,
+    which is left out where it is `source` itself. Without `initial` there are no likelihoods.
+    """
+    encoded = source.encode(prompts)
+    encoded_by_initial = encoded
+    if initial is not None and not source.encodes_as(initial):
+        encoded_by_initial = initial.encode(prompts)
+
+    by_prompt: list[list[Sample]] = [[] for _ in prompts]
+    for sample in range(samples):
+        responses = source.draw(encoded, draws.uniforms(source.policy, prompts, sample, length))
+        likelihoods: Sequence[Likelihood | None] = [None] * len(prompts)
+        if initial == source:
+            likelihoods = _likelihoods(responses, responses.logprobs)
+        elif initial is not None:
+            likelihoods = _likelihoods(responses, initial.logprobs(encoded_by_initial, responses))
+
+        texts = source.policy.decode(responses)
+        for of_prompt, text, likelihood in zip(by_prompt, texts, likelihoods, strict=True):
+            of_prompt.append(Sample(text, likelihood))
+    return by_prompt
+
+
+def _likelihoods(responses: Responses, initial_logprobs: torch.Tensor) -> list[Likelihood]:
+    """Return the likelihood of each response. Log-probs are summed in float64 on the CPU: MPS has no float64."""
+    tokens = responses.response_mask.sum(1).tolist()
+    logprobs = responses.logprobs.cpu().double().sum(1).tolist()
+    initial = initial_logprobs.cpu().double().sum(1).tolist()
+    return [Likelihood(*sums) for sums in zip(tokens, logprobs, initial, strict=True)]
+
+
+def response_logprobs(
+    policy: Policy, encoded: Encoded, responses: Responses, temperature: float, adapter: str | None
+) -> torch.Tensor:
+    """Return log-probs (nats) (B, T) of sampled tokens under `adapter`, teacher-forced, 0 outside the responses.
+
+    As many rows are read at once as keep the logits small.
+    """
+    length = int(responses.response_mask.sum(1).max())
+    logprobs = torch.zeros(responses.ids.shape, device=policy.device)
+    size = policy.rows_at_once(length)
+    for start in range(0, len(responses.ids), size):
+        rows = slice(start, start + size)
+        ids = responses.ids[rows, :length]
+        mask = responses.response_mask[rows, :length]
+        scored, _, _ = policy.logprobs(encoded.row_slice(rows), ids, temperature, adapter, mask)
+        logprobs[rows, :length] = scored
+    return logprobs
 
 
 def sample_all(

@@ -12,7 +12,7 @@ from detoxrl.report.words import Measure, number
 from detoxrl.rewards.names import IN_PYTHON
 
 # What may have been lost for less toxicity, beside quality and length.
-_LOSSES = ("entailment", "fluency", "empty_rate", "distinct_2")
+_LOSSES = ("entailment", "fluency", "empty_rate", "refusal_rate", "distinct_2")
 _OWN_DATA = "detoxrl run own --data.source my.jsonl --policy.base google/flan-t5-small"
 
 

@@ -11,7 +11,7 @@ from detoxrl.report import words
 from detoxrl.report.ending import Ending, ending
 from detoxrl.report.kept import explain_kept
 from detoxrl.report.results import read_evaluation
-from detoxrl.report.words import number, signed
+from detoxrl.report.words import number
 from detoxrl.runtime.console import duration
 from detoxrl.runtime.run_folder import INITIAL_KEPT, REWARD_JUDGE, SHARE_WITH_TEXT, RunFolder
 
@@ -84,11 +84,7 @@ def _measure_table(evaluation: dict[str, Any]) -> Table:
     )
 
     for label, measure in words.essential(evaluation).items():
-        cells = [number(measure.before, measure.decimals)]
-        if measure.difference is not None:
-            cells.append(number(measure.after, measure.decimals))
-            mean, low, high = (signed(measure.difference[key], measure.decimals) for key in ("mean", "low", "high"))
-            cells += [mean, f"{low} to {high}"]
+        cells = measure.cells if measure.difference is not None else measure.cells[:1]
         table.add_row(label, *cells)
 
     if words.shown_quality(evaluation) is None:

@@ -1,5 +1,6 @@
 """How does the report put a result into words and numbers?"""
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -18,12 +19,16 @@ _SYSTEMS = {
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number of eval.json is called; `better` is 1 where higher is better, -1 where lower is, else 0."""
+    """What a number of eval.json is called; `better` is 1 where higher is better, -1 where lower is, else 0.
+
+    With `is_exponential`, what is shown is exp of the number, and a change is the ratio of after to before.
+    """
 
     label: str
     unit: str
     better: int
     decimals: int = 3
+    is_exponential: bool = False
 
 
 # The metrics of quality by their names in eval.json, in the order in which they are shown.
@@ -40,8 +45,12 @@ _QUALITY = {
     "copied": Metric("Copied from the prompt", "share of word 4-grams", 0),
     "distinct_1": Metric("Distinct words", "share of the words in a prompt's samples", 1),
     "distinct_2": Metric("Distinct word pairs", "share of the word pairs in a prompt's samples", 1),
+    "distinct_3": Metric("Distinct word triples", "share of the word triples in a prompt's samples", 1),
+    "entropy": Metric("Entropy", "nats per token, at the temperature of sampling", 0, decimals=2),
+    "nll": Metric("Perplexity by the initial policy", "per token; the change is a ratio", 0, 2, is_exponential=True),
     "length": Metric("Response length in words", "mean", 0, decimals=1),
     "empty_rate": Metric("Empty responses", "share of responses", -1),
+    "refusal_rate": Metric("Refusals", "share of responses that begin as a refusal, by a list of phrases", -1),
     "insult_rate": Metric("Insults known to the reward model", "share of responses with one", -1),
     "insult_rate_unseen": Metric("Insults unknown to the reward model", "share of responses with one", -1),
 }
@@ -50,7 +59,7 @@ _QUALITY = {
 # The metrics that say whether a response says the right thing. The first one that was measured is "quality".
 _FAITHFULNESS = ("facts", "rouge_l")
 # The metrics that the terminal shows beside quality; the report has all.
-_ESSENTIAL = ("score", "entailment", "fluency", "joint", "length", "empty_rate")
+_ESSENTIAL = ("score", "entailment", "fluency", "joint", "entropy", "nll", "length", "empty_rate")
 NOT_MEASURED = "not measured"
 
 
@@ -109,32 +118,55 @@ class Measure:
     @property
     def values(self) -> tuple[str, str]:
         """The metric before and after, rounded."""
-        return number(self.before, self._exact_decimals), number(self.after, self._exact_decimals)
+        return self._values(self._exact_decimals)
 
     @property
     def evidence(self) -> str:
-        """The difference with its interval; empty without a comparison."""
+        """The change with its interval; empty without a comparison."""
         if self.difference is None:
             return ""
-        return f"difference {signed(self.difference['mean'], self._exact_decimals)}, 95% interval {self.interval}"
+        change = self._change("mean", self._exact_decimals)
+        noun = "ratio" if self.metric.is_exponential else "difference"
+        return f"{noun} {change}, 95% interval {self.interval}"
 
     @property
     def interval(self) -> str:
-        """The two ends of the difference's 95% interval; empty without a comparison."""
+        """The two ends of the change's 95% interval; empty without a comparison."""
+        return self._interval(self._exact_decimals)
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Before, after, the change and its interval, as a table shows them; the last two may be empty."""
+        change = "" if self.difference is None else self._change("mean", self.decimals)
+        return *self._values(self.decimals), change, self._interval(self.decimals)
+
+    def _values(self, decimals: int) -> tuple[str, str]:
+        before, after = self.before, self.after
+        if self.metric.is_exponential:
+            before, after = math.exp(before), math.exp(after)
+        return number(before, decimals), number(after, decimals)
+
+    def _interval(self, decimals: int) -> str:
         if self.difference is None:
             return ""
-        low, high = (signed(self.difference[end], self._exact_decimals) for end in ("low", "high"))
-        return f"{low} to {high}"
+        return f"{self._change('low', decimals)} to {self._change('high', decimals)}"
+
+    def _change(self, part: str, decimals: int) -> str:
+        """Return a part of the difference in words; of an exponential metric, the ratio that it stands for."""
+        assert self.difference is not None
+        change = self.difference[part]
+        return f"×{number(math.exp(change), decimals)}" if self.metric.is_exponential else signed(change, decimals)
 
     @property
     def _exact_decimals(self) -> int:
-        """As many decimals as keep an interval that excludes 0 from being rounded to one that touches it."""
+        """As many decimals as keep an interval that excludes no change from being rounded to one that touches it."""
         decimals = self.decimals
         if self.difference is None:
             return decimals
 
-        nearest_to_zero = min(abs(self.difference["low"]), abs(self.difference["high"]))
-        while self.direction and round(nearest_to_zero, decimals) == 0:
+        nearest = min(self.difference["low"], self.difference["high"], key=abs)
+        distance = math.expm1(nearest) if self.metric.is_exponential else nearest
+        while self.direction and round(distance, decimals) == 0:
             decimals += 1
 
         return decimals

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from detoxrl.config.schema import Config, GenerationConfig
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import Draws
+from detoxrl.models.sampling import Draws, response_logprobs
 from detoxrl.models.types import Encoded, Prompt, Responses, Rollout, concatenate_responses
 from detoxrl.runtime.randomness import permutation
 from detoxrl.runtime.world import World
@@ -57,7 +57,7 @@ def collect_rollout(
 
         if policy.train_encoder:  # The policy's encoder differs from the reference's.
             batch_encoded = policy.encode([prompt.text for prompt in batch], policy.reference)
-        ref_logprobs[rows] = _reference_logprobs(policy, batch_encoded, responses, config.temperature)
+        ref_logprobs[rows] = response_logprobs(policy, batch_encoded, responses, config.temperature, policy.reference)
 
     responses = concatenate_responses(parts)
     length = responses.ids.shape[1]
@@ -68,20 +68,6 @@ def collect_rollout(
         texts=policy.decode(responses),
         ref_logprobs=ref_logprobs[:, :length].contiguous(),
     )
-
-
-def _reference_logprobs(policy: Policy, encoded: Encoded, responses: Responses, temperature: float) -> torch.Tensor:
-    """Return the reference's log-probs (nats) (B, T), teacher-forced, for as many rows at once as keep logits small."""
-    length = int(responses.response_mask.sum(1).max())
-    logprobs = torch.zeros(responses.ids.shape, device=policy.device)
-    size = policy.rows_at_once(length)
-    for start in range(0, len(responses.ids), size):
-        rows = slice(start, start + size)
-        ids = responses.ids[rows, :length]
-        mask = responses.response_mask[rows, :length]
-        scored, _, _ = policy.logprobs(encoded.row_slice(rows), ids, temperature, policy.reference, mask)
-        logprobs[rows, :length] = scored
-    return logprobs
 
 
 def minibatches(config: Config, step: int, epoch: int, rows: int) -> list[list[int]]:
