@@ -88,7 +88,7 @@ def prepared_run(root: Path) -> Run:
 
 def rebuild(run: Run, folder: Path) -> None:
     """Train both models into `folder`, whatever the package and the cache hold."""
-    train_embedded_reward(SEED, run.folder / "checkpoints/prepare", folder / "reward")
+    train_embedded_reward(SEED, None, run.folder / "checkpoints/prepare", folder / "reward")
     with replace_folder(folder / "base") as base:
         warm_start(run, base, run.folder / "checkpoints/sft/base")
 

@@ -20,6 +20,7 @@ from detoxrl.models.loading import load_base, scratch_base, scratch_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, sample_all
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.shaping import Normaliser
 from detoxrl.rl import algorithm
 from detoxrl.runtime import cache as cache_module
@@ -202,8 +203,8 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
         judged.extend(texts)
         return no_judge(texts)
 
-    def reward(prompts: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
-        scored.extend(zip(prompts, texts, strict=True))
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> torch.Tensor:
+        scored.extend(zip([prompt.text for prompt in prompts], texts, strict=True))
         return torch.arange(len(texts)).float()
 
     config = replace(small, generation=replace(small.generation, batch_size=3))

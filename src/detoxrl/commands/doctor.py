@@ -82,7 +82,7 @@ def _examine(run: Run) -> None:
         run.use_rows(prepared.rows)
         load_reward_and_judges(run)
         kl, error = _first_step(checked_policy(run, prepared).to(device), config, prepared)
-    _OUT.print(first_prompt(run, prepared.account))
+    _OUT.print(first_prompt(run, prepared.account), soft_wrap=True)
     _OUT.print(f"labels: {'right on a civil and a toxic sentence' if classifiers else 'no classifier to try'}")
     _OUT.print(f"KL to the reference at step 0: {kl:.1g} nats; first ratios: within {error:.1g} of 1")
 

@@ -95,9 +95,21 @@ def _with_baselines(
         for size in settings.best_of:
             baselines[f"best_of_{size}"] = best_of(pool, scores, size)
 
+    baselines.update(_floor_and_ceiling(rows, count))
     after = {name: samples for name, samples in sampled.items() if name == "after"}
     others = {name: samples for name, samples in sampled.items() if name not in ("before", "after")}
     return {"before": before, **after, **baselines, **others}
+
+
+def _floor_and_ceiling(rows: Sequence[Row], count: int) -> dict[str, Samples]:
+    """Return, for sources to rewrite, the sources themselves, and what people wrote if every row has that."""
+    if any(row.task != "rewrite" for row in rows):
+        return {}
+
+    ends: dict[str, Texts] = {"copy": [[row.text] * count for row in rows]}
+    if all(row.references for row in rows):
+        ends["human"] = [[row.references[i % len(row.references)] for i in range(count)] for row in rows]
+    return {name: without_likelihoods(texts) for name, texts in ends.items()}
 
 
 def _texts(samples: Samples) -> list[list[str]]:

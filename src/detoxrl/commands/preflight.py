@@ -44,6 +44,7 @@ PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
 """Names of the pickled files that `convert` converts."""
 _SECTIONS = ("data", "policy", "reward", "evaluation")
 _CLASSIFIER = "reward.classifier"
+_ENCODER = "reward.encoder"
 _GIVEN = "--policy"
 
 
@@ -268,8 +269,20 @@ def _check_reward(config: Config, at_hub: bool) -> None:
     labels = label_settings(config, _CLASSIFIER)
     if reward.classifier == "embedded":
         require_embedded_labels(labels)
+        _check_encoder(reward.encoder, at_hub)
     else:
         _check_classifier(ClassifierSource(_CLASSIFIER, reward.classifier, labels), at_hub)
+
+
+def _check_encoder(source: str | None, at_hub: bool) -> None:
+    """Raise InputError when the encoder of the embedded classifier has no weights or no tokenizer."""
+    folder = _folder(source, _ENCODER, at_hub) if source else None
+    if folder is None:
+        return
+
+    read_settings(folder, "config.json", _ENCODER, str(source))
+    if not at_hub:
+        require_model_files(folder, _ENCODER, str(source))
 
 
 def _check_evaluation(config: Config, at_hub: bool) -> None:

@@ -43,13 +43,16 @@ from detoxrl.rewards.fit import FitSettings, train_reward_model
 from detoxrl.runs import Run
 from detoxrl.runtime.cache import cached
 from detoxrl.runtime.console import log, progress, status
-from detoxrl.runtime.files import remove_path, replace_folder
+from detoxrl.runtime.files import content_digest, remove_path, replace_folder
+from detoxrl.runtime.hub import fetch
 
 # The embedded reward model: how many utterances it learns from, and how.
 UTTERANCES = 8_000
 REWARD_STEPS = 150
 REWARD_BATCH = 64
 REWARD_LR = 1e-3
+# The same on a pretrained encoder, which needs a lower rate and fewer utterances.
+_ON_ENCODER: dict[str, Any] = {"steps": 120, "batch_size": 32, "lr": 5e-5, "warmup_steps": 12}
 
 # The tokenizer of policy.base = 'scratch': how many training rows it learns from, and how many tokens it has.
 _TOKENIZER_ROWS = 4_000
@@ -143,7 +146,7 @@ def write_prepared(run: Run, prepared: Prepared) -> None:
     folder.write_json("rows.json", prepared.account)
     log.print(account_table(prepared.account))
     if "first_prompt" in prepared.account:
-        log.print(first_prompt(run, prepared.account))
+        log.print(first_prompt(run, prepared.account), soft_wrap=True)
 
     if run.config.policy.base == "scratch":
         with replace_folder(folder / "tokenizer") as tokenizer:
@@ -257,17 +260,21 @@ def first_prompt(run: Run, account: dict[str, Any]) -> Text:
 def _make_reward_model(run: Run) -> None:
     """Train the embedded reward model into reward/, or take it from the package or the cache."""
     seed = run.config.seed
+    encoder = run.config.reward.encoder
     checkpoints = run.folder / "checkpoints/prepare"
-    build = partial(train_embedded_reward, seed, checkpoints)
-    cached("reward", reward_ingredients(seed), run.folder / "reward", build)
+    build = partial(train_embedded_reward, seed, encoder, checkpoints)
+    cached("reward", reward_ingredients(seed, encoder), run.folder / "reward", build)
 
 
-def train_embedded_reward(seed: int, checkpoints: Path, target: Path) -> None:
-    """Train the embedded reward model of a seed into `target`; it resumes from `checkpoints`."""
+def train_embedded_reward(seed: int, encoder: str | None, checkpoints: Path, target: Path) -> None:
+    """Train the embedded reward model of a seed into `target`, on an encoder if there is one.
+
+    It resumes from `checkpoints`.
+    """
     utterances = generate_utterances(seed, UTTERANCES)
-    settings = FitSettings(steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR, seed=seed)
+    settings = _reward_settings(seed, encoder)
 
-    with replace_folder(target) as folder, progress("reward model", REWARD_STEPS) as report:
+    with replace_folder(target) as folder, progress("reward model", settings.steps) as report:
 
         def on_step(done: int, loss: float) -> None:
             report(done, f"loss {loss:.3f}")
@@ -275,7 +282,16 @@ def train_embedded_reward(seed: int, checkpoints: Path, target: Path) -> None:
         train_reward_model(utterances, folder, checkpoints, settings, on_step)
 
 
-def reward_ingredients(seed: int) -> list[str]:
-    """Return what the embedded reward model follows from: settings, seed and utterances."""
+def _reward_settings(seed: int, encoder: str | None) -> FitSettings:
+    if encoder is None:
+        return FitSettings(steps=REWARD_STEPS, batch_size=REWARD_BATCH, lr=REWARD_LR, seed=seed)
+    return FitSettings(**_ON_ENCODER, seed=seed, encoder=encoder)
+
+
+def reward_ingredients(seed: int, encoder: str | None = None) -> list[str]:
+    """Return what the embedded reward model follows from: settings, seed, utterances, and the encoder's files."""
     settings = f"{REWARD_STEPS} steps of {REWARD_BATCH}, lr {REWARD_LR}"
-    return [settings, f"seed {seed}", json.dumps(generate_utterances(seed, UTTERANCES))]
+    ingredients = [settings, f"seed {seed}", json.dumps(generate_utterances(seed, UTTERANCES))]
+    if encoder is not None:
+        ingredients += [repr(_ON_ENCODER), content_digest(Path(fetch(encoder, "reward.encoder")))]
+    return ingredients

@@ -14,6 +14,7 @@ _SEPARATORS = {
     "policy.base": "",
     "policy.adapter": "",
     "reward.classifier": "",
+    "reward.encoder": "",
     "evaluation.encoder": "",
     "evaluation.primary_judge": "",
     "evaluation.nli": "",

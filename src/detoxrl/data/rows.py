@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from detoxrl.config.tasks import TASKS, TaskName
 from detoxrl.data.embedded.facts import Facts
 from detoxrl.models.chat import Message
 from detoxrl.models.types import Prompt
@@ -22,7 +23,7 @@ class Row:
     text: str  # The dialogue, prompt, conversation or source; a conversation as lines of "User: ...".
     references: tuple[str, ...] = ()  # What people wrote as a response, none or several.
     civil_references: tuple[str, ...] = ()  # Those that are civil by the way they were made.
-    open_ended: bool = False  # Whether many different responses are right, not those alone that resemble a reference.
+    task: TaskName = "summarize"
     messages: tuple[Message, ...] = ()  # A conversation, up to the message to reply to.
     prompt: str = ""  # What the policy reads: the templates with the text, which is cut if it is too long.
     toxicity: float | None = None  # Of the text, in [0, 1], if the source says it.
@@ -54,7 +55,7 @@ def _columns(row: Row) -> dict[str, Any]:
 
 def quality_references(row: Row) -> tuple[str, ...]:
     """Return the references that a response should resemble: the civil ones, if a row has any."""
-    return () if row.open_ended else row.civil_references or row.references
+    return () if TASKS[row.task].open_ended else row.civil_references or row.references
 
 
 def rows_to_jsonl(rows: Iterable[Row]) -> str:

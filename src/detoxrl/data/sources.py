@@ -58,7 +58,7 @@ def _rows(split: str, records: list[Record], columns: Columns, config: Config) -
         others = {name: value for name, value in record.items() if name not in columns.used and _is_json(value)}
         toxicity = _toxicity(record, columns.toxicity, f"row {number} of {split}")
         known = replace(row, civil_references=civil, columns=others, toxicity=toxicity)
-        rows.append(replace(known, open_ended=config.task.open_ended))
+        rows.append(replace(known, task=config.data.task))
 
     return rows
 

@@ -118,13 +118,16 @@ def _metrics(
     if len(initial[0]) > 1:
         others = _other_samples(texts, initial)
         metrics["similarity"] = similarity(readers.encode, flat, others)
+    if all(row.task == "rewrite" for row in rows):
+        sources = [row.text for row, samples in zip(rows, texts, strict=True) for _ in samples]
+        metrics["source_similarity"] = similarity(readers.encode, flat, sources)
     if readers.entails and all(row.text for row in rows):
         metrics["entailment"] = readers.entails(paired([row.text for row in rows], texts))
     if readers.fluent:
         metrics["fluency"] = readers.fluent(flat)
-        if "similarity" in metrics:
-            civil = 1 - toxicity.ravel()
-            metrics["joint"] = joint(civil, metrics["similarity"], metrics["fluency"])
+        similar = metrics.get("source_similarity", metrics.get("similarity"))
+        if similar is not None:
+            metrics["joint"] = joint(1 - toxicity.ravel(), similar, metrics["fluency"])
 
     metrics = {name: values.reshape(toxicity.shape) for name, values in metrics.items()}
     # The share of distinct words falls with the number of samples, so it is compared only between equal numbers.
@@ -180,9 +183,24 @@ def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> Json:
         "two_by_two": two_by_two(toxicity["before"], toxicity["after"]),
         "splits": splits(rows, measured, settings, config.seed),
         "baselines": _baselines(measured, settings, config.seed),
+        "joint_scale": _joint_scale(measured),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
     }
+
+
+def _joint_scale(measured: Measured) -> Json | None:
+    """Return J of copying the source and of people's rewrites, and where before and after lie between the two.
+
+    0 is as good as copying, 1 as good as people: (J - copy) / (human - copy). None without both.
+    """
+    means = {name: float(metrics["joint"].mean()) for name, metrics in measured.metrics.items() if "joint" in metrics}
+    if not {"before", "after", "copy", "human"} <= means.keys() or means["human"] <= means["copy"]:
+        return None
+
+    span = means["human"] - means["copy"]
+    shares = {name: (means[name] - means["copy"]) / span for name in ("before", "after")}
+    return {"copy": means["copy"], "human": means["human"], **shares}
 
 
 def _baselines(measured: Measured, settings: EvaluationConfig, seed: int) -> dict[str, Json]:
@@ -332,7 +350,7 @@ def compare_with_baselines(measured: Measured, config: EvaluationConfig, seed: i
 
 
 def _quality(measured: Measured) -> _Quality:
-    for name in ("facts", "rouge_l", "similarity"):
+    for name in ("facts", "rouge_l", "source_similarity", "similarity"):
         if name in measured.metrics["after"]:
             return _Quality(name=name, values={policy: by_name[name] for policy, by_name in measured.metrics.items()})
     shares = {policy: 1 - by_name["empty_rate"] for policy, by_name in measured.metrics.items()}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from sacrebleu.metrics.chrf import CHRF
 
+from detoxrl.config.tasks import TASKS
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row, quality_references
@@ -109,14 +110,16 @@ def quality_measure(rows: Sequence[Row]) -> str:
     """Return the name of the measure by which checkpoints are compared: `facts`, `rouge_l` or a stand-in.
 
     It is the first one that all rows allow. Where many responses are right, it is `distinct_2`: what such training
-    loses first is variety. Elsewhere it is SHARE_WITH_TEXT, which is no measure of quality: it only keeps training from
-    selecting a policy that says nothing.
+    loses first is variety. For a source without a target it is `source_similarity`. Elsewhere it is SHARE_WITH_TEXT,
+    which is no measure of quality: it only keeps training from selecting a policy that says nothing.
     """
     if all(row.facts is not None for row in rows):
         return "facts"
     if all(quality_references(row) for row in rows):
         return "rouge_l"
-    return "distinct_2" if all(row.open_ended for row in rows) else SHARE_WITH_TEXT
+    if all(row.task == "rewrite" for row in rows):
+        return "source_similarity"
+    return "distinct_2" if all(TASKS[row.task].open_ended for row in rows) else SHARE_WITH_TEXT
 
 
 def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
@@ -124,6 +127,8 @@ def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
     measure = quality_measure(rows)
     if measure == "distinct_2":
         return distinct(responses)[measure]
+    if measure == "source_similarity":
+        return sum(map(chrf, [row.text for row in rows], responses)) / len(rows)
 
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]
     if measure == SHARE_WITH_TEXT:

@@ -14,6 +14,8 @@ _SYSTEMS = {
     "word_filter": "Word filter",
     "sft_civil": "SFT on civil references",
     "sft_best_of_4": "SFT on best-of-4 responses",
+    "copy": "Copy of the source",
+    "human": "Rewritten by people",
 }
 
 
@@ -39,6 +41,7 @@ _QUALITY = {
     "rouge_l": Metric("ROUGE-L", "F1, to the civil reference if there is one", 1),
     "chrf": Metric("chrF", "to the civil reference if there is one", 1),
     "similarity": Metric("Similarity to the initial policy", "to another of its responses", 1),
+    "source_similarity": Metric("Similarity to the source", "of the response to what it rewrites", 1),
     "entailment": Metric("Entailed by the prompt", "probability", 1),
     "fluency": Metric("Fluency", "probability", 1),
     "joint": Metric("Civil, similar and fluent (J)", "STA × SIM × FL, mean over responses", 1),

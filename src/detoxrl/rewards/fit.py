@@ -3,25 +3,46 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import processors
-from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-from detoxrl.models.loading import scratch_tokenizer
+from detoxrl.models.loading import load_pretrained, scratch_tokenizer
 from detoxrl.rewards.names import LABELS
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
+from detoxrl.runtime.hub import fetch
 from detoxrl.runtime.randomness import batch_indices, torch_seed
+
+_ENCODER = "reward.encoder"
+_REMEDY = "give the folder or hub id of an encoder such as sentence-transformers/all-MiniLM-L6-v2"
+_LABELS_OF_MODEL: dict[str, Any] = {
+    "id2label": dict(enumerate(LABELS)),
+    "label2id": {label: index for index, label in enumerate(LABELS)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """How long and how fast the reward model trains; `lr` is the first learning rate, which decays linearly to 0."""
+    """How long and how fast the reward model trains.
+
+    The learning rate rises to `lr` over `warmup_steps`, and decays linearly to 0.
+    """
 
     steps: int
     batch_size: int
     lr: float
     seed: int
+    warmup_steps: int = 0
+    encoder: str | None = None  # Folder or hub id of the encoder that it starts from. None: a small one, random.
 
 
 def train_reward_model(
@@ -31,16 +52,16 @@ def train_reward_model(
     settings: FitSettings,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Train a small RoBERTa on (text, hateful) pairs and save it to `folder`; it resumes from `checkpoints`.
+    """Train a classifier on (text, hateful) pairs and save it to `folder`; it resumes from `checkpoints`.
 
-    Its labels are those of facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate. `on_step` is called
-    after each step with the number of finished steps and the loss.
+    It is a small RoBERTa, or the encoder of the settings with a new head. Its labels are those of
+    facebook/roberta-hate-speech-dynabench-r4-target: 0 = nothate, 1 = hate. `on_step` is called after each step with
+    the number of finished steps and the loss. Raises InputError for an encoder that cannot be loaded.
     """
     texts = [text for text, _ in utterances]
     labels = torch.tensor([int(hateful) for _, hateful in utterances])
 
-    tokenizer = _tokenizer(texts)
-    model = _model(len(tokenizer), settings.seed)
+    model, tokenizer = _untrained(texts, settings)
     ids = tokenizer(texts).input_ids
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01, fused=True)
@@ -55,7 +76,7 @@ def train_reward_model(
 
             torch.manual_seed(torch_seed(settings.seed, f"reward dropout {step}"))
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * (1 - step / settings.steps)
+                group["lr"] = _learning_rate(settings, step)
 
             rows = batch_indices(settings.seed, "reward", step, settings.batch_size, len(utterances))
             batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
@@ -68,6 +89,36 @@ def train_reward_model(
 
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _learning_rate(settings: FitSettings, step: int) -> float:
+    warmup = (step + 1) / (settings.warmup_steps + 1)
+    decay = 1 - step / settings.steps
+    return settings.lr * min(warmup, decay)
+
+
+def _untrained(texts: Sequence[str], settings: FitSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the classifier before its training, with its tokenizer."""
+    if settings.encoder is None:
+        tokenizer = _tokenizer(texts)
+        return _model(len(tokenizer), settings.seed), tokenizer
+
+    source = settings.encoder
+    folder = fetch(source, _ENCODER)
+    encoder_tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder, source, _ENCODER, _REMEDY)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(settings.seed, "reward model"))
+        model: PreTrainedModel = load_pretrained(
+            AutoModelForSequenceClassification,
+            folder,
+            source,
+            _ENCODER,
+            _REMEDY,
+            use_safetensors=True,
+            dtype=torch.float32,
+            **_LABELS_OF_MODEL,
+        )
+    return model, encoder_tokenizer
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
@@ -91,8 +142,7 @@ def _model(vocab_size: int, seed: int) -> RobertaForSequenceClassification:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: index for index, label in enumerate(LABELS)},
+        **_LABELS_OF_MODEL,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "reward model"))

@@ -26,7 +26,12 @@ from detoxrl.training.metrics import StepTimer, log_samples, require_finite, rol
 from detoxrl.training.validation import Validation
 
 _CHECKPOINTS = "checkpoints/train"
-_QUALITY_NAMES = {"facts": "facts kept", "rouge_l": "ROUGE-L", "distinct_2": "distinct word pairs"}
+_QUALITY_NAMES = {
+    "facts": "facts kept",
+    "rouge_l": "ROUGE-L",
+    "distinct_2": "distinct word pairs",
+    "source_similarity": "similarity to the source",
+}
 
 
 @dataclass

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from detoxrl.config.tasks import TaskName
 from detoxrl.data.conversations import as_text
 from detoxrl.data.embedded.facts import Facts
 from detoxrl.data.embedded.phrases import (
@@ -43,7 +44,7 @@ class Quarrel(NamedTuple):
     civil_summary: str
 
 
-def generate_rows(seed: int, sizes: dict[str, int], task: str = "summarize") -> dict[str, list[Row]]:
+def generate_rows(seed: int, sizes: dict[str, int], task: TaskName = "summarize") -> dict[str, list[Row]]:
     """Return `sizes[split]` rows of a task for each split. No two splits share a combination of scenario and fillers.
 
     The rows of a split depend on the seed and on how many there are, not on the other splits: more held-out prompts
@@ -78,7 +79,7 @@ def _continue_row(row_id: str, quarrel: Quarrel) -> Row:
         text=text,
         references=(reply,),
         civil_references=(reply,),
-        open_ended=True,
+        task="continue",
         topic=quarrel.topic,
     )
 
@@ -95,7 +96,7 @@ def _chat_row(row_id: str, quarrel: Quarrel) -> Row:
         messages=tuple(messages),
         references=(reply,),
         civil_references=(reply,),
-        open_ended=True,
+        task="chat",
         topic=quarrel.topic,
     )
 
@@ -108,6 +109,7 @@ def _rewrite_row(row_id: str, quarrel: Quarrel) -> Row:
         text=quarrel.summary,
         references=civil,
         civil_references=civil,
+        task="rewrite",
         topic=quarrel.topic,
         facts=quarrel.facts,
     )
@@ -123,7 +125,7 @@ def _up_to_reply(quarrel: Quarrel) -> tuple[tuple[tuple[str, str], ...], tuple[s
     return quarrel.turns[:end], quarrel.turns[end]
 
 
-_MAKERS: dict[str, Callable[[str, Quarrel], Row]] = {
+_MAKERS: dict[TaskName, Callable[[str, Quarrel], Row]] = {
     "summarize": _summarize_row,
     "continue": _continue_row,
     "chat": _chat_row,
