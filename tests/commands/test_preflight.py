@@ -25,6 +25,7 @@ from detoxrl.commands import run as stages
 from detoxrl.config.edit import config_from_json, config_to_json, with_settings
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
+from detoxrl.models.files import ARCHITECTURES
 from detoxrl.models.loading import save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.runtime.run_folder import RunFolder
@@ -366,6 +367,7 @@ def test_a_type_of_which_nothing_is_known_needs_names(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_type_that_is_not_known(place)
+    monkeypatch.delitem(ARCHITECTURES, "opt")
     words = own("--policy.base", "opt", "--data.max-prompt-tokens", "100")
     table: dict[str, Any] = {"opt": ["q_proj", "v_proj"]}
     monkeypatch.setattr("detoxrl.models.lora.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", table)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from conftest import KINDS, Make, disturb, policy_config, small_config
 from detoxrl.models import linear, t5, token_logprobs
@@ -38,7 +38,7 @@ ALL_MATRICES = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 T5_KINDS = [
     *((kind, False) for name, kind in KINDS if name == "t5"),
     ("loaded with encoder", True), ("full", True), ("all matrices", False), ("relu", False), ("relu full", False),
-    ("untied", False), ("untied full", False),
+    ("untied", False), ("untied full", False), ("mt5", False), ("mt5 full", False),
 ]  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 
@@ -55,18 +55,18 @@ def assert_all_close(actual: Tensors, expected: Tensors, tolerance: float = 1e-5
         assert_close(actual[name], expected[name], tolerance)
 
 
-def save_t5_variant(base: Path, folder: Path, activation: str, tied: bool) -> str:
-    """Save a T5 with another feed-forward or an untied head, and the tokenizer of `base`."""
+def save_t5_variant(base: Path, folder: Path, activation: str, tied: bool, multilingual: bool = False) -> str:
+    """Save a T5 with another feed-forward or an untied head, or an mT5, and the tokenizer of `base`."""
     _, tokenizer = load_base(str(base))
     torch.manual_seed(5)
-    config = T5Config(
+    config = (MT5Config if multilingual else T5Config)(
         vocab_size=len(tokenizer) + 3, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=2,
         feed_forward_proj=activation, tie_word_embeddings=tied, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=1,
     )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
+    model = (MT5ForConditionalGeneration if multilingual else T5ForConditionalGeneration)(config)
     if not tied:
-        torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape) * 0.3)
     save_base(model, tokenizer, folder)
     return str(folder)
 
@@ -80,8 +80,8 @@ def make(make_policy: Make, bases: dict[str, Path], tmp_path: Path) -> Make:
         if "relu" in kind:
             base = save_t5_variant(bases["t5"], tmp_path / kind, "relu", tied=True)
             policy = load_policy(base, None, config, seed=0)
-        elif "untied" in kind:
-            base = save_t5_variant(bases["t5"], tmp_path / kind, "gated-gelu", tied=False)
+        elif "untied" in kind or "mt5" in kind:
+            base = save_t5_variant(bases["t5"], tmp_path / kind, "gated-gelu", False, "mt5" in kind)
             policy = load_policy(base, None, config, seed=0)
         elif kind == "all matrices":
             config = dataclasses.replace(config, lora_targets=ALL_MATRICES)
@@ -143,7 +143,8 @@ def sampled(policy: Policy, encoded: Encoded, temperature: float, adapter: str |
 @pytest.mark.parametrize(("kind", "encoder"), T5_KINDS, ids=str)
 def test_the_t5_decoder_agrees_with_transformers(kind: str, encoder: bool, temperature: float, make: Make) -> None:
     policy = make(kind, encoder)
-    assert policy.model.config.scale_decoder_outputs == ("untied" not in kind)
+    if "mt5" not in kind:
+        assert policy.model.config.scale_decoder_outputs == ("untied" not in kind)
     # The gradients of this encoder's LoRA are ill-conditioned: ours are off float64's by 1.2e-4, transformers' by
     # 1.6e-4.
     tolerance = 1e-4 if encoder and "loaded" in kind else 1e-5

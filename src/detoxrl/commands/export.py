@@ -148,15 +148,19 @@ def _logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> GenerationConfig:
     """Return how responses were sampled and ended when the policy was measured, without the base's own preferences."""
-    settings = model.config.get_text_config().to_dict()
+    generation = model.generation_config
+    assert generation is not None  # Every model that was loaded as a base has one.
+    forced = generation.forced_bos_token_id
     return GenerationConfig(
         do_sample=True,
         temperature=config.generation.temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=config.generation.max_new_tokens,
-        bos_token_id=settings.get("bos_token_id"),
+        # `generate` counts a forced first token, which is no part of a response here.
+        max_new_tokens=config.generation.max_new_tokens + (0 if forced is None else 1),
+        bos_token_id=generation.bos_token_id,
         eos_token_id=end_token_ids(model, tokenizer),
-        decoder_start_token_id=settings.get("decoder_start_token_id"),
+        decoder_start_token_id=generation.decoder_start_token_id,
+        forced_bos_token_id=forced,
         pad_token_id=tokenizer.pad_token_id,
     )

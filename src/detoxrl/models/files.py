@@ -32,17 +32,34 @@ _T5 = Architecture(("q", "v"), has_encoder=True)
 _BART = Architecture(("q_proj", "v_proj"), has_encoder=True)
 _GPT2 = Architecture(("c_attn",), has_encoder=False)
 _LLAMA = Architecture(("q_proj", "v_proj"), has_encoder=False)
+_FUSED = Architecture(("query_key_value",), has_encoder=False)
 ARCHITECTURES = {
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
-    **dict.fromkeys(("bart", "mbart", "pegasus"), _BART),
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian"), _BART),
     "gpt2": _GPT2,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "opt", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("falcon", "gpt_neox"), _FUSED),
+    "phi": Architecture(("q_proj", "v_proj", "fc1", "fc2"), has_encoder=False),
+    "phi3": Architecture(("qkv_proj",), has_encoder=False),
 }
 """Types of models whose layers have the names that their weights have in the file."""
+_QUERY_AND_VALUE = (
+    "arcee", "biogpt", "blenderbot", "blenderbot-small", "cohere", "cohere2", "ernie4_5", "exaone4", "glm4", "gpt_oss",
+    "granite", "granitemoe", "helium", "m2m_100", "mvp", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "pegasus_x",
+    "phimoe", "plbart", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2", "xglm",
+)  # fmt: skip
+FURTHER_TARGETS = {
+    "encoder-decoder": ("query", "value"),
+    "longt5": ("q", "v"),
+    **dict.fromkeys(_QUERY_AND_VALUE, ("q_proj", "v_proj")),
+}
+"""The layers that a new adapter usually changes, for further types of models that peft knows nothing of."""
 SCRATCH_LAYERS = ("k", "o", "q", "v", "wi_0", "wi_1", "wo")
 """The linear layers of policy.base = 'scratch'."""
 # Weights of two dimensions that do not belong to linear layers, in these architectures.
-_EMBEDDINGS = {"shared", "embed_tokens", "embed_positions", "wte", "wpe", "relative_attention_bias"}
+_EMBEDDINGS = {
+    "shared", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "wte", "wpe", "relative_attention_bias",
+}  # fmt: skip
 
 
 def read_settings(folder: Path, name: str, field: str, source: str) -> dict[str, Any]:
@@ -62,20 +79,27 @@ def read_settings(folder: Path, name: str, field: str, source: str) -> dict[str,
 
 
 def generation_settings(folder: Path, field: str, source: str) -> dict[str, Any]:
-    """Return the settings in a model's generation_config.json; none if its folder holds no such file.
+    """Return the settings in a model's generation_config.json, or in its config.json, where older models have them.
 
     Raises InputError, naming `field` and its value `source`, when the file is malformed.
     """
-    if not (folder / GENERATION_CONFIG).is_file():
-        return {}
+    name = GENERATION_CONFIG if (folder / GENERATION_CONFIG).is_file() else "config.json"
+    settings = read_settings(folder, name, field, source)
 
-    settings = read_settings(folder, GENERATION_CONFIG, field, source)
-    ids = settings.get("eos_token_id")
-    rule = f"has eos_token_id = {ids!r} in {GENERATION_CONFIG}, which is neither an id nor a list of ids"
-    listed = ids if isinstance(ids, list) else [ids]
-    are_ids = ids is None or all(type(id) is int for id in listed)
-    require(are_ids, field, source, rule, "restore the file")
+    ends = settings.get("eos_token_id")
+    rule = f"has eos_token_id = {ends!r} in {name}, which is neither an id nor a list of ids"
+    valid = all(map(_is_id, ends)) if isinstance(ends, list) else ends is None or _is_id(ends)
+    require(valid, field, source, rule, "restore the file")
+
+    for setting in ("decoder_start_token_id", "forced_bos_token_id"):
+        id = settings.get(setting)
+        rule = f"has {setting} = {id!r} in {name}, which is no id of a token"
+        require(id is None or _is_id(id), field, source, rule, "restore the file")
     return settings
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int  # True and False are ints too.
 
 
 def require_model_files(folder: Path, field: str, source: str) -> None:

@@ -24,16 +24,20 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.activations import NewGELUActivation
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
 
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, StorageError, first_line, require
 from detoxrl.models.ends import as_ids, end_token_ids, require_common_end
 from detoxrl.models.files import generation_settings
+from detoxrl.models.support import require_generator
 from detoxrl.runtime.hub import fetch
 from detoxrl.runtime.randomness import torch_seed
 
 _GENERATOR = "give the folder or hub id of a text generator"
-_GENERATOR_EXAMPLES = "give a T5, BART, GPT-2 or Llama, for example"
+# Positions that are a fixed table. It is held as a weight, gets no gradient, and is not saved.
+_FIXED_POSITIONS = (MarianSinusoidalPositionalEmbedding, PegasusSinusoidalPositionalEmbedding)
 _TRAINED_WITH = "give the tokenizer that the model was trained with"
 
 
@@ -46,6 +50,8 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # peft reads this property of transformers models under its older name.
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+    # transformers tells whoever fine-tunes an EncoderDecoderModel how its loss differed years ago.
+    warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way to train", FutureWarning)
 
 
 _quiet_libraries()
@@ -72,6 +78,7 @@ def load_base(
     """
     folder = fetch(base, field)
     config = load_pretrained(AutoConfig, folder, base, field)
+    require_generator(field, base, config)
     generation = _generation_config(config, folder, base, field)
     tokenizer = load_tokenizer(base, field)
     model, info = load_pretrained(
@@ -84,9 +91,8 @@ def load_base(
         output_loading_info=True,
     )
 
-    _require_generator(base, field, model, config)
     _require_complete(base, field, info["missing_keys"])
-    model.generation_config = generation
+    _set_generation(model, generation)
     _require_matching_tokenizer(base, field, model, tokenizer)
 
     generation.eos_token_id = end_token_ids(model, tokenizer)
@@ -97,16 +103,16 @@ def load_shapes(base: str, bf16: bool) -> PreTrainedModel:
     """Return the model of a folder or hub id on the meta device: shapes only, no weights. Raises InputError."""
     folder = fetch(base, "policy.base", weights=False)
     config = load_pretrained(AutoConfig, folder, base, "policy.base")
+    require_generator("policy.base", base, config)
     with torch.device("meta"):
         model = _generator_class(config).from_config(config, dtype=_dtype(bf16))
-    model.generation_config = _generation_config(config, folder, base, "policy.base")
+    _set_generation(model, _generation_config(config, folder, base, "policy.base"))
     return _prepared(model)
 
 
 def load_fitting_shapes(base: str, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> PreTrainedModel:
     """Return the base on the meta device, as `load_shapes`, once it is known to generate text with its tokenizer."""
     model = load_shapes(base, bf16)
-    _require_generator(base, "policy.base", model, model.config)
     _require_matching_tokenizer(base, "policy.base", model, tokenizer)
     return model
 
@@ -120,6 +126,9 @@ def load_pretrained(kind: Any, folder: str, source: str, field: str, remedy: str
         return kind.from_pretrained(folder, **settings)
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
+    except ImportError as error:  # Some tokenizers are read by packages of their own.
+        reason = first_line(error).partition(". ")[0]
+        raise InputError(field, source, f"cannot be loaded: {reason}", "install it with pip") from error
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(field, source, f"cannot be loaded: {first_line(error)}", remedy) from error
 
@@ -132,7 +141,20 @@ def _generation_config(config: PreTrainedConfig, folder: str, source: str, field
     generation: GenerationConfig = GenerationConfig.from_model_config(config)
     stored = generation_settings(Path(folder), field, source)
     generation.eos_token_id = sorted(as_ids(generation.eos_token_id) | as_ids(stored.get("eos_token_id")))
+    generation.forced_bos_token_id = stored.get("forced_bos_token_id")
+    generation.decoder_start_token_id = stored.get("decoder_start_token_id", generation.decoder_start_token_id)
+
+    starts = not config.is_encoder_decoder or generation.decoder_start_token_id is not None
+    rule = "names no decoder_start_token_id, with which its decoder has to begin"
+    require(starts, field, source, rule, "name it in its config.json")
     return generation
+
+
+def _set_generation(model: PreTrainedModel, generation: GenerationConfig) -> None:
+    """Have sampling and fine-tuning begin a response in the same way: one reads this config, the other the model's."""
+    model.generation_config = generation
+    if model.config.is_encoder_decoder:
+        model.config.decoder_start_token_id = generation.decoder_start_token_id
 
 
 def _generator_class(config: PreTrainedConfig) -> Any:
@@ -141,15 +163,6 @@ def _generator_class(config: PreTrainedConfig) -> Any:
 
 def _dtype(bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
-
-
-def _require_generator(base: str, field: str, model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    architectures = config.architectures or [type(model).__name__]
-    # transformers loads a BERT as a causal model too, although it was trained to look at both sides of a token. So a
-    # causal model must be of the class that it was saved as.
-    generates = config.is_encoder_decoder or type(model).__name__ in architectures
-    rule = f"is a {architectures[0]}, which does not generate text"
-    require(generates, field, base, rule, _GENERATOR_EXAMPLES)
 
 
 def _require_complete(base: str, field: str, missing_keys: set[str]) -> None:
@@ -217,6 +230,8 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, NewGELUActivation):
             model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
+        if isinstance(module, _FIXED_POSITIONS):
+            module.requires_grad_(False)
     return with_fast_attention(model.eval())
 
 

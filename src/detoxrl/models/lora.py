@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.errors import InputError, first_line, require
-from detoxrl.models.files import ARCHITECTURES, adapted_part, read_settings, require_targets
+from detoxrl.models.files import ARCHITECTURES, FURTHER_TARGETS, adapted_part, read_settings, require_targets
 from detoxrl.models.loading import load_base
 from detoxrl.models.policy import Policy
 from detoxrl.models.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, loading_adapter, require_layers
@@ -97,6 +97,9 @@ def usual_targets(model_type: str) -> tuple[str, ...] | None:
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type].lora_targets
 
+    if model_type in FURTHER_TARGETS:
+        return FURTHER_TARGETS[model_type]
+
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
     return tuple(targets) if isinstance(targets, list) else None  # Some are patterns, not names.
 
@@ -127,12 +130,16 @@ def _usual_targets(model_type: str, layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def _linear_layers(model: PreTrainedModel, part: str) -> dict[str, type]:
-    """Return the last part of the name of each linear layer in a part of the model, with its type."""
+    """Return the last part of the name of each linear layer in a part of the model, with its type.
+
+    The language-model head is left out: it is no target of an adapter.
+    """
     path = re.compile(rf"{part}\..*\b(\w+)")
+    head = model.get_output_embeddings()
     return {
         name.split(".")[-1]: type(module)
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and path.fullmatch(name)
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and path.fullmatch(name)
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
 from detoxrl.models.token_logprobs import MAX_LOGITS, select_tokens
 from detoxrl.models.types import Encoded
@@ -55,9 +56,11 @@ class PlainNetwork:
     def _predicted_by_decoder(
         self, encoded: Encoded, tokens: torch.Tensor, seen: int, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        predictions = tokens.shape[1]
         if seen == 0:
-            start = tokens.new_full((len(tokens), 1), self.weights.model.config.decoder_start_token_id)
-            tokens = torch.cat([start, tokens], 1)
+            predictions += 1
+            start = tokens.new_tensor(start_token_ids(self.weights.active))
+            tokens = torch.cat([start.expand(len(tokens), -1), tokens], 1)
 
         out = self.weights.active(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.states),
@@ -67,7 +70,7 @@ class PlainNetwork:
             use_cache=cache is not None,
             output_hidden_states=True,
         )
-        return out.logits, out.decoder_hidden_states[-1]
+        return out.logits[:, -predictions:], out.decoder_hidden_states[-1][:, -predictions:]
 
     def _predicted_by_causal_model(
         self, encoded: Encoded, tokens: torch.Tensor, seen: int, cache: Any

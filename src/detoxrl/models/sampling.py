@@ -9,6 +9,7 @@ import torch
 from detoxrl.config.schema import GenerationConfig
 from detoxrl.errors import require
 from detoxrl.models.policy import Policy
+from detoxrl.models.support import GENERATOR_EXAMPLES
 from detoxrl.models.types import Encoded, Prompt, Responses
 from detoxrl.models.weights import POLICY
 from detoxrl.runtime.randomness import uniforms
@@ -196,6 +197,5 @@ def require_agreement(policy: Policy, base: str) -> None:
         largest = max(largest, float(difference.abs().max()))
 
     rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
-    remedy = "give a T5, BART, GPT-2 or Llama, for example"
     bound = _AGREEMENT_BF16 if policy.model.dtype == torch.bfloat16 else _AGREEMENT_FP32
-    require(largest < bound, "policy.base", base, rule, remedy)
+    require(largest < bound, "policy.base", base, rule, GENERATOR_EXAMPLES)

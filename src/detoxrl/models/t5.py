@@ -1,8 +1,8 @@
 """How does a T5 run as fast as its matrix products allow?
 
-This is the forward pass of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683) written out as plain functions of
-tensors, gated as in FLAN-T5 or not, under full weights or with a LoRA on any of its matrices. It computes what
-transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
+This is the forward pass of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683) and mT5 written out as plain
+functions of tensors, gated as in FLAN-T5 or not, under full weights or with a LoRA on any of its matrices. It computes
+what transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
 
 - **Thin LoRA products.** A LoRA changes a weight W by scale * B A, of rank r. Adding that to W would copy every matrix
   for every adapter. Instead A and then B are applied to the input: two products with a side of only r.
@@ -29,9 +29,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
-from transformers import T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
+from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import linear, pack_weights
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
@@ -39,6 +39,7 @@ from detoxrl.models.weights import LoraWeights, Weights
 
 _Function = Callable[[torch.Tensor], torch.Tensor]
 
+_CLASSES = (T5ForConditionalGeneration, MT5ForConditionalGeneration)
 # Names of the linear layers inside T5's blocks, on which a LoRA may lie.
 _LINEAR_LAYERS = {"q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"}
 # Number of prompt tokens whose shared keys or values are computed at once, so that they are still in the CPU's cache
@@ -118,9 +119,11 @@ class DecoderLayer(NamedTuple):
 
 
 def is_plain_t5(weights: Weights) -> bool:
-    """Return whether `T5Network` can compute the model: a T5 with nothing added, under any name, but plain LoRAs."""
+    """Return whether `T5Network` can compute the model: a T5 or mT5 with nothing added, under any name, but LoRAs."""
     model = weights.active
-    if type(model) is not T5ForConditionalGeneration or type(model.lm_head) is not torch.nn.Linear:
+    if type(model) not in _CLASSES or type(model.lm_head) is not torch.nn.Linear:
+        return False
+    if len(start_token_ids(model)) > 1:  # `T5Network` begins with the start token alone.
         return False
 
     modules = (*model.encoder.named_modules(), *model.decoder.named_modules())
@@ -163,7 +166,7 @@ def _attention(norm: Any, attention: Any, adapter: str | None) -> Attention:
 
 def _feed_forward(sublayer: Any, adapter: str | None) -> FeedForward:
     dense = sublayer.DenseReluDense
-    is_gated = isinstance(dense, T5DenseGatedActDense)
+    is_gated = "wi_0" in dict(dense.named_children())
     wide = (dense.wi_0, dense.wi_1) if is_gated else (dense.wi,)
     return FeedForward(
         norm=sublayer.layer_norm.weight,
@@ -256,8 +259,9 @@ class T5Network:
         self.head = model.lm_head.weight
         # Returns T5's relative position bias (1, H, n, m) for n queries and m keys, which all layers share.
         self.position_bias: Callable[[int, int], torch.Tensor] = decoder.block[0].layer[0].SelfAttention.compute_bias
-        # A model whose head is tied to its embeddings scales the states before the head.
-        self.scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
+        # A T5 whose head is tied to its embeddings scales the states before the head. An mT5 never does.
+        scales = type(model) is T5ForConditionalGeneration and self.config.scale_decoder_outputs
+        self.scale = self.config.d_model**-0.5 if scales else 1.0
 
     @staticmethod
     def max_tokens_per_pass(config: Any) -> int:

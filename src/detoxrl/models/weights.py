@@ -57,10 +57,8 @@ class LoraWeights:
         # peft makes the active adapter trainable, its part in the encoder too.
         self.model.base_model.set_adapter(name)
         if self._encoder_is_frozen and name not in self._encoder_weights:
-            named = self.model.named_parameters()
-            self._encoder_weights[name] = [
-                weight for path, weight in named if weight.requires_grad and ".encoder." in path
-            ]
+            encoder = self.model.get_base_model().get_encoder()
+            self._encoder_weights[name] = [weight for weight in encoder.parameters() if weight.requires_grad]
         for weight in self._encoder_weights.get(name, ()):
             weight.requires_grad_(False)
 

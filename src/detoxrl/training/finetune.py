@@ -88,7 +88,8 @@ def examples(
     special = not in_chat
     prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=special).input_ids
     if encoder_decoder:
-        return prompts, tokenizer([target for _, target in pairs]).input_ids
+        # Some tokenizers write another language than they read: a Marian has two vocabularies, an mBART two languages.
+        return prompts, tokenizer(text_target=[target for _, target in pairs]).input_ids
 
     spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
     alone = tokenizer(spaced, add_special_tokens=False).input_ids
