@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from chat_templates import Family, chat_tokenizer
 from detoxrl.data.embedded.corpus import generate_rows
 from detoxrl.models.loading import save_base, scratch_tokenizer
 
@@ -94,3 +100,63 @@ def _write_csv(folder: Path, rows: int) -> None:
             writer = csv.writer(file)
             writer.writerow(["id", "dialogue", "summary", "topic"])
             writer.writerows([row.id, row.text, row.references[0], row.topic] for row in long[:rows])
+
+
+def stand_in_chat(folder: Path, base: Path, family: Family) -> Path:
+    """Write a tiny Llama with the chat template of a family and the words of a tiny model; return its folder."""
+    tokenizer = chat_tokenizer(base, family)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stand_in_toxicity_prompts(folder: Path, rows: int) -> Path:
+    """Write prompts in the shape of RealToxicityPrompts: text and toxicity are nested, a few have no toxicity."""
+    folder.mkdir(parents=True)
+    generated = generate_rows(2, {"train": rows}, "continue")["train"]
+    lines = []
+    for number, row in enumerate(generated):
+        toxicity = None if number % 20 == 0 else (number % 10) / 10
+        prompt = {"text": row.text, "toxicity": toxicity, "threat": 0.1}
+        continuation = {"text": row.references[0], "toxicity": 0.1, "threat": 0.1}
+        lines.append(json.dumps({"prompt": prompt, "continuation": continuation, "challenging": False}) + "\n")
+    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def stand_in_paradetox(folder: Path, rows: int) -> Path:
+    """Write pairs in the shape of ParaDetox; every third source has two rewrites."""
+    folder.mkdir(parents=True)
+    with (folder / "train.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["en_toxic_comment", "en_neutral_comment"])
+        for number, row in enumerate(generate_rows(3, {"train": rows}, "rewrite")["train"]):
+            source = f"{row.text} Case {number}."
+            writer.writerow([source, row.references[0]])
+            if number % 3 == 0:
+                writer.writerow([source, f"{row.references[0]} Again."])
+    return folder
+
+
+def stand_in_encoder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write a tiny sentence encoder as sentence-transformers has it."""
+    torch.manual_seed(1)
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, **settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kind = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return folder
