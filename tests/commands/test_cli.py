@@ -18,6 +18,7 @@ from detoxrl.commands import responses as sampling
 from detoxrl.config.edit import flatten
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
+from detoxrl.evaluation.sharpening import Sharpening
 from detoxrl.models.sampling import Distribution, Sample
 from detoxrl.runs import Run
 from detoxrl.runtime.run_folder import RunFolder
@@ -98,7 +99,12 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
     )
     # Nothing but the temperature lies between the initial policy and itself.
     assert found["quality"]["nll"]["before"] == found["quality"]["entropy"]["before"]
-    assert [*found["baselines"]] == ["word_filter", "best_of_4", "best_of_16", "sft_civil", "sft_best_of_4"]
+    names = ["word_filter", "best_of_4", "best_of_16", "sharpened", "sft_civil", "sft_best_of_4"]
+    if found["quality"]["entropy"]["difference"]["mean"] >= 0:
+        names.remove("sharpened")
+    assert [*found["baselines"]] == names
+    assert (found["sharpening"]["temperature"] is None) == (found["sharpening"]["left_out"] is not None)
+    assert ("sharpened" in names) == (found["sharpening"]["left_out"] is None)
     for name, one in found["baselines"].items():
         assert {"toxicity", "quality", "quality_by", "verdict"} == set(one["after"])
         assert ("kl_bound" in one) == name.startswith("best_of")
@@ -134,7 +140,8 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
     monkeypatch.setattr(sampling, "sample_with_likelihoods", name_adapters)
     found = sampling.sampled_responses(Run(*RunFolder.open(run)), {})
     (run / "responses.jsonl").unlink()
-    assert {name: samples[0][0].text for name, samples in found.items()} == {
+    assert found.sharpening == Sharpening(None, "the two policies have different tokens")  # for all that is known
+    assert {name: samples[0][0].text for name, samples in found.samples.items()} == {
         "before": "None None None",
         "after": "measured0 None None",
         "sft_civil": "measured1 None None",

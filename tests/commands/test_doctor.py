@@ -197,12 +197,12 @@ def test_time_is_what_was_measured_times_how_often_a_run_does_it() -> None:
     train = (0.5 + 0.25) * (trained + validated + 128) + 0.125 * (trained + validated)
     train += 4.0 * 2 * trained + 2.0 * validated
     assert seconds["train"] == train
-    assert seconds["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    assert seconds["evaluate"] == 10 * (5 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
     assert seconds["sft"] == (2000 + 200) * 0.75
 
     bare = {split: [replace(row, civil_references=()) for row in rows] for split, rows in prepared.rows.items()}
     without = stage_seconds(config, bare, STEP)
-    assert without["evaluate"] == 10 * (3 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    assert without["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
     assert without["sft"] == (2000 + 100) * 0.75
 
 

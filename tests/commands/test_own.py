@@ -52,6 +52,7 @@ def test_own_dialogues_model_and_classifier_go_through_unharmed(
     assert set(found["toxicity"]) == {"alt-profanity-check", "reward classifier"}
     assert set(found["quality"]) == {
         "score", "length", "empty_rate", "rouge_l", "chrf", "copied", "similarity", "distinct_1", "distinct_2",
+        "distinct_3", "entropy", "nll", "refusal_rate",
     }  # fmt: skip
     assert set(found["splits"]) <= {"toxic before", "civil before"}
     assert sum(n for by in found["two_by_two"].values() for n in by.values()) == 8
@@ -445,7 +446,7 @@ def test_an_initial_policy_that_was_not_beaten_is_measured_once_and_compared_wit
 ) -> None:
     sampled = []
     sample = ResponseSampler.sample
-    monkeypatch.setattr(ResponseSampler, "sample", lambda *words: (sampled.append(words[1]), sample(*words))[1])
+    monkeypatch.setattr(ResponseSampler, "sample", lambda *words: (sampled.append(words[1].policy), sample(*words))[1])
     assert detoxrl(own("--rl.lr", "1e-12")) == 0
     output = capfd.readouterr()
     assert output.err.count("no checkpoint is better than the initial policy, which is kept (validation toxicity") == 1
@@ -455,6 +456,8 @@ def test_an_initial_policy_that_was_not_beaten_is_measured_once_and_compared_wit
 
     run = place / "runs/own"
     found = json.loads((run / "eval.json").read_text())
+    assert found["sharpening"] == {"temperature": None, "left_out": "training kept the initial policy"}
+    assert found["perplexity"]["ratio"] is None
     compared = [*found["toxicity"].values(), *found["quality"].values()]
     for split in found["splits"].values():
         compared += [result for name, result in split.items() if name != "n"]

@@ -126,6 +126,25 @@ def test_a_baseline_that_does_as_well_is_named() -> None:
     assert end(named).price.endswith(" At least as good as new: Best-of-4 by the reward.")
 
 
+def with_control(verdict: str) -> dict[str, Any]:
+    """An evaluation with a control for sharpening on which this is the verdict."""
+    found = evaluation(sharpening={"temperature": 0.7071, "left_out": None})
+    control = deepcopy(found["baselines"]["best_of_4"])
+    control["after"]["verdict"] = verdict
+    found["baselines"] = {"sharpened": control}
+    return found
+
+
+def test_a_control_for_sharpening_that_does_as_well_is_told() -> None:
+    level = "At least as good without RL: Initial policy at temperature 0.71. The gain may be sharpening alone."
+    assert end(with_control("level")).price.endswith(level)
+    assert end(with_control("behind")).price.endswith(level)
+    for verdict in ("ahead", "a trade", "undecided"):
+        assert "sharpening" not in end(with_control(verdict)).price
+    unchanged = with_control("level") | {"toxicity": judged(0.27, 0.27)}
+    assert "sharpening" not in end(unchanged).price  # there is no gain
+
+
 @pytest.mark.parametrize(("verdict", "is_told"), [("ahead", True), ("undecided", False), ("a trade", False)])
 def test_that_no_baseline_is_as_good_is_said_only_where_each_is_worse(verdict: str, is_told: bool) -> None:
     found = evaluation()

@@ -486,3 +486,33 @@ def test_perplexity_is_shown_as_exp_of_its_nats_and_its_change_as_a_ratio(run_di
     write(run_dir, "eval.json", found)
     shown = visible(build_report(run_dir).read_text())
     assert re.search(r"Perplexity by the initial policy.*2\.72.*4\.48.*×1\.65.*×1\.62 to ×1\.68", shown)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        ("ahead", "At temperature 0.71 the initial policy has about the entropy of the trained policy."),
+        (
+            "level",
+            "At temperature 0.71 the initial policy has about the entropy of the trained policy. It does as well "
+            "there, so the lower toxicity may be sharpening alone.",
+        ),
+    ],
+)
+def test_the_page_says_what_the_control_for_sharpening_shows(run_dir: Path, verdict: str, expected: str) -> None:
+    control = EVALUATION["baselines"]["best_of_4"]
+    control = control | {"after": control["after"] | {"verdict": verdict}}
+    sharpening = {"temperature": 0.7071, "left_out": None}
+    write(run_dir, "eval.json", EVALUATION | {"sharpening": sharpening, "baselines": {"sharpened": control}})
+    lines = visible(build_report(run_dir).read_text())
+    assert expected in lines
+    assert ("may be sharpening" in lines) == (verdict == "level")
+    assert "Initial policy at temperature 0.71" in lines
+
+
+def test_the_page_says_why_there_is_no_control_for_sharpening(run_dir: Path) -> None:
+    assert "sharpening" not in visible(build_report(run_dir).read_text())  # an earlier version's run
+    sharpening = {"temperature": None, "left_out": "the entropy did not fall (1.000 to 1.100 nats per token)"}
+    write(run_dir, "eval.json", EVALUATION | {"sharpening": sharpening})
+    expected = "There is no control for sharpening: the entropy did not fall (1.000 to 1.100 nats per token)."
+    assert expected in visible(build_report(run_dir).read_text())

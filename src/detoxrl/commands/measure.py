@@ -17,6 +17,7 @@ from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
 from detoxrl.evaluation.readers import paired
+from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
 from detoxrl.report.results import read_lines
 from detoxrl.rewards.shaping import is_wordless
@@ -40,7 +41,11 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     if not measures_texts:
         run.load_reward()
 
-    samples = _given_responses(rows) if measures_texts else sampled_responses(run, record["measures"]["policies"])
+    sharpening = Sharpening(None, "files of texts have no entropy")
+    if measures_texts:
+        samples = _given_responses(rows)
+    else:
+        samples, sharpening = sampled_responses(run, record["measures"]["policies"])
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
@@ -65,6 +70,7 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result = evaluation(run.config, rows, measured)
     result["names"] = record["measures"]["names"]
     result["changed_on_its_way"] = record["changes"]
+    result["sharpening"] = sharpening._asdict()
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)
@@ -96,9 +102,12 @@ def _with_baselines(
             baselines[f"best_of_{size}"] = best_of(pool, scores, size)
 
     baselines.update(_floor_and_ceiling(rows, count))
+    if SHARPENED in sampled:
+        baselines[SHARPENED] = sampled[SHARPENED]
+
     after = {name: samples for name, samples in sampled.items() if name == "after"}
-    others = {name: samples for name, samples in sampled.items() if name not in ("before", "after")}
-    return {"before": before, **after, **baselines, **others}
+    trained = {name: samples for name, samples in sampled.items() if name not in ("before", "after", SHARPENED)}
+    return {"before": before, **after, **baselines, **trained}
 
 
 def _floor_and_ceiling(rows: Sequence[Row], count: int) -> dict[str, Samples]:

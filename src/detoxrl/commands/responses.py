@@ -1,23 +1,28 @@
 """What do the measured policies answer to the held-out prompts?"""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts
+from detoxrl.evaluation.likelihood import mean_entropy
 from detoxrl.evaluation.policies import MeasuredPolicies
+from detoxrl.evaluation.sharpening import SHARPENED, Sharpening, matching_temperature
 from detoxrl.evaluation.subjects import TRAINED
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, Likelihood, Sample, batches_by_length, sample_with_likelihoods
 from detoxrl.runs import Run
 from detoxrl.runtime.console import progress
+from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import together
 
 Samples = Sequence[Sequence[Sample]]
 """N prompts with k responses each."""
 RESPONSES = "responses.jsonl"
 """The file of the run folder that keeps samples until all policies are measured."""
+# The most prompts on which the temperature of the control for sharpening is searched.
+_SEARCH_PROMPTS = 64
 
 
 def without_likelihoods(texts: Texts) -> list[list[Sample]]:
@@ -25,32 +30,72 @@ def without_likelihoods(texts: Texts) -> list[list[Sample]]:
     return [[Sample(text, None) for text in of_prompt] for of_prompt in texts]
 
 
-def sampled_responses(run: Run, given: Mapping[str, str]) -> dict[str, Samples]:
+class Source(NamedTuple):
+    """Which policy gives how many responses to a prompt, at which temperature."""
+
+    policy: str
+    samples: int
+    temperature: float
+
+
+class Sampled(NamedTuple):
+    """The samples of each policy by name, and what the control for sharpening is."""
+
+    samples: dict[str, Samples]
+    sharpening: Sharpening
+
+
+def sampled_responses(run: Run, given: Mapping[str, str]) -> Sampled:
     """Sample every policy on the same prompts with the same uniforms; batches in responses.jsonl are not repeated.
 
     There is no "after" where training kept the initial policy.
     """
-    folder = run.folder
     run.require_warm_start()
-    has_after = "after" in given or (folder / TRAINED["after"]).is_dir()
-    require(has_after, "run folder", str(folder.root), "has no adapter", "train it first")
+    has_after = "after" in given or (run.folder / TRAINED["after"]).is_dir()
+    require(has_after, "run folder", str(run.folder.root), "has no adapter", "train it first")
     sampler = run.world.build(ResponseSampler, run, dict(given))
 
-    sampled: dict[str, dict[int, list[Sample]]] = {name: {} for name in sampler.names}
-    for line in folder.read_lines(RESPONSES):
-        if line["policy"] in sampled:
-            sampled[line["policy"]].update(_as_samples(line["responses"]))
+    sources = sampler.sources()
+    settings = run.config.evaluation
+    planned = sum(source.samples for source in sources.values())
+    planned += settings.samples_per_prompt if settings.sharpened else 0
+    with progress("sample", planned * sampler.rows) as report:
+        collection = _Collection(run.folder, sampler, report)
+        samples = {name: collection.complete(name, source) for name, source in sources.items()}
+        sharpening = _sharpening(run, sampler, samples, collection.temperature)
+        if sharpening.temperature is not None:
+            source = Source("before", settings.samples_per_prompt, sharpening.temperature)
+            samples[SHARPENED] = collection.complete(SHARPENED, source)
+    return Sampled(samples, sharpening)
 
-    rows = len(run.rows("test"))
-    counts = {name: sampler.samples_per_prompt(name) for name in sampler.names}
-    with progress("sample", rows * sum(counts.values())) as report:
-        for name in sampler.names:
-            for batch in sampler.batches(skip=len(sampled[name])):
-                samples = sampler.sample(name, batch)
-                folder.append(RESPONSES, {"policy": name, "responses": list(samples.items())})
-                sampled[name].update(samples)
-                report(sum(len(sampled[name]) * count for name, count in counts.items()), name)
-    return {name: [by_row[row] for row in range(rows)] for name, by_row in sampled.items()}
+
+class _Collection:
+    """The samples that a run folder holds, and those that are added to it."""
+
+    def __init__(self, folder: RunFolder, sampler: "ResponseSampler", report: Callable[[int, str], None]) -> None:
+        self.temperature: float | None = None  # That of the control for sharpening, once it was found.
+        self._folder = folder
+        self._sampler = sampler
+        self._report = report
+        self._responses = 0
+        self._by_row: dict[str, dict[int, list[Sample]]] = {}
+        for line in folder.read_lines(RESPONSES):
+            self._by_row.setdefault(line["policy"], {}).update(_as_samples(line["responses"]))
+            if line["policy"] == SHARPENED:
+                self.temperature = line["temperature"]
+
+    def complete(self, name: str, source: Source) -> Samples:
+        """Return the samples of a policy on all prompts; the batches that the folder lacks are sampled now."""
+        by_row = self._by_row.setdefault(name, {})
+        order = self._sampler.order
+        for batch in self._sampler.batches(order[len(by_row) :]):
+            sampled = self._sampler.sample(source, batch)
+            record = {"policy": name, "temperature": source.temperature, "responses": list(sampled.items())}
+            self._folder.append(RESPONSES, record)
+            by_row.update(sampled)
+            self._report(self._responses + len(by_row) * source.samples, name)
+        self._responses += len(by_row) * source.samples
+        return [by_row[row] for row in range(self._sampler.rows)]
 
 
 def _as_samples(responses: Sequence[tuple[int, list[Any]]]) -> dict[int, list[Sample]]:
@@ -59,6 +104,51 @@ def _as_samples(responses: Sequence[tuple[int, list[Any]]]) -> dict[int, list[Sa
     for row, of_prompt in responses:
         samples[row] = [Sample(text, Likelihood(*numbers) if numbers else None) for text, numbers in of_prompt]
     return samples
+
+
+def _sharpening(
+    run: Run, sampler: "ResponseSampler", samples: Mapping[str, Samples], found_before: float | None
+) -> Sharpening:
+    """Return the temperature of the control for sharpening, or why there is no control.
+
+    It follows from the samples and the seed, so a search that was interrupted is made again with the same result.
+    """
+    settings = run.config.evaluation
+    if not settings.sharpened:
+        return Sharpening(None, "evaluation.sharpened is off")
+    if "after" not in samples:
+        return Sharpening(None, "training kept the initial policy")
+
+    initial = mean_entropy([of_prompt[: settings.samples_per_prompt] for of_prompt in samples["before"]])
+    trained = mean_entropy(samples["after"])
+    if initial is None or trained is None:
+        return Sharpening(None, "the two policies have different tokens")
+    if trained >= initial:
+        return Sharpening(None, f"the entropy did not fall ({initial:.3f} to {trained:.3f} nats per token)")
+    return Sharpening(found_before or _search(run, sampler, samples["before"], samples["after"]), None)
+
+
+def _search(run: Run, sampler: "ResponseSampler", before: Samples, after: Samples) -> float:
+    """Return the temperature at which the initial policy has the entropy of "after".
+
+    Entropies are those of the first sample of each of some prompts. They are compared on the same prompts and draws,
+    because the entropy of a few dozen responses depends on both.
+    """
+    rows = sampler.order[:: -(-sampler.rows // _SEARCH_PROMPTS)]
+
+    def first_entropy(samples: Mapping[int, Sequence[Sample]] | Samples) -> float:
+        entropy = mean_entropy([samples[row][:1] for row in rows])
+        assert entropy is not None  # All these samples have likelihoods.
+        return entropy
+
+    def entropy_at(temperature: float) -> float:
+        sampled: dict[int, list[Sample]] = {}
+        for batch in sampler.batches(rows):
+            sampled.update(sampler.sample(Source("before", 1, temperature), batch))
+        return first_entropy(sampled)
+
+    start = run.config.generation.temperature
+    return matching_temperature(entropy_at, start, first_entropy(before), first_entropy(after))
 
 
 class ResponseSampler:
@@ -73,38 +163,42 @@ class ResponseSampler:
         self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
         # The initial policy rates the responses of the others, so it is always on the device.
         self._on_device: Policy = self._policies.initial.policy.to(self.world.device)
-        self.names = list(self._policies.names)
+        self._names = list(self._policies.names)
         if run.folder.kept_initial_policy():
-            self.names.remove("after")
+            self._names.remove("after")
+        (self.order,) = batches_by_length(self._prompts, len(self._prompts))
+        self.rows = len(self._prompts)
 
-    def batches(self, skip: int) -> list[list[int]]:
-        """Return the rows of each batch, in order of length, without the first `skip` rows of that order."""
-        size = self._config.generation.batch_size * self.world.size
-        (order,) = batches_by_length(self._prompts, len(self._prompts))
-        left = order[skip:]
-        return [left[start : start + size] for start in range(0, len(left), size)]
-
-    def samples_per_prompt(self, name: str) -> int:
-        """Return how many responses a policy gives to a prompt; the initial one more, from which best-of-n picks."""
+    def sources(self) -> dict[str, Source]:
+        """Return how each policy is sampled, by name. The initial one gives more, from which best-of-n picks."""
         settings = self._config.evaluation
-        extra = max(settings.best_of, default=0) if name == "before" else 0
-        return settings.samples_per_prompt + extra
+        temperature = self._config.generation.temperature
+        sources = {name: Source(name, settings.samples_per_prompt, temperature) for name in self._names}
+        pool = max(settings.best_of, default=0)
+        sources["before"] = Source("before", settings.samples_per_prompt + pool, temperature)
+        return sources
+
+    def batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """Return rows in batches that all processes share."""
+        size = self._config.generation.batch_size * self.world.size
+        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     @together
-    def sample(self, name: str, batch: list[int]) -> dict[int, list[Sample]]:
+    def sample(self, source: Source, batch: list[int]) -> dict[int, list[Sample]]:
         """Return the responses of one policy to some rows, by row."""
-        source = self._policies.get(name)
+        distribution = self._policies.get(source.policy)._replace(temperature=source.temperature)
+        policy = distribution.policy
         initial = self._policies.initial
-        if source.policy not in (self._on_device, initial.policy):
-            self._on_device = source.policy.to(self.world.device)
+        if policy not in (self._on_device, initial.policy):
+            self._on_device = policy.to(self.world.device)
 
         mine = self.world.share(batch)
         samples = sample_with_likelihoods(
-            source,
-            initial if self._policies.has_initial_tokens(source.policy) else None,
+            distribution,
+            initial if self._policies.has_initial_tokens(policy) else None,
             [self._prompts[row] for row in mine],
             self._draws,
-            self.samples_per_prompt(name),
+            source.samples,
             self._config.generation.max_new_tokens,
         )
         responses: dict[int, list[Sample]] = {}

@@ -39,9 +39,12 @@ def bar_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, floa
     train += trained * rl.epochs * step.update
     train += validated * step.judges[0]
 
-    # Measured are the initial policy, the trained one and the baselines. Best-of-n takes more of the initial policy.
+    # Measured are the initial policy, the trained one, the control for sharpening and the baselines. Best-of-n takes
+    # more of the initial policy.
     baselines = baseline_names(config, rows)
-    samples = (2 + len(baselines)) * config.evaluation.samples_per_prompt + max(config.evaluation.best_of, default=0)
+    evaluation = config.evaluation
+    policies = 2 + int(evaluation.sharpened) + len(baselines)
+    samples = policies * evaluation.samples_per_prompt + max(evaluation.best_of, default=0)
     evaluated = samples * len(rows["test"])
 
     seconds = {"warm start": config.sft.steps * step.finetune}

@@ -340,6 +340,10 @@ class EvaluationConfig:
     """Baselines without training: for each number n, the best of n responses of the initial policy by the reward. No
     number: no such baseline."""
 
+    sharpened: bool = True
+    """Also measure the initial policy at the temperature that gives it the entropy of the trained policy: what
+    sharpening alone does. Takes about as long as one further policy."""
+
     bootstrap: PositiveInt = 10_000
     """Number of bootstrap resamples for each interval."""
 

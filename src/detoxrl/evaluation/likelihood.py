@@ -28,6 +28,12 @@ def likelihood_metrics(samples: Sequence[Sequence[Sample]], are_draws: bool) -> 
     return metrics
 
 
+def mean_entropy(samples: Sequence[Sequence[Sample]]) -> float | None:
+    """Return the entropy of draws (N, k) in nats per token; None if any has no likelihood."""
+    metrics = likelihood_metrics(samples, are_draws=True)
+    return float(metrics["entropy"].mean()) if metrics else None
+
+
 def per_token(nats: Floats, tokens: Floats) -> Floats:
     """Return values (N, k) whose mean is the sum of `nats` (N, k) over the sum of `tokens` (N, k).
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config
 from detoxrl.errors import require
+from detoxrl.evaluation.sharpening import SHARPENED
 from detoxrl.runtime.hub import pin_policy
 
 # The folder of each policy that a run trains, by its name among the policies that are measured.
 TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
-_RESERVED = {"before", "after", "word_filter", "sharpened", "copy", "human", *TRAINED}
+_RESERVED = {"before", "after", "word_filter", "copy", "human", SHARPENED, *TRAINED}
 
 NO_BASE = "none"
 """The value of policy.base in a run that measures texts, which needs no model."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 
 from detoxrl.config.schema import GenerationConfig
@@ -135,11 +136,16 @@ def sample_with_likelihoods(
 
 
 def _likelihoods(responses: Responses, initial_logprobs: torch.Tensor) -> list[Likelihood]:
-    """Return the likelihood of each response. Log-probs are summed in float64 on the CPU: MPS has no float64."""
+    """Return the likelihood of each response."""
     tokens = responses.response_mask.sum(1).tolist()
-    logprobs = responses.logprobs.cpu().double().sum(1).tolist()
-    initial = initial_logprobs.cpu().double().sum(1).tolist()
-    return [Likelihood(*sums) for sums in zip(tokens, logprobs, initial, strict=True)]
+    sums = zip(tokens, _summed(responses.logprobs), _summed(initial_logprobs), strict=True)
+    return [Likelihood(*numbers) for numbers in sums]
+
+
+def _summed(logprobs: torch.Tensor) -> list[float]:
+    """Return the sum over tokens of log-probs (B, T), in float64 by numpy: not every device has float64."""
+    sums: list[float] = logprobs.cpu().numpy().sum(1, dtype=np.float64).tolist()
+    return sums
 
 
 def response_logprobs(

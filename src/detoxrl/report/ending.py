@@ -152,7 +152,8 @@ def _baselines(evaluation: dict[str, Any]) -> str:
     names = evaluation["names"]
     if baselines.at_least_as_good:
         alternative = f"as {names['after']}" if names else "without RL"
-        return f"At least as good {alternative}: {', '.join(baselines.at_least_as_good)}."
+        sentence = f"At least as good {alternative}: {', '.join(baselines.at_least_as_good)}."
+        return f"{sentence} The gain may be sharpening alone." if baselines.may_be_sharpening else sentence
 
     is_less_toxic = words.primary_toxicity(evaluation).direction < 0
     if not is_less_toxic or not baselines.are_all_worse:

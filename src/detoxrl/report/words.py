@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from detoxrl.evaluation.sharpening import SHARPENED
 from detoxrl.runtime.run_folder import INITIAL_KEPT, SHARE_WITH_TEXT
 
 # How the page, the terminal and the card qualify results by the reward's own model.
@@ -307,7 +308,10 @@ def after_name(evaluation: dict[str, Any]) -> str:
     return str(evaluation["names"].get("after", default))
 
 
-def _system_name(name: str) -> str:
+def _system_name(name: str, evaluation: dict[str, Any]) -> str:
+    if name == SHARPENED:
+        return f"Initial policy at temperature {number(evaluation['sharpening']['temperature'], 2)}"
+
     best_of = re.fullmatch(r"best_of_(\d+)", name)
     if best_of:
         return f"Best-of-{best_of[1]} by the reward"
@@ -320,7 +324,7 @@ def systems(evaluation: dict[str, Any]) -> dict[str, dict[str, Measure]]:
     first = evaluation["names"].get("after", after_name(evaluation).capitalize())
     systems = {first: measured(evaluation)}
     for name, baseline in evaluation["baselines"].items():
-        systems[_system_name(name)] = measured(baseline)
+        systems[_system_name(name, evaluation)] = measured(baseline)
 
     return systems
 
@@ -329,6 +333,8 @@ class Baselines(NamedTuple):
     """How "after" compares with the baselines."""
 
     summary: str
+    sharpening: str  # What the control for sharpening says, or why there is none; empty for an earlier version's run.
+    may_be_sharpening: bool  # The control does as well as "after", which gained something.
     at_least_as_good: list[str]  # The baselines that do as well as "after" or better.
     are_all_worse: bool
     by_name: dict[str, dict[str, Any]]  # Each comparison as in eval.json, with its verdict in words.
@@ -350,13 +356,14 @@ def compare_baselines(evaluation: dict[str, Any]) -> Baselines:
     for name, baseline in evaluation["baselines"].items():
         comparison = baseline["after"]
         verdict = comparison["verdict"]
-        by_name[_system_name(name)] = {
+        system = _system_name(name, evaluation)
+        by_name[system] = {
             **comparison,
             "kl_bound": baseline.get("kl_bound"),
             "outcome": verdict,
             "verdict": verdicts[verdict],
         }
-        by_verdict[verdict].append(_system_name(name))
+        by_verdict[verdict].append(system)
 
     at_least_as_good = by_verdict["behind"] + by_verdict["level"]
     if kept_initial(evaluation):
@@ -364,7 +371,31 @@ def compare_baselines(evaluation: dict[str, Any]) -> Baselines:
     else:
         summary = _baselines_beside(after, at_least_as_good, by_verdict["undecided"])
     are_all_worse = len(by_verdict["ahead"]) == len(by_name) > 0
-    return Baselines(summary, at_least_as_good, are_all_worse, by_name)
+    may_be_sharpening = _may_be_sharpening(evaluation)
+    sharpening = _sharpening(evaluation, may_be_sharpening)
+    return Baselines(summary, sharpening, may_be_sharpening, at_least_as_good, are_all_worse, by_name)
+
+
+def _may_be_sharpening(evaluation: dict[str, Any]) -> bool:
+    """Return whether "after" is less toxic, and the control for sharpening does at least as well."""
+    if SHARPENED not in evaluation["baselines"] or primary_toxicity(evaluation).direction >= 0:
+        return False
+    return evaluation["baselines"][SHARPENED]["after"]["verdict"] in ("behind", "level")
+
+
+def _sharpening(evaluation: dict[str, Any], may_be_sharpening: bool) -> str:
+    result = evaluation.get("sharpening")  # Earlier versions had no such control.
+    if result is None:
+        return ""
+    if result["temperature"] is None:
+        return f"There is no control for sharpening: {result['left_out']}."
+
+    temperature = number(result["temperature"], 2)
+    trained = evaluation["names"].get("after", "the trained policy")
+    sentence = f"At temperature {temperature} the initial policy has about the entropy of {trained}."
+    if may_be_sharpening:
+        sentence += " It does as well there, so the lower toxicity may be sharpening alone."
+    return sentence
 
 
 def _baselines_beside(after: str, at_least_as_good: list[str], undecided: list[str]) -> str:
