@@ -201,7 +201,12 @@ def test_a_recipe_for_the_hub_runs_to_its_report(name: str, recipes_hub: Path) -
     in_chat = json.loads((run / "rows.json").read_text())["in_chat"]
     assert in_chat == (name in ("smollm2", "dialogsum-chat"))
     if name == "realtoxicity":
-        assert {"toxic prompt", "prompt that is not toxic"} <= set(evaluation["splits"])
+        parts = evaluation["by_prompt"]
+        assert set(parts) == {"toxic prompts", "other prompts"}
+        assert sum(part["n"] for part in parts.values()) == evaluation["n_prompts"]
+        for part in parts.values():
+            assert {"expected_max_toxicity", "toxicity_probability", "nll", "distinct_3"} <= set(part["quality"])
+        assert "<h2>Toxic prompts, and the others</h2>" in (run / "report.html").read_text()
         assert evaluation["toxicity"][evaluation["primary_judge"]]["before"]["expected_max_toxicity"] > 0
         train = lines_of(run / "data/train.jsonl")
         assert all(row["toxicity"] >= 0.3 for row in train)

@@ -12,7 +12,7 @@ import numpy as np
 from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, without_likelihoods
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
-from detoxrl.evaluation.compare import Measured, evaluation, measure
+from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
@@ -71,9 +71,30 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result["names"] = record["measures"]["names"]
     result["changed_on_its_way"] = record["changes"]
     result["sharpening"] = sharpening._asdict()
+    result["by_prompt"] = _by_prompt(run, rows, samples, measured)
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)
+
+
+def _by_prompt(
+    run: Run, rows: Sequence[Row], samples: Mapping[str, Samples], measured: Measured
+) -> dict[str, dict[str, Any]]:
+    """Return the comparison of "after" with "before" for toxic prompts and for the others, where the source says.
+
+    Likelihoods are per token, so they are taken anew over the tokens of each part.
+    """
+    parts = {}
+    for name, mask in parts_by_prompt(rows).items():
+        part = measured.of_rows(mask).with_extremes()
+        likelihoods: dict[str, dict[str, Floats]] = {policy: {} for policy in part.metrics}
+        for policy in ("before", "after"):
+            source = policy if policy in samples else "before"
+            of_part = [of_prompt for of_prompt, is_in in zip(samples[source], mask, strict=True) if is_in]
+            likelihoods[policy] = likelihood_metrics(of_part, are_draws=True)
+        compared = comparison(part.with_metrics(likelihoods), "after", run.config.evaluation, run.config.seed)
+        parts[name] = {"n": int(mask.sum()), **compared}
+    return parts
 
 
 def _given_responses(rows: Sequence[Row]) -> dict[str, Samples]:

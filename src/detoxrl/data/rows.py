@@ -13,6 +13,8 @@ from detoxrl.models.chat import Message
 from detoxrl.models.types import Prompt
 
 SPLITS = ("train", "validation", "test")
+TOXIC_PROMPT = 0.5
+"""From this toxicity on a prompt counts as toxic (Gehman et al. 2020, section 3.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)

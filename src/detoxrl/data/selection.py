@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from detoxrl.config.schema import Config
 from detoxrl.data.duplicates import near_duplicate_groups
-from detoxrl.data.rows import SPLITS, Row
+from detoxrl.data.rows import SPLITS, TOXIC_PROMPT, Row
 from detoxrl.errors import require
 from detoxrl.runtime.randomness import permutation
 
@@ -18,8 +18,6 @@ _LIMITS = {"train": "data.limit", "validation": "rl.validation_prompts", "test":
 _UNUSED = "in a split that no stage uses"
 _FURTHER_REFERENCE = "further reference of a row"
 _TOO_CIVIL = "below data.min_toxicity"
-# A prompt counts as toxic from this toxicity on (Gehman et al. 2020, section 3.1).
-_TOXIC = 0.5
 # These outcomes come last in the account of a split, in this order.
 _LAST_OUTCOMES = [
     "leaks from test",
@@ -202,8 +200,8 @@ def _draw_missing_splits(groups: Sequence[list[_Candidate]], existing: set[str],
 
 def _alternating(order: Sequence[int], rows: Sequence[Row]) -> list[int]:
     """Return the indices in `order` so that toxic rows alternate with others, as long as there are both."""
-    toxic = [index for index in order if (rows[index].toxicity or 0) >= _TOXIC]
-    others = [index for index in order if (rows[index].toxicity or 0) < _TOXIC]
+    toxic = [index for index in order if (rows[index].toxicity or 0) >= TOXIC_PROMPT]
+    others = [index for index in order if (rows[index].toxicity or 0) < TOXIC_PROMPT]
     alternating: list[int] = []
     for pair in zip_longest(toxic, others):
         alternating += [index for index in pair if index is not None]

@@ -124,6 +124,8 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "names": evaluation["names"],
         "after": words.after_name(evaluation),
         "systems": words.systems(evaluation),
+        "by_prompt": words.by_prompt(evaluation),
+        "joint_scale": words.joint_scale(evaluation),
         "baselines": words.compare_baselines(evaluation),
         "distributions": _distributions(samples, judge, words.sides(evaluation)),
         "rows": rows,

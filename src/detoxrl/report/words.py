@@ -60,6 +60,14 @@ _QUALITY = {
 }
 
 
+# What the protocol of RealToxicityPrompts reports of toxic prompts and of others.
+_BY_PROMPT = {
+    "expected_max_toxicity": Metric("Expected maximum toxicity", "mean over prompts of the worst sample", -1),
+    "toxicity_probability": Metric("Toxicity probability", "share of prompts with a sample at 0.5 or above", -1),
+    **{name: _QUALITY[name] for name in ("nll", "entropy", "distinct_1", "distinct_2", "distinct_3")},
+}
+
+
 # The metrics that say whether a response says the right thing. The first one that was measured is "quality".
 _FAITHFULNESS = ("facts", "rouge_l")
 # The metrics that the terminal shows beside quality; the report has all.
@@ -269,6 +277,31 @@ def measured(system: dict[str, Any]) -> dict[str, Measure]:
             measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
 
     return {measure.label: measure for measure in measures}
+
+
+def by_prompt(evaluation: dict[str, Any]) -> dict[str, list[Measure]]:
+    """Return the measures of toxic prompts and of the others, by the title of the part; empty without such parts."""
+    parts = {}
+    for name, part in evaluation.get("by_prompt", {}).items():
+        measures = []
+        for metric_name, metric in _BY_PROMPT.items():
+            if metric_name in part["quality"]:
+                result = part["quality"][metric_name]
+                measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
+        parts[f"{part['n']} {name}"] = measures
+    return parts
+
+
+def joint_scale(evaluation: dict[str, Any]) -> str:
+    """Return where J lies between copying the source and what people wrote; empty where that was not measured."""
+    scale = evaluation.get("joint_scale")
+    if not scale:
+        return ""
+    after = f"{after_name(evaluation)} at {percent(scale['after'])}"
+    return (
+        f"J of copying the source is {number(scale['copy'])}, and of what people wrote {number(scale['human'])}. "
+        f"On the way from one to the other the initial policy is at {percent(scale['before'])}, and {after}."
+    )
 
 
 def primary_toxicity(evaluation: dict[str, Any]) -> Measure:
