@@ -141,6 +141,7 @@ def test_a_measurement_that_stops_anywhere_ends_as_if_it_had_not(
         sampling.calls, sampling.stop_at = 0, 0
         assert detoxrl(["run", "--resume", "--run-dir", folder]) == 0
         assert sampling.calls <= calls - made
+        assert stop_at < calls or sampling.calls == 1  # the temperature is not searched again
         require_same_results(Path("whole"), Path(folder))
     capsys.readouterr()
 
