@@ -141,6 +141,7 @@ _SMOLLM2: Settings = {
     "data.task": "chat",
     "data.limit": 2_000,
     "policy.base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "reward.encoder": "sentence-transformers/all-MiniLM-L6-v2",
     # Replies are cut at 24 tokens to save time, so not ending says nothing of a reply.
     "reward.missing_eos_penalty": 0.0,
     "reward.normalise_on": 64,
