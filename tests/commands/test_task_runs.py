@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from chat_templates import GEMMA3, LLAMA3, QWEN25, SMOLLM2
 from detoxrl.config.recipes import recipe
+from detoxrl.models.policy import Policy
 from hub import hub
 from small_runs import SMALL, detoxrl
 from stand_in import (
@@ -146,6 +147,33 @@ def test_a_source_is_rewritten_between_a_floor_and_a_ceiling(
     page = (run / "report.html").read_text()
     assert "Copy of the source" in page
     assert "Rewritten by people" in page
+
+
+def test_a_chat_model_of_another_kind_is_measured_in_its_own_template(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand_in_chat(tmp_path / "llama", bases["gpt2"], LLAMA3)
+    stand_in_chat(tmp_path / "gemma", bases["gpt2"], GEMMA3)
+    copytree(bases["llama"], tmp_path / "plain")
+    write_talks(tmp_path / "talk.jsonl")
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [0.0 for _ in responses]\n")
+    read: list[str] = []
+    encode = Policy.encode
+
+    def spy(policy: Policy, prompts: Any, *others: Any) -> Any:
+        encoded = encode(policy, prompts, *others)
+        read.extend(policy.tokenizer.decode(ids) for ids in encoded.states)
+        return encoded
+
+    monkeypatch.setattr(Policy, "encode", spy)
+    words = ["evaluate", "own", "--data.task", "chat", "--data.source", "talk.jsonl", "--policy.base", "llama",
+             "--policy", "gemma=gemma", "--policy", "plain=plain", "--reward.function", "mine.py:score",
+             "--data.max-prompt-tokens", "200", *TINY]  # fmt: skip
+    assert detoxrl(words) == 0
+    assert any("<bos><start_of_turn> user" in text or "<bos><start_of_turn>user" in text for text in read)
+    assert any("<|start_header_id|>" in text for text in read)
+    assert any("Assistant:" in text and "<|" not in text for text in read)
 
 
 # The recipes that need a hub

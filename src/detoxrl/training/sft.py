@@ -1,5 +1,6 @@
 """What does the sft stage make: the warm start, and the baselines without reinforcement learning?"""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,10 +65,15 @@ def _make(run: Run, name: str, tune: Tune, ingredients: list[str] | None) -> Non
 
 
 def warm_start_ingredients(run: Run) -> list[str]:
-    """Return what the warm start of a scratch base follows from: settings, seed and rows."""
+    """Return what the warm start of a scratch base follows from: settings, seed, prompts and references."""
     sft = run.config.sft
     settings = f"{sft.steps} steps of {sft.batch_size}, lr {sft.lr}, warm-up {sft.warmup_steps}, bf16 {sft.bf16}"
-    return [settings, f"seed {run.config.seed}", content_digest(run.folder / "data/train.jsonl")]
+    return [settings, f"seed {run.config.seed}", json.dumps(_reference_pairs(run))]
+
+
+def _reference_pairs(run: Run) -> Pairs:
+    """Return each training prompt with each of its references."""
+    return [(row.prompt, reference) for row in run.rows("train") for reference in row.references]
 
 
 def _civil_baseline_ingredients(run: Run) -> list[str]:
@@ -80,7 +86,7 @@ def _civil_baseline_ingredients(run: Run) -> list[str]:
 def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     """Fine-tune on the references; save a whole model with its tokenizer, or a LoRA adapter."""
     config = run.config
-    pairs = [(row.prompt, reference) for row in run.rows("train") for reference in row.references]
+    pairs = _reference_pairs(run)
     if not config.sft.full_weights:
         policy = run.initial_policy().to(run.world.device)
         steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
