@@ -146,8 +146,8 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
     without = {
         "data.max_length", "data.text_column", "data.reference_column", "data.id_column", "data.toxicity_column",
         "data.template", "data.chat_template", "data.system_prompt", "policy.adapter", "policy.lora_targets",
-        "reward.missing_eos_penalty", "reward.function", "reward.good_label", "rl.kl_target",
-        "rl.microbatch_size", "rl.patience",
+        "reward.missing_eos_penalty", "reward.encoder", "reward.function", "reward.good_label", "rl.kl_target",
+        "rl.microbatch_size", "rl.quality_margin", "rl.patience",
         "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.fluency",
     }  # fmt: skip
     lists = {"evaluation.best_of", "evaluation.other_judges"}
@@ -179,6 +179,7 @@ def test_a_config_stored_by_an_earlier_version_loads_and_means_what_it_meant(tmp
         "data.reference_column": "summary",
         "data.chat_template": False,
         "reward.missing_eos_penalty": 1.0,
+        "rl.quality_margin": 0.005,
     }
     assert config == recipe("dialogsum-long", as_then)
     (tmp_path / "again.json").write_text(config_to_json(config))
@@ -212,7 +213,8 @@ def test_every_recipe_is_valid_and_says_what_it_is_for() -> None:
 
 def test_the_recipes_keep_the_old_systems_hyperparameters_and_long_ones_change_what_moves_a_model() -> None:
     names = ["dialogsum", "dialogsum-lowmem", "samsum-detoxify", "dialogsum-large"]
-    assert list(recipe_names()) == ["quickstart", "own", *(f"{name}{end}" for name in names for end in ("", "-long"))]
+    newer = ["quickstart", "own", "smollm2", "realtoxicity", "paradetox", "dialogsum-chat"]
+    assert list(recipe_names()) == [*newer, *(f"{name}{end}" for name in names for end in ("", "-long"))]
     notebook = recipe("dialogsum")
     assert (notebook.data.min_length, notebook.data.max_length) == (200, 1000)
     for name, steps, batch in zip(names, (10, 20, 50, 10), (16, 16, 8, 16), strict=True):

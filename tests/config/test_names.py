@@ -102,7 +102,7 @@ def test_a_command_that_does_not_exist_is_answered_likewise(
 def test_recipes_and_trackers_are_answered_likewise() -> None:
     with pytest.raises(InputError, match=r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"):
         recipe("quikstart")
-    with pytest.raises(InputError, match=r"recipe = 'dialog': is not a recipe; use quickstart, own, dialogsum,"):
+    with pytest.raises(InputError, match=r"recipe = 'dialog': is not a recipe; use quickstart, own, smollm2,"):
         recipe("dialog")
     with pytest.raises(InputError, match=r"'mlflow': is not a tracker; choose from none, tensorboard"):
         resolve_tracker("mlflow")

@@ -73,7 +73,10 @@ def explain_kept(folder: RunFolder, evaluation: dict[str, Any]) -> Explanation |
     rl = folder.read_json("config.json")["rl"]
     validations = read_validations(folder)
     first, *later = validations
-    bound = first["quality"] - rl["quality_margin"]
+    checkpoint = folder.read_json("checkpoint.json")
+    bound = first["quality"] - checkpoint.get(
+        "quality_margin", rl["quality_margin"]
+    )  # Early versions stored the latter.
     quality = "quality" if main_quality(evaluation) else "share of responses with text"
 
     judged = [Judged(first, "the initial policy")]

@@ -16,6 +16,10 @@ _REASON = (
     "the best {quality} among policies whose validation toxicity is within one standard error of the lowest, and whose "
     "{quality} is at most {margin} below the initial policy's"
 )
+# What training may lose of quality by default, by its measure. Variety is noisier than facts, and a civil rewrite has
+# to differ from its source.
+_MARGIN = 0.005
+_MARGINS = {"distinct_2": 0.05, "source_similarity": 0.1}
 
 
 def best_validation(series: Sequence[Validation], margin: float) -> Validation:
@@ -73,24 +77,27 @@ class BestCheckpoint:
         self.folder = folder
         self.rl = rl
         self.quality_by = quality_by
+        # The loss of quality that a policy to keep may have at most.
+        self.margin = _MARGINS.get(quality_by, _MARGIN) if rl.quality_margin is None else rl.quality_margin
         self.series: list[Validation] = []
 
     def offer(self, policy: Policy, validation: Validation) -> bool:
         """Save the policy to adapter/ if it is the best so far; return whether it is. The initial one comes first."""
         self.series.append(validation)
-        best = best_validation(self.series, self.rl.quality_margin)
+        best = best_validation(self.series, self.margin)
         is_best = best is validation
         if is_best:
             with replace_folder(self.folder / "adapter") as adapter:
                 policy.save(adapter)
 
-        diverged = divergence(self.series, self.rl.quality_margin)
+        diverged = divergence(self.series, self.margin)
         record = {
             "kept_step": best.step,
             "parted_step": None if diverged is None else diverged.step,
             "stopped_step": self.stopped_step,
-            "reason": _REASON.format(margin=self.rl.quality_margin, quality=self._quality_name),
+            "reason": _REASON.format(margin=self.margin, quality=self._quality_name),
             "quality_by": self.quality_by,
+            "quality_margin": self.margin,
             "kept": asdict(best),
             "start": asdict(self.series[0]),
         }
@@ -111,7 +118,7 @@ class BestCheckpoint:
         if not self.series or self.rl.patience is None:
             return None
 
-        best = best_validation(self.series, self.rl.quality_margin)
+        best = best_validation(self.series, self.margin)
         since_best = len(self.series) - 1 - self.series.index(best)
         step = self.series[-1].step
         return step if since_best >= self.rl.patience and step < self.rl.steps else None
