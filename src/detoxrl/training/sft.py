@@ -1,6 +1,7 @@
 """What does the sft stage make: the warm start, and the baselines without reinforcement learning?"""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from detoxrl.data.rows import Row, to_prompts
 from detoxrl.models.base import Base
 from detoxrl.models.loading import load_tokenizer, save_base, scratch_base
 from detoxrl.models.policy import Policy
+from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.sampling import Draws, sample_all
 from detoxrl.rewards.shaping import is_wordless
 from detoxrl.runs import Run
@@ -84,7 +86,8 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     if not config.sft.full_weights:
         policy = run.initial_policy().to(run.world.device)
         steps = fine_tune(policy.model, policy.tokenizer, pairs, config.sft, config.seed, checkpoints)
-        _show_progress("warm start", config.sft.steps, steps)
+        with _saving_memory(run, policy.model):
+            _show_progress("warm start", config.sft.steps, steps)
         policy.save(folder)
         return
 
@@ -96,7 +99,8 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     model: Any = base.model()
     model.to(run.world.device)
     steps = fine_tune(model, base.tokenizer, pairs, config.sft, config.seed, checkpoints)
-    _show_progress("warm start", config.sft.steps, steps)
+    with _saving_memory(run, model):
+        _show_progress("warm start", config.sft.steps, steps)
     save_base(model, base.tokenizer, folder)
 
 
@@ -147,7 +151,13 @@ def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoint
     sft = run.config.sft
     settings = replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr)
     steps = fine_tune(policy.model, policy.tokenizer, pairs, settings, run.config.seed, checkpoints)
-    _show_progress(name, settings.steps, steps)
+    with _saving_memory(run, policy.model):
+        _show_progress(name, settings.steps, steps)
+
+
+def _saving_memory(run: Run, model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Have backward passes inside the block recompute the layers of the model, if the run asks for that."""
+    return recomputing_layers(model) if run.config.policy.checkpointing else nullcontext()
 
 
 def _show_progress(name: str, total: int, steps: Iterator[tuple[int, float]]) -> None:
