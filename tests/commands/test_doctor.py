@@ -111,6 +111,19 @@ def test_memory_of_a_warm_start_is_counted_in_fp32_and_only_if_there_is_one(
     assert whole == sft(**{"sft.steps": 5, "sft.full_weights": True, "policy.bf16": False})
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_memory_falls_where_activations_are_recomputed(bases: dict[str, Path], prepared: Prepared, name: str) -> None:
+    def update_and_finetuning(checkpointing: bool) -> tuple[float, float]:
+        config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name],
+                                "policy.checkpointing": checkpointing, "sft.steps": 5})  # fmt: skip
+        policy = bare_policy(config, load_tokenizer(str(bases[name])))
+        _, _, update = forecast._policy_peaks(policy, config, prepared)
+        return update, forecast._finetuning_peak(policy, config, prepared)
+
+    for recomputing, keeping in zip(update_and_finetuning(True), update_and_finetuning(False), strict=True):
+        assert recomputing < 0.9 * keeping
+
+
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
     monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: (7.0, 9.0, 8.0))

@@ -6,6 +6,7 @@ that a pass would hold can still be counted.
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.reader import TOKENS
+from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.types import Encoded
 from detoxrl.training.finetune import bf16_capable
 
@@ -191,7 +193,9 @@ def _finetuning_peak(policy: Policy, config: Config, prepared: Prepared) -> int:
     ids = torch.ones(config.sft.batch_size, prompt, dtype=torch.long, device=_META)
     labels = torch.ones(config.sft.batch_size, target, dtype=torch.long, device=_META)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return held + _peak(lambda: policy.model(**batch).loss.backward())
+    recomputing = recomputing_layers(policy.model) if policy.checkpointing else nullcontext()
+    with recomputing:
+        return held + _peak(lambda: policy.model(**batch, use_cache=False).loss.backward())
 
 
 def _reference_tokens(config: Config, prepared: Prepared) -> int:

@@ -134,6 +134,10 @@ class PolicyConfig:
     bf16: bool = False
     """Keep the frozen base in bfloat16; halves its memory. Adapter, value head, log-probs and losses stay in fp32."""
 
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them; an update takes about a third more time and
+    much less memory."""
+
     def __post_init__(self) -> None:
         conflict = "cannot be combined with policy.full_weights"
         two_kinds = self.full_weights and self.adapter is not None

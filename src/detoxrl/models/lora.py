@@ -16,6 +16,7 @@ from detoxrl.errors import InputError, first_line, require
 from detoxrl.models.files import ARCHITECTURES, FURTHER_TARGETS, adapted_part, read_settings, require_targets
 from detoxrl.models.loading import load_base
 from detoxrl.models.policy import Policy
+from detoxrl.models.recompute import layers_to_recompute
 from detoxrl.models.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, loading_adapter, require_layers
 from detoxrl.runtime.hub import config_folder, fetch
 from detoxrl.runtime.randomness import torch_seed
@@ -39,6 +40,10 @@ def make_policy(
     rule = "needs an encoder, and the base has none"
     require(has_encoder or not config.train_encoder, "policy.train_encoder", True, rule, "leave it out")
 
+    can_recompute = len(layers_to_recompute(model)) > 0
+    rule = f"knows no layers of a {model.config.model_type} that could be recomputed"
+    require(can_recompute or not config.checkpointing, "policy.checkpointing", True, rule, "leave it out")
+
     weights: Weights
     if config.full_weights:
         weights = FullWeights(model, tokenizer, config.train_encoder)
@@ -47,7 +52,7 @@ def make_policy(
     else:
         weights = LoraWeights(_load_lora(model, adapter), REFERENCE, config.train_encoder)
 
-    policy = Policy(weights, tokenizer, config.train_encoder)
+    policy = Policy(weights, tokenizer, config.train_encoder, config.checkpointing)
     rule = "has parts in the encoder only, which does not train"
     require(len(policy.parameters()) > 0, "policy.adapter", str(adapter), rule, "set --policy.train-encoder")
     return policy

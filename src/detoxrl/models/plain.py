@@ -1,5 +1,6 @@
 """How does a model of any architecture read and write, by its own forward pass in transformers?"""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
+from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.token_logprobs import MAX_LOGITS, select_tokens
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import Weights
@@ -20,9 +22,10 @@ class PlainNetwork:
     `T5Network` has the same methods and is faster, but knows T5 only.
     """
 
-    def __init__(self, weights: Weights, adapter: str | None) -> None:
+    def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:
         self.weights = weights
         self.adapter = adapter
+        self.checkpointing = checkpointing
         self.has_encoder: bool = weights.model.config.is_encoder_decoder
 
     @staticmethod
@@ -32,7 +35,7 @@ class PlainNetwork:
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the encoder's hidden states (B, P, D) for prompts of token ids (B, P)."""
-        with self.weights.using(self.adapter), FastLinear():
+        with self.weights.using(self.adapter), self._recomputing(), FastLinear():
             states: torch.Tensor = self.weights.active.get_encoder()(input_ids=ids, attention_mask=mask)[0]
             return states
 
@@ -48,10 +51,14 @@ class PlainNetwork:
         """
         seen = 0 if cache is None else cache.get_seq_length()
 
-        with self.weights.using(self.adapter), FastLinear():
+        with self.weights.using(self.adapter), self._recomputing(), FastLinear():
             if self.has_encoder:
                 return self._predicted_by_decoder(encoded, tokens, seen, cache)
             return self._predicted_by_causal_model(encoded, tokens, seen, cache)
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Have backward passes recompute the layers that are computed inside the block, if that is asked for."""
+        return recomputing_layers(self.weights.active, FastLinear) if self.checkpointing else nullcontext()
 
     def _predicted_by_decoder(
         self, encoded: Encoded, tokens: torch.Tensor, seen: int, cache: Any

@@ -33,8 +33,11 @@ class Policy:
     prompt are shared.
     """
 
-    def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, train_encoder: bool) -> None:
+    def __init__(
+        self, weights: Weights, tokenizer: PreTrainedTokenizerBase, train_encoder: bool, checkpointing: bool = False
+    ) -> None:
         self.weights = weights
+        self.checkpointing = checkpointing  # Whether backward passes recompute activations.
         self.reference: str | None = weights.reference
         self.tokenizer = tokenizer
         self.train_encoder = train_encoder
@@ -200,7 +203,7 @@ class Policy:
         return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
 
     def _network(self, adapter: str | None) -> T5Network | PlainNetwork:
-        return self._network_class(self.weights, adapter)
+        return self._network_class(self.weights, adapter, self.checkpointing)
 
     def _empty_responses(self, uniforms: torch.Tensor) -> Responses:
         return Responses(

@@ -22,6 +22,7 @@ d the width of a head, L the number of decoder layers and V the vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import linear, pack_weights
+from detoxrl.models.recompute import recomputed
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import LoraWeights, Weights
@@ -239,7 +241,8 @@ class T5Network:
     It reads the factors of an adapter by their name, so no adapter has to be activated in peft for a pass.
     """
 
-    def __init__(self, weights: Weights, adapter: str | None) -> None:
+    def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:
+        self.checkpointing = checkpointing
         self._packs: list[Any] | None
         if isinstance(weights, LoraWeights):
             model = weights.active
@@ -278,9 +281,7 @@ class T5Network:
             bias = bias + padding_bias
 
         for block in self.encoder.block:
-            layer = _encoder_layer(block, self._adapter)
-            x = self._self_attended(x, layer.self_attention, bias)
-            x = self._fed_forward(x, layer.feed_forward)
+            x = self._computed(partial(self._through_encoder_layer, _encoder_layer(block, self._adapter), bias), x)
         return self.normed(x, self.encoder.final_layer_norm.weight)
 
     def with_shared_cross(self, encoded: Encoded) -> Encoded:
@@ -317,14 +318,29 @@ class T5Network:
         causal_bias = self.position_bias(length, length).masked_fill(future, -torch.inf)
         padding_bias = _padding_bias(encoded.mask, x)
 
-        for i, layer in enumerate(self.layers):
-            x = self._self_attended(x, layer.self_attention, causal_bias)
-            x = self._cross_attended(x, i, encoded, padding_bias)
-            x = self._fed_forward(x, layer.feed_forward)
+        for i in range(len(self.layers)):
+            x = self._computed(partial(self._through_decoder_layer, i, encoded, causal_bias, padding_bias), x)
 
         states = select_tokens(self.normed(x, self.norm), mask)
         chosen, entropy = token_logprobs(states * self.scale, self.head, select_tokens(ids, mask), temperature)
         return chosen, entropy, states
+
+    def _computed(self, layer: _Function, x: torch.Tensor) -> torch.Tensor:
+        """Return layer(x), which a backward pass recomputes if that is asked for."""
+        output: torch.Tensor = recomputed(layer, x) if self.checkpointing else layer(x)
+        return output
+
+    def _through_encoder_layer(self, layer: EncoderLayer, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        x = self._self_attended(x, layer.self_attention, bias)
+        return self._fed_forward(x, layer.feed_forward)
+
+    def _through_decoder_layer(
+        self, i: int, encoded: Encoded, causal_bias: torch.Tensor, padding_bias: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        layer = self.layers[i]
+        x = self._self_attended(x, layer.self_attention, causal_bias)
+        x = self._cross_attended(x, i, encoded, padding_bias)
+        return self._fed_forward(x, layer.feed_forward)
 
     def cross_keys_values(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values (B, H, P, d) of cross-attention in decoder layer i, the LoRA's part included."""

@@ -74,9 +74,8 @@ def explain_kept(folder: RunFolder, evaluation: dict[str, Any]) -> Explanation |
     validations = read_validations(folder)
     first, *later = validations
     checkpoint = folder.read_json("checkpoint.json")
-    bound = first["quality"] - checkpoint.get(
-        "quality_margin", rl["quality_margin"]
-    )  # Early versions stored the latter.
+    margin = checkpoint.get("quality_margin", rl["quality_margin"])  # Early versions stored the setting alone.
+    bound = first["quality"] - margin
     quality = "quality" if main_quality(evaluation) else "share of responses with text"
 
     judged = [Judged(first, "the initial policy")]

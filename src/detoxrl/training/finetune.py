@@ -57,7 +57,7 @@ def fine_tune(
 
             torch.manual_seed(torch_seed(config.seed, f"sft dropout {step}"))
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                loss = model(**batch).loss
+                loss = model(**batch, use_cache=False).loss
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
 

@@ -1,6 +1,7 @@
 """How much of a training step fits into memory?"""
 
 import os
+import weakref
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -9,7 +10,8 @@ import torch
 
 from detoxrl.config.schema import Config
 from detoxrl.models.policy import Policy
-from detoxrl.models.types import Prompt
+from detoxrl.models.recompute import layers_to_recompute
+from detoxrl.models.types import Encoded, Prompt
 from detoxrl.runtime.console import log
 from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import World
@@ -48,7 +50,7 @@ class MemoryPlan:
         if not (folder / _FILE).is_file():
             return None
 
-        stored = {"processes": 1, **folder.read_json(_FILE)}
+        stored = {"processes": 1, "checkpointing": False, **folder.read_json(_FILE)}
         conditions = _conditions(config, world)
         if any(stored[name] != value for name, value in conditions.items()):
             return None
@@ -64,7 +66,11 @@ class MemoryPlan:
 
 
 def _conditions(config: Config, world: World) -> dict[str, Any]:
-    return {"asked": config.rl.microbatch_size, "processes": world.size}
+    return {
+        "asked": config.rl.microbatch_size,
+        "processes": world.size,
+        "checkpointing": config.policy.checkpointing,
+    }
 
 
 def free_bytes(device: torch.device) -> int:
@@ -75,27 +81,46 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tuple[int, int]:
-    """Return the bytes of a response's shared keys and values, and of what its update saves for the backward pass."""
+    """Return the bytes of a response's shared keys and values, and of the activations that its update holds at most."""
     with torch.no_grad():
         encoded = policy.with_shared_cross(policy.encode([longest.text]))
+    cross = 0 if encoded.cross is None else encoded.cross.nbytes
+
+    held = _saved_bytes(policy, longest, encoded, config)
+    if policy.checkpointing:
+        # The backward pass adds the activations of one layer at a time to the inputs of all layers.
+        policy.checkpointing = False
+        whole = _saved_bytes(policy, longest, encoded, config)
+        policy.checkpointing = True
+        held += (whole - held) // _decoder_layers(policy)
+    return cross, max(1, held)
+
+
+def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Config) -> int:
+    """Return the bytes that a response's pass saves for the backward pass. Nothing is kept here."""
     shared = [] if encoded.cross is None else [encoded.cross]
-    known = {tensor.untyped_storage()._cdata for tensor in (*policy.model.parameters(), *shared)}
-    saved: dict[int, torch.UntypedStorage] = {}
+    counted = {tensor.untyped_storage()._cdata for tensor in (*policy.model.parameters(), *shared)}
+    saved = 0
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> None:
+        nonlocal saved
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage
-        return tensor
+        if storage._cdata not in counted:
+            saved += storage.nbytes()
+            counted.add(storage._cdata)
+            weakref.finalize(storage, counted.discard, storage._cdata)  # Its address may soon be that of another.
 
-    def keep(tensor: Any) -> Any:
-        return tensor
+    def never_read(_: None) -> torch.Tensor:
+        raise AssertionError("there is no backward pass")
 
-    with torch.autograd.graph.saved_tensors_hooks(count, keep):
+    with torch.autograd.graph.saved_tensors_hooks(count, never_read):
         if policy.train_encoder:
             encoded = policy.encode([longest.text])
         ids = torch.zeros(1, config.generation.max_new_tokens, dtype=torch.long, device=policy.device)
-        outputs = policy.logprobs(encoded, ids, config.generation.temperature)
-    activations = sum(storage.nbytes() for storage in saved.values())
-    del outputs
-    return sum(tensor.nbytes for tensor in shared), max(1, activations)
+        policy.logprobs(encoded, ids, config.generation.temperature)
+    return saved
+
+
+def _decoder_layers(policy: Policy) -> int:
+    model: Any = policy.weights.active
+    return len(layers_to_recompute(model.get_decoder() if policy.has_encoder else model))

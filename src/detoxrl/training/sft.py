@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from detoxrl.data.rows import Row, to_prompts
 from detoxrl.models.base import Base
 from detoxrl.models.loading import load_tokenizer, save_base, scratch_base
 from detoxrl.models.policy import Policy
+from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.sampling import Draws, sample_all
 from detoxrl.rewards.shaping import is_wordless
 from detoxrl.runs import Run
@@ -90,7 +92,8 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     if not config.sft.full_weights:
         policy = run.initial_policy().to(run.world.device)
         steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
-        _show_progress("warm start", config.sft.steps, steps)
+        with _saving_memory(run, policy.model):
+            _show_progress("warm start", config.sft.steps, steps)
         policy.save(folder)
         return
 
@@ -102,7 +105,8 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     model: Any = base.model()
     model.to(run.world.device)
     steps = fine_tune(model, base.tokenizer, pairs, config, checkpoints)
-    _show_progress("warm start", config.sft.steps, steps)
+    with _saving_memory(run, model):
+        _show_progress("warm start", config.sft.steps, steps)
     save_base(model, base.tokenizer, folder)
 
 
@@ -153,7 +157,13 @@ def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoint
     sft = run.config.sft
     config = replace(run.config, sft=replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr))
     steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
-    _show_progress(name, sft.baseline_steps, steps)
+    with _saving_memory(run, policy.model):
+        _show_progress(name, sft.baseline_steps, steps)
+
+
+def _saving_memory(run: Run, model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Have backward passes inside the block recompute the layers of the model, if the run asks for that."""
+    return recomputing_layers(model) if run.config.policy.checkpointing else nullcontext()
 
 
 def _show_progress(name: str, total: int, steps: Iterator[tuple[int, float]]) -> None:
