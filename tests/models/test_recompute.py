@@ -187,11 +187,12 @@ def test_fine_tuning_draws_the_same_dropout_and_ends_with_the_same_weights(
 ) -> None:
     pairs = [(text, "They quarrel.") for text in TEXTS]
     sft = replace(small_config().sft, steps=2, batch_size=2, bf16=False)
+    config = replace(small_config(), sft=sft)
 
     def tuned(recomputes: bool) -> tuple[list[float], torch.Tensor]:
         model, tokenizer = load_base(str(bases[name]))
         model.requires_grad_(True)
-        steps = fine_tune(model, tokenizer, pairs, sft, 0, tmp_path / f"{recomputes}")
+        steps = fine_tune(model, tokenizer, pairs, config, tmp_path / f"{recomputes}")
         if not recomputes:
             losses = [loss for _, loss in steps]
         else:
