@@ -11,6 +11,7 @@ from detoxrl.config.schema import Config
 from detoxrl.config.sources import ENTAILMENT, label_settings, split_label, with_absolute_paths
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
+from detoxrl.evaluation.rater import load_rater
 from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
@@ -167,7 +168,8 @@ class Run:
         fluent = None
         if settings.fluency:
             fluent = self._load_probability(*split_label(settings.fluency), "evaluation.fluency")
-        return Readers(encode=encode, entails=entails, fluent=fluent)
+        rate = load_rater(settings.perplexity, self.world.device) if settings.perplexity else None
+        return Readers(encode=encode, entails=entails, fluent=fluent, rate=rate)
 
     def _load_probability(self, source: str, label: str, field: str) -> Callable[[Any], Floats]:
         classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)

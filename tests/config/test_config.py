@@ -148,7 +148,7 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
         "data.template", "data.chat_template", "data.system_prompt", "policy.adapter", "policy.lora_targets",
         "reward.missing_eos_penalty", "reward.encoder", "reward.function", "reward.good_label", "rl.kl_target",
         "rl.microbatch_size", "rl.quality_margin", "rl.patience",
-        "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.fluency",
+        "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.perplexity", "evaluation.fluency",
     }  # fmt: skip
     lists = {"evaluation.best_of", "evaluation.other_judges"}
     given = {"policy.lora_targets": ["q"], "evaluation.other_judges": ["a=b"], "rl.patience": 3}

@@ -45,6 +45,7 @@ PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
 _SECTIONS = ("data", "policy", "reward", "evaluation")
 _CLASSIFIER = "reward.classifier"
 _ENCODER = "reward.encoder"
+_RATER = "evaluation.perplexity"
 _GIVEN = "--policy"
 
 
@@ -295,11 +296,23 @@ def _check_evaluation(config: Config, at_hub: bool) -> None:
         installed = is_installed("profanity_check")
         require(installed, "evaluation.primary_judge", settings.primary_judge, "is not installed", remedy)
 
+    if settings.perplexity:
+        _check_rater(settings.perplexity, at_hub)
+
     if settings.encoder:
         remedy = "pip install 'detoxrl[similarity]'"
         rule = "needs the package sentence-transformers"
         require(is_installed("sentence_transformers"), "evaluation.encoder", settings.encoder, rule, remedy)
         _folder(settings.encoder, "evaluation.encoder", at_hub)
+
+
+def _check_rater(source: str, at_hub: bool) -> None:
+    """Raise InputError when the model that measures perplexity has no weights or no tokenizer."""
+    folder = _folder(source, _RATER, at_hub)
+    if folder is not None:
+        read_settings(folder, "config.json", _RATER, source)
+        if not at_hub:
+            require_model_files(folder, _RATER, source)
 
 
 def _check_classifier(classifier: ClassifierSource, at_hub: bool) -> None:

@@ -341,6 +341,10 @@ class EvaluationConfig:
     """SOURCE=LABEL of a classifier and its label of fluent text; measures civil x similar x fluent. None: not
     measured."""
 
+    perplexity: str | None = None
+    """Folder or hub id of a causal model; measures the perplexity of responses under it too. It reads the row's text
+    and the response, without templates. None: perplexity is measured under the initial policy alone."""
+
     best_of: tuple[AtLeastTwo, ...] = (4, 16)
     """Baselines without training: for each number n, the best of n responses of the initial policy by the reward. No
     number: no such baseline."""

@@ -18,6 +18,7 @@ _SEPARATORS = {
     "evaluation.encoder": "",
     "evaluation.primary_judge": "",
     "evaluation.nli": "",
+    "evaluation.perplexity": "",
     "evaluation.fluency": "=",
     "reward.function": ":",
 }

@@ -15,7 +15,7 @@ from detoxrl.config.schema import Config, EvaluationConfig
 from detoxrl.data.rows import TOXIC_PROMPT, Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
-from detoxrl.evaluation.likelihood import perplexity
+from detoxrl.evaluation.likelihood import per_token, perplexity
 from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, quality_measure, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
 from detoxrl.evaluation.similarity import joint, similarity
@@ -148,6 +148,9 @@ def _metrics(
         metrics["source_similarity"] = similarity(readers.encode, flat, sources)
     if readers.entails and all(row.text for row in rows):
         metrics["entailment"] = readers.entails(paired([row.text for row in rows], texts))
+    if readers.rate:
+        nats, tokens = readers.rate(paired([row.text for row in rows], texts)).T
+        metrics["nll_by_model"] = per_token(nats, tokens)
     if readers.fluent:
         metrics["fluency"] = readers.fluent(flat)
         similar = metrics.get("source_similarity", metrics.get("similarity"))

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from detoxrl.evaluation.baselines import Texts
 from detoxrl.evaluation.judges import Judge
+from detoxrl.evaluation.rater import Rater
 from detoxrl.evaluation.similarity import Encode
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.types import Prompt
@@ -25,6 +26,8 @@ class Readers:
     encode: Encode | None = None
     # P(entailment) in [0, 1], (N,), of (text of a row, response) pairs.
     entails: Callable[[Pairs], Floats] | None = None
+    # Nats and tokens (N, 2) of the responses of (text of a row, response) pairs, by another language model.
+    rate: Rater | None = None
     # P(fluent) in [0, 1], (N,), of texts.
     fluent: Judge | None = None
 

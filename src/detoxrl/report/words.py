@@ -52,6 +52,9 @@ _QUALITY = {
     "distinct_3": Metric("Distinct word triples", "share of the word triples in a prompt's samples", 1),
     "entropy": Metric("Entropy", "nats per token, at the temperature of sampling", 0, decimals=2),
     "nll": Metric("Perplexity by the initial policy", "per token; the change is a ratio", 0, 2, is_exponential=True),
+    "nll_by_model": Metric(
+        "Perplexity by another model", "per token; the change is a ratio", 0, 2, is_exponential=True
+    ),
     "length": Metric("Response length in words", "mean", 0, decimals=1),
     "empty_rate": Metric("Empty responses", "share of responses", -1),
     "refusal_rate": Metric("Refusals", "share of responses that begin as a refusal, by a list of phrases", -1),
