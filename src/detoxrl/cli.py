@@ -459,7 +459,7 @@ _EVALUATE = (
     Option(
         "--texts",
         "Files of responses to measure. The first is before, the second after; a single one is compared with the "
-        "reference summaries.",
+        "references.",
         metavar="[NAME=]FILE ...",
         nargs="+",
         action="extend",

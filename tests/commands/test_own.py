@@ -156,7 +156,7 @@ def test_a_causal_model_reads_prompt_and_response_in_a_row_so_both_must_fit(
         lines.write("".join(json.dumps(row) + "\n" for row in rows))
     assert detoxrl(words) == 2
     told = capfd.readouterr().err
-    assert re.search(r"data\.max_prompt_tokens \+ tokens of the longest summary = \d+: exceeds the 256 pos", told), told
+    assert re.search(r"data\.max_prompt_tokens \+ tokens of the longest reference = \d+: exceeds the 256", told), told
 
 
 def test_what_is_no_policy_is_not_measured_and_nothing_is_written(place: Path) -> None:

@@ -82,7 +82,7 @@ def test_ones_own_conversations_become_a_report(
     assert "idiot" not in shown.err + shown.out
 
     samples = lines_of(run / "samples.jsonl")
-    assert all(set(sample["columns"]) == {"weight"} for sample in samples)
+    assert all(set(sample["columns"]) == {"messages", "weight"} for sample in samples)
     evaluation = json.loads((run / "eval.json").read_text())
     assert evaluation["task"] == "chat"
     assert evaluation["quality_by"] == "distinct_2"
@@ -115,7 +115,7 @@ def test_a_column_that_the_reward_asks_for_and_the_rows_lack_is_one_line(
     words += ["--data.max-prompt-tokens", "200"]
     assert detoxrl([*words, "--reward.function", "mine.py:wrong"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "mine.py:wrong': asks for the column mood, which the rows lack; choose from weight, id, text" in line
+    assert "mine.py:wrong': asks for mood, and the rows have no such column; choose from id, text" in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -198,8 +198,8 @@ def test_messages_that_a_template_refuses_are_one_line_with_the_row(bases: dict[
         (3, r"data\.text_column = 'messages': contains int, not messages, in row 1"),
         (["hi"], r"contains str, not a message, as message 1 of row 1"),
         ([{"role": "tool", "content": "x"}], r"contains the role 'tool' in message 1 of row 1; give a list of"),
-        ([{"role": "user", "content": 3}], r"contains something else than text in message 1 of row 1"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"contains something else than text in message 1"),
+        ([{"role": "user", "content": 3}], r"contains other than text in message 1 of row 1"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"contains other than text in message 1"),
     ],
 )
 def test_what_is_no_conversation_is_one_line(value: object, message: str) -> None:

@@ -80,7 +80,7 @@ def test_a_conversation_without_a_message_to_reply_to_is_counted(tmp_path: Path)
     bad: list[Any] = [[], [REPLY], [{"role": "user", "content": " "}], [USER, REPLY, REPLY], None]
     rows = read(tmp_path, "chat", [{"messages": talk} for talk in talks + bad])
     outcomes = select({"train": rows}, config("chat"), lambda texts: [len(text) for text in texts]).outcomes
-    assert outcomes["train"]["no conversation"] == len(bad)
+    assert outcomes["train"]["no message to reply to"] == len(bad)
     assert sum(outcomes["train"].values()) == len(rows)
 
 
@@ -90,7 +90,7 @@ def test_a_conversation_without_a_message_to_reply_to_is_counted(tmp_path: Path)
         ("continue", {"prompt": {"text": "a", "toxicity": 0.1}}, {},
          r"data\.text_column = 'prompt': contains dict, not text, in row 1 of file; name a field of it.* prompt\.text"),
         ("continue", {"prompt": [USER]}, {}, r"data\.text_column = 'prompt': contains list.*; use --data\.task chat"),
-        ("rewrite", {"dialogue": "a"}, {}, r"data\.text_column = None: stands for source or text if data\.task = rew"),
+        ("rewrite", {"dialogue": "a"}, {}, r"data\.text_column = None: is source or text by default for data\.task"),
         ("chat", {"messages": [{"role": "tool", "content": "x"}]}, {}, r"contains the role 'tool' in message 1 of row"),
         ("continue", {"prompt": "a", "t": 3}, {"data.toxicity_column": "t"},
          r"data\.toxicity_column = 't': contains 3 in row 1 of file, and toxicity lies in \[0, 1\]"),
@@ -118,10 +118,10 @@ def test_nested_columns_are_read_and_the_other_columns_travel(tmp_path: Path) ->
     settings = {"data.text_column": "prompt.text", "data.toxicity_column": "prompt.toxicity"}
     row, _ = read(tmp_path, "continue", [record, {"prompt": {"text": "x", "toxicity": None}}], **settings)
     assert (row.text, row.toxicity) == ("The dog", 0.7)
-    assert row.columns == {"filename": "f", "bits": [1, {"a": None}]}
+    assert row.columns == record
     (prompt,) = to_prompts([row])
     assert prompt.columns == {
-        "filename": "f", "bits": [1, {"a": None}], "id": "file_0", "text": "The dog", "references": [],
+        **record, "id": "file_0", "text": "The dog", "references": [],
         "messages": [], "toxicity": 0.7,
     }  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(rows_to_jsonl([row]), encoding="utf-8")
@@ -196,12 +196,12 @@ def test_quality_is_that_of_the_task() -> None:
     texts = ["a b c", "a b d", "x y"]
     open_ended = [Row(id=str(i), text="t", references=("r",), task="continue") for i in range(3)]
     assert quality_references(open_ended[0]) == ()
-    assert quality_measure(open_ended) == "distinct_2"
+    assert quality_measure(open_ended) == "corpus_distinct_2"
     assert validation_quality(open_ended, texts) == pytest.approx(4 / 5)  # a b, b c, a b, b d, x y
     assert "rouge_l" not in response_metrics(open_ended[0], "r")
 
     sources = [Row(id=str(i), text=text, task="rewrite") for i, text in enumerate(texts)]
-    assert quality_measure(sources) == "source_similarity"
+    assert quality_measure(sources) == "source_chrf"
     assert validation_quality(sources, texts) == pytest.approx(1.0)
     assert validation_quality(sources, ["q", "q", "q"]) < 0.1
     assert quality_measure([replace(row, references=("r",)) for row in sources]) == "rouge_l"

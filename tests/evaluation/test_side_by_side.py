@@ -62,7 +62,7 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert Path("runs/t/kept.jsonl").is_file()
     # A single file stands beside its summaries, and plain lines beside others of the same number.
     assert detoxrl(["evaluate", "--texts", "rude.jsonl", "--run-dir", "runs/one"]) == 0
-    assert result("runs/one")["names"] == {"before": "its summaries", "after": "rude.jsonl"}
+    assert result("runs/one")["names"] == {"before": "its references", "after": "rude.jsonl"}
     assert result("runs/one")["toxicity"][JUDGE]["verdict"] == "more toxic"
     assert detoxrl(["evaluate", "own", "--texts", "rude.jsonl", "civil.jsonl", "--data.reference-column", "None",
                     "--run-dir", "runs/bare"]) == 0  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_file_of_several_samples_stands_beside_one_of_one_and_half_an_emoji_br
     write("a=b/one.jsonl", CIVIL[:10], id=[*range(10)])
     assert detoxrl(["evaluate", "--texts", "many.jsonl", "--run-dir", "runs/own"]) == 0
     found = result("runs/own")
-    assert found["names"] == {"before": "its summaries", "after": "many.jsonl"}
+    assert found["names"] == {"before": "its references", "after": "many.jsonl"}
     assert found["baselines"]["word_filter"]["after"]["quality_by"] == "share with text"
     assert "rouge_l" not in found["quality"]  # the summaries are what is compared with
     words = ["one=a=b/one.jsonl", "many.jsonl", "--evaluation.other-judges", "classifier=hate"]

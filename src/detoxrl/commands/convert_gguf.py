@@ -136,11 +136,8 @@ def _require_same(folder: Path, source: str, model: PreTrainedModel, tokenizer: 
     except InputError as error:
         raise InputError("FROM", source, f"gives a model that no run can use ({error})", _REMEDY) from error
 
-    weights = model.state_dict()
-    copied = copy.state_dict()
     comparisons = {
-        "weights": weights.keys() == copied.keys()
-        and all(torch.equal(weights[name], copied[name]) for name in weights),
+        "weights": _same_weights(model, copy),
         "token ids": tokenizer(_SENTENCES).input_ids == copy_tokenizer(_SENTENCES).input_ids,
         "chat template": tokenizer.chat_template == copy_tokenizer.chat_template,
         "greedy response": _greedy(model, tokenizer) == _greedy(copy, copy_tokenizer),

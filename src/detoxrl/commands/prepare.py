@@ -27,6 +27,7 @@ from detoxrl.evaluation.judges import profanity_judge
 from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
 from detoxrl.models.base import Base
+from detoxrl.models.chat import has_system_role
 from detoxrl.models.loading import (
     load_fitting_shapes,
     load_tokenizer,
@@ -90,7 +91,7 @@ def _check(run: Run, subjects: Subjects) -> Prepared:
     load_reward_and_judges(run)
     if subjects.policies:
         policies = MeasuredPolicies(run.base, run.adapter, {}, subjects.policies, run.config)
-        try_policies(policies, subjects.policies, run.config)
+        try_policies(policies, subjects.policies, run.config, prepared.rows["test"])
     else:
         checked_policy(run, prepared)
     return prepared
@@ -106,7 +107,12 @@ def load_reward_and_judges(run: Run) -> None:
 
 def _prepare_texts(config: Config, subjects: Subjects) -> Prepared:
     rows = read_texts(subjects.texts, config)
-    account = {"splits": {"texts": {"used for test": len(rows)}}, "truncated": {}, "prompt_tokens": None}
+    account = {
+        "task": config.data.task,
+        "splits": {"texts": {"used for test": len(rows)}},
+        "truncated": {},
+        "prompt_tokens": None,
+    }
     return Prepared(rows={"test": rows}, account=account, tokenizer=None)
 
 
@@ -180,6 +186,7 @@ def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
         "task": config.data.task,
         "first_prompt": writer.as_read(_first(rows).prompt),
         "in_chat": writer.in_chat,
+        "has_system_role": writer.in_chat and has_system_role(tokenizer),
         "splits": selection.outcomes,
         "truncated": {split: sum(length > limit for length in lengths[split]) for split in SPLITS},
         "prompt_tokens": _spread(prompt_lengths),

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from detoxrl.data.prompts import PromptWriter
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts
 from detoxrl.evaluation.likelihood import mean_entropy
-from detoxrl.evaluation.policies import MeasuredPolicies
+from detoxrl.evaluation.policies import MeasuredPolicies, prompts_for
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening, matching_temperature
 from detoxrl.evaluation.subjects import TRAINED
-from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, Likelihood, Sample, batches_by_length, sample_with_likelihoods
-from detoxrl.models.types import Prompt
 from detoxrl.runs import Run
 from detoxrl.runtime.console import progress
 from detoxrl.runtime.run_folder import RunFolder
@@ -187,19 +184,6 @@ class ResponseSampler:
         size = self._config.generation.batch_size * self.world.size
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def _prompts_for(self, policy: Policy, rows: Sequence[int]) -> list[Prompt]:
-        """Return the prompts of some rows as a policy reads them: a chat model of another kind has its own template."""
-        tokenizer = policy.tokenizer
-        initial = self._policies.initial.policy.tokenizer
-        data = self._config.data
-        in_chat = uses_chat_template(data, tokenizer) or uses_chat_template(data, initial)
-        if not in_chat or tokenizer.chat_template == initial.chat_template:
-            return [self._prompts[row] for row in rows]
-
-        writer = PromptWriter(self._config, tokenizer)
-        prompted, _ = writer.with_prompts([self._rows[row] for row in rows])
-        return to_prompts(prompted)
-
     @together
     def sample(self, source: Source, batch: list[int]) -> dict[int, list[Sample]]:
         """Return the responses of one policy to some rows, by row."""
@@ -210,10 +194,16 @@ class ResponseSampler:
             self._on_device = policy.to(self.world.device)
 
         mine = self.world.share(batch)
+        prompts = [self._prompts[row] for row in mine]
+        rates = self._policies.has_initial_tokens(policy)
+        if self._policies.reads_another_template(policy):
+            # The initial policy would read a template that is not its own, so it says nothing of these responses.
+            prompts = prompts_for(policy, [self._rows[row] for row in mine], self._config, source.policy)
+            rates = False
         samples = sample_with_likelihoods(
             distribution,
-            initial if self._policies.has_initial_tokens(policy) else None,
-            self._prompts_for(policy, mine),
+            initial if rates else None,
+            prompts,
             self._draws,
             source.samples,
             self._config.generation.max_new_tokens,

@@ -30,6 +30,8 @@ _FIRST_STAGE = {
     "policy.base": "prepare",
     "rl.validation_prompts": "prepare",
     "evaluation.prompts": "prepare",
+    "reward.classifier": "prepare",
+    "reward.encoder": "prepare",
     "policy": "sft",
     "sft": "sft",
     "reward": "sft",

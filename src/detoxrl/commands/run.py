@@ -121,7 +121,7 @@ def evaluate(
     With `root` alone a run is measured again, beside it the LoRAs and models in `policies` (by name) if there are any.
     With a config `root` becomes a new folder: "before" is the config's initial policy, "after" the first of `policies`,
     which may come from elsewhere; or they are the responses that files of `texts` hold, and a single file is compared
-    with its summaries. Raises InputError for what does not fit, before anything is written.
+    with its references. Raises InputError for what does not fit, before anything is written.
     """
     root = Path(root)
     subjects = subjects_of(policies, texts, config)
@@ -159,7 +159,7 @@ def _try_beside(run: Run, subjects: Subjects) -> None:
     """Raise InputError unless the subjects can be measured beside a run. Nothing stays in memory."""
     run.require_warm_start()
     policies = MeasuredPolicies(run.base, run.adapter, {}, subjects.policies, run.config)
-    try_policies(policies, subjects.policies, run.config)
+    try_policies(policies, subjects.policies, run.config, run.rows("test"))
 
 
 @contextmanager

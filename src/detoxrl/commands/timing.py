@@ -19,6 +19,7 @@ from detoxrl.commands.workload import StepSeconds
 from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.judges import Judge
+from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Encoded, Prompt, Rollout
@@ -218,7 +219,8 @@ def _timed_finetuning(model: Model, pairs: list[tuple[str, str]], config: Config
     weights = trainable(model).values()
     first = next(iter(weights))
     optimizer = torch.optim.AdamW(weights, lr=config.sft.lr, weight_decay=0.0, fused=True)
-    inputs, labels = examples(prepared.tokenizer, pairs, model.config.is_encoder_decoder)
+    in_chat = uses_chat_template(config.data, prepared.tokenizer)
+    inputs, labels = examples(prepared.tokenizer, pairs, model.config.is_encoder_decoder, in_chat)
     batch = pad_batch(prepared.tokenizer.pad_token_id, inputs, labels, first.device)
     bf16 = config.sft.bf16 and bf16_capable(first.device)
 

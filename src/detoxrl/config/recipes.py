@@ -229,7 +229,7 @@ _RECIPES = {
         _QUICKSTART,
     ),
     "own": _Recipe(
-        "your dialogues, model and classifier; trains a LoRA on a pretrained model, without a warm start",
+        "your prompts, model and classifier; trains a LoRA on a pretrained model, without a warm start",
         _OWN,
     ),
     "smollm2": _Recipe(

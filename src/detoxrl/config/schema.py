@@ -188,7 +188,7 @@ class RewardConfig:
 
     encoder: str | None = None
     """Folder or hub id of the encoder that the embedded classifier is trained on; it then understands words that the
-    generated utterances lack. None: a small one from random weights."""
+    generated utterances lack. Other rewards do not read it. None: a small one from random weights."""
 
     function: str | None = None
     """`FILE.py:NAME` of a Python function that replaces the classifier: (prompts, responses) -> scores, higher is
@@ -391,11 +391,6 @@ class Config:
         fits = self.rl.batch_size <= self.data.limit
         rule = f"exceeds data.limit = {self.data.limit}"
         require(fits, "rl.batch_size", self.rl.batch_size, rule, "lower it or raise data.limit")
-
-        trains_reward = self.reward.classifier == "embedded" and self.reward.function is None
-        rule = "is read only where the embedded classifier is the reward"
-        fits = self.reward.encoder is None or trains_reward
-        require(fits, "reward.encoder", self.reward.encoder, rule, "leave it out, or use --reward.classifier embedded")
 
         self._require_an_independent_judge()
 

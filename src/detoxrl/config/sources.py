@@ -40,8 +40,8 @@ class ClassifierSource(NamedTuple):
 def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
     """Return the config with each path or hub id replaced by `change(setting, source)`; labels stay.
 
-    Other judges go by "evaluation.other_judges 0", "evaluation.other_judges 1" and so on. The classifier is left out if
-    a reward function replaces it.
+    Other judges go by "evaluation.other_judges 0", "evaluation.other_judges 1" and so on. What a reward function or
+    another classifier replaces is left out.
     """
 
     def replaced(setting: str, value: str | None, separator: str) -> str | None:
@@ -53,13 +53,20 @@ def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
     settings = flatten(asdict(config))
     changed: dict[str, Any] = {}
     for setting, separator in _SEPARATORS.items():
-        if setting == "reward.classifier" and config.reward.function:
+        if setting in _unread_settings(config):
             continue
         changed[setting] = replaced(setting, settings[setting], separator)
 
     judges = enumerate(config.evaluation.other_judges)
     changed[_OTHER_JUDGES] = [replaced(f"{_OTHER_JUDGES} {i}", judge, "=") for i, judge in judges]
     return with_settings(config, changed)
+
+
+def _unread_settings(config: Config) -> set[str]:
+    """Return the settings of the reward that another one replaces."""
+    if config.reward.function:
+        return {"reward.classifier", "reward.encoder"}
+    return set() if config.reward.classifier == "embedded" else {"reward.encoder"}
 
 
 def sources(config: Config) -> dict[str, str]:

@@ -27,6 +27,11 @@ class Task(NamedTuple):
         return f"{{{self.text}}}"
 
     @property
+    def missing(self) -> str:
+        """What is wrong with a row that has no such text."""
+        return "no message to reply to" if self.text == "conversation" else f"no {self.text}"
+
+    @property
     def texts(self) -> str:
         """The plural of `text`."""
         return f"{self.text}s"

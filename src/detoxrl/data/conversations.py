@@ -45,7 +45,7 @@ def _content(content: Any, field: str, column: str, place: str) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(field, column, f"contains something else than text in {place}", "leave such rows out")
+        raise InputError(field, column, f"contains other than text in {place}", "leave such rows out")
     return "".join(map(str, texts))
 
 
@@ -66,6 +66,11 @@ def as_text(messages: Sequence[Message], only: str | None = None) -> str:
     if only is not None:
         return "".join(message.content for message in messages if message.role == only)
     return "\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+
+
+def spoken(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages of user and assistant. Rows of one source often share the system's."""
+    return tuple(message for message in messages if message.role != "system")
 
 
 def user_characters(messages: Sequence[Message]) -> int:

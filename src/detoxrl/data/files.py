@@ -186,7 +186,8 @@ def _json_record(value: Any, number: int) -> Record:
     """Return the object of row `number`, with lone surrogates in its texts replaced. Raises ValueError for others."""
     if not isinstance(value, dict):
         raise ValueError(f"row {number}: expected an object, not {type(value).__name__}")
-    return {key: _encodable(item) for key, item in value.items()}
+    encodable: Record = _encodable(value)
+    return encodable
 
 
 def _encodable(value: Any) -> Any:
@@ -199,7 +200,7 @@ def _encodable(value: Any) -> Any:
     if isinstance(value, list):
         return [_encodable(item) for item in value]
     if isinstance(value, dict):
-        return {key: _encodable(item) for key, item in value.items()}
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
     return value
 
 

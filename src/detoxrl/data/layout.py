@@ -36,11 +36,6 @@ class Columns(NamedTuple):
     id: str | None
     toxicity: str | None
 
-    @property
-    def used(self) -> set[str]:
-        """The names of the columns, without the path into a nested one."""
-        return {outer_name(name) for name in self if name is not None}
-
 
 def outer_name(column: str) -> str:
     """Return the name of the column that a path such as `prompt.text` leads into."""
@@ -77,12 +72,12 @@ def find_columns(names: Sequence[str], config: Config) -> Columns:
     data = config.data
     remedy = f"choose from {', '.join(names)}"
     for setting, name in _named(config).items():
-        has_column = name is None or outer_name(name) in names
+        has_column = name is None or name in names or outer_name(name) in names
         require(has_column, setting, name, f"is not a column of {data.source}", remedy)
 
     text = data.text_column or _usual(config.task.text_columns, names)
     usual = " or ".join(config.task.text_columns)
-    rule = f"stands for {usual} if data.task = {data.task}, which is not a column of {data.source}"
+    rule = f"is {usual} by default for data.task = {data.task}, and {data.source} has no such column"
     require(text is not None, "data.text_column", None, rule, remedy)
     assert text is not None
 
@@ -109,11 +104,12 @@ def _usual(usual: Iterable[str], names: Collection[str]) -> str | None:
 
 def _has_all(names: Collection[str], config: Config) -> bool:
     """Return whether further records can change nothing: every column that is named, or needed, is there."""
-    named = {outer_name(name) for name in _named(config).values() if name is not None}
+    named = [name for name in _named(config).values() if name is not None]
+    has_named = all(name in names or outer_name(name) in names for name in named)
     data = config.data
     has_text = data.text_column is not None or _usual(config.task.text_columns, names) is not None
     has_reference = data.reference_column is not None or _usual(config.task.reference_columns, names) is not None
-    return named <= set(names) and has_text and (has_reference or config.sft.steps == 0)
+    return has_named and has_text and (has_reference or config.sft.steps == 0)
 
 
 def require_usable_texts(path: Path) -> None:

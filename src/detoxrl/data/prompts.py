@@ -28,15 +28,17 @@ class PromptWriter:
     Raises InputError for a chat template that the config asks for and the tokenizer lacks.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> None:
+        """Write prompts as `config` says. `model` is what errors call the tokenizer's model; None: the base."""
         self.tokenizer = tokenizer
+        self._model = config.policy.base if model is None else model
         self.in_chat = uses_chat_template(config.data, tokenizer)
         self._config = config
         self._task = config.task
         self._limit = config.data.max_prompt_tokens
 
         has_template = tokenizer.chat_template is not None
-        rule = f"needs a chat template, and the tokenizer of {config.policy.base} has none"
+        rule = f"needs a chat template, and the tokenizer of {self._model} has none"
         remedy = "leave it out, or name an instruct model"
         require(has_template or not self.in_chat, "data.chat_template", True, rule, remedy)
         system = config.data.system_prompt
@@ -68,18 +70,17 @@ class PromptWriter:
 
     def _size(self, row: Row) -> int:
         """Return how many characters of a row may be cut."""
-        return user_characters(row.messages) if self._keeps_roles(row) else len(row.text)
-
-    def _keeps_roles(self, row: Row) -> bool:
-        """Return whether a row's messages become messages of the chat template, not lines of text."""
-        return self.in_chat and bool(row.messages)
+        return user_characters(row.messages) if row.messages else len(row.text)
 
     def _prompt(self, row: Row, kept: int) -> str:
         """Return the prompt of a row with `kept` characters of its text, or of the user's messages."""
-        if self._keeps_roles(row):
-            return self._render(row, with_user_text(row.messages, kept))
+        messages = with_user_text(row.messages, kept)
+        if messages and self.in_chat:
+            return self._render(row, messages)
 
         text = row.text[len(row.text) - kept :] if self._task.keeps_end else row.text[:kept]
+        if messages:
+            text = as_text(messages)
         filled = self._config.template.replace(self._task.slot, text)
         if not self.in_chat:
             return filled
@@ -92,8 +93,8 @@ class PromptWriter:
         try:
             return render_chat(self.tokenizer, messages)
         except TemplateError as error:
-            rule = f"row {row.id} does not fit the chat template of {self._config.policy.base}: {first_line(error)}"
-            remedy = "leave the row out, or mend its messages"
+            rule = f"row {row.id} does not fit the chat template of {self._model}: {first_line(error)}"
+            remedy = "leave the row out, or correct its messages"
             raise InputError("data.source", self._config.data.source, rule, remedy) from error
 
     def _cut_prompt(self, row: Row) -> str:
@@ -118,7 +119,7 @@ class PromptWriter:
 
         It is all of them if that part is everything that is left.
         """
-        text = as_text(row.messages, only="user") if self._keeps_roles(row) else row.text
+        text = as_text(row.messages, only="user") if row.messages else row.text
         if self._task.keeps_end:
             # One more character shows whether the first word is complete.
             first_space = re.search(r"\s", text[len(text) - kept - 1 :])

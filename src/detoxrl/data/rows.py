@@ -29,7 +29,7 @@ class Row:
     messages: tuple[Message, ...] = ()  # A conversation, up to the message to reply to.
     prompt: str = ""  # What the policy reads: the templates with the text, which is cut if it is too long.
     toxicity: float | None = None  # Of the text, in [0, 1], if the source says it.
-    columns: Mapping[str, Any] = field(default_factory=dict)  # The other columns of the source.
+    columns: Mapping[str, Any] = field(default_factory=dict)  # The columns of the source, as they are.
     topic: str | None = None
     facts: Facts | None = None
     texts: dict[str, list[str]] | None = None  # Responses written elsewhere, by the name of the policy.
@@ -44,14 +44,17 @@ def to_prompts(rows: Iterable[Row]) -> list[Prompt]:
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    """Return what a reward function may ask for by name: the columns of the source, and what became of them here."""
+    """Return what a reward function may ask for by name: what became of a row here, and the columns of its source.
+
+    A column of the source that has one of these names stays what it is.
+    """
     return {
-        **row.columns,
         "id": row.id,
         "text": row.text,
         "references": list(row.references),
         "messages": [asdict(message) for message in row.messages],
         "toxicity": row.toxicity,
+        **row.columns,
     }
 
 

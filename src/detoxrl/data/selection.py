@@ -140,7 +140,7 @@ def _merge_references(first: _Candidate, row: Row) -> str:
 def _unfit(row: Row, length: int, config: Config, needs_reference: bool) -> str:
     """Return why a row is unfit by itself, or an empty string."""
     if not row.text.strip():
-        return f"no {config.task.text}"
+        return config.task.missing
     if needs_reference and not row.references:
         return f"no {config.task.reference}"
     if config.data.toxicity_column is not None and row.toxicity is None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from detoxrl.config.schema import Config
-from detoxrl.data.conversations import as_text, awaits_reply, messages_of, split_reply
+from detoxrl.data.conversations import as_text, awaits_reply, messages_of, split_reply, spoken
 from detoxrl.data.files import Record, columns_of, read_records, text_of, value_of
 from detoxrl.data.layout import Columns, find_columns, local_files, response_of, response_records
 from detoxrl.data.rows import Row
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.hub import fetch
+
+# Values that are nested deeper than this are left out of what travels with a row.
+_MAX_DEPTH = 50
 
 
 def read_source(config: Config) -> dict[str, list[Row]]:
@@ -25,8 +28,14 @@ def read_source(config: Config) -> dict[str, list[Row]]:
     source = config.data.source
     files = local_files(source)
     records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(source)
-    columns = find_columns(columns_of(chain.from_iterable(records.values())), config)
-    return {split: _rows(split, split_records, columns, config) for split, split_records in records.items()}
+    names = columns_of(chain.from_iterable(records.values()))
+    columns = find_columns(names, config)
+    rows = {}
+    for split, split_records in records.items():
+        # Every row has every column, so that a reward function finds it in any batch.
+        whole = [{**dict.fromkeys(names), **record} for record in split_records]
+        rows[split] = _rows(split, whole, columns, config)
+    return rows
 
 
 def _hub_records(name: str) -> dict[str, list[Record]]:
@@ -55,9 +64,9 @@ def _rows(split: str, records: list[Record], columns: Columns, config: Config) -
     for number, (row_id, record) in enumerate(zip(ids, records, strict=True), start=1):
         row = make(row_id, record, columns, f"row {number} of {split}")
         civil = row.references if config.task.references_are_civil else ()
-        others = {name: value for name, value in record.items() if name not in columns.used and _is_json(value)}
+        own = {name: _as_json(value) for name, value in record.items()}
         toxicity = _toxicity(record, columns.toxicity, f"row {number} of {split}")
-        known = replace(row, civil_references=civil, columns=others, toxicity=toxicity)
+        known = replace(row, civil_references=civil, columns=own, toxicity=toxicity)
         rows.append(replace(known, task=config.data.task))
 
     return rows
@@ -81,17 +90,21 @@ def _chat_row(row_id: str, record: Record, columns: Columns, place: str) -> Row:
         reply = as_text(replies, only="assistant") or as_text(replies, only="user") or reply
 
     references = (reply,) if reply and reply.strip() else ()
-    text = as_text(messages) if awaits_reply(messages) else ""
+    text = as_text(spoken(messages)) if awaits_reply(messages) else ""
     return Row(id=row_id, text=text, messages=messages, references=references)
 
 
-def _is_json(value: Any) -> bool:
-    """Return whether a value can be kept beside a row: everything but bytes, times and the like."""
+def _as_json(value: Any, depth: int = 0) -> Any:
+    """Return a value as a run folder keeps it: None for what JSON cannot say, such as NaN, or what is nested deep."""
+    if depth > _MAX_DEPTH:
+        return None
     if isinstance(value, list):
-        return all(map(_is_json, value))
+        return [_as_json(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return all(map(_is_json, value.values()))
-    return value is None or isinstance(value, str | int | float)
+        return {str(key): _as_json(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else None
 
 
 def _toxicity(record: Record, column: str | None, place: str) -> float | None:
@@ -102,7 +115,7 @@ def _toxicity(record: Record, column: str | None, place: str) -> float | None:
 
     try:
         toxicity = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         toxicity = math.nan
     rule = f"contains {value!r} in {place}, and toxicity lies in [0, 1]"
     require(0 <= toxicity <= 1, "data.toxicity_column", column, rule, "name another column")
@@ -114,7 +127,7 @@ def _row_ids(split: str, records: list[Record], column: str | None) -> list[str]
     if column is None:
         return [f"{split}_{i}" for i in range(len(records))]
 
-    ids = [str(record.get(column)) for record in records]
+    ids = [str(value_of(record, column)) for record in records]
     most_frequent, count = Counter(ids).most_common(1)[0]
     rule = f"has {most_frequent!r} in {count} rows of {split}"
     require(count == 1, "data.id_column", column, rule, "choose a column of unique values, or None to number the rows")
@@ -154,14 +167,18 @@ def _records_by_prompt(path: Path, config: Config) -> dict[str, list[Record]]:
 
 
 def _text_in(record: Record, config: Config) -> str:
-    """Return the text that a response answers, as far as a record of responses has it, else ""."""
+    """Return the text that a response answers, as far as a record of responses has it, else "".
+
+    Of a conversation that ends with the assistant, the last message is no part of it.
+    """
     named = config.data.text_column
     for column in (named,) if named else config.task.text_columns:
         value = value_of(record, column)
         if isinstance(value, str):
             return value
         if isinstance(value, list):
-            return as_text(messages_of(value, "--texts", column, "a row"))
+            messages, _ = split_reply(messages_of(value, "--texts", column, "a row"))
+            return as_text(spoken(messages))
     return ""
 
 
@@ -169,6 +186,8 @@ def _reference_in(record: Record, config: Config) -> str | None:
     named = config.data.reference_column
     for column in (named,) if named else config.task.reference_columns:
         value = value_of(record, column)
+        if isinstance(value, list):
+            return as_text(messages_of(value, "--texts", column, "a row"), only="assistant") or None
         if value is not None:
             return str(value)
     return None
@@ -198,4 +217,13 @@ def _row_with_texts(prompt_id: str, record: Record, texts: dict[str, list[str]],
         require(bool(reference), "--texts", path, "has nothing to compare with", remedy)
         texts = {"before": [str(reference)], **texts}
         references = ()  # The reference is compared, so it cannot be the reference too.
-    return Row(id=prompt_id, text=text, references=references, prompt=text, texts=texts)
+    civil = references if config.task.references_are_civil else ()
+    return Row(
+        id=prompt_id,
+        text=text,
+        references=references,
+        civil_references=civil,
+        prompt=text,
+        task=config.data.task,
+        texts=texts,
+    )

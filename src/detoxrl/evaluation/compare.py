@@ -34,6 +34,9 @@ from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 Masks = npt.NDArray[np.bool_]
 # The metrics that are also compared within each part of the prompts.
 _SPLIT_METRICS = ("facts", "rouge_l", "insult_rate", "insult_rate_unseen")
+# What reports as quality where checkpoints are bounded by a measure that has no value for a single prompt, or none by
+# the run's encoder.
+_REPORTED_QUALITY = {"corpus_distinct_2": "distinct_2", "source_chrf": "source_similarity"}
 # "After" and a baseline are level only if the interval leaves "after" an advantage below this share of its gain.
 _LEVEL_SHARE = 0.2
 
@@ -195,6 +198,7 @@ def _other_samples(texts: Texts, initial: Texts) -> list[str]:
 def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> Json:
     """Return the part of eval.json that follows from what was measured."""
     settings = config.evaluation
+    validated_by = quality_measure(rows)
     toxicity = measured.toxicity[measured.primary]
     all_toxicity = {
         judge: np.concatenate((by_policy["before"], by_policy["after"]), axis=None)
@@ -205,7 +209,7 @@ def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> Json:
         "samples_per_prompt": toxicity["before"].shape[1],
         "primary_judge": measured.primary,
         "task": config.data.task,
-        "quality_by": quality_measure(rows),
+        "quality_by": _REPORTED_QUALITY.get(validated_by, validated_by),
         **comparison(measured, "after", settings, config.seed),
         "agreement": agreement(all_toxicity),
         "two_by_two": two_by_two(toxicity["before"], toxicity["after"]),

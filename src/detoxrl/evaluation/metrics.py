@@ -109,25 +109,26 @@ def response_metrics(row: Row, response: str) -> dict[str, float]:
 def quality_measure(rows: Sequence[Row]) -> str:
     """Return the name of the measure by which checkpoints are compared: `facts`, `rouge_l` or a stand-in.
 
-    It is the first one that all rows allow. Where many responses are right, it is `distinct_2`: what such training
-    loses first is variety. For a source without a target it is `source_similarity`. Elsewhere it is SHARE_WITH_TEXT,
-    which is no measure of quality: it only keeps training from selecting a policy that says nothing.
+    It is the first one that all rows allow. Where many responses are right, it is `corpus_distinct_2`, the distinct
+    word pairs of all responses together: what such training loses first is variety. For a source without a target it
+    is `source_chrf`, the chrF of the response to its source. Elsewhere it is SHARE_WITH_TEXT, which is no measure of
+    quality: it only keeps training from selecting a policy that says nothing.
     """
     if all(row.facts is not None for row in rows):
         return "facts"
     if all(quality_references(row) for row in rows):
         return "rouge_l"
     if all(row.task == "rewrite" for row in rows):
-        return "source_similarity"
-    return "distinct_2" if all(TASKS[row.task].open_ended for row in rows) else SHARE_WITH_TEXT
+        return "source_chrf"
+    return "corpus_distinct_2" if all(TASKS[row.task].open_ended for row in rows) else SHARE_WITH_TEXT
 
 
 def validation_quality(rows: Sequence[Row], responses: Sequence[str]) -> float:
-    """Return the rows' `quality_measure` in [0, 1] of one response per row: a mean, or `distinct_2` of all together."""
+    """Return the rows' `quality_measure` of one response per row, in [0, 1]."""
     measure = quality_measure(rows)
-    if measure == "distinct_2":
-        return distinct(responses)[measure]
-    if measure == "source_similarity":
+    if measure == "corpus_distinct_2":
+        return distinct(responses)["distinct_2"]
+    if measure == "source_chrf":
         return sum(map(chrf, [row.text for row in rows], responses)) / len(rows)
 
     metrics = [response_metrics(row, response) for row, response in zip(rows, responses, strict=True)]

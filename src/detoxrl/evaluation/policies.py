@@ -1,15 +1,19 @@
 """How are policies held in memory while they are measured side by side?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from detoxrl.config.schema import Config
+from detoxrl.data.prompts import PromptWriter
+from detoxrl.data.rows import Row, to_prompts
 from detoxrl.models.base import Base
+from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.loading import require_positions
 from detoxrl.models.lora import frozen_policy, load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Distribution, require_agreement
+from detoxrl.models.types import Prompt
 from detoxrl.models.weights import POLICY
 from detoxrl.runtime.hub import fetch_policy
 
@@ -88,6 +92,15 @@ class MeasuredPolicies:
             return True
         return _tokens(policy) == _tokens(self._policy)
 
+    def reads_another_template(self, policy: Policy) -> bool:
+        """Return whether a policy reads prompts in a chat template that the initial policy does not have."""
+        data = self._config.data
+        templates = [
+            tokenizer.chat_template if uses_chat_template(data, tokenizer) else None
+            for tokenizer in (policy.tokenizer, self._policy.tokenizer)
+        ]
+        return templates[0] != templates[1]
+
     def _load_other(self, name: str) -> Policy:
         folder = self._folders[name]
         if name not in self._loras:
@@ -102,9 +115,17 @@ def _tokens(policy: Policy) -> tuple[dict[str, int], int]:
     return policy.tokenizer.get_vocab(), len(policy.model.get_output_embeddings().weight)
 
 
-def try_policies(policies: MeasuredPolicies, given: Mapping[str, str], config: Config) -> None:
-    """Raise InputError unless each policy loads, and samples with the log-probs that it scores with."""
+def prompts_for(policy: Policy, rows: Sequence[Row], config: Config, name: str) -> list[Prompt]:
+    """Return the prompts of rows in a policy's own chat template. Raises InputError, with its `name`, for a misfit."""
+    prompted, _ = PromptWriter(config, policy.tokenizer, name).with_prompts(rows)
+    return to_prompts(prompted)
+
+
+def try_policies(policies: MeasuredPolicies, given: Mapping[str, str], config: Config, rows: Sequence[Row]) -> None:
+    """Raise InputError unless each policy loads, reads the rows, and samples with the log-probs that it scores with."""
     for name in policies.names:
         policy = policies.get(name).policy
+        if policies.reads_another_template(policy):
+            prompts_for(policy, rows, config, given.get(name, name))
         require_positions(policy.model.config, config, 0)
         require_agreement(policy, given.get(name, config.policy.base))

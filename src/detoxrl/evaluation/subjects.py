@@ -49,7 +49,7 @@ def subjects_of(
     """Return what is measured in a new folder with `config`, or without one beside a run.
 
     The first policy is "after", and the config's initial policy is "before". Of texts the first file is "before" and
-    the second "after"; a single file is compared with its summaries. Nothing is read. Raises InputError for a reserved
+    the second "after"; a single file is compared with its references. Nothing is read. Raises InputError for a reserved
     name, and for both policies and texts or neither.
     """
     policy_sources = {name: str(path) for name, path in (policies or {}).items()}
@@ -78,7 +78,7 @@ def _texts_as_subjects(files: Mapping[str, str]) -> Subjects:
     if len(files) > 1:
         before, after, *_ = files
     else:
-        before = "its summaries"
+        before = "its references"
         (after,) = files
     sides = {before: "before", after: "after"}
     by_side = {sides.get(name, name): path for name, path in files.items()}

@@ -34,7 +34,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     Where a template has no role for the system, its message stands at the beginning of the user's first one. Raises
     jinja2's TemplateError for messages that the template refuses.
     """
-    if messages[0].role == "system" and not _has_system_role(tokenizer):
+    if messages[0].role == "system" and not has_system_role(tokenizer):
         messages = _with_system_in_user(messages)
     return _render(tokenizer, messages)
 
@@ -45,7 +45,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     return str(rendered)
 
 
-def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a template shows the system's message; some refuse it, and some leave it out."""
     messages = [Message(role="system", content=_PROBE), Message(role="user", content="Hello")]
     try:
@@ -56,9 +56,10 @@ def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _with_system_in_user(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with the system's at the beginning of the user's first one."""
-    system, first, *others = messages
-    joined = Message(role=first.role, content=f"{system.content}\n\n{first.content}")
-    return [joined, *others]
+    system, *others = messages
+    first = next(index for index, message in enumerate(others) if message.role == "user")
+    others[first] = Message(role="user", content=f"{system.content}\n\n{others[first].content}")
+    return others
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

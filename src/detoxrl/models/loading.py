@@ -210,7 +210,7 @@ def require_positions(settings: PreTrainedConfig, config: Config, longest_target
     prompt = config.data.max_prompt_tokens
     lengths = {
         "generation.max_new_tokens": config.generation.max_new_tokens,
-        "tokens of the longest summary": longest_target,
+        "tokens of the longest reference": longest_target,
     }
     if settings.is_encoder_decoder:
         lengths["data.max_prompt_tokens"] = prompt

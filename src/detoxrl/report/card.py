@@ -38,6 +38,7 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
     settings = _without_paths(stored)
     evaluation = _without_paths(read_evaluation(folder))
     dataset = _dataset(config)
+    rows = folder.read_json("rows.json")
 
     card = ModelCard.from_template(
         _metadata(config, evaluation, dataset, name, is_adapter=base is not None),
@@ -48,7 +49,8 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
         auto_class=f"AutoModelFor{'Seq2SeqLM' if encoder else 'CausalLM'}",
         template=repr(config.template).replace("`", "\\x60"),  # a backtick could end the card's code block
         task=config.task,
-        in_chat=folder.read_json("rows.json")["in_chat"],
+        in_chat=rows["in_chat"],
+        has_system_role=rows["has_system_role"],
         config=settings,
         paths_hidden=settings != stored,
         dataset=dataset.name,

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from detoxrl.config.edit import flatten
+from detoxrl.config.edit import flatten, setting_types
 from detoxrl.config.recipes import recipe
 from detoxrl.config.tasks import TASKS
 from detoxrl.report import words
@@ -184,7 +184,7 @@ def repeat_command(config: dict[str, Any], measures: dict[str, Any]) -> str:
     defaults = flatten(json.loads(as_json))
     defaults["seed"] = config["seed"]
     settings = flatten(config).items()
-    flags = [_flag(name.replace("_", "-"), value) for name, value in settings if value != defaults[name]]
+    flags = [_setting_flag(name, value) for name, value in settings if value != defaults[name]]
 
     names = measures["names"]
     if names:
@@ -196,9 +196,15 @@ def repeat_command(config: dict[str, Any], measures: dict[str, Any]) -> str:
     return " ".join([f"detoxrl {command} {config['recipe']} --seed {config['seed']}", *flags])
 
 
+def _setting_flag(name: str, value: object) -> str:
+    """Return a setting as a flag; one that is either on or off stands alone."""
+    flag = name.replace("_", "-")
+    if setting_types()[name] is bool:
+        return f"--{flag}" if value else f"--{flag.replace('.', '.no-')}"
+    return _flag(flag, value)
+
+
 def _flag(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--{name.replace('.', '.no-')}"
     values = value if isinstance(value, list) else [value]
     return shlex.join([f"--{name}", *map(str, values)])
 

@@ -71,6 +71,12 @@ _BY_PROMPT = {
 }
 
 
+# Measures that only validations have.
+_OF_VALIDATIONS = {
+    SHARE_WITH_TEXT: "share with text",
+    "corpus_distinct_2": "distinct word pairs of all responses",
+    "source_chrf": "chrF to the source",
+}
 # The metrics that say whether a response says the right thing. The first one that was measured is "quality".
 _FAITHFULNESS = ("facts", "rouge_l")
 # The metrics that the terminal shows beside quality; the report has all.
@@ -216,7 +222,7 @@ def validation_quality_name(measure: str | None) -> str:
     """Return what the quality of validations is, by its measure in checkpoint.json; None if that does not say."""
     if measure is None:
         return "quality"
-    return "share with text" if measure == SHARE_WITH_TEXT else _QUALITY[measure].label
+    return _OF_VALIDATIONS.get(measure) or _QUALITY[measure].label
 
 
 def shown_quality(evaluation: dict[str, Any]) -> str | None:
@@ -303,7 +309,7 @@ def joint_scale(evaluation: dict[str, Any]) -> str:
     after = f"{after_name(evaluation)} at {percent(scale['after'])}"
     return (
         f"J of copying the source is {number(scale['copy'])}, and of what people wrote {number(scale['human'])}. "
-        f"On the way from one to the other the initial policy is at {percent(scale['before'])}, and {after}."
+        f"On the scale between them the initial policy is at {percent(scale['before'])}, and {after}."
     )
 
 

@@ -16,6 +16,10 @@ from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
 from detoxrl.rewards.shaping import Reward
 
+# What every function gets: prompts and responses. A column of such a name cannot be given too.
+_OWN_PARAMETERS = ("prompts", "responses")
+_GIVEN = len(_OWN_PARAMETERS)
+
 
 class RewardFunction(Protocol):
     """The signature of your own reward: one number per response, higher is better.
@@ -83,11 +87,20 @@ def validated_reward(function: RewardFunction, name: str) -> Reward:
 
 
 def _asked_columns(function: RewardFunction) -> tuple[list[inspect.Parameter], bool]:
-    """Return the parameters of a function behind prompts and responses, and whether it takes any other column."""
-    parameters = inspect.signature(function).parameters.values()
-    by_name = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][2:]
-    by_name += [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-    return by_name, any(each.kind is each.VAR_KEYWORD for each in parameters)
+    """Return the parameters of a function behind prompts and responses, and whether it takes any other column.
+
+    A function that names neither prompts nor responses, such as a wrapper with `*args, **kwargs`, gets no columns.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # Some builtins have no signature.
+        return [], False
+
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    asked = [each for each in positional[2:] if each.kind is each.POSITIONAL_OR_KEYWORD]
+    asked += [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters) and len(positional) >= _GIVEN
+    return asked, takes_all
 
 
 def _columns(
@@ -102,10 +115,10 @@ def _columns(
     for parameter in asked:
         is_there = parameter.name in known or parameter.default is not parameter.empty
         remedy = f"choose from {', '.join(known)}, or give the parameter a default"
-        require(is_there, FUNCTION, name, f"asks for the column {parameter.name}, which the rows lack", remedy)
+        require(is_there, FUNCTION, name, f"asks for {parameter.name}, and the rows have no such column", remedy)
 
     if asks_for_all:
-        names += [column for column in known if column not in names]
+        names += [column for column in known if column not in (*names, *_OWN_PARAMETERS)]
     return {column: [prompt.columns.get(column) for prompt in prompts] for column in names}
 
 

@@ -117,7 +117,17 @@ class RunFolder:
         if not (root / "config.json").is_file():
             rule = "holds no config.json" if root.exists() else "does not exist"
             raise InputError("run folder", str(root), rule, _likely_run(root))
-        return cls(root), config_from_json(root / "config.json")
+        folder = cls(root)
+        folder._require_todays_rows()
+        return folder, config_from_json(root / "config.json")
+
+    def _require_todays_rows(self) -> None:
+        """Raise InputError when an earlier version has written the rows, which knew dialogues alone."""
+        if not (self / "rows.json").is_file():
+            return
+        rule = "was made by an earlier version, whose rows this one cannot read"
+        remedy = f"repeat it: detoxrl run --from {self / 'config.json'} --run-dir NEW"
+        require("task" in self.read_json("rows.json"), "run folder", str(self.root), rule, remedy)
 
     def require_product(self, name: str, stage: str) -> Path:
         """Return the path of a stage's product. Raises InputError when it does not exist."""

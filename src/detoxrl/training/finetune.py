@@ -95,7 +95,8 @@ def examples(
     alone = tokenizer(spaced, add_special_tokens=False).input_ids
     whole = [prompt + target for (prompt, _), target in zip(pairs, spaced, strict=True)]
     together = tokenizer(whole, add_special_tokens=special).input_ids
-    end = end_of_turn_id(tokenizer) if in_chat else tokenizer.eos_token_id
+    end_of_turn = end_of_turn_id(tokenizer) if in_chat else None
+    end = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
 
     inputs = []
     labels = []

@@ -29,8 +29,8 @@ _CHECKPOINTS = "checkpoints/train"
 _QUALITY_NAMES = {
     "facts": "facts kept",
     "rouge_l": "ROUGE-L",
-    "distinct_2": "distinct word pairs",
-    "source_similarity": "similarity to the source",
+    "corpus_distinct_2": "distinct word pairs",
+    "source_chrf": "chrF to the source",
 }
 
 
