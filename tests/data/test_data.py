@@ -74,10 +74,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
 def test_every_format_gives_the_same_rows_unchanged(tmp_path: Path, name: str) -> None:
     rows = [{"key": 7, "talk": ODD, "gist": "None"}, {"key": 8, "talk": "x" * 5000, "gist": "NA"}]
-    read = read_source(config(write(tmp_path / name, rows), id_column="key"))
-    assert read == {
-        "file": [Row(id="7", text=ODD, references=("None",)), Row(id="8", text="x" * 5000, references=("NA",))]
-    }
+    read = read_source(config(write(tmp_path / name, rows), id_column="key"))["file"]
+    assert [(row.id, row.text, row.references) for row in read] == [("7", ODD, ("None",)), ("8", "x" * 5000, ("NA",))]
+    assert [row.columns["talk"] for row in read] == [ODD, "x" * 5000]
 
 
 def test_a_folder_keeps_its_splits_and_rows_are_numbered(tmp_path: Path) -> None:
