@@ -147,12 +147,13 @@ _SMOLLM2: Settings = {
     "reward.normalise_on": 64,
     "generation.max_new_tokens": 24,
     "generation.batch_size": 64,
-    "rl.steps": 30,
+    "rl.steps": 20,
+    "rl.kl_coef": 0.1,
     "rl.microbatch_size": 8,
     "rl.validate_every": 10,
     "rl.validation_prompts": 128,
     "evaluation.prompts": 200,
-    "evaluation.samples_per_prompt": 4,
+    "evaluation.samples_per_prompt": 2,
 }
 
 _TOXIC_BERT: Settings = {
