@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import pytest
 from detoxrl import cli
 from detoxrl.arguments import Request, command_help, overview, parse
 from detoxrl.cli import COMMANDS, existing_run_policy
-from detoxrl.config.edit import flatten, with_settings
+from detoxrl.config.edit import config_to_json, flatten, with_settings
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.errors import InputError
+from detoxrl.report.page import repeat_command
 from small_runs import detoxrl
 
 
@@ -184,3 +187,16 @@ def test_every_command_has_help_and_the_recipes_are_listed(capsys: pytest.Captur
         assert capsys.readouterr().out == overview(COMMANDS.values())
     assert detoxrl(["--version"]) == 0
     assert capsys.readouterr().out == f"{cli.__version__}\n"
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_the_command_that_a_report_prints_gives_the_same_config(value: bool | None) -> None:
+    given = {"data.chat_template": value, "policy.bf16": True, "policy.base": "b", "data.task": "chat", "seed": 3}
+    system = None if value is False else "Be 'brief'."
+    config = recipe("own", given | {"evaluation.sharpened": False, "data.system_prompt": system})
+    stored = json.loads(config_to_json(config))
+    command = repeat_command(stored, {"names": {}, "policies": {}, "texts": {}})
+    program, *words = shlex.split(command)
+    request = read(*words)
+    assert program == "detoxrl"
+    assert recipe(request.target, request.settings) == config

@@ -19,6 +19,8 @@ from huggingface_hub.utils import _http
 from transformers import AutoTokenizer
 
 from chat_templates import GEMMA3, LLAMA3, QWEN25, SMOLLM2
+from detoxrl.commands import prepare
+from detoxrl.config.edit import config_to_json
 from detoxrl.config.recipes import recipe
 from detoxrl.models.policy import Policy
 from hub import hub
@@ -241,3 +243,53 @@ def test_a_recipe_for_the_hub_runs_to_its_report(name: str, recipes_hub: Path) -
     if name == "paradetox":
         assert evaluation["quality"]["joint"]["before"] >= 0
         assert {"copy", "human"} <= set(evaluation["baselines"])
+
+
+def test_a_reward_that_was_trained_keeps_its_encoder_when_a_run_is_resumed(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETOXRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(prepare._ON_ENCODER, "steps", 2)
+    copytree(bases["gpt2"], tmp_path / "model")
+    stand_in_encoder(tmp_path / "encoder", AutoTokenizer.from_pretrained(bases["t5"]))
+    words = ["own", "--policy.base", "model", "--reward.classifier", "embedded", "--data.limit", "40",
+             "--data.max-prompt-tokens", "200", "--data.task", "continue", *TINY]  # fmt: skip
+    assert detoxrl(["prepare", *words, "--reward.encoder", "encoder"]) == 0
+    settings = json.loads((tmp_path / "runs/own/reward/config.json").read_text())
+    assert settings["model_type"] == "bert"
+    assert settings["id2label"] == {"0": "nothate", "1": "hate"}
+
+    capsys.readouterr()
+    assert detoxrl(["run", *words, "--resume", "--accept-changes", "--reward.encoder", "none"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reward.encoder = None: differs from the run's" in line
+    assert "stage prepare has started with that" in line
+
+
+def test_a_run_folder_of_an_earlier_version_is_refused_in_one_line(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.json").write_text(config_to_json(recipe("own")))
+    (old / "rows.json").write_text('{"splits": {}, "truncated": {}, "summary_tokens": null}')
+    for command in (["report", "old"], ["evaluate", "old"], ["run", "--resume", "--run-dir", "old"]):
+        assert detoxrl(command) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "was made by an earlier version, whose rows this one cannot read; repeat it: detoxrl run --from" in line
+
+
+def test_texts_to_measure_know_their_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, word in (("a", "idiot"), ("b", "friend")):
+        rows = [{"prompt": f"The {i}", "continuation": "x", "response": f"{word} {i}"} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "own", "--data.task", "continue", "--texts", "a.jsonl", "b.jsonl", "--run-dir", "texts"]
+    assert detoxrl(words) == 0
+    evaluation = json.loads((tmp_path / "texts/eval.json").read_text())
+    assert (evaluation["task"], evaluation["quality_by"]) == ("continue", "distinct_2")
+    assert "rouge_l" not in evaluation["quality"]
