@@ -64,7 +64,7 @@ def older_protocol(rows: Sequence[Row], responses: Mapping[str, Texts], judge: J
         judged["prompt and response", writer] = [f"{row.prompt} {text}" for row, text in zip(rows, texts, strict=True)]
     for writer, texts in firsts.items():
         judged["response", writer] = texts
-    summaries = [row.references[0] for row in rows if row.references[0] is not None]
+    summaries = [row.references[0] for row in rows if row.references]
     if len(summaries) == len(rows):
         judged["response", "people"] = summaries
 

@@ -282,7 +282,7 @@ def test_what_a_step_takes_follows_from_the_measurements(
                 "rl.minibatch_size": 4, "generation.max_new_tokens": 40}  # fmt: skip
     config = recipe("own", settings)
     policy = load_policy(str(bases[name]), None, config.policy, seed=0)
-    account = {**prepared.account, "summary_tokens": {"p95": 30}}
+    account = {**prepared.account, "reference_tokens": {"p95": 30}}
     encoded = SimpleNamespace(mask=torch.ones(4, 50))
     monkeypatch.setattr(timing, "_timed_reading", lambda *_: (3.0, encoded))
     monkeypatch.setattr(timing, "_timed_sampling", lambda *given: Timed(5.0 + given[-1], given[-1]))

@@ -206,7 +206,8 @@ def test_a_lora_of_another_base_is_refused_before_anything_is_written(
 def test_a_run_is_not_overwritten_by_one_that_needs_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert detoxrl(own()) == 0
     before = sorted(place.rglob("*"))
-    for words in (["--policy.adapter", "runs/own/adapter"], ["--data.source", "runs/own/data"]):
+    rows = ["--data.source", "runs/own/data", "--data.text-column", "text"]
+    for words in (["--policy.adapter", "runs/own/adapter"], rows):
         assert detoxrl(own("--overwrite", *words)) == 2
         assert "--run-dir = 'runs/own': holds " in capfd.readouterr().err
     with pytest.raises(InputError, match=r"texts = .*do not belong to a run"):

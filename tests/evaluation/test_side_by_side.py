@@ -64,8 +64,8 @@ def test_texts_are_compared_row_by_row_with_the_first_file(place: Path, capsys: 
     assert detoxrl(["evaluate", "--texts", "rude.jsonl", "--run-dir", "runs/one"]) == 0
     assert result("runs/one")["names"] == {"before": "its references", "after": "rude.jsonl"}
     assert result("runs/one")["toxicity"][JUDGE]["verdict"] == "more toxic"
-    assert detoxrl(["evaluate", "own", "--texts", "rude.jsonl", "civil.jsonl", "--data.reference-column", "None",
-                    "--run-dir", "runs/bare"]) == 0  # fmt: skip
+    write("bare.jsonl", RUDE, id=[*range(30)], dialogue=["We talk."] * 30)
+    assert detoxrl(["evaluate", "own", "--texts", "bare.jsonl", "civil.jsonl", "--run-dir", "runs/bare"]) == 0
     assert "chrf" not in result("runs/bare")["quality"]
     assert "compared.csv" not in capsys.readouterr().out
     assert detoxrl(["evaluate", "--texts", "a=plain.txt", "b=plain.txt", "--run-dir", "runs/plain"]) == 0
@@ -86,7 +86,7 @@ def test_an_encoder_an_nli_model_and_a_fluency_classifier_are_read_where_they_ar
     assert detoxrl([*words, "--evaluation.nli", "nli"]) == 0
     shown, found = capsys.readouterr().out, result("runs/texts")["quality"]
     assert "Civil, similar" in shown
-    assert "Entailed by the dialogue: " in shown.splitlines()[-2]  # stands in for quality
+    assert "Entailed by the prompt: " in shown.splitlines()[-2]  # stands in for quality
     assert "not measured" not in shown
     assert found["entailment"]["after"] + found["fluency"]["after"] == pytest.approx(1, abs=1e-3)  # the two labels
     assert found["joint"]["before"] == 0.0  # nothing rude is civil

@@ -234,19 +234,19 @@ _RECIPES = {
         _OWN,
     ),
     "smollm2": _Recipe(
-        "an instruct model of 135 M parameters answers rude messages; LoRA, minutes on a CPU (`make demo-llm`)",
+        "a chat model of 135 M parameters answers rude messages; minutes on a CPU (`make demo-llm`)",
         _SMOLLM2,
     ),
     "realtoxicity": _Recipe(
-        "a base model of 135 M parameters continues RealToxicityPrompts, by its protocol: 25 samples of 20 tokens",
+        "a base model of 135 M continues RealToxicityPrompts, by its protocol of 25 samples",
         _REALTOXICITY,
     ),
     "paradetox": _Recipe(
-        "FLAN-T5 base rewrites rude sentences of ParaDetox in civil words; J between copying and what people wrote",
+        "FLAN-T5 base rewrites ParaDetox; J between copying and what people wrote",
         _PARADETOX,
     ),
     "dialogsum-chat": _Recipe(
-        "an instruct model of 0.5 B parameters summarizes DialogSum in its chat template; 100 steps",
+        "a chat model of 0.5 B parameters summarizes DialogSum in its chat template; 100 steps",
         _DIALOGSUM_CHAT,
     ),
     "dialogsum": _Recipe(
