@@ -1,4 +1,4 @@
-"""What did runs of one recipe with several seeds reach? Prints the README's table, and that of the baselines.
+"""What did runs of one recipe with several seeds reach? Prints a table of results, and one of the baselines.
 
 for seed in 0 1 2; do detoxrl run quickstart --seed $seed --run-dir runs/seed$seed; done
 python benchmarks/evaluation/results_table.py runs/seed0 runs/seed1 runs/seed2
@@ -16,6 +16,7 @@ Evaluation = dict[str, Any]  # an eval.json
 
 BASELINES = {
     "word_filter": "word filter",
+    "sharpened": "initial policy at the temperature of equal entropy",
     "best_of_4": "best of 4 by the reward",
     "best_of_16": "best of 16 by the reward",
     "sft_civil": "supervised on civil references",
@@ -29,6 +30,8 @@ METRICS = {
     "rouge_l": "ROUGE-L to the civil reference",
     "similarity": "similarity (chrF) to another response of the initial policy",
     "distinct_2": "distinct word pairs of a prompt's samples",
+    "nll": "nats per token under the initial policy",
+    "entropy": "entropy, nats per token",
     "length": "words per response",
     "empty_rate": "empty responses",
 }
@@ -43,16 +46,23 @@ def print_head(columns: int) -> None:
     print("|---|" + "---|" * columns)
 
 
-def cell(result: dict[str, Any], supervised: float) -> str:
-    """Return before and after, the interval of their difference, and the value of the supervised baseline."""
-    digits = 1 if result["before"] > 2 else 3
+def cell(result: dict[str, Any], supervised: float | None) -> str:
+    """Return before and after, the interval of their difference, and the value of the supervised baseline, if any."""
+    digits = 1 if result["before"] > 5 else 3
+    behind = "" if supervised is None else f"; {supervised:.{digits}f}"
     difference = result["difference"]
     if difference is None:
-        return f"{result['before']:.{digits}f}, initial policy kept; {supervised:.{digits}f}"
+        return f"{result['before']:.{digits}f}, initial policy kept{behind}"
 
-    values = (result["before"], result["after"], difference["low"], difference["high"], supervised)
-    before, after, low, high, base = (f"{value:.{digits}f}" for value in values)
-    return f"{before} → {after} ({low} to {high}); {base}"
+    values = (result["before"], result["after"], difference["low"], difference["high"])
+    before, after, low, high = (f"{value:.{digits}f}" for value in values)
+    return f"{before} → {after} ({low} to {high}){behind}"
+
+
+def supervised_baseline(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return the baseline that was fine-tuned on civil references, None in a recipe without one."""
+    baseline: dict[str, Any] | None = evaluation["baselines"].get("sft_civil")
+    return baseline
 
 
 def print_results(evaluations: Sequence[Evaluation]) -> None:
@@ -68,7 +78,8 @@ def print_results(evaluations: Sequence[Evaluation]) -> None:
                 "after": result["after"]["mean"],
                 "difference": result["difference"],
             }
-            supervised = evaluation["baselines"]["sft_civil"]["toxicity"][judge]["after"]["mean"]
+            baseline = supervised_baseline(evaluation)
+            supervised = None if baseline is None else baseline["toxicity"][judge]["after"]["mean"]
             toxicity_cells.append(cell(means, supervised))
             removed = "–" if result["share_removed"] is None else f"{result['share_removed']:.0%}"
             removed_cells.append(f"{removed}, floor {result['floor']:.3f}")
@@ -78,24 +89,30 @@ def print_results(evaluations: Sequence[Evaluation]) -> None:
     for name, label in METRICS.items():
         cells = []
         for evaluation in evaluations:
-            supervised = evaluation["baselines"]["sft_civil"]["quality"][name]["after"]
-            cells.append(cell(evaluation["quality"][name], supervised))
-        print_row(label, cells)
+            if name in evaluation["quality"]:
+                baseline = supervised_baseline(evaluation)
+                known = {} if baseline is None else baseline["quality"].get(name, {})
+                cells.append(cell(evaluation["quality"][name], known.get("after")))
+        if len(cells) == len(evaluations):
+            print_row(label, cells)
 
 
 def print_baselines(evaluations: Sequence[Evaluation]) -> None:
-    """Print toxicity, facts and the verdict on "after" for each baseline, one column for each run."""
+    """Print toxicity, quality and the verdict on "after" for each baseline, one column for each run."""
     print()
     print_head(len(evaluations))
     for side, label in (("before", "initial policy"), ("after", "PPO")):
         cells = []
         for evaluation in evaluations:
             toxicity = evaluation["toxicity"][evaluation["primary_judge"]]
-            facts = evaluation["quality"]["facts"]
-            cells.append(f"{toxicity[side]['mean']:.3f}, {facts[side]:.3f}")
+            compared = next(iter(evaluation["baselines"].values()))["after"]["quality_by"]
+            quality = evaluation["quality"][compared]
+            cells.append(f"{toxicity[side]['mean']:.3f}, {quality[side]:.3f}")
         print_row(label, cells)
 
     for name, label in BASELINES.items():
+        if any(name not in evaluation["baselines"] for evaluation in evaluations):
+            continue
         print_row(label, [baseline_cell(evaluation["baselines"][name]["after"]) for evaluation in evaluations])
 
 
