@@ -1,8 +1,9 @@
 """How does a model of any architecture read and write, by its own forward pass in transformers?"""
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -132,12 +133,28 @@ class PlainSteps:
         self.network = network
         self.encoded = encoded
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if network.has_encoder else DynamicCache()
+        self._first: tuple[torch.Tensor, torch.Tensor] | None = None  # What follows from prompts that were read.
+
+    def read_prompts(self) -> Self:
+        """Read the prompts now. Each copy then begins behind them."""
+        self._first = self.next(None)
+        return self
+
+    def copy(self) -> "PlainSteps":
+        """Return an object that decodes other responses to the same prompts."""
+        other = PlainSteps(self.network, self.encoded)
+        other._cache = deepcopy(self._cache)
+        other._first = self._first
+        return other
 
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, V) and hidden states (B, D) that predict the token after `tokens` (B,).
 
         At the first call `tokens` is None: the first token follows from the prompt alone.
         """
+        if tokens is None and self._first is not None:
+            return self._first
+
         mask = self.encoded.mask
         new_tokens = mask.new_empty(len(mask), 0) if tokens is None else tokens[:, None]
         logits, states = self.network.predicted(self.encoded, new_tokens, self._cache)

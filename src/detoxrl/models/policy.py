@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from detoxrl.config.schema import DataConfig
 from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.ends import end_token_ids
-from detoxrl.models.plain import PlainNetwork
+from detoxrl.models.plain import PlainNetwork, PlainSteps
 from detoxrl.models.t5 import T5Network, is_plain_t5
 from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY, LoraWeights, Weights
@@ -157,16 +157,33 @@ class Policy:
         return max(1, self._network_class.max_tokens_per_pass(self.model.config) // length)
 
     @torch.no_grad()
+    def read_prompts(self, encoded: Encoded, adapter: str | None = POLICY) -> PlainSteps | None:
+        """Return a causal model that has read the prompts, for `sample` to draw several responses to each from.
+
+        None: an encoder has read them already.
+        """
+        network = self._network(adapter)
+        if self.has_encoder or not isinstance(network, PlainNetwork):
+            return None
+        return PlainSteps(network, encoded).read_prompts()
+
+    @torch.no_grad()
     def sample(
-        self, encoded: Encoded, uniforms: torch.Tensor, temperature: float, adapter: str | None = POLICY
+        self,
+        encoded: Encoded,
+        uniforms: torch.Tensor,
+        temperature: float,
+        adapter: str | None = POLICY,
+        start: PlainSteps | None = None,
     ) -> Responses:
         """Return responses of up to T tokens, drawn by inverse CDF from `uniforms` (B, T) in [0, 1).
 
-        Row i depends on uniforms[i] and its prompt alone.
+        Row i depends on uniforms[i] and its prompt alone. `start` is what `read_prompts` returned for these
+        prompts; the result is the same without it.
         """
         length = uniforms.shape[1]
         responses = self._empty_responses(uniforms)
-        steps = self._network(adapter).steps(encoded, length)
+        steps = self._network(adapter).steps(encoded, length) if start is None else start.copy()
         eos_ids = torch.tensor(self.eos_token_ids, device=self.device)
         rows = torch.arange(len(uniforms), device=self.device)  # still in the batch; some may have ended
         tokens = None

@@ -9,6 +9,7 @@ import torch
 
 from detoxrl.config.schema import GenerationConfig
 from detoxrl.errors import require
+from detoxrl.models.plain import PlainSteps
 from detoxrl.models.policy import Policy
 from detoxrl.models.support import GENERATOR_EXAMPLES
 from detoxrl.models.types import Encoded, Prompt, Responses
@@ -57,9 +58,13 @@ class Distribution(NamedTuple):
         """Return whether another distribution can read what this one encoded."""
         return self.policy is other.policy and self.encoder == other.encoder
 
-    def draw(self, encoded: Encoded, uniforms: torch.Tensor) -> Responses:
-        """Return a response to each prompt, drawn from `uniforms` (B, T)."""
-        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter)
+    def read_prompts(self, encoded: Encoded) -> PlainSteps | None:
+        """Return what several draws from the same prompts have in common, as `Policy.read_prompts`."""
+        return self.policy.read_prompts(encoded, self.adapter)
+
+    def draw(self, encoded: Encoded, uniforms: torch.Tensor, start: PlainSteps | None) -> Responses:
+        """Return a response to each prompt, drawn from `uniforms` (B, T), behind what `read_prompts` returned."""
+        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter, start)
 
     def logprobs(self, encoded: Encoded, responses: Responses) -> torch.Tensor:
         """Return the log-probs (nats) (B, T) of responses that another distribution may have drawn, teacher-forced."""
@@ -90,12 +95,13 @@ def sample_texts(
     samples: int = 1,
     adapter: str | None = POLICY,
 ) -> list[list[str]]:
-    """Return `samples` response texts for each prompt of one batch. Each prompt is encoded once."""
+    """Return `samples` response texts for each prompt of one batch. Each prompt is read once."""
     source = Distribution(policy, adapter, config.temperature, encoder=adapter)
     encoded = source.encode(prompts)
+    start = source.read_prompts(encoded) if samples > 1 else None
     texts: list[list[str]] = [[] for _ in prompts]
     for sample in range(samples):
-        responses = source.draw(encoded, draws.uniforms(policy, prompts, sample, config.max_new_tokens))
+        responses = source.draw(encoded, draws.uniforms(policy, prompts, sample, config.max_new_tokens), start)
         for texts_of_prompt, text in zip(texts, policy.decode(responses), strict=True):
             texts_of_prompt.append(text)
     return texts
@@ -120,9 +126,10 @@ def sample_with_likelihoods(
     if initial is not None and not source.encodes_as(initial):
         encoded_by_initial = initial.encode(prompts)
 
+    start = source.read_prompts(encoded) if samples > 1 else None
     by_prompt: list[list[Sample]] = [[] for _ in prompts]
     for sample in range(samples):
-        responses = source.draw(encoded, draws.uniforms(source.policy, prompts, sample, length))
+        responses = source.draw(encoded, draws.uniforms(source.policy, prompts, sample, length), start)
         likelihoods: Sequence[Likelihood | None] = [None] * len(prompts)
         if initial == source:
             likelihoods = _likelihoods(responses, responses.logprobs)
