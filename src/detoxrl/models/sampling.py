@@ -62,7 +62,7 @@ class Distribution(NamedTuple):
         """Return what several draws from the same prompts have in common, as `Policy.read_prompts`."""
         return self.policy.read_prompts(encoded, self.adapter)
 
-    def draw(self, encoded: Encoded, uniforms: torch.Tensor, start: PlainSteps | None) -> Responses:
+    def draw(self, encoded: Encoded, uniforms: torch.Tensor, start: PlainSteps | None = None) -> Responses:
         """Return a response to each prompt, drawn from `uniforms` (B, T), behind what `read_prompts` returned."""
         return self.policy.sample(encoded, uniforms, self.temperature, self.adapter, start)
 
