@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 from transformers import AutoTokenizer
 
@@ -23,7 +23,7 @@ from detoxrl.commands import prepare
 from detoxrl.config.edit import config_to_json
 from detoxrl.config.recipes import recipe
 from detoxrl.models.policy import Policy
-from hub import hub
+from hub import hub, use_hub
 from small_runs import SMALL, detoxrl
 from stand_in import (
     stand_in,
@@ -203,11 +203,7 @@ def recipes_hub(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
     monkeypatch.chdir(tmp_path)
     with hub(served) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.address)
-        template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        use_hub(monkeypatch, running.address, tmp_path / "cache")
         yield tmp_path
     _http.close_session()
 

@@ -14,7 +14,6 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +42,7 @@ from detoxrl.evaluation.similarity import joint, load_encoder, similarity
 from detoxrl.models import reader
 from detoxrl.models.loading import scratch_tokenizer
 from detoxrl.rewards.classifier import load_classifier
-from hub import Hub, hub
+from hub import Hub, hub, use_hub
 
 CPU = torch.device("cpu")
 ROWS = generate_rows(0, {"train": 80})["train"]
@@ -116,11 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def served(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub(folders) as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        template = found.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        use_hub(monkeypatch, found.address, tmp_path / "cache")
         monkeypatch.chdir(tmp_path)
         yield found
     _http.close_session()

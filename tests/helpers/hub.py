@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import ModelCard
+import pytest
+from huggingface_hub import ModelCard, constants
 
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 _PUSH = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
@@ -267,6 +268,15 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
         }
         for file in files
     ]
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path, offline: bool = False) -> None:
+    """Have huggingface_hub ask the hub at an address from now on, and keep what it gives in a cache."""
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +33,7 @@ from detoxrl.models.loading import load_base, load_tokenizer
 from detoxrl.models.lora import initial_adapter, load_policy
 from detoxrl.rewards.classifier import is_multi_label, load_classifier
 from detoxrl.runtime.hub import download_size, fetch, fetch_policy, is_hub_id, pin_revision
-from hub import Hub, hub
+from hub import Hub, hub, use_hub
 from small_runs import SMALL, contents, detoxrl, make_place
 from stand_in import DATA, HATE, HEADS, SIZES, stand_in
 
@@ -64,12 +64,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     monkeypatch.chdir(tmp_path)
 
     def set_up(address: str, cache: str = "cache", offline: bool = False) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / cache))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        use_hub(monkeypatch, address, tmp_path / cache, offline)
 
     yield set_up
     _http.close_session()

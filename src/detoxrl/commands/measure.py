@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, compress, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,13 @@ def _by_prompt(
         part = measured.of_rows(mask).with_extremes()
         likelihoods: dict[str, dict[str, Floats]] = {policy: {} for policy in part.metrics}
         for policy in ("before", "after"):
-            source = policy if policy in samples else "before"
-            of_part = [of_prompt for of_prompt, is_in in zip(samples[source], mask, strict=True) if is_in]
+            # Where training kept the initial policy, there are no samples of "after".
+            of_policy = samples.get(policy, samples["before"])
+            of_part = list(compress(of_policy, mask))
             likelihoods[policy] = likelihood_metrics(of_part, are_draws=True)
-        compared = comparison(part.with_metrics(likelihoods), "after", run.config.evaluation, run.config.seed)
+
+        part = part.with_metrics(likelihoods)
+        compared = comparison(part, "after", run.config.evaluation, run.config.seed)
         parts[name] = {"n": int(mask.sum()), **compared}
     return parts
 
@@ -138,7 +141,7 @@ def _floor_and_ceiling(rows: Sequence[Row], count: int) -> dict[str, Samples]:
 
     ends: dict[str, Texts] = {"copy": [[row.text] * count for row in rows]}
     if all(row.references for row in rows):
-        ends["human"] = [[row.references[i % len(row.references)] for i in range(count)] for row in rows]
+        ends["human"] = [list(islice(cycle(row.references), count)) for row in rows]
     return {name: without_likelihoods(texts) for name, texts in ends.items()}
 
 

@@ -30,7 +30,7 @@ def without_likelihoods(texts: Texts) -> list[list[Sample]]:
     return [[Sample(text, None) for text in of_prompt] for of_prompt in texts]
 
 
-class Source(NamedTuple):
+class Sampling(NamedTuple):
     """Which policy gives how many responses to a prompt, at which temperature."""
 
     policy: str
@@ -55,17 +55,17 @@ def sampled_responses(run: Run, given: Mapping[str, str]) -> Sampled:
     require(has_after, "run folder", str(run.folder.root), "has no adapter", "train it first")
     sampler = run.world.build(ResponseSampler, run, dict(given))
 
-    sources = sampler.sources()
+    samplings = sampler.samplings()
     settings = run.config.evaluation
-    planned = sum(source.samples for source in sources.values())
+    planned = sum(sampling.samples for sampling in samplings.values())
     planned += settings.samples_per_prompt if settings.sharpened else 0
     with progress("sample", planned * sampler.rows) as report:
         collection = _Collection(run.folder, sampler, report)
-        samples = {name: collection.complete(name, source) for name, source in sources.items()}
+        samples = {name: collection.complete(name, sampling) for name, sampling in samplings.items()}
         sharpening = _sharpening(run, sampler, samples, collection.temperature)
         if sharpening.temperature is not None:
-            source = Source("before", settings.samples_per_prompt, sharpening.temperature)
-            samples[SHARPENED] = collection.complete(SHARPENED, source)
+            sampling = Sampling("before", settings.samples_per_prompt, sharpening.temperature)
+            samples[SHARPENED] = collection.complete(SHARPENED, sampling)
     return Sampled(samples, sharpening)
 
 
@@ -84,17 +84,17 @@ class _Collection:
             if line["policy"] == SHARPENED:
                 self.temperature = line["temperature"]
 
-    def complete(self, name: str, source: Source) -> Samples:
+    def complete(self, name: str, sampling: Sampling) -> Samples:
         """Return the samples of a policy on all prompts; the batches that the folder lacks are sampled now."""
         by_row = self._by_row.setdefault(name, {})
         order = self._sampler.order
         for batch in self._sampler.batches(order[len(by_row) :]):
-            sampled = self._sampler.sample(source, batch)
-            record = {"policy": name, "temperature": source.temperature, "responses": list(sampled.items())}
+            sampled = self._sampler.sample(sampling, batch)
+            record = {"policy": name, "temperature": sampling.temperature, "responses": list(sampled.items())}
             self._folder.append(RESPONSES, record)
             by_row.update(sampled)
-            self._report(self._responses + len(by_row) * source.samples, name)
-        self._responses += len(by_row) * source.samples
+            self._report(self._responses + len(by_row) * sampling.samples, name)
+        self._responses += len(by_row) * sampling.samples
         return [by_row[row] for row in range(self._sampler.rows)]
 
 
@@ -144,7 +144,7 @@ def _search(run: Run, sampler: "ResponseSampler", before: Samples, after: Sample
     def entropy_at(temperature: float) -> float:
         sampled: dict[int, list[Sample]] = {}
         for batch in sampler.batches(rows):
-            sampled.update(sampler.sample(Source("before", 1, temperature), batch))
+            sampled.update(sampler.sample(Sampling("before", 1, temperature), batch))
         return first_entropy(sampled)
 
     start = run.config.generation.temperature
@@ -170,14 +170,14 @@ class ResponseSampler:
         (self.order,) = batches_by_length(self._prompts, len(self._prompts))
         self.rows = len(self._prompts)
 
-    def sources(self) -> dict[str, Source]:
+    def samplings(self) -> dict[str, Sampling]:
         """Return how each policy is sampled, by name. The initial one gives more, from which best-of-n picks."""
         settings = self._config.evaluation
         temperature = self._config.generation.temperature
-        sources = {name: Source(name, settings.samples_per_prompt, temperature) for name in self._names}
+        samplings = {name: Sampling(name, settings.samples_per_prompt, temperature) for name in self._names}
         pool = max(settings.best_of, default=0)
-        sources["before"] = Source("before", settings.samples_per_prompt + pool, temperature)
-        return sources
+        samplings["before"] = Sampling("before", settings.samples_per_prompt + pool, temperature)
+        return samplings
 
     def batches(self, rows: Sequence[int]) -> list[list[int]]:
         """Return rows in batches that all processes share."""
@@ -185,9 +185,9 @@ class ResponseSampler:
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     @together
-    def sample(self, source: Source, batch: list[int]) -> dict[int, list[Sample]]:
+    def sample(self, sampling: Sampling, batch: list[int]) -> dict[int, list[Sample]]:
         """Return the responses of one policy to some rows, by row."""
-        distribution = self._policies.get(source.policy)._replace(temperature=source.temperature)
+        distribution = self._policies.get(sampling.policy)._replace(temperature=sampling.temperature)
         policy = distribution.policy
         initial = self._policies.initial
         if policy not in (self._on_device, initial.policy):
@@ -198,14 +198,14 @@ class ResponseSampler:
         rates = self._policies.has_initial_tokens(policy)
         if self._policies.reads_another_template(policy):
             # The initial policy would read a template that is not its own, so it says nothing of these responses.
-            prompts = prompts_for(policy, [self._rows[row] for row in mine], self._config, source.policy)
+            prompts = prompts_for(policy, [self._rows[row] for row in mine], self._config, sampling.policy)
             rates = False
         samples = sample_with_likelihoods(
             distribution,
             initial if rates else None,
             prompts,
             self._draws,
-            source.samples,
+            sampling.samples,
             self._config.generation.max_new_tokens,
         )
         responses: dict[int, list[Sample]] = {}

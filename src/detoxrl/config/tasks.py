@@ -13,13 +13,13 @@ class Task(NamedTuple):
     text_columns: tuple[str, ...]  # The usual names of the column of the text; the first that a source has counts.
     reference_columns: tuple[str, ...]  # The usual names of the column of the reference.
     template: str
-    needs_reference: bool  # Whether a row without a reference is left out where the source has references.
-    references_are_civil: bool  # Whether references show how civil text of the kind reads, and so give the floor.
-    open_ended: bool  # Whether many different responses are right, so that a reference says nothing of quality.
-    responses_end: bool  # Whether a response is meant to end by itself. Otherwise it runs to its maximum length.
-    keeps_end: bool  # Whether a text that is too long loses its beginning. Otherwise it loses its end.
     pipeline_tag: str  # The kind of model that trains on it, as the hub names it.
     example: str  # A text, for the model card.
+    needs_reference: bool = False  # Whether a row without a reference is left out where the source has references.
+    references_are_civil: bool = False  # Whether references show how civil text reads, and so give the floor.
+    open_ended: bool = False  # Whether many different responses are right, so a reference says nothing of quality.
+    responses_end: bool = True  # Whether a response is meant to end by itself. Otherwise it runs to its maximum length.
+    keeps_end: bool = False  # Whether a text that is too long loses its beginning. Otherwise it loses its end.
 
     @property
     def slot(self) -> str:
@@ -45,10 +45,6 @@ TASKS: dict[str, Task] = {
         reference_columns=("summary",),
         template="Summarize the following conversation.\n\n{dialogue}\n\nSummary:",
         needs_reference=True,
-        references_are_civil=False,
-        open_ended=False,
-        responses_end=True,
-        keeps_end=False,
         pipeline_tag="summarization",
         example="#Person1#: The report is late.\n#Person2#: I will send it to you today.",
     ),
@@ -58,8 +54,6 @@ TASKS: dict[str, Task] = {
         text_columns=("prompt", "text"),
         reference_columns=("continuation", "completion"),
         template="{prompt}",
-        needs_reference=False,
-        references_are_civil=False,
         open_ended=True,
         responses_end=False,
         keeps_end=True,
@@ -72,10 +66,7 @@ TASKS: dict[str, Task] = {
         text_columns=("messages", "prompt", "conversation"),
         reference_columns=("completion", "reply"),
         template="{conversation}\nAssistant:",
-        needs_reference=False,
-        references_are_civil=False,
         open_ended=True,
-        responses_end=True,
         keeps_end=True,
         pipeline_tag="text-generation",
         example="The report is late again, and nobody told me.",
@@ -86,11 +77,7 @@ TASKS: dict[str, Task] = {
         text_columns=("source", "text"),
         reference_columns=("target",),
         template="Rewrite the following text so that it is polite and keeps its meaning.\n\n{source}\n\nRewritten:",
-        needs_reference=False,
         references_are_civil=True,
-        open_ended=False,
-        responses_end=True,
-        keeps_end=False,
         pipeline_tag="text2text-generation",
         example="Send me that stupid report already.",
     ),

@@ -25,7 +25,11 @@ def messages_of(value: Any, field: str, column: str, place: str) -> tuple[Messag
         return (Message(role="user", content=value),)
     if not isinstance(value, list):
         raise InputError(field, column, f"contains {type(value).__name__}, not messages, in {place}", _REMEDY)
-    return tuple(_message(item, field, column, f"message {number} of {place}") for number, item in enumerate(value, 1))
+
+    messages = []
+    for number, item in enumerate(value, start=1):
+        messages.append(_message(item, field, column, f"message {number} of {place}"))
+    return tuple(messages)
 
 
 def _message(item: Any, field: str, column: str, place: str) -> Message:
@@ -42,11 +46,14 @@ def _content(content: Any, field: str, column: str, place: str) -> str:
     """Return the text of a message, which may stand in parts: `[{"type": "text", "text": ...}]`."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(field, column, f"contains other than text in {place}", "leave such rows out")
-    return "".join(map(str, texts))
+
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InputError(field, column, f"contains other than text in {place}", "leave such rows out")
+        texts.append(text)
+    return "".join(texts)
 
 
 def split_reply(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str | None]:

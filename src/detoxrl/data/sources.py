@@ -66,8 +66,8 @@ def _rows(split: str, records: list[Record], columns: Columns, config: Config) -
         civil = row.references if config.task.references_are_civil else ()
         own = {name: _as_json(value) for name, value in record.items()}
         toxicity = _toxicity(record, columns.toxicity, f"row {number} of {split}")
-        known = replace(row, civil_references=civil, columns=own, toxicity=toxicity)
-        rows.append(replace(known, task=config.data.task))
+        task = config.data.task
+        rows.append(replace(row, task=task, civil_references=civil, columns=own, toxicity=toxicity))
 
     return rows
 

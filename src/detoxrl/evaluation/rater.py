@@ -30,8 +30,13 @@ def load_rater(source: str, device: torch.device) -> Rater:
 
     def rate(pairs: Sequence[tuple[str, str]]) -> Floats:
         encoded = [_encoded(text, response, tokenizer, model) for text, response in pairs]
+
+        def length(index: int) -> int:
+            context, ids = encoded[index]
+            return len(context) + len(ids)
+
+        by_length = sorted(range(len(pairs)), key=length)
         rated = np.zeros((len(pairs), 2))
-        by_length = sorted(range(len(pairs)), key=lambda index: len(encoded[index][0]) + len(encoded[index][1]))
         for start in range(0, len(by_length), _BATCH):
             batch = by_length[start : start + _BATCH]
             rated[batch] = _rated(model, [encoded[index] for index in batch])
@@ -66,11 +71,15 @@ def _rated(model: PreTrainedModel, batch: Sequence[tuple[list[int], list[int]]])
         ids[row, : len(whole)] = whole
         mask[row, : len(whole)] = 1
 
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
-    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    ids = ids.to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask.to(model.device)).logits
+    logprobs = logits[:, :-1].float().log_softmax(-1)
+    chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1).cpu()
 
     rated = np.zeros((len(batch), 2))
     for row, (context, response) in enumerate(batch):
         first = len(context) - 1  # The prediction of the response's first token.
-        rated[row] = -float(logprobs[row, first : first + len(response)].double().sum()), len(response)
+        of_response = chosen[row, first : first + len(response)]
+        rated[row, 0] = -float(of_response.double().sum())
+        rated[row, 1] = len(response)
     return rated

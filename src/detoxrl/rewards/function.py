@@ -18,7 +18,6 @@ from detoxrl.rewards.shaping import Reward
 
 # What every function gets: prompts and responses. A column of such a name cannot be given too.
 _OWN_PARAMETERS = ("prompts", "responses")
-_GIVEN = len(_OWN_PARAMETERS)
 
 
 class RewardFunction(Protocol):
@@ -97,9 +96,10 @@ def _asked_columns(function: RewardFunction) -> tuple[list[inspect.Parameter], b
         return [], False
 
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    asked = [each for each in positional[2:] if each.kind is each.POSITIONAL_OR_KEYWORD]
+    given = len(_OWN_PARAMETERS)
+    asked = [each for each in positional[given:] if each.kind is each.POSITIONAL_OR_KEYWORD]
     asked += [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters) and len(positional) >= _GIVEN
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters) and len(positional) >= given
     return asked, takes_all
 
 
