@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from detoxrl.commands import responses
+from detoxrl.config.recipes import recipe
 from detoxrl.models.loading import load_base, save_base
+from detoxrl.models.sampling import Likelihood, Sample
 from small_runs import detoxrl, own
 from test_data import dialogue
 from test_processes import alike, shared_run
@@ -67,6 +71,35 @@ def test_the_control_is_the_policy_itself_where_that_is_the_sharpened_initial_on
     samples = [json.loads(line)["responses"] for line in Path("runs/m/samples.jsonl").read_bytes().splitlines()]
     same = sum(one["sharpened"] == one["after"] for one in samples)
     assert same > len(samples) / 3  # the same draws
+
+
+class _Linear:
+    """A sampler of an initial policy whose entropy is twice the temperature, in nats per token."""
+
+    rows = 100
+    order = tuple(range(rows))
+
+    def batches(self, rows: Sequence[int]) -> list[list[int]]:
+        return [list(rows)]
+
+    def sample(self, sampling: responses.Sampling, batch: list[int]) -> dict[int, list[Sample]]:
+        return {row: [surprise(2 * sampling.temperature)] for row in batch}
+
+
+def surprise(nats: float) -> Sample:
+    """Return a response of 10 tokens of so many nats each."""
+    return Sample("x", Likelihood(10, -10 * nats, -10 * nats))
+
+
+def test_the_fall_of_entropy_is_that_of_all_responses_even_if_the_searched_ones_show_a_rise() -> None:
+    settings = {"evaluation.samples_per_prompt": 1, "generation.temperature": 1.0}
+    run: Any = SimpleNamespace(config=recipe("own", settings))
+    sampler: Any = _Linear()
+    before = [[surprise(2.0)] for _ in range(100)]
+    # Every second prompt is searched. There the trained policy is less sure by chance; over all it is surer by 0.4.
+    after = [[surprise(2.2 if row % 2 == 0 else 1.0)] for row in range(100)]
+    found = responses._sharpening(run, sampler, {"before": before, "after": after}, None)
+    assert found.temperature == pytest.approx(0.8, abs=0.02)
 
 
 def test_there_is_none_for_a_policy_that_is_less_sure_or_where_it_is_turned_off(

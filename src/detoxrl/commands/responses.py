@@ -125,14 +125,14 @@ def _sharpening(
         return Sharpening(None, "the two policies have different tokens")
     if trained >= initial:
         return Sharpening(None, f"the entropy did not fall ({initial:.3f} to {trained:.3f} nats per token)")
-    return Sharpening(found_before or _search(run, sampler, samples["before"], samples["after"]), None)
+    return Sharpening(found_before or _search(run, sampler, samples["before"], trained / initial), None)
 
 
-def _search(run: Run, sampler: "ResponseSampler", before: Samples, after: Samples) -> float:
-    """Return the temperature at which the initial policy has the entropy of "after".
+def _search(run: Run, sampler: "ResponseSampler", before: Samples, share: float) -> float:
+    """Return the temperature at which the initial policy keeps this share of its entropy per token, in (0, 1).
 
-    Entropies are those of the first sample of each of some prompts. They are compared on the same prompts and draws,
-    because the entropy of a few dozen responses depends on both.
+    It is searched on the first sample of each of some prompts, with the draws of "before". The share comes from all
+    responses: on a few dozen of them the entropy of "after" may lie above that of "before" by chance.
     """
     rows = sampler.order[:: -(-sampler.rows // _SEARCH_PROMPTS)]
 
@@ -148,7 +148,8 @@ def _search(run: Run, sampler: "ResponseSampler", before: Samples, after: Sample
         return first_entropy(sampled)
 
     start = run.config.generation.temperature
-    return matching_temperature(entropy_at, start, first_entropy(before), first_entropy(after))
+    start_entropy = first_entropy(before)
+    return matching_temperature(entropy_at, start, start_entropy, share * start_entropy)
 
 
 class ResponseSampler:
