@@ -196,7 +196,7 @@ def disturb(policy: Policy) -> None:
     scale = 0.2 if isinstance(policy.weights, LoraWeights) else 0.03
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in [*policy.parameters(), *policy.value_head.parameters()]:
+        for parameter in [*policy.parameters(), *policy.add_value_head().parameters()]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

@@ -25,7 +25,7 @@ from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import World
 from detoxrl.training import memory
 from detoxrl.training.memory import MemoryPlan
-from detoxrl.training.rollout import deal_rows
+from detoxrl.training.rollout import deal_prompts
 from learning import PROMPTS, loop_config
 from small_runs import make_place, own, steps_kept, without_timings
 
@@ -218,7 +218,7 @@ def test_rows_are_dealt_once_and_evenly(size: int, count: int, number: int, rand
     order = list(range(size * count))
     random.shuffle(order)  # type: ignore[attr-defined]
     minibatches = [order[start : start + size] for start in range(0, len(order), size)]
-    dealt = deal_rows(minibatches, number)
+    dealt = deal_prompts(minibatches, number)
     assert sorted(row for rows in dealt for row in rows) == list(range(size * count))
     assert all(rows == sorted(rows) for rows in dealt)
     for minibatch in (*minibatches, order):

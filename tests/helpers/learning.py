@@ -100,7 +100,7 @@ def learner_of(policy: Policy, folder: Path, config: Config, rollout: Rollout, m
 def use_sgd(learner: Learner) -> None:
     """Replace the optimizer by plain gradient descent, whose steps are the gradients times the learning rates."""
     policy_group = {"params": learner.policy.parameters(), "lr": 0.0}
-    value_group = {"params": list(learner.policy.value_head.parameters()), "lr": 0.0}
+    value_group = {"params": list(learner.policy.add_value_head().parameters()), "lr": 0.0}
     learner.optimizer = torch.optim.SGD([policy_group, value_group])  # type: ignore[assignment]
 
 

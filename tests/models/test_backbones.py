@@ -98,7 +98,7 @@ def test_sampling_agrees_with_scoring_in_a_padded_batch_and_alone(folder_of: Fol
     policy = policy_of(folder_of(name), full)
     disturb(policy)
     encoded = policy.with_shared_cross(policy.encode(TEXTS))
-    uniforms = Draws(0, "test").uniforms(policy, PROMPTS, 0, LENGTH)
+    uniforms = Draws(0, "test").uniforms(policy, PROMPTS, LENGTH)
     responses = policy.sample(encoded, uniforms, 1.0)
     mask = responses.response_mask
     assert encoded.mask.sum(1).unique().numel() > 1
@@ -258,7 +258,7 @@ def test_a_forced_first_token_is_given_to_the_decoder_and_has_no_logprob(
     require_agreement(policy, "base")
 
     encoded = policy.encode(TEXTS)
-    responses = policy.sample(encoded, Draws(0, "test").uniforms(policy, PROMPTS, 0, LENGTH), 1.0)
+    responses = policy.sample(encoded, Draws(0, "test").uniforms(policy, PROMPTS, LENGTH), 1.0)
     prompts = policy.tokenizer(TEXTS, return_tensors="pt", padding=True)
     start = torch.tensor([[policy.model.config.decoder_start_token_id, FORCED]]).expand(4, 2)
     decoder_ids = torch.cat([start, responses.ids[:, :-1]], 1)

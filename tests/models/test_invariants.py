@@ -101,7 +101,7 @@ def test_in_the_loop_ratios_start_at_one_at_every_step_and_only_the_policy_moves
 def test_logprobs_and_values_while_sampling_are_the_teacher_forced_ones(policy: Policy, temperature: float) -> None:
     disturb(policy)
     encoded = policy.encode(TEXTS)
-    responses = policy.sample(encoded, Draws(0, "test").uniforms(policy, PROMPTS, 0, LENGTH), temperature)
+    responses = policy.sample(encoded, Draws(0, "test").uniforms(policy, PROMPTS, LENGTH), temperature)
     assert responses.response_mask.sum(1).unique().numel() > 1  # some responses end early, some do not
     forced, entropy, values = policy.logprobs(encoded, responses.ids, temperature)
     mask = responses.response_mask
@@ -364,7 +364,7 @@ def test_microbatch_size_does_not_change_the_update(make_policy: Make) -> None:
             policy = make_policy(name, kind)
             # Adam and clipping hide the scale of a gradient, so a wrong divisor shows in the norm before clipping only.
             config = loop_config(microbatch_size=microbatch, max_grad_norm=1e-3, epochs=1, lr=0.1, value_lr=0.1)
-            weights = [*policy.parameters(), *policy.value_head.parameters()]
+            weights = [*policy.parameters(), *policy.add_value_head().parameters()]
             rollout = rollout_of(policy)
             learner = learner_of(policy, Path("unused"), config, rollout)
             use_sgd(learner)

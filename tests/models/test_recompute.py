@@ -46,7 +46,7 @@ IDS = torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(0))
 def outputs_and_gradients(policy: Policy) -> list[torch.Tensor]:
     """The log-probs and values of IDS, and the gradient of every weight that trains."""
     logprobs, _, values = policy.logprobs(policy.encode(TEXTS), IDS, 0.7)
-    weights = [*policy.parameters(), *policy.value_head.parameters()]
+    weights = [*policy.parameters(), *policy.add_value_head().parameters()]
     factors = torch.randn(IDS.shape, generator=torch.Generator().manual_seed(2))
     gradients = torch.autograd.grad((logprobs * factors).sum() + (values * factors).sum(), weights)
     assert all(gradient.any() for gradient in gradients)

@@ -58,7 +58,7 @@ def after_sgd_step(policy: Policy, folder: Path, config: Config, size: int) -> t
     learner = learner_of(policy, folder, config, rollout, microbatch_size=size)
     use_sgd(learner)
     metrics = learner.update(targets_of(rollout), step=0)
-    weights = [*policy.parameters(), *policy.value_head.parameters()]
+    weights = [*policy.parameters(), *policy.add_value_head().parameters()]
     return metrics, torch.cat([weight.detach().flatten() for weight in weights])
 
 

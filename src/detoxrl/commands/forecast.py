@@ -22,7 +22,7 @@ from detoxrl.commands.workload import baseline_names
 from detoxrl.config.schema import Config, GenerationConfig
 from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
-from detoxrl.models.policy import Policy
+from detoxrl.models.policy import Policy, Scored
 from detoxrl.models.reader import TOKENS
 from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.types import Encoded
@@ -116,19 +116,20 @@ def _policy_peaks(policy: Policy, config: Config, prepared: Prepared) -> tuple[f
     with torch.no_grad(), Meter():
         encoded = policy.with_shared_cross(policy.encode(texts))
 
-    def read(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
-        rows = min(rows, len(texts))
-        ids = torch.zeros(rows, tokens, dtype=torch.long, device=_META)
-        return policy.logprobs(_first_rows(encoded, rows), ids, temperature)
+    def read(prompts: int, group_size: int, tokens: int) -> Scored:
+        prompts = min(prompts, len(texts))
+        ids = torch.zeros(prompts * group_size, tokens, dtype=torch.long, device=_META)
+        return policy.logprobs(_first_rows(encoded, prompts), ids, temperature)
 
     def learn() -> None:
-        rows = config.rl.microbatch_size or config.rl.minibatch_size
-        parts = read(rows, response_tokens(config, prepared))
-        torch.stack([part.sum() for part in parts]).sum().backward()
+        responses = config.rl.microbatch_size or config.rl.minibatch_size
+        group_size = min(responses, config.rl.responses_per_prompt)
+        read(responses // group_size, group_size, response_tokens(config, prepared)).logprobs.sum().backward()
 
+    # Validation samples one response to each prompt of a batch, which takes more memory than groups.
     with torch.no_grad():
         sampling = _sampling_peak(policy, texts, length, temperature)
-        scoring = _peak(lambda: read(policy.rows_at_once(length), length))
+        scoring = _peak(lambda: read(policy.rows_at_once(length), 1, length))
 
     return sampling, scoring, _peak(learn)
 

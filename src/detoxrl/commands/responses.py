@@ -160,7 +160,6 @@ class ResponseSampler:
         self._config = run.config
         self._rows = run.rows("test")
         self._prompts = to_prompts(self._rows)
-        self._draws = Draws(run.config.seed, "evaluation")
         trained = {name: run.folder / part for name, part in TRAINED.items() if (run.folder / part).is_dir()}
         self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
         # The initial policy rates the responses of the others, so it is always on the device.
@@ -205,9 +204,8 @@ class ResponseSampler:
             distribution,
             initial if rates else None,
             prompts,
-            self._draws,
-            sampling.samples,
-            self._config.generation.max_new_tokens,
+            Draws(self._config.seed, "evaluation", samples=range(sampling.samples)),
+            self._config.generation,
         )
         responses: dict[int, list[Sample]] = {}
         for part in self.world.gather(dict(zip(mine, samples, strict=True))):

@@ -158,7 +158,7 @@ def _timed_reading(policy: Policy, prompts: list[Prompt]) -> tuple[float, Encode
 def _timed_sampling(policy: Policy, prompts: list[Prompt], encoded: Encoded, config: Config, tokens: int) -> Timed:
     """Sample responses of at most `tokens` tokens."""
     tokens = min(tokens, config.generation.max_new_tokens)
-    uniforms = Draws(config.seed, "rollout").uniforms(policy, prompts, 0, tokens)
+    uniforms = Draws(config.seed, "rollout").uniforms(policy, prompts, tokens)
     started = time.perf_counter()
     with torch.no_grad():
         responses = policy.sample(policy.with_shared_cross(encoded), uniforms, config.generation.temperature)
@@ -187,8 +187,8 @@ def _timed_update(learner: Learner, rollout: Rollout) -> float:
     learner.config = replace(learner.config, rl=rl)
     learner.rollout = rollout
     # Advantages of 0 take as long as others and leave the policy as it is.
-    values = rollout.responses.values
-    targets = Targets(advantages=torch.zeros_like(values), returns=values)
+    responses = rollout.responses
+    targets = Targets(advantages=torch.zeros_like(responses.logprobs), returns=responses.values)
     started = time.perf_counter()
     learner.update(targets, step=0)
     return time.perf_counter() - started

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from detoxrl.config.algorithms import ALGORITHMS, AlgorithmDefaults, AlgorithmName
 from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.errors import require
 
@@ -237,7 +238,27 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
 class RlConfig:
-    """Proximal policy optimisation (PPO; Schulman et al. 2017)."""
+    """Reinforcement learning: the algorithm, its batches, and what holds the policy back."""
+
+    algorithm: AlgorithmName = "ppo"
+    """What a response is compared with: the prediction of a critic (`ppo`), the other responses to its prompt (`rloo`,
+    `grpo`), or the responses to other prompts (`reinforce`)."""
+
+    group_size: PositiveInt | None = None
+    """Number of responses to each prompt of a rollout, which is read once for all of them; must divide
+    rl.minibatch_size. None: 4 with rloo and grpo, 1 with ppo and reinforce."""
+
+    prompt_sampling: Literal["uniform", "varied"] = "uniform"
+    """Which training prompts a step takes: `uniform` takes each equally often; `varied` favours prompts whose responses
+    had different scores. Needs groups."""
+
+    std_scaling: bool | None = None
+    """Divide advantages by their standard deviation: over the group with grpo and rloo, else over the batch. In a group
+    it favours prompts whose responses nearly agree. None: on, except with rloo."""
+
+    tail_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
+    of the mean over all. 1: all scores count."""
 
     steps: PositiveInt = 40
     """Number of rollouts, each followed by its updates."""
@@ -261,7 +282,15 @@ class RlConfig:
     """Initial learning rate of the value head; it decays linearly to 0."""
 
     kl_coef: NonNegativeFloat = 0.05
-    """Weight of the KL penalty: per token, to the reference, as part of the reward."""
+    """Weight of the KL penalty, per token, to the reference."""
+
+    kl_in: Literal["reward", "loss"] | None = None
+    """Where the KL penalty acts: as part of the reward, or as a loss of its own. None: in the loss with grpo, else in
+    the reward."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """How the KL is estimated: k1 in the reward; k2 or k3 in the loss, of which k2 has the gradient of the KL. None: k1
+    in the reward, k3 in the loss."""
 
     kl_target: PositiveFloat | None = None
     """KL to the reference that an adaptive rl.kl_coef aims at, in nats per response. None: rl.kl_coef is fixed."""
@@ -281,6 +310,12 @@ class RlConfig:
 
     clip: PositiveFloat = 0.2
     """Clip range of the probability ratio: [1 - clip, 1 + clip]."""
+
+    clip_high: PositiveFloat | None = None
+    """Clip range upwards, [1 - clip, 1 + clip_high]; a larger one lets unlikely tokens gain. None: rl.clip."""
+
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus per token, which keeps responses varied; 0: no bonus."""
 
     value_clip: PositiveFloat = 0.2
     """Clip range of the value around the value at rollout time."""
@@ -309,6 +344,67 @@ class RlConfig:
         divides = self.batch_size % self.minibatch_size == 0
         rule = f"must divide rl.batch_size = {self.batch_size}"
         require(divides, "rl.minibatch_size", self.minibatch_size, rule, "change one of them")
+
+        self._require_groups()
+        self._require_a_kl_with_a_gradient()
+
+    def _require_groups(self) -> None:
+        size = self.responses_per_prompt
+        whole = self.minibatch_size % size == 0
+        rule = f"must divide rl.minibatch_size = {self.minibatch_size}"
+        require(whole, "rl.group_size", size, rule, "change one of them")
+
+        comparable = size > 1 or not self.defaults.compares_group
+        rule = f"must be at least 2, because {self.algorithm} compares the responses to a prompt"
+        require(comparable, "rl.group_size", size, rule, "raise it, or set rl.algorithm to ppo or reinforce")
+
+        differing = size > 1 or self.prompt_sampling == "uniform"
+        rule = "needs several responses to a prompt, to tell whether they differ"
+        require(differing, "rl.prompt_sampling", self.prompt_sampling, rule, "set rl.group_size to 2 or more")
+
+    def _require_a_kl_with_a_gradient(self) -> None:
+        estimator = self.kl_estimator
+        if estimator is None:
+            return
+
+        if self.kl_place == "loss":
+            rule = "has no gradient in expectation as a loss, so it would hold nothing back"
+            require(estimator != "k1", "rl.kl_estimator", estimator, rule, "set k2 or k3, or set rl.kl_in to reward")
+        else:
+            rule = "is biased as part of the reward, where only k1 has the gradient of the KL"
+            require(estimator == "k1", "rl.kl_estimator", estimator, rule, "set k1, or set rl.kl_in to loss")
+
+    @property
+    def defaults(self) -> AlgorithmDefaults:
+        """What the algorithm needs, and what it sets where a setting is None."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """The size of a group."""
+        return self.defaults.group_size if self.group_size is None else self.group_size
+
+    @property
+    def scales_by_std(self) -> bool:
+        """Whether advantages are divided by their standard deviation."""
+        return self.defaults.std_scaling if self.std_scaling is None else self.std_scaling
+
+    @property
+    def kl_place(self) -> Literal["reward", "loss"]:
+        """Where the KL penalty acts."""
+        return self.defaults.kl_in if self.kl_in is None else self.kl_in
+
+    @property
+    def kl_by(self) -> str:
+        """The estimator of the KL."""
+        if self.kl_estimator is not None:
+            return self.kl_estimator
+        return "k1" if self.kl_place == "reward" else "k3"
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the probability ratio may fall below 1 and rise above it before its gradient stops."""
+        return self.clip, self.clip if self.clip_high is None else self.clip_high
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
@@ -391,6 +487,11 @@ class Config:
         fits = self.rl.batch_size <= self.data.limit
         rule = f"exceeds data.limit = {self.data.limit}"
         require(fits, "rl.batch_size", self.rl.batch_size, rule, "lower it or raise data.limit")
+
+        group_size = self.rl.responses_per_prompt
+        at_once = self.generation.batch_size
+        rule = f"exceeds generation.batch_size = {at_once}, and a prompt is read once for its whole group"
+        require(group_size <= at_once, "rl.group_size", group_size, rule, "lower it or raise generation.batch_size")
 
         self._require_an_independent_judge()
 

@@ -1,9 +1,8 @@
 """How does a model of any architecture read and write, by its own forward pass in transformers?"""
 
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -11,8 +10,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
+from detoxrl.models.prefix import kept_prefix, new_prefix
 from detoxrl.models.recompute import recomputing_layers
-from detoxrl.models.token_logprobs import MAX_LOGITS, select_tokens
+from detoxrl.models.token_logprobs import MAX_LOGITS, entropies_of, select_tokens
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import Weights
 
@@ -105,60 +105,85 @@ class PlainNetwork:
         return out.logits[:, -predictions:], out.hidden_states[-1][:, -predictions:]
 
     def logprobs(
-        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float
+        self,
+        encoded: Encoded,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        temperature: float,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and hidden states (N, D).
 
-        Without a mask, all B * T tokens count.
+        Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
         """
-        logits, states = self.predicted(encoded, ids[:, :-1], None)
+        logits, states = self._teacher_forced(encoded, ids[:, :-1])
         # The logits are the largest tensor of the pass, so they are copied only where necessary.
         logits = select_tokens(logits, mask).float()
         logits = logits if temperature == 1 else logits / temperature
         logprobs = logits.log_softmax(-1)
 
-        entropy = -logprobs.detach().exp().mul_(logprobs.detach()).sum(-1)
         chosen = logprobs.gather(-1, select_tokens(ids, mask)[:, None]).squeeze(1)
-        return chosen, entropy, select_tokens(states, mask)
+        return chosen, entropies_of(logprobs, entropy_gradient), select_tokens(states, mask)
 
-    def steps(self, encoded: Encoded, length: int) -> "PlainSteps":
+    def _teacher_forced(self, encoded: Encoded, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, T, V) and hidden states (B, T, D): the predictions before and after tokens (B, T - 1).
+
+        Each prompt is read once for the rows that answer it. Gradients flow through what was read.
+        """
+        group_size = len(tokens) // len(encoded.mask)
+        if group_size == 1:
+            return self.predicted(encoded, tokens, None)
+        if self.has_encoder:
+            return self.predicted(encoded.repeated(group_size), tokens, None)
+
+        prefix = new_prefix()
+        no_tokens = tokens.new_empty(len(encoded.mask), 0)
+        first_logits, first_states = self.predicted(encoded, no_tokens, prefix)
+        first_logits = first_logits.repeat_interleave(group_size, 0)
+        first_states = first_states.repeat_interleave(group_size, 0)
+        if tokens.shape[1] == 0:
+            return first_logits, first_states
+
+        logits, states = self.predicted(encoded.repeated(group_size), tokens, kept_prefix(prefix, group_size))
+        return torch.cat([first_logits, logits], 1), torch.cat([first_states, states], 1)
+
+    def steps(self, encoded: Encoded, length: int, group_size: int) -> "PlainSteps":
         """Return an object that decodes responses to the prompts token by token. Its cache grows with the length."""
-        return PlainSteps(self, encoded)
+        return PlainSteps(self, encoded, group_size)
 
 
 class PlainSteps:
     """Decodes a batch token by token with the cache of transformers."""
 
-    def __init__(self, network: PlainNetwork, encoded: Encoded) -> None:
+    def __init__(self, network: PlainNetwork, encoded: Encoded, group_size: int) -> None:
         self.network = network
         self.encoded = encoded
+        self.group_size = group_size
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if network.has_encoder else DynamicCache()
-        self._first: tuple[torch.Tensor, torch.Tensor] | None = None  # What follows from prompts that were read.
-
-    def read_prompts(self) -> Self:
-        """Read the prompts now. Each copy then begins behind them."""
-        self._first = self.next(None)
-        return self
-
-    def copy(self) -> "PlainSteps":
-        """Return an object that decodes other responses to the same prompts."""
-        other = PlainSteps(self.network, self.encoded)
-        other._cache = deepcopy(self._cache)
-        other._first = self._first
-        return other
 
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, V) and hidden states (B, D) that predict the token after `tokens` (B,).
 
         At the first call `tokens` is None: the first token follows from the prompt alone.
         """
-        if tokens is None and self._first is not None:
-            return self._first
+        if tokens is None:
+            return self._read_prompts()
 
-        mask = self.encoded.mask
-        new_tokens = mask.new_empty(len(mask), 0) if tokens is None else tokens[:, None]
-        logits, states = self.network.predicted(self.encoded, new_tokens, self._cache)
+        logits, states = self.network.predicted(self.encoded, tokens[:, None], self._cache)
         return logits[:, -1], states[:, -1]
+
+    def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read each prompt once, and return what predicts the first tokens of its responses."""
+        mask = self.encoded.mask
+        logits, states = self.network.predicted(self.encoded, mask.new_empty(len(mask), 0), self._cache)
+        logits = logits[:, -1]
+        states = states[:, -1]
+        if self.group_size > 1:
+            self.encoded = self.encoded.repeated(self.group_size)
+            self._cache.batch_repeat_interleave(self.group_size)
+            logits = logits.repeat_interleave(self.group_size, 0)
+            states = states.repeat_interleave(self.group_size, 0)
+        return logits, states
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows of the batch but those that are True in `rows` (B,)."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from detoxrl.config.schema import DataConfig
 from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.ends import end_token_ids
-from detoxrl.models.plain import PlainNetwork, PlainSteps
+from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.t5 import T5Network, is_plain_t5
 from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY, LoraWeights, Weights
@@ -22,15 +22,23 @@ _ENCODER_TOKENS = 1024
 _SHRINK_AT = 0.75
 
 
+class Scored(NamedTuple):
+    """What a teacher-forced pass says of the tokens of responses."""
+
+    logprobs: torch.Tensor  # (B, T) nats.
+    entropy: torch.Tensor  # (B, T) nats, of the distribution that each token was drawn from.
+    values: torch.Tensor | None  # (B, T) of the value head; None without one.
+
+
 class Policy:
-    """A text generator with a value head.
+    """A text generator, and the value head that an algorithm with a critic adds.
 
     Its weights have names: `adapter=POLICY` is what trains, `policy.reference` the frozen start, and None the start
     without any adapter. Dropout is off in every pass, because the model stays in eval mode.
 
     An encoder-decoder (T5, BART) reads each prompt once for sampling, the reference and every epoch, unless its encoder
-    trains. In a causal model (GPT-2, Llama) every layer that reads the prompt may train, so only the token ids of the
-    prompt are shared.
+    trains. In a causal model (GPT-2, Llama) every layer that reads the prompt may train, so passes share only the token
+    ids of the prompt; within a pass, the responses to a prompt share its keys and values.
     """
 
     def __init__(
@@ -48,20 +56,30 @@ class Policy:
         self.has_encoder: bool = self.model.config.is_encoder_decoder
         self.pad_token_id: int = tokenizer.pad_token_id
         self.eos_token_ids = end_token_ids(weights.active, tokenizer)
+        self.value_head: torch.nn.Linear | None = None
+
+    def add_value_head(self) -> torch.nn.Linear:
+        """Return the value head; a policy without one gets one, zero at first. From now on passes compute values."""
+        if self.value_head is not None:
+            return self.value_head
 
         width = self.model.get_output_embeddings().weight.shape[1]
-        self.value_head = torch.nn.Linear(width, 1).to(device=self.model.device)
-        torch.nn.init.zeros_(self.value_head.weight)
-        torch.nn.init.zeros_(self.value_head.bias)
+        head = torch.nn.Linear(width, 1).to(device=self.device)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        self.value_head = head
+        return head
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.value_head.weight.device
+        device: torch.device = self.model.device
+        return device
 
     def to(self, device: torch.device) -> Self:
-        """Move the weights of every name and the value head to `device`."""
-        self.value_head.to(device)
+        """Move the weights of every name and the value head, if there is one, to `device`."""
+        if self.value_head is not None:
+            self.value_head.to(device)
         for model in self.weights.models.values():
             model.to(device)
         if isinstance(self.weights, LoraWeights):
@@ -134,38 +152,30 @@ class Policy:
         temperature: float,
         adapter: str | None = POLICY,
         mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return log-probs of `ids` (nats), entropies (nats) and values, each (B, T), teacher-forced.
+        entropy_gradient: bool = False,
+    ) -> Scored:
+        """Return log-probs of `ids` (B, T), entropies and values, teacher-forced.
 
+        B is a multiple k of the number of prompts; k consecutive rows answer one prompt, which is read once for them.
         Outside `mask` (B, T), if given, all three are 0 and no logits are computed. The mask leaves out nothing that
         the decoder reads: it is causal, so tokens after the end of a response change nothing before it. Masks must not
-        be made by `ids != pad`, because T5's start token is its pad token.
+        be made by `ids != pad`, because T5's start token is its pad token. Entropies have a gradient only with
+        `entropy_gradient`.
         """
-        chosen, entropy, states = self._network(adapter).logprobs(encoded, ids, mask, temperature)
-        values = self._values(states.detach())  # the value loss does not train the model
-        if mask is None:
-            return chosen.view(ids.shape), entropy.view(ids.shape), values.view(ids.shape)
+        network = self._network(adapter)
+        chosen, entropy, states = network.logprobs(encoded, ids, mask, temperature, entropy_gradient)
+        values = None if self.value_head is None else self._values(states.detach(), self.value_head)
 
-        zeros = torch.zeros(ids.shape, device=ids.device)
-        logprobs = zeros.masked_scatter(mask, chosen)
-        entropies = zeros.masked_scatter(mask, entropy)
-        values = zeros.masked_scatter(mask, values)
-        return logprobs, entropies, values
+        def placed(numbers: torch.Tensor) -> torch.Tensor:
+            if mask is None:
+                return numbers.view(ids.shape)
+            return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, numbers)
+
+        return Scored(placed(chosen), placed(entropy), None if values is None else placed(values))
 
     def rows_at_once(self, length: int) -> int:
         """Return how many responses of `length` tokens to read in one pass without gradients."""
         return max(1, self._network_class.max_tokens_per_pass(self.model.config) // length)
-
-    @torch.no_grad()
-    def read_prompts(self, encoded: Encoded, adapter: str | None = POLICY) -> PlainSteps | None:
-        """Return a causal model that has read the prompts, for `sample` to draw several responses to each from.
-
-        None: an encoder has read them already.
-        """
-        network = self._network(adapter)
-        if self.has_encoder or not isinstance(network, PlainNetwork):
-            return None
-        return PlainSteps(network, encoded).read_prompts()
 
     @torch.no_grad()
     def sample(
@@ -174,16 +184,16 @@ class Policy:
         uniforms: torch.Tensor,
         temperature: float,
         adapter: str | None = POLICY,
-        start: PlainSteps | None = None,
     ) -> Responses:
         """Return responses of up to T tokens, drawn by inverse CDF from `uniforms` (B, T) in [0, 1).
 
-        Row i depends on uniforms[i] and its prompt alone. `start` is what `read_prompts` returned for these
-        prompts; the result is the same without it.
+        B is a multiple k of the number of prompts; k consecutive rows answer one prompt, which is read once for them.
+        Row i depends on uniforms[i] and its prompt alone.
         """
         length = uniforms.shape[1]
         responses = self._empty_responses(uniforms)
-        steps = self._network(adapter).steps(encoded, length) if start is None else start.copy()
+        group_size = len(uniforms) // len(encoded.mask)
+        steps = self._network(adapter).steps(encoded, length, group_size)
         eos_ids = torch.tensor(self.eos_token_ids, device=self.device)
         rows = torch.arange(len(uniforms), device=self.device)  # still in the batch; some may have ended
         tokens = None
@@ -199,7 +209,8 @@ class Policy:
             responses.ids[rows, t] = torch.where(counts, tokens, self.pad_token_id)
             responses.response_mask[rows, t] = counts
             responses.logprobs[rows, t] = torch.where(counts, chosen, 0.0)
-            responses.values[rows, t] = torch.where(counts, self._values(states), 0.0)
+            if self.value_head is not None and responses.values is not None:
+                responses.values[rows, t] = torch.where(counts, self._values(states, self.value_head), 0.0)
             responses.ended[rows] |= torch.isin(tokens, eos_ids)
 
             unfinished = ~responses.ended[rows]
@@ -227,14 +238,15 @@ class Policy:
             ids=torch.full_like(uniforms, self.pad_token_id, dtype=torch.long),
             response_mask=torch.zeros_like(uniforms, dtype=torch.bool),
             logprobs=torch.zeros_like(uniforms),
-            values=torch.zeros_like(uniforms),
+            values=None if self.value_head is None else torch.zeros_like(uniforms),
             ended=torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device),
         )
 
-    def _values(self, states: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _values(states: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
         # Scaled to unit root mean square, so that one value_lr suits every model (T5's states are large).
         states = torch.nn.functional.rms_norm(states.float(), states.shape[-1:])
-        values: torch.Tensor = self.value_head(states)
+        values: torch.Tensor = head(states)
         return values.squeeze(-1)
 
 

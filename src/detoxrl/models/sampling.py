@@ -1,7 +1,7 @@
 """How are prompts turned into responses?"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -9,7 +9,6 @@ import torch
 
 from detoxrl.config.schema import GenerationConfig
 from detoxrl.errors import require
-from detoxrl.models.plain import PlainSteps
 from detoxrl.models.policy import Policy
 from detoxrl.models.support import GENERATOR_EXAMPLES
 from detoxrl.models.types import Encoded, Prompt, Responses
@@ -23,17 +22,34 @@ _AGREEMENT_BF16 = 0.1
 
 @dataclass(frozen=True)
 class Draws:
-    """Where a response's uniforms come from: they are a function of these, the prompt's id and the sample's number."""
+    """Which samples of a prompt are drawn, and from which uniforms: these and the prompt's id decide them."""
 
     seed: int
     stream: str
     step: int = 0
+    samples: range = range(1)  # The numbers of the samples of each prompt.
 
-    def uniforms(self, policy: Policy, prompts: Sequence[Prompt], sample: int, length: int) -> torch.Tensor:
-        """Return uniforms in [0, 1), (B, length), of sample number `sample` of each prompt, on the policy's device."""
+    def uniforms(self, policy: Policy, prompts: Sequence[Prompt], length: int) -> torch.Tensor:
+        """Return uniforms in [0, 1), (k * B, length), for k samples of each of B prompts, on the policy's device.
+
+        The samples of a prompt are consecutive rows.
+        """
         ids = [prompt.id for prompt in prompts]
-        rows = uniforms(self.seed, self.stream, self.step, ids, sample, length)
+        by_sample = [uniforms(self.seed, self.stream, self.step, ids, sample, length) for sample in self.samples]
+        rows = np.stack(by_sample, 1).reshape(-1, length)
         return torch.from_numpy(rows).float().to(policy.device)
+
+    def portions(self, prompts: int, most: int) -> Iterator[tuple[slice, Self]]:
+        """Yield rows of prompts, and draws of samples of them, so that no portion has more than `most` responses.
+
+        The samples of a prompt stay together, unless they alone are too many.
+        """
+        at_once = min(len(self.samples), most)
+        prompts_at_once = most // at_once
+        for start in range(0, prompts, prompts_at_once):
+            for first in range(0, len(self.samples), at_once):
+                samples = self.samples[first : first + at_once]
+                yield slice(start, start + prompts_at_once), replace(self, samples=samples)
 
 
 def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -58,13 +74,9 @@ class Distribution(NamedTuple):
         """Return whether another distribution can read what this one encoded."""
         return self.policy is other.policy and self.encoder == other.encoder
 
-    def read_prompts(self, encoded: Encoded) -> PlainSteps | None:
-        """Return what several draws from the same prompts have in common, as `Policy.read_prompts`."""
-        return self.policy.read_prompts(encoded, self.adapter)
-
-    def draw(self, encoded: Encoded, uniforms: torch.Tensor, start: PlainSteps | None = None) -> Responses:
-        """Return a response to each prompt, drawn from `uniforms` (B, T), behind what `read_prompts` returned."""
-        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter, start)
+    def draw(self, encoded: Encoded, uniforms: torch.Tensor) -> Responses:
+        """Return k responses to each of B prompts, drawn from `uniforms` (k * B, T), as `Policy.sample` does."""
+        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter)
 
     def logprobs(self, encoded: Encoded, responses: Responses) -> torch.Tensor:
         """Return the log-probs (nats) (B, T) of responses that another distribution may have drawn, teacher-forced."""
@@ -88,23 +100,12 @@ class Sample(NamedTuple):
 
 @torch.no_grad()
 def sample_texts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    draws: Draws,
-    samples: int = 1,
-    adapter: str | None = POLICY,
+    policy: Policy, prompts: Sequence[Prompt], config: GenerationConfig, draws: Draws, adapter: str | None = POLICY
 ) -> list[list[str]]:
-    """Return `samples` response texts for each prompt of one batch. Each prompt is read once."""
+    """Return the texts of the drawn samples of each prompt of one batch."""
     source = Distribution(policy, adapter, config.temperature, encoder=adapter)
-    encoded = source.encode(prompts)
-    start = source.read_prompts(encoded) if samples > 1 else None
-    texts: list[list[str]] = [[] for _ in prompts]
-    for sample in range(samples):
-        responses = source.draw(encoded, draws.uniforms(policy, prompts, sample, config.max_new_tokens), start)
-        for texts_of_prompt, text in zip(texts, policy.decode(responses), strict=True):
-            texts_of_prompt.append(text)
-    return texts
+    samples = sample_with_likelihoods(source, None, prompts, draws, config)
+    return [[sample.text for sample in of_prompt] for of_prompt in samples]
 
 
 @torch.no_grad()
@@ -113,33 +114,39 @@ def sample_with_likelihoods(
     initial: Distribution | None,
     prompts: Sequence[Prompt],
     draws: Draws,
-    samples: int,
-    length: int,
+    config: GenerationConfig,
 ) -> list[list[Sample]]:
-    """Return `samples` responses of up to `length` tokens for each prompt of one batch, with their likelihoods.
+    """Return the drawn samples of each prompt of one batch, with their likelihoods.
 
     The responses are drawn from `source`. `initial` reads the token ids that were drawn, in one teacher-forced pass,
     which is left out where it is `source` itself. Without `initial` there are no likelihoods.
     """
-    encoded = source.encode(prompts)
-    encoded_by_initial = encoded
-    if initial is not None and not source.encodes_as(initial):
-        encoded_by_initial = initial.encode(prompts)
-
-    start = source.read_prompts(encoded) if samples > 1 else None
     by_prompt: list[list[Sample]] = [[] for _ in prompts]
-    for sample in range(samples):
-        responses = source.draw(encoded, draws.uniforms(source.policy, prompts, sample, length), start)
-        likelihoods: Sequence[Likelihood | None] = [None] * len(prompts)
-        if initial == source:
-            likelihoods = _likelihoods(responses, responses.logprobs)
-        elif initial is not None:
-            likelihoods = _likelihoods(responses, initial.logprobs(encoded_by_initial, responses))
-
-        texts = source.policy.decode(responses)
-        for of_prompt, text, likelihood in zip(by_prompt, texts, likelihoods, strict=True):
-            of_prompt.append(Sample(text, likelihood))
+    for rows, portion in draws.portions(len(prompts), config.batch_size):
+        samples = _sample_portion(source, initial, prompts[rows], portion, config.max_new_tokens)
+        for row, of_prompt in zip(by_prompt[rows], samples, strict=True):
+            row.extend(of_prompt)
     return by_prompt
+
+
+def _sample_portion(
+    source: Distribution, initial: Distribution | None, prompts: Sequence[Prompt], draws: Draws, length: int
+) -> list[list[Sample]]:
+    """Return the drawn samples of each prompt, which is read once for all of them."""
+    encoded = source.encode(prompts)
+    responses = source.draw(encoded, draws.uniforms(source.policy, prompts, length))
+
+    likelihoods: Sequence[Likelihood | None] = [None] * len(responses.ids)
+    if initial == source:
+        likelihoods = _likelihoods(responses, responses.logprobs)
+    elif initial is not None:
+        encoded_by_initial = encoded if source.encodes_as(initial) else initial.encode(prompts)
+        likelihoods = _likelihoods(responses, initial.logprobs(encoded_by_initial, responses))
+
+    texts = source.policy.decode(responses)
+    samples = [Sample(text, likelihood) for text, likelihood in zip(texts, likelihoods, strict=True)]
+    size = len(draws.samples)
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def _likelihoods(responses: Responses, initial_logprobs: torch.Tensor) -> list[Likelihood]:
@@ -160,17 +167,19 @@ def response_logprobs(
 ) -> torch.Tensor:
     """Return log-probs (nats) (B, T) of sampled tokens under `adapter`, teacher-forced, 0 outside the responses.
 
-    As many rows are read at once as keep the logits small.
+    As many rows are read at once as keep the logits small, but never less than all responses to a prompt.
     """
     length = int(responses.response_mask.sum(1).max())
     logprobs = torch.zeros(responses.ids.shape, device=policy.device)
-    size = policy.rows_at_once(length)
-    for start in range(0, len(responses.ids), size):
-        rows = slice(start, start + size)
+    group_size = len(responses.ids) // len(encoded.mask)
+    prompts_at_once = max(1, policy.rows_at_once(length) // group_size)
+    for start in range(0, len(encoded.mask), prompts_at_once):
+        prompts = slice(start, start + prompts_at_once)
+        rows = slice(start * group_size, (start + prompts_at_once) * group_size)
         ids = responses.ids[rows, :length]
         mask = responses.response_mask[rows, :length]
-        scored, _, _ = policy.logprobs(encoded.row_slice(rows), ids, temperature, adapter, mask)
-        logprobs[rows, :length] = scored
+        scored = policy.logprobs(encoded.row_slice(prompts), ids, temperature, adapter, mask)
+        logprobs[rows, :length] = scored.logprobs
     return logprobs
 
 
@@ -179,14 +188,13 @@ def sample_all(
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     draws: Draws,
-    samples: int = 1,
     adapter: str | None = POLICY,
 ) -> list[list[str]]:
-    """Return `samples` response texts for each prompt, in the order of the prompts."""
+    """Return the texts of the drawn samples of each prompt, in the order of the prompts."""
     texts: dict[int, list[str]] = {}
     for indices in batches_by_length(prompts, config.batch_size):
         batch = [prompts[index] for index in indices]
-        sampled = sample_texts(policy, batch, config, draws, samples, adapter)
+        sampled = sample_texts(policy, batch, config, draws, adapter)
         texts.update(zip(indices, sampled, strict=True))
     return [texts[index] for index in range(len(prompts))]
 
@@ -195,19 +203,22 @@ def sample_all(
 def require_agreement(policy: Policy, base: str) -> None:
     """Raise InputError unless sampling in a padded batch and scoring each text alone give the same log-probs.
 
-    A model without a cache, or one that counts positions or looks ahead in a way of its own, would be trained on wrong
-    log-probs.
+    They are scored one by one, and as a group whose prompt is read once. A model without a cache, or one that counts
+    positions or looks ahead in a way of its own, would be trained on wrong log-probs.
     """
     texts = ["Thank you.", "Thank you, that is very kind of you. I wish you a good day."]
     prompts = [Prompt(id=text, text=text) for text in texts]
-    chances = Draws(0, "agreement").uniforms(policy, prompts, sample=0, length=8)
+    chances = Draws(0, "agreement", samples=range(2)).uniforms(policy, prompts, length=8)
     sampled = policy.sample(policy.encode(texts), chances, 1.0)
 
     largest = 0.0
-    for row, text in enumerate(texts):
-        scored, _, _ = policy.logprobs(policy.encode([text]), sampled.ids[row : row + 1], 1.0)
-        difference = (scored[0] - sampled.logprobs[row])[sampled.response_mask[row]]
-        largest = max(largest, float(difference.abs().max()))
+    for number, text in enumerate(texts):
+        encoded = policy.encode([text])
+        group = slice(2 * number, 2 * number + 2)
+        for rows in (slice(group.start, group.start + 1), group):
+            scored = policy.logprobs(encoded, sampled.ids[rows], 1.0)
+            difference = (scored.logprobs - sampled.logprobs[rows])[sampled.response_mask[rows]]
+            largest = max(largest, float(difference.abs().max()))
 
     rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
     bound = _AGREEMENT_BF16 if policy.model.dtype == torch.bfloat16 else _AGREEMENT_FP32

@@ -212,6 +212,20 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+def _attend_to_prompts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return attention (B, n, H * d) of queries (B, H, n, d) to the keys and values (U, H, P, d) of U prompts.
+
+    B / U consecutive rows answer one prompt. They attend to it as one row of so many more queries.
+    """
+    batch, _, length, _ = q.shape
+    group_size = batch // len(k)
+    if group_size > 1:
+        q = q.unflatten(0, (len(k), group_size)).transpose(1, 2).flatten(2, 3)
+    return _attend(q, k, v, bias).reshape(batch, length, -1)
+
+
 def _padding_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
     """Return a bias (B, 1, 1, P) that is -inf at padding and 0 elsewhere, in the dtype of `like`.
 
@@ -304,11 +318,16 @@ class T5Network:
             heads[rows] = self.split_heads(linear(states[rows], weight))
 
     def logprobs(
-        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float
+        self,
+        encoded: Encoded,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        temperature: float,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and hidden states (N, D).
 
-        Without a mask, all B * T tokens count.
+        Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
         """
         length = ids.shape[1]
         start = ids.new_full((len(ids), 1), self.config.decoder_start_token_id)
@@ -322,7 +341,8 @@ class T5Network:
             x = self._computed(partial(self._through_decoder_layer, i, encoded, causal_bias, padding_bias), x)
 
         states = select_tokens(self.normed(x, self.norm), mask)
-        chosen, entropy = token_logprobs(states * self.scale, self.head, select_tokens(ids, mask), temperature)
+        chosen_ids = select_tokens(ids, mask)
+        chosen, entropy = token_logprobs(states * self.scale, self.head, chosen_ids, temperature, entropy_gradient)
         return chosen, entropy, states
 
     def _computed(self, layer: _Function, x: torch.Tensor) -> torch.Tensor:
@@ -380,16 +400,16 @@ class T5Network:
         n = self.normed(x, attention.norm)
         q = self.split_heads(attention.q(n))
         keys, values = self.cross_keys_values(i, encoded)
-        return x + attention.o(_attend(q, keys, values, padding_bias))
+        return x + attention.o(_attend_to_prompts(q, keys, values, padding_bias))
 
     def _fed_forward(self, x: torch.Tensor, layer: FeedForward) -> torch.Tensor:
         n = self.normed(x, layer.norm)
         wide = [matrix(n) for matrix in layer.wide]
         return x + _narrowed(wide, layer.narrow, layer.activation)
 
-    def steps(self, encoded: Encoded, length: int) -> "T5Steps":
+    def steps(self, encoded: Encoded, length: int, group_size: int) -> "T5Steps":
         """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
-        return T5Steps(self, encoded, length)
+        return T5Steps(self, encoded, length, group_size)
 
     def packed(self, rows: int) -> "_PackedWeights":
         """Return the products with all decoder weights for a batch of `rows`, without LoRAs.
@@ -487,8 +507,8 @@ class T5Steps:
     which are written in place instead of being appended. Make it under `torch.no_grad()`.
     """
 
-    def __init__(self, network: T5Network, encoded: Encoded, length: int) -> None:
-        batch = len(encoded.states)
+    def __init__(self, network: T5Network, encoded: Encoded, length: int, group_size: int) -> None:
+        batch = len(encoded.states) * group_size
         packed = network.packed(batch)
         self._network = network
         self._head = packed.head
@@ -501,6 +521,9 @@ class T5Steps:
             # Every token reads them, so they are copied once if they are not contiguous.
             self._cross.append((keys.contiguous(), values.contiguous()))
         self._padding_bias = _padding_bias(encoded.mask, encoded.states)
+        self._group_size = group_size
+        # Each row's place among those of all prompts, `group_size` to a prompt.
+        self._places = torch.arange(batch, device=encoded.mask.device)
 
         self._heads: int = network.config.num_heads
         self._position_bias = network.position_bias(length, length)
@@ -530,7 +553,7 @@ class T5Steps:
 
             n = network.normed(x, layer.cross_attention.norm)
             q = products.cross_q(n).unflatten(1, (self._heads, -1))
-            x = x + products.cross_o(_attend(q[:, :, None], *cross, self._padding_bias)[:, 0])
+            x = x + products.cross_o(self._cross_attended(q, *cross))
 
             n = network.normed(x, layer.feed_forward.norm)
             wide = products.wide(n).chunk(len(layer.feed_forward.wide), -1)
@@ -553,8 +576,21 @@ class T5Steps:
         values[:, :, t] = v
         return _attend(q[:, :, None].float(), keys[:, :, : t + 1], values[:, :, : t + 1], bias)[:, 0]
 
+    def _cross_attended(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return attention (B, H * d) of queries (B, H, d) to the keys and values (U, H, P, d) of their prompts."""
+        places = len(keys) * self._group_size
+        if places == len(q):
+            return _attend_to_prompts(q[:, :, None], keys, values, self._padding_bias)[:, 0]
+
+        # Some responses of a group have ended. Their places stay, because all groups need the same size.
+        placed = q.new_zeros(places, *q.shape[1:]).index_copy(0, self._places, q)
+        return _attend_to_prompts(placed[:, :, None], keys, values, self._padding_bias)[self._places, 0]
+
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows of the batch but those that are True in `rows` (B,)."""
+        """Drop all rows of the batch but those that are True in `rows` (B,), and prompts without rows."""
         self._own = self._own[:, :, rows]
-        self._cross = [(keys[rows], values[rows]) for keys, values in self._cross]
-        self._padding_bias = None if self._padding_bias is None else self._padding_bias[rows]
+        prompts, number = (self._places[rows] // self._group_size).unique(return_inverse=True)
+        self._places = number * self._group_size + self._places[rows] % self._group_size
+        if len(prompts) < len(self._cross[0][0]):
+            self._cross = [(keys[prompts], values[prompts]) for keys, values in self._cross]
+            self._padding_bias = None if self._padding_bias is None else self._padding_bias[prompts]

@@ -21,21 +21,27 @@ def select_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Log-probs under a frozen head, whose gradient is computed in the forward pass.
+    """Log-probs and entropies under a frozen head, whose gradients are computed in the forward pass.
 
     With logits z = W h / temperature and probabilities p = softmax(z), the gradient of log p[y] with respect to z is
-    onehot(y) - p, so its gradient with respect to the hidden state h is (W[y] - p W) / temperature. It needs only p,
-    which is at hand while the logits of a chunk are. Computing it there means that (N, D) numbers are saved for the
-    backward pass instead of (N, V) logits.
+    onehot(y) - p, so its gradient with respect to the hidden state h is (W[y] - p W) / temperature. That of the entropy
+    H with respect to z is -p (log p + H). They need only p, which is at hand while the logits of a chunk are. Computing
+    them there means that (N, D) numbers are saved for the backward pass instead of (N, V) logits.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, temperature: float
+        ctx: Any,
+        states: torch.Tensor,
+        head: torch.Tensor,
+        ids: torch.Tensor,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen_logprobs = []
         entropies = []
-        state_gradients = []
+        logprob_gradients = []
+        entropy_gradients = []
         size = max(1, MAX_LOGITS // len(head))
 
         for chunk, chunk_ids in zip(states.split(size), ids.split(size), strict=True):
@@ -44,37 +50,50 @@ class _TokenLogprobs(torch.autograd.Function):
             chosen_logprobs.append(logprobs.gather(1, chunk_ids[:, None]).squeeze(1))
 
             probabilities = logprobs.exp()
-            entropies.append(-logprobs.mul_(probabilities).sum(-1))  # in place: logprobs are not needed again
+            weighted = logprobs.mul_(probabilities)  # p log p, in place: logprobs are not needed again
+            entropy = -weighted.sum(-1)
+            entropies.append(entropy)
 
             if ctx.needs_input_grad[0]:
                 mean_row = linear(probabilities.to(head.dtype), head.t())  # p W, the head's rows averaged under p
-                state_gradients.append((head[chunk_ids].float() - mean_row.float()) / temperature)
+                logprob_gradients.append((head[chunk_ids].float() - mean_row.float()) / temperature)
+                if entropy_gradient:
+                    by_logit = weighted.add_(probabilities * entropy[:, None])
+                    entropy_gradients.append(-linear(by_logit.to(head.dtype), head.t()).float() / temperature)
 
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        if state_gradients:
-            ctx.save_for_backward(torch.cat(state_gradients).to(states.dtype))
-        return torch.cat(chosen_logprobs), entropy
+        all_entropies = torch.cat(entropies)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(all_entropies)
+        gradients = [torch.cat(parts).to(states.dtype) for parts in (logprob_gradients, entropy_gradients) if parts]
+        ctx.save_for_backward(*gradients)
+        return torch.cat(chosen_logprobs), all_entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (state_gradients,) = ctx.saved_tensors
-        logprob_grads = grads[0]
-        return state_gradients * logprob_grads[:, None].to(state_gradients.dtype), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        # Of log-probs, and of entropies where they have a gradient.
+        by_state = [
+            saved * grad[:, None].to(saved.dtype) for saved, grad in zip(ctx.saved_tensors, grads, strict=False)
+        ]
+        return torch.stack(by_state).sum(0), None, None, None, None
 
 
 def token_logprobs(
-    states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, temperature: float
+    states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor, temperature: float, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probs of `ids` (N,) and the entropies (N,), in nats, after states (N, D) under a head (V, D).
 
     The logits are computed in chunks of at most `MAX_LOGITS`, unless the head itself trains: its gradient needs the
-    logits of all tokens. Entropies have no gradient.
+    logits of all tokens. Entropies have a gradient only with `entropy_gradient`.
     """
     if head.requires_grad and torch.is_grad_enabled():
         logprobs = (linear(states, head).float() / temperature).log_softmax(-1)
-        detached = logprobs.detach()
-        entropy = -(detached.exp() * detached).sum(-1)
-        return logprobs.gather(1, ids[:, None]).squeeze(1), entropy
+        return logprobs.gather(1, ids[:, None]).squeeze(1), entropies_of(logprobs, entropy_gradient)
 
-    return _TokenLogprobs.apply(states, head, ids, temperature)  # type: ignore[no-untyped-call, no-any-return]
+    return _TokenLogprobs.apply(states, head, ids, temperature, entropy_gradient)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def entropies_of(logprobs: torch.Tensor, with_gradient: bool) -> torch.Tensor:
+    """Return the entropies (N,), in nats, of distributions with log-probs (N, V)."""
+    if with_gradient:
+        return -(logprobs.exp() * logprobs).sum(-1)
+    return -logprobs.detach().exp().mul_(logprobs.detach()).sum(-1)

@@ -18,7 +18,10 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """B prompts of up to P tokens in the form the decoder reads; sampling, reference and every epoch share it."""
+    """B prompts of up to P tokens in the form the decoder reads; sampling, reference and every epoch share it.
+
+    A pass may read k responses to each prompt, in k consecutive rows: then B prompts serve k * B responses.
+    """
 
     states: torch.Tensor  # (B, P, D) hidden states of the encoder; token ids (B, P), long, in a causal model.
     mask: torch.Tensor  # (B, P) long, 1 = a token of the prompt.
@@ -50,6 +53,17 @@ class Encoded:
         cross = None if self.cross is None else self.cross[:, :, rows]
         return replace(self, states=self.states[rows, columns], mask=self.mask[rows, columns], cross=cross)
 
+    def repeated(self, times: int) -> Self:
+        """Return each prompt so many times in succession, one for each response of its group."""
+        cross_rows = None
+        if self.cross is not None:
+            every_row = torch.arange(len(self.mask), device=self.mask.device) if self.rows is None else self.rows
+            cross_rows = every_row.repeat_interleave(times)
+
+        states = self.states.repeat_interleave(times, 0)
+        mask = self.mask.repeat_interleave(times, 0)
+        return replace(self, states=states, mask=mask, rows=cross_rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
@@ -58,34 +72,50 @@ class Responses:
     ids: torch.Tensor  # (B, T) long.
     response_mask: torch.Tensor  # (B, T) bool, True for every sampled token, EOS included, and for nothing after it.
     logprobs: torch.Tensor  # (B, T) nats, at sampling.
-    values: torch.Tensor  # (B, T) of the value head, at sampling.
+    values: torch.Tensor | None  # (B, T) of the value head, at sampling; None without one.
     ended: torch.Tensor  # (B,) bool: EOS was sampled.
 
 
 def concatenate_responses(parts: list[Responses]) -> Responses:
     """Return the rows of all parts in order, cut to the longest response. All parts must have the same T."""
     length = max(int(part.response_mask.sum(1).max()) for part in parts)
+    values = [part.values[:, :length] for part in parts if part.values is not None]
     return Responses(
         ids=torch.cat([part.ids[:, :length] for part in parts]),
         response_mask=torch.cat([part.response_mask[:, :length] for part in parts]),
         logprobs=torch.cat([part.logprobs[:, :length] for part in parts]),
-        values=torch.cat([part.values[:, :length] for part in parts]),
+        values=torch.cat(values) if values else None,
         ended=torch.cat([part.ended for part in parts]),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One batch of responses with everything that the update needs."""
+    """One batch of responses with everything that the update needs.
 
-    prompts: list[Prompt]
+    The k responses to a prompt are consecutive rows, so row i answers prompt i // k.
+    """
+
+    prompts: list[Prompt]  # B / k prompts.
     encoded: Encoded
     responses: Responses
     texts: list[str]  # B response texts without special tokens.
     ref_logprobs: torch.Tensor  # (B, T) nats, under the frozen reference.
-    # (b,) ascending: the rows that `encoded` holds when several processes share the update; None: all rows.
-    local_rows: torch.Tensor | None = None
+    # (b,) ascending: the prompts that `encoded` holds when several processes share the update; None: all prompts.
+    local_prompts: torch.Tensor | None = None
 
-    def encoded_at(self, rows: torch.Tensor) -> Encoded:
-        """Return the encoded prompts of some rows (long) of the batch; this process must hold them."""
-        return self.encoded.select(rows if self.local_rows is None else torch.searchsorted(self.local_rows, rows))
+    @property
+    def group_size(self) -> int:
+        """The number k of responses to a prompt."""
+        return len(self.texts) // len(self.prompts)
+
+    @property
+    def prompts_of_responses(self) -> list[Prompt]:
+        """The prompt of each of the B responses."""
+        return [prompt for prompt in self.prompts for _ in range(self.group_size)]
+
+    def encoded_at(self, prompts: torch.Tensor) -> Encoded:
+        """Return some of the batch's prompts (long), encoded; this process must hold them."""
+        if self.local_prompts is not None:
+            prompts = torch.searchsorted(self.local_prompts, prompts)
+        return self.encoded.select(prompts)

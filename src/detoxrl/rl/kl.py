@@ -3,18 +3,30 @@
 Estimators from samples x ~ p of KL(p, q), per token, in nats (Schulman 2020, "Approximating KL Divergence").
 """
 
+from collections.abc import Callable
+
 import torch
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return log p - log q (B, T): unbiased, of either sign."""
+    """Return log p - log q (B, T): unbiased, of either sign. As a loss its gradient is 0 in expectation."""
     return logprobs - ref_logprobs
 
 
+def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return (log p - log q)^2 / 2 (B, T): biased, never negative. As a loss it has the gradient of KL(p, q)."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
 def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return q/p - 1 - log(q/p) (B, T): unbiased, never negative."""
+    """Return q/p - 1 - log(q/p) (B, T): unbiased, never negative. As a loss it has the gradient of KL(q, p)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k2": k2, "k3": k3}
+"""The estimators whose gradient holds a policy to its reference (Tang and Munos 2025, "On a few pitfalls in KL
+divergence gradient estimation for RL", section 3)."""
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, batch_size: int) -> float:

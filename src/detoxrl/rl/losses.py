@@ -7,18 +7,32 @@ microbatch never changes the update.
 import torch
 from torch import Tensor
 
+from detoxrl.rl.kl import LOSSES
+
 
 def policy_loss(
-    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """Return the clipped surrogate summed over tokens, a scalar, and where clipping bit (B, T) bool.
 
-    Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7, with its sign turned to a loss.
+    The ratio is clipped to [1 - clip[0], 1 + clip[1]]. Schulman et al. 2017, "Proximal Policy Optimization Algorithms",
+    equation 7, with its sign turned to a loss. A larger range upwards: Yu et al. 2025, "DAPO", section 3.1.
     """
+    low, high = clip
     ratio = torch.where(mask, new_logprobs - logprobs, 0.0).exp()
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
     return torch.where(mask, torch.maximum(plain, clipped), 0.0).sum(), clipped > plain
+
+
+def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
+    """Return the KL to the reference by `estimator` (k2 or k3), summed over tokens, a scalar.
+
+    Shao et al. 2024, "DeepSeekMath", equation 4, has k3.
+    """
+    # Where nothing is counted both are set to 0, so that no padding overflows.
+    logprobs = torch.where(mask, new_logprobs, 0.0)
+    return LOSSES[estimator](logprobs, torch.where(mask, ref_logprobs, 0.0)).sum()
 
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:

@@ -51,6 +51,15 @@ def batch_indices(seed: int, stream: str, step: int, batch_size: int, length: in
     return rows
 
 
+def weighted_indices(seed: int, stream: str, step: int, weights: npt.NDArray[np.float64], number: int) -> list[int]:
+    """Return `number` different rows, drawn one after the other with probabilities proportional to positive weights.
+
+    Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir": the rows with the largest u^(1/weight).
+    """
+    times = -np.log1p(-_generator(seed, stream, step, 0, 0).random(len(weights))) / weights
+    return sorted(np.argsort(times, kind="stable")[:number].tolist())
+
+
 def torch_seed(seed: int, stream: str) -> int:
     """Return a seed for torch's own generator, which draws initial weights and dropout masks; below 2^63."""
     return digest(f"{seed} {stream}") >> 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,16 +13,24 @@ from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.models.types import Prompt, Rollout
 from detoxrl.rewards.shaping import Reward
-from detoxrl.rl.algorithm import PPO, Targets
+from detoxrl.rl.algorithm import ALGORITHMS, Targets
 from detoxrl.rl.kl import k3
+from detoxrl.rl.losses import kl_loss
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import trainable
 from detoxrl.runtime.console import log
-from detoxrl.runtime.randomness import batch_indices
 from detoxrl.runtime.world import together
 from detoxrl.training.memory import MemoryPlan
 from detoxrl.training.metrics import Metrics, Totals
-from detoxrl.training.rollout import collect_rollout, deal_rows, join_rollouts, minibatches, sorted_by_length
+from detoxrl.training.rollout import (
+    collect_rollout,
+    deal_prompts,
+    join_rollouts,
+    microbatches,
+    minibatches,
+    response_rows,
+    sorted_by_length,
+)
 from detoxrl.training.validation import Validation, ValidationResponse, ValidationSampler, summarise
 
 
@@ -37,9 +46,10 @@ class Learner:
         self.run = run
         self.config = run.config
         self.world = run.world
-        self.algorithm = PPO
+        self.algorithm = ALGORITHMS[run.config.rl.algorithm]
         self.reward = reward or run.reward
         self.policy: Policy = run.initial_policy().to(run.world.device)
+        self.value_head = self.policy.add_value_head() if self.config.rl.defaults.has_critic else None
         self.optimizer = self._new_optimizer()
         self.prompts = to_prompts(run.rows("train"))
         self.memory = MemoryPlan(microbatch_size=self.config.rl.minibatch_size, keep_cross=True)
@@ -56,15 +66,17 @@ class Learner:
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         rl = self.config.rl
-        policy_group = {"params": self.policy.parameters(), "lr": rl.lr}
-        value_group = {"params": list(self.policy.value_head.parameters()), "lr": rl.value_lr}
-        return torch.optim.AdamW([policy_group, value_group], eps=1e-5, weight_decay=0.0)
+        groups: list[dict[str, Any]] = [{"params": self.policy.parameters(), "lr": rl.lr}]
+        if self.value_head is not None:
+            groups.append({"params": list(self.value_head.parameters()), "lr": rl.value_lr})
+        return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
 
     def trainable_weights(self) -> dict[str, torch.nn.Parameter]:
-        """Return what training changes, by name: the policy's trainable weights and the value head."""
+        """Return what training changes, by name: the policy's trainable weights, and those of a critic."""
         weights = trainable(self.policy.model)
-        for name, weight in self.policy.value_head.named_parameters():
-            weights[f"value_head.{name}"] = weight
+        if self.value_head is not None:
+            for name, weight in self.value_head.named_parameters():
+                weights[f"value_head.{name}"] = weight
         return weights
 
     @together
@@ -108,28 +120,24 @@ class Learner:
         return [texts[index] for index in range(len(prompts))]
 
     @together
-    def sample(self, step: int) -> Rollout:
-        """Sample one response to each prompt of the step's batch; keep and return the rollout of the whole batch."""
+    def sample(self, indices: list[int], step: int) -> Rollout:
+        """Sample a group of responses to each of some training prompts; keep and return the rollout of all of them."""
         config = self.config
-        prompts = sorted_by_length(self._batch(step))
+        prompts = sorted_by_length([self.prompts[index] for index in indices])
 
-        # Each process samples the rows that it will update on, so what it encoded need not travel.
+        # Each process samples the prompts that it will update on, so what it encoded need not travel.
         first_pass = minibatches(config, step, 0, len(prompts))
-        dealt = deal_rows(first_pass, self.world.size)
-        mine = [prompts[row] for row in dealt[self.world.rank]]
+        dealt = deal_prompts(first_pass, self.world.size)
+        mine = [prompts[number] for number in dealt[self.world.rank]]
 
-        draws = Draws(config.seed, "rollout", step)
+        draws = Draws(config.seed, "rollout", step, range(config.rl.responses_per_prompt))
         part = collect_rollout(self.policy, mine, config.generation, draws, self.memory.keep_cross)
         self.rollout = join_rollouts(part, prompts, dealt, self.world, self.policy)
         return self.rollout
 
-    def _batch(self, step: int) -> list[Prompt]:
-        indices = batch_indices(self.config.seed, "prompts", step, self.config.rl.batch_size, len(self.prompts))
-        return [self.prompts[index] for index in indices]
-
     def score(self, rollout: Rollout) -> torch.Tensor:
         """Return the raw scores (B,) of a rollout's responses, on the policy's device."""
-        return self._score(rollout.prompts, rollout.texts).to(self.policy.device)
+        return self._score(rollout.prompts_of_responses, rollout.texts).to(self.policy.device)
 
     @together
     def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
@@ -177,7 +185,8 @@ class Learner:
 
     def _set_learning_rates(self, step: int) -> None:
         rl = self.config.rl
-        for group, peak in zip(self.optimizer.param_groups, (rl.lr, rl.value_lr), strict=True):
+        # The second group is that of a critic.
+        for group, peak in zip(self.optimizer.param_groups, (rl.lr, rl.value_lr), strict=False):
             group["lr"] = peak * self._decay(step)
 
     def _pass_over_rollout(self, targets: Targets, step: int, epoch: int, totals: Totals) -> None:
@@ -186,19 +195,19 @@ class Learner:
         weights = self._optimized_weights()
         size_before = self.memory.microbatch_size
         measured: list[tuple[list[Metrics], float]] = []
-        for rows in minibatches(self.config, step, epoch, len(rollout.texts)):
-            microbatches = self._backward(torch.tensor(rows, device=self.policy.device), targets, step)
+        for prompts in minibatches(self.config, step, epoch, len(rollout.prompts)):
+            sums = self._backward(torch.tensor(prompts, device=self.policy.device), targets, step)
             self.world.sum_gradients(weights)
             norm = torch.nn.utils.clip_grad_norm_(weights, self.config.rl.max_grad_norm)
-            measured.append((microbatches, float(norm)))
+            measured.append((sums, float(norm)))
             self.optimizer.step()
             self.optimizer.zero_grad()
 
         self._agree_on_memory(size_before)
         for of_minibatch in zip(*self.world.gather(measured), strict=True):
-            microbatches = [sums for parts, _ in of_minibatch for sums in parts]
+            of_microbatches = [sums for parts, _ in of_minibatch for sums in parts]
             _, gradient_norm = of_minibatch[0]
-            totals.add(microbatches, gradient_norm)
+            totals.add(of_microbatches, gradient_norm)
 
     def _optimized_weights(self) -> list[torch.nn.Parameter]:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
@@ -207,11 +216,12 @@ class Learner:
         assert self.rollout is not None, "sample comes before update"
         return self.rollout
 
-    def _backward(self, rows: torch.Tensor, targets: Targets, step: int) -> list[Metrics]:
+    def _backward(self, prompts: torch.Tensor, targets: Targets, step: int) -> list[Metrics]:
         """Add the gradient of this process's part of a minibatch; return the sums of its microbatches."""
         rollout = self._last_rollout()
+        rows = response_rows(prompts, rollout.group_size)
         tokens = int(rollout.responses.response_mask[rows].sum())
-        mine = rows if rollout.local_rows is None else rows[torch.isin(rows, rollout.local_rows)]
+        mine = prompts if rollout.local_prompts is None else prompts[torch.isin(prompts, rollout.local_prompts)]
         if len(mine) == 0:
             return []
 
@@ -226,14 +236,27 @@ class Learner:
                 size = self.memory.microbatch_size
                 log.print(f"step {step}: out of memory, so from now on an update reads {size} responses at once")
 
-    def _backward_in_microbatches(self, rows: torch.Tensor, targets: Targets, tokens: int) -> list[Metrics]:
-        microbatches = []
-        for microbatch in rows.split(self.memory.microbatch_size):
-            sums = self._losses(microbatch, targets)
-            loss = (sums["policy"] + self.config.rl.value_coef * sums["value"]) / tokens
+    def _backward_in_microbatches(self, prompts: torch.Tensor, targets: Targets, tokens: int) -> list[Metrics]:
+        group_size = self._last_rollout().group_size
+        measured = []
+        for part, rows in microbatches(prompts, group_size, self.memory.microbatch_size):
+            sums = self._losses(part, rows, targets)
+            loss = self._objective(sums, targets.kl_coef) / tokens
             loss.backward()
-            microbatches.append({name: float(value.detach()) for name, value in sums.items()})
-        return microbatches
+            measured.append({name: float(value.detach()) for name, value in sums.items()})
+        return measured
+
+    def _objective(self, sums: dict[str, torch.Tensor], kl_coef: float) -> torch.Tensor:
+        """Return what the update minimises, summed over tokens. Terms of weight 0 are not computed."""
+        rl = self.config.rl
+        objective = sums["policy"]
+        if "value" in sums:
+            objective = objective + rl.value_coef * sums["value"]
+        if "kl_loss" in sums:
+            objective = objective + kl_coef * sums["kl_loss"]
+        if rl.entropy_coef > 0:
+            objective = objective - rl.entropy_coef * sums["entropy"]
+        return objective
 
     def _agree_on_memory(self, size_before: int) -> None:
         """Take the smallest microbatch size of all processes, and store it if it has become smaller."""
@@ -242,41 +265,52 @@ class Learner:
         if self.world.is_main and smallest < size_before:
             self.memory.save(self.run.folder, self.config, self.world)
 
-    def _losses(self, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
-        """Return loss sums and statistics over the tokens of some rows; padding past their longest response is cut."""
+    def _losses(self, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        """Return loss sums and statistics over the tokens of some rows, which answer some prompts in equal numbers.
+
+        Padding past their longest response is cut.
+        """
         rl = self.config.rl
         rollout = self._last_rollout()
         responses = rollout.responses
         length = int(responses.response_mask[rows].sum(1).max())
         mask = responses.response_mask[rows, :length]
-        ids = responses.ids[rows, :length]
         old_logprobs = responses.logprobs[rows, :length]
-        old_values = responses.values[rows, :length]
         advantages = targets.advantages[rows, :length]
-        returns = targets.returns[rows, :length]
 
         if self.policy.train_encoder:
-            encoded = self.policy.encode([rollout.prompts[row].text for row in rows.tolist()])
+            encoded = self.policy.encode([rollout.prompts[prompt].text for prompt in prompts.tolist()])
         else:
-            encoded = rollout.encoded_at(rows)
+            encoded = rollout.encoded_at(prompts)
         temperature = self.config.generation.temperature
-        new_logprobs, entropy, new_values = self.policy.logprobs(encoded, ids, temperature, mask=mask)
+        ids = responses.ids[rows, :length]
+        scored = self.policy.logprobs(encoded, ids, temperature, mask=mask, entropy_gradient=rl.entropy_coef > 0)
 
-        policy_loss, clipped = self.algorithm.policy_loss(new_logprobs, old_logprobs, advantages, mask, rl.clip)
-        value_loss = self.algorithm.value_loss(new_values, old_values, returns, mask, rl.value_clip)
+        policy_loss, clipped = self.algorithm.policy_loss(
+            scored.logprobs, old_logprobs, advantages, mask, rl.clip_range
+        )
+        sums = {"policy": policy_loss, "entropy": scored.entropy[mask].sum()}
+        if self.algorithm.value_loss is not None:
+            assert scored.values is not None, "an algorithm with a value loss has a critic"
+            assert responses.values is not None
+            assert targets.returns is not None
+            old_values = responses.values[rows, :length]
+            returns = targets.returns[rows, :length]
+            sums["value"] = self.algorithm.value_loss(scored.values, old_values, returns, mask, rl.value_clip)
+        if rl.kl_place == "loss":
+            sums["kl_loss"] = kl_loss(scored.logprobs, rollout.ref_logprobs[rows, :length], mask, rl.kl_by)
+
         with torch.no_grad():
-            ratio = (new_logprobs - old_logprobs)[mask].exp()
-            return {
-                "policy": policy_loss,
-                "value": value_loss,
+            ratio = (scored.logprobs - old_logprobs)[mask].exp()
+            statistics = {
                 "tokens": mask.sum(),
                 "clipped": clipped.sum(),
-                "entropy": entropy[mask].sum(),
-                "kl": k3(old_logprobs, new_logprobs)[mask].sum(),
+                "kl": k3(old_logprobs, scored.logprobs)[mask].sum(),
                 "ratio": ratio.sum(),
                 "ratio_max": ratio.max(),
                 "ratio_min": ratio.min(),
             }
+        return sums | statistics
 
     def validate(self, step: int) -> Validation:
         """Return how the policy does on the validation prompts before `step`."""

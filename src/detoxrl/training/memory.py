@@ -32,14 +32,15 @@ class MemoryPlan:
     def choose(cls, policy: Policy, prompts: list[Prompt], config: Config, world: World) -> Self:
         """Return the plan that fits what is free now."""
         most = config.rl.minibatch_size
+        group_size = config.rl.responses_per_prompt
         asked = config.rl.microbatch_size
         longest = max(prompts, key=lambda prompt: len(prompt.text))
         cross, activations = _bytes_per_response(policy, longest, config)
 
         free = _SHARE * free_bytes(policy.device)
         fitting = max(1, int(2 * free / activations))
-        responses_here = -(-config.rl.batch_size // world.size)  # Each process keeps those of its own part.
-        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=cross * responses_here < free)
+        prompts_here = -(-config.rl.batch_size // group_size // world.size)  # Each process keeps those of its own part.
+        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=cross * prompts_here < free)
         if asked is None and plan.microbatch_size < most:
             log.print(f"train: an update reads {plan.microbatch_size} of {most} responses at once, to fit into memory")
         return plan
@@ -81,7 +82,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tuple[int, int]:
-    """Return the bytes of a response's shared keys and values, and of the activations that its update holds at most."""
+    """Return the bytes of a prompt's shared keys and values, and of the activations that an update holds a response.
+
+    The responses of a group share the activations of their prompt.
+    """
     with torch.no_grad():
         encoded = policy.with_shared_cross(policy.encode([longest.text]))
     cross = 0 if encoded.cross is None else encoded.cross.nbytes
@@ -93,11 +97,11 @@ def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tupl
         whole = _saved_bytes(policy, longest, encoded, config)
         policy.checkpointing = True
         held += (whole - held) // _decoder_layers(policy)
-    return cross, max(1, held)
+    return cross, max(1, held // config.rl.responses_per_prompt)
 
 
 def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Config) -> int:
-    """Return the bytes that a response's pass saves for the backward pass. Nothing is kept here."""
+    """Return the bytes that the pass of a group's responses saves for the backward pass. Nothing is kept here."""
     shared = [] if encoded.cross is None else [encoded.cross]
     counted = {tensor.untyped_storage()._cdata for tensor in (*policy.model.parameters(), *shared)}
     saved = 0
@@ -116,7 +120,8 @@ def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Conf
     with torch.autograd.graph.saved_tensors_hooks(count, never_read):
         if policy.train_encoder:
             encoded = policy.encode([longest.text])
-        ids = torch.zeros(1, config.generation.max_new_tokens, dtype=torch.long, device=policy.device)
+        size = (config.rl.responses_per_prompt, config.generation.max_new_tokens)
+        ids = torch.zeros(size, dtype=torch.long, device=policy.device)
         policy.logprobs(encoded, ids, config.generation.temperature)
     return saved
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detoxrl.errors import TrainingError
 from detoxrl.models.types import Rollout
+from detoxrl.rl.advantages import zero_variance_share
 from detoxrl.rl.kl import k1, k3
 from detoxrl.rl.ops import masked_mean
 from detoxrl.runtime.console import log
@@ -17,10 +18,11 @@ from detoxrl.runtime.run_folder import RunFolder
 
 Metrics = dict[str, float]
 
-# The logged name of each mean per token, and the sum that it is the mean of.
+# The logged name of each mean per token, and the sum that it is the mean of. Some algorithms lack some.
 _MEANS = {
     "policy/loss": "policy",
     "value/loss": "value",
+    "kl/loss": "kl_loss",
     "clip_fraction": "clipped",
     "entropy": "entropy",
     "kl/update": "kl",
@@ -63,7 +65,8 @@ class Totals:
 
     def metrics(self, epochs: int) -> Metrics:
         """Return the means per token under their logged names."""
-        metrics = {name: self.sums[summed] / self.sums["tokens"] for name, summed in _MEANS.items()}
+        tokens = self.sums["tokens"]
+        metrics = {name: self.sums[summed] / tokens for name, summed in _MEANS.items() if summed in self.sums}
         metrics["ratio/max"] = self.ratio_max
         metrics["ratio/first_error"] = self.first_error
         metrics["grad_norm"] = sum(self.gradient_norms) / len(self.gradient_norms)
@@ -80,7 +83,7 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tens
     responses = rollout.responses
     mask = responses.response_mask
     lengths = mask.sum(1).float()
-    return {
+    metrics = {
         "score/mean": float(raw.mean()),
         "score/std": float(raw.std()),
         "score/shaped": float(scores.mean()),
@@ -92,6 +95,9 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tens
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
     }
+    if rollout.group_size > 1:
+        metrics["groups/zero_variance"] = float(zero_variance_share(scores, rollout.group_size))
+    return metrics
 
 
 def require_finite(metrics: Metrics, step: int) -> None:
@@ -117,7 +123,7 @@ def warn_of_ratios(metrics: Metrics, step: int, bf16: bool) -> None:
 
 def log_samples(folder: RunFolder, rollout: Rollout, raw: Tensor, step: int) -> None:
     """Append the first responses of a step to rollouts.jsonl."""
-    samples = list(zip(rollout.prompts, rollout.texts, raw.tolist(), strict=True))
+    samples = list(zip(rollout.prompts_of_responses, rollout.texts, raw.tolist(), strict=True))
     for prompt, text, score in samples[:_LOGGED_SAMPLES]:
         folder.append("rollouts.jsonl", {"step": step, "id": prompt.id, "response": text, "score": score})
 

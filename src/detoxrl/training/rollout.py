@@ -1,7 +1,6 @@
 """How does a batch of prompts become a rollout, and how is it split into minibatches and over processes?"""
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -29,11 +28,12 @@ def collect_rollout(
     keep_cross: bool = True,
     encoded: Encoded | None = None,
 ) -> Rollout:
-    """Return one response per prompt with log-probs and values captured while sampling, and the reference's log-probs.
+    """Return the drawn samples of each prompt, with log-probs (and a critic's values) as sampled, and the reference's.
 
-    Prompts come back sorted by length. With a frozen encoder the reference shares the policy's encoder states, and with
-    `keep_cross` the update shares the keys and values of cross-attention. Log-probs are those by which the tokens were
-    drawn. A base in bfloat16 rounds differently while it samples than in the update; the clipped ratio weighs that.
+    Prompts come back sorted by length. Each is read once for its samples. With a frozen encoder the reference shares
+    the policy's encoder states, and with `keep_cross` the update shares the keys and values of cross-attention.
+    Log-probs are those by which the tokens were drawn. A base in bfloat16 rounds differently while it samples than in
+    the update; the clipped ratio weighs that.
     `encoded` is what an earlier call with the same prompts encoded.
     """
     ordered = sorted_by_length(prompts)
@@ -43,21 +43,23 @@ def collect_rollout(
         encoded = policy.with_shared_cross(encoded)
 
     parts: list[Responses] = []
-    ref_logprobs = torch.zeros(len(ordered), config.max_new_tokens, device=policy.device)
-    for start in range(0, len(ordered), config.batch_size):
-        rows = slice(start, start + config.batch_size)
+    ref_parts: list[torch.Tensor] = []
+    prompts_at_once = config.batch_size // len(draws.samples)
+    for start in range(0, len(ordered), prompts_at_once):
+        rows = slice(start, start + prompts_at_once)
         batch = ordered[rows]
         batch_encoded = encoded.row_slice(rows)
         if not keep_cross:
             batch_encoded = policy.with_shared_cross(batch_encoded)
 
-        chances = draws.uniforms(policy, batch, sample=0, length=config.max_new_tokens)
+        chances = draws.uniforms(policy, batch, config.max_new_tokens)
         responses = policy.sample(batch_encoded, chances, config.temperature)
         parts.append(responses)
 
         if policy.train_encoder:  # The policy's encoder differs from the reference's.
             batch_encoded = policy.encode([prompt.text for prompt in batch], policy.reference)
-        ref_logprobs[rows] = response_logprobs(policy, batch_encoded, responses, config.temperature, policy.reference)
+        scored = response_logprobs(policy, batch_encoded, responses, config.temperature, policy.reference)
+        ref_parts.append(scored)
 
     responses = concatenate_responses(parts)
     length = responses.ids.shape[1]
@@ -66,30 +68,53 @@ def collect_rollout(
         encoded=encoded,
         responses=responses,
         texts=policy.decode(responses),
-        ref_logprobs=ref_logprobs[:, :length].contiguous(),
+        ref_logprobs=torch.cat(ref_parts)[:, :length].contiguous(),
     )
 
 
-def minibatches(config: Config, step: int, epoch: int, rows: int) -> list[list[int]]:
-    """Return the rows of each minibatch of a pass over a rollout, shuffled by the seed.
+def minibatches(config: Config, step: int, epoch: int, prompts: int) -> list[list[int]]:
+    """Return the prompts of each minibatch of a pass over a rollout, shuffled by the seed.
 
-    Within a minibatch rows ascend: a rollout is sorted by length, so a microbatch then needs little padding.
+    All responses to a prompt are in one minibatch. Within it prompts ascend: a rollout is sorted by length, so a
+    microbatch then needs little padding.
     """
-    order = permutation(config.seed, f"minibatches {epoch}", step, rows)
-    size = config.rl.minibatch_size
-    return [sorted(order[start : start + size]) for start in range(0, rows, size)]
+    order = permutation(config.seed, f"minibatches {epoch}", step, prompts)
+    size = config.rl.minibatch_size // config.rl.responses_per_prompt
+    return [sorted(order[start : start + size]) for start in range(0, prompts, size)]
 
 
-def deal_rows(minibatches: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
-    """Return the rows of each process, ascending: of each minibatch, and in all, shares differ by at most one row."""
-    order = [row for minibatch in minibatches for row in minibatch]
+def deal_prompts(minibatches: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
+    """Return the prompts of each process, ascending: of each minibatch, and in all, shares differ by at most one."""
+    order = [prompt for minibatch in minibatches for prompt in minibatch]
     return [sorted(order[rank::processes]) for rank in range(processes)]
+
+
+def microbatches(prompts: torch.Tensor, group_size: int, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield prompts (n,) and the rows of their responses (m,) in parts of at most `most` responses, long.
+
+    A part has as many responses to each of its prompts, in consecutive rows: all of whole groups, or, if a group is
+    larger than `most`, an equal part of one.
+    """
+    at_once = min(group_size, most)
+    while group_size % at_once:
+        at_once -= 1
+
+    for part in prompts.split(max(1, most // group_size)):
+        rows = response_rows(part, group_size).view(len(part), group_size)
+        for sample in range(0, group_size, at_once):
+            yield part, rows[:, sample : sample + at_once].flatten()
+
+
+def response_rows(prompts: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return the rows (n * group_size,) of the responses to prompts (n,), long."""
+    samples = torch.arange(group_size, device=prompts.device)
+    return (prompts[:, None] * group_size + samples).flatten()
 
 
 def join_rollouts(
     part: Rollout, prompts: list[Prompt], dealt: list[list[int]], world: World, policy: Policy
 ) -> Rollout:
-    """Return the rollout of all prompts (sorted by length) in every process, each of which made its `dealt` part.
+    """Return the rollout of all prompts (sorted by length) in every process, each of which made its `dealt` prompts.
 
     What is encoded stays where it was made: it is by far the largest part, and no other process needs it.
     """
@@ -97,7 +122,8 @@ def join_rollouts(
         return part
 
     device = part.ref_logprobs.device
-    order = torch.tensor([row for rows in dealt for row in rows]).argsort()
+    group_size = part.group_size
+    order = response_rows(torch.tensor([prompt for of_process in dealt for prompt in of_process]), group_size).argsort()
     longest = max(world.gather(part.responses.ids.shape[1]))
 
     def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,10 +131,17 @@ def join_rollouts(
             tensor = pad(tensor, (0, longest - tensor.shape[1]))
         return torch.cat(world.gather(tensor.cpu()))[order].to(device)
 
-    tensors = {field.name: whole(getattr(part.responses, field.name)) for field in fields(Responses)}
-    tensors["ids"] = tensors["ids"].where(tensors["response_mask"], policy.pad_token_id)
+    ours = part.responses
+    mask = whole(ours.response_mask)
+    responses = Responses(
+        ids=whole(ours.ids).where(mask, policy.pad_token_id),
+        response_mask=mask,
+        logprobs=whole(ours.logprobs),
+        values=None if ours.values is None else whole(ours.values),
+        ended=whole(ours.ended),
+    )
+    responses = concatenate_responses([responses])
     texts = list(chain(*world.gather(part.texts)))
-    responses = concatenate_responses([Responses(**tensors)])
     length = responses.ids.shape[1]
     return Rollout(
         prompts=prompts,
@@ -116,5 +149,5 @@ def join_rollouts(
         responses=responses,
         texts=[texts[index] for index in order.tolist()],
         ref_logprobs=whole(part.ref_logprobs)[:, :length].contiguous(),
-        local_rows=torch.tensor(dealt[world.rank], device=device),
+        local_prompts=torch.tensor(dealt[world.rank], device=device),
     )

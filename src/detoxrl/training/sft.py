@@ -137,8 +137,8 @@ def _best_responses(run: Run, policy: Policy) -> Pairs:
     chosen = [rows[index] for index in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
 
     with status(f"sampling {BEST_OF} responses to each of {count} prompts"):
-        draws = Draws(config.seed, "expert")
-        samples = sample_all(policy, to_prompts(chosen), config.generation, draws, BEST_OF, policy.reference)
+        draws = Draws(config.seed, "expert", samples=range(BEST_OF))
+        samples = sample_all(policy, to_prompts(chosen), config.generation, draws, policy.reference)
         best = _best_samples(run, chosen, samples)
     return [(row.prompt, response) for row, response in zip(chosen, best, strict=True)]
 

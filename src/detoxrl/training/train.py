@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from detoxrl.config.schema import RlConfig
 from detoxrl.evaluation.metrics import quality_measure
 from detoxrl.evaluation.statistics import validation_prompts_needed
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
-from detoxrl.rl.advantages import token_rewards
+from detoxrl.rl.advantages import tail_scores, token_rewards
 from detoxrl.rl.kl import adapt_kl_coef
 from detoxrl.rl.losses import explained_variance
 from detoxrl.runs import Run
@@ -23,6 +23,7 @@ from detoxrl.runtime.signals import resume_hint
 from detoxrl.training.best import BestCheckpoint
 from detoxrl.training.learner import Learner
 from detoxrl.training.metrics import StepTimer, log_samples, require_finite, rollout_metrics, warn_of_ratios
+from detoxrl.training.prompt_choice import PromptChoice
 from detoxrl.training.validation import Validation
 
 _CHECKPOINTS = "checkpoints/train"
@@ -41,10 +42,11 @@ class _State:
     step: int
     kl_coef: float
     status: str  # The last validation, in words.
+    choice: PromptChoice
 
 
 def train(run: Run) -> None:
-    """Train the policy with PPO (Schulman et al. 2017) and keep its best checkpoint in adapter/.
+    """Train the policy by `rl.algorithm` and keep its best checkpoint in adapter/.
 
     Resumes from checkpoints/train if there is one. Ctrl-C and SIGTERM end the step, write a checkpoint and raise
     KeyboardInterrupt. A reward that raises leaves a checkpoint of its step. Raises TrainingError when a metric is not
@@ -57,7 +59,7 @@ def train(run: Run) -> None:
     learner = run.world.build(Learner, run)
     best = BestCheckpoint(run.folder, rl, quality_measure(run.rows("validation")))
     checkpoints = _checkpoints(run, learner)
-    state = _restore(checkpoints, best, rl.kl_coef)
+    state = _restore(checkpoints, best, _State(0, rl.kl_coef, "", PromptChoice(config, learner.prompts)))
     learner.synchronise()
     normaliser = _normaliser(run, learner)
     learner.plan_memory()
@@ -83,7 +85,7 @@ def train(run: Run) -> None:
                 break
 
             with timer.stage("sample"):
-                rollout = learner.sample(step)
+                rollout = learner.sample(state.choice.indices(step), step)
             with timer.stage("score"), keep_step():
                 raw = learner.score(rollout)
 
@@ -91,14 +93,21 @@ def train(run: Run) -> None:
             responses = rollout.responses
             mask = responses.response_mask
             scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config)
-            rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, state.kl_coef)
+            state.choice.observe(rollout.prompts, scores)
+            maximised = tail_scores(scores, rl.tail_share)
+            in_reward, in_loss = (state.kl_coef, 0.0) if rl.kl_place == "reward" else (0.0, state.kl_coef)
+            rewards = token_rewards(maximised, responses.logprobs, rollout.ref_logprobs, mask, in_reward)
             targets = learner.algorithm.targets(rewards, responses.values, mask, rl)
 
             with timer.stage("update"):
-                updates = learner.update(targets, step)
+                updates = learner.update(replace(targets, kl_coef=in_loss), step)
 
             metrics = rollout_metrics(rollout, raw, scores, rewards) | updates
-            metrics["value/explained_variance"] = float(explained_variance(responses.values, targets.returns, mask))
+            if responses.values is not None and targets.returns is not None:
+                variance = explained_variance(responses.values, targets.returns, mask)
+                metrics["value/explained_variance"] = float(variance)
+            if rl.tail_share < 1:
+                metrics["score/tail"] = float(maximised.mean())
             metrics["kl_coef"] = state.kl_coef
             metrics["lr"] = learner.learning_rate(step)
             require_finite(metrics, step)
@@ -118,14 +127,15 @@ def _checkpoints(run: Run, learner: Learner) -> Checkpoints:
     return Checkpoints(run.folder / _CHECKPOINTS, learner.trainable_weights(), learner.optimizer, products)
 
 
-def _restore(checkpoints: Checkpoints, best: BestCheckpoint, kl_coef: float) -> _State:
-    """Return the state of the newest checkpoint, or the state before the first step."""
+def _restore(checkpoints: Checkpoints, best: BestCheckpoint, initial: _State) -> _State:
+    """Return the state of the newest checkpoint, or the initial state."""
     stored = checkpoints.restore()
     if stored is None:
-        return _State(step=0, kl_coef=kl_coef, status="")
+        return initial
 
     best.restore(stored["best"])
-    return _State(step=stored["step"], kl_coef=stored["kl_coef"], status=stored["shown"])
+    initial.choice.restore(stored.get("choice", {}))  # Checkpoints of earlier versions have none.
+    return replace(initial, step=stored["step"], kl_coef=stored["kl_coef"], status=stored["shown"])
 
 
 @contextmanager
@@ -148,7 +158,7 @@ def _next_kl_coef(kl_coef: float, kl: float, rl: RlConfig) -> float:
 
 def _stored(state: _State, best: BestCheckpoint) -> dict[str, Any]:
     """Return the state as a checkpoint holds it, beside its step."""
-    return {"kl_coef": state.kl_coef, "best": best.state(), "shown": state.status}
+    return {"kl_coef": state.kl_coef, "best": best.state(), "shown": state.status, "choice": state.choice.state()}
 
 
 def _normaliser(run: Run, learner: Learner) -> Normaliser:
