@@ -227,6 +227,7 @@ def make_policy(bases: dict[str, Path], starts: dict[tuple[str, str], Path]) -> 
         config = policy_config(name, encoder, full=kind == "full")
         policy = load_policy(str(bases[name]), starts.get((name, kind)), config, seed=0)
         policy.eos_token_ids += range(40, 60)  # so that some responses of a random model end and some do not
+        policy.add_value_head()
         return policy
 
     return make

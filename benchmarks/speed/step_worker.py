@@ -32,6 +32,7 @@ from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.training.learner import Learner
 from detoxrl.training.memory import MemoryPlan
 from detoxrl.training.metrics import StepTimer
+from detoxrl.training.prompt_choice import PromptChoice
 from recipe_memory import SHAPES, save_classifier, save_t5
 from step_case import STEPS, Step, Task, serve, task, texts
 
@@ -119,7 +120,8 @@ def make_step(learner: Learner, number: int) -> tuple[dict[str, float], Rollout]
     """Make a step as training does; return what StepTimer measured, and the rollout."""
     timer = StepTimer()
     with timer.stage("sample"):
-        rollout = learner.sample(number)
+        indices = PromptChoice(learner.config, learner.prompts).indices(number)
+        rollout = learner.sample(indices, number)
     responses = rollout.responses
     mask = responses.response_mask
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2LMHeadModel
 
 from conftest import Make, disturb
+from detoxrl.config.schema import GenerationConfig
 from detoxrl.evaluation.compare import Measured
 from detoxrl.evaluation.likelihood import likelihood_metrics, per_token, perplexity
 from detoxrl.evaluation.statistics import Floats, compare, kept_metric
@@ -31,6 +34,16 @@ PROMPTS = [
     Prompt(id="c", text="Hello."),
 ]
 DRAWS = Draws(0, "evaluation")
+
+
+def sampled(
+    source: Distribution, initial: Distribution | None, prompts: Sequence[Prompt], samples: int, length: int
+) -> list[list[Sample]]:
+    """So many samples of up to `length` tokens of each prompt."""
+    draws = replace(DRAWS, samples=range(samples))
+    return sample_with_likelihoods(source, initial, prompts, draws, GenerationConfig(max_new_tokens=length))
+
+
 TEMPERATURE = 0.7
 
 
@@ -130,11 +143,13 @@ def test_the_tokens_that_were_sampled_have_the_nll_of_a_float64_model(
     disturb(policy)  # the trained policy is another one than the initial one
     source = Distribution(policy, POLICY, TEMPERATURE, encoder=POLICY)
     initial = Distribution(policy, policy.reference, TEMPERATURE, encoder=policy.reference)
-    found = sample_with_likelihoods(source, initial, PROMPTS, DRAWS, samples=2, length=9)
+    found = sampled(source, initial, PROMPTS, samples=2, length=9)
 
     lengths = set()
     for number in range(2):
-        responses = source.draw(source.encode(PROMPTS), DRAWS.uniforms(policy, PROMPTS, number, 9))
+        responses = source.draw(
+            source.encode(PROMPTS), replace(DRAWS, samples=range(number, number + 1)).uniforms(policy, PROMPTS, 9)
+        )
         for row, prompt in enumerate(PROMPTS):
             ids = responses.ids[row][responses.response_mask[row]].tolist()
             expected = math.fsum(float64_logprobs(name, bases[name], starts[name, "loaded"], prompt.text, ids))
@@ -151,11 +166,11 @@ def test_the_tokens_that_were_sampled_have_the_nll_of_a_float64_model(
 def test_an_encoder_that_was_trained_reads_for_the_policy_and_the_initial_one_for_itself(make_policy: Make) -> None:
     policy = make_policy("t5", "loaded with encoder", encoder=True)
     initial = Distribution(policy, policy.reference, 1.0, encoder=policy.reference)
-    alone = sample_with_likelihoods(initial, initial, PROMPTS, DRAWS, samples=1, length=6)
+    alone = sampled(initial, initial, PROMPTS, samples=1, length=6)
     disturb(policy)
     source = Distribution(policy, POLICY, 1.0, encoder=POLICY)
-    found = sample_with_likelihoods(source, initial, PROMPTS, DRAWS, samples=1, length=6)
-    responses = source.draw(source.encode(PROMPTS), DRAWS.uniforms(policy, PROMPTS, 0, 6))
+    found = sampled(source, initial, PROMPTS, samples=1, length=6)
+    responses = source.draw(source.encode(PROMPTS), DRAWS.uniforms(policy, PROMPTS, 6))
     encoded = policy.encode([prompt.text for prompt in PROMPTS], policy.reference)
     expected, _, _ = policy.logprobs(encoded, responses.ids, 1.0, policy.reference, responses.response_mask)
     sums = [likelihood_of(samples[0]).initial_logprob for samples in found]
@@ -175,14 +190,14 @@ def test_the_initial_policy_needs_no_second_pass_and_one_with_other_tokens_has_n
     initial = Distribution(policy, policy.reference, TEMPERATURE, encoder=policy.reference)
     passes = []
     logprobs = policy.logprobs
-    monkeypatch.setattr(policy, "logprobs", lambda *given: (passes.append(1), logprobs(*given))[1])
-    found = sample_with_likelihoods(initial, initial, PROMPTS, DRAWS, samples=2, length=6)
+    monkeypatch.setattr(policy, "logprobs", lambda *given, **named: (passes.append(1), logprobs(*given, **named))[1])
+    found = sampled(initial, initial, PROMPTS, samples=2, length=6)
     assert passes == []
     assert all(one.logprob == one.initial_logprob for row in found for one in map(likelihood_of, row))
     warmer = initial._replace(temperature=1.3)
-    assert sample_with_likelihoods(warmer, initial, PROMPTS, DRAWS, samples=2, length=6) != found
-    assert len(passes) == 2
-    without = sample_with_likelihoods(initial, None, PROMPTS, DRAWS, samples=2, length=6)
+    assert sampled(warmer, initial, PROMPTS, samples=2, length=6) != found
+    assert len(passes) == 1
+    without = sampled(initial, None, PROMPTS, samples=2, length=6)
     assert [[one.text for one in row] for row in without] == [[one.text for one in row] for row in found]
     assert all(one.likelihood is None for row in without for one in row)
 
@@ -205,7 +220,7 @@ def test_the_entropy_and_the_nll_of_a_model_that_is_known(bases: dict[str, Path]
     initial = Distribution(policy, None, 1.0, encoder=None)
     prompts = [Prompt(id=str(number), text="Hello.") for number in range(64)]
     source = initial._replace(temperature=0.8)
-    samples = sample_with_likelihoods(source, initial, prompts, DRAWS, samples=16, length=24)
+    samples = sampled(source, initial, prompts, samples=16, length=24)
     assert len({likelihood_of(one).tokens for row in samples for one in row}) > 5
 
     log_p, log_q = logits.log_softmax(-1), (logits / 0.8).log_softmax(-1)

@@ -105,7 +105,8 @@ def use_sgd(learner: Learner) -> None:
 
 
 def rollout_of(policy: Policy, step: int = 0, temperature: float = 1.0, batch_size: int = 8) -> Rollout:
-    """A rollout of the four prompts."""
+    """A rollout of the four prompts, with the values of a critic."""
+    policy.add_value_head()
     config = replace(small_config().generation, max_new_tokens=LENGTH, temperature=temperature, batch_size=batch_size)
     return collect_rollout(policy, PROMPTS, config, Draws(0, "rollout", step))
 

@@ -65,6 +65,7 @@ def policy_of(base: Path, full: bool = False, adapter: Path | None = None) -> Po
     config = PolicyConfig(base=str(base), lora_rank=4, lora_alpha=8, full_weights=full)
     policy = load_policy(str(base), adapter, config, seed=0)
     policy.eos_token_ids += range(40, 60)
+    policy.add_value_head()
     return policy
 
 

@@ -140,7 +140,7 @@ def test_each_named_end_ends_a_response_and_is_kept_by_saved_models(
     policy.save(tmp_path / "full weights")
 
     encoded = policy.encode(["Short."])
-    logits, _ = policy._network(POLICY).steps(encoded, 2).next(None)
+    logits, _ = policy._network(POLICY).steps(encoded, 2, 1).next(None)
     probabilities = logits.detach().softmax(-1).flatten()
     for end in ends:
         in_the_middle = float(probabilities[:end].sum() + probabilities[end] / 2)

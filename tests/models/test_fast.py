@@ -111,6 +111,7 @@ def plain_network(policy: Policy) -> Iterator[None]:
 def scored(policy: Policy, encoded: Encoded, temperature: float, adapter: str | None = POLICY) -> Tensors:
     """Return everything a pass over IDS computes, and the gradients of the weights that train."""
     trains = adapter == POLICY
+    policy.add_value_head()
     with torch.set_grad_enabled(trains):
         chosen, entropy, states = policy._network(adapter).logprobs(encoded, IDS, MASK, temperature)
         logprobs, entropies, values = policy.logprobs(encoded, IDS, temperature, adapter, MASK)

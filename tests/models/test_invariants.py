@@ -181,7 +181,7 @@ def test_the_reference_can_be_sampled_after_the_policy_moved(name: str, kind: st
     config = replace(small_config().generation, max_new_tokens=LENGTH)
 
     def sampled(adapter: str | None = POLICY, samples: int = 1) -> list[list[str]]:
-        return sample_all(policy, PROMPTS, config, Draws(0, "x"), samples, adapter)
+        return sample_all(policy, PROMPTS, config, Draws(0, "x", samples=range(samples)), adapter)
 
     before = sampled()
     disturb(policy)
@@ -340,7 +340,7 @@ def test_one_base_is_in_memory_and_a_full_copy_holds_only_what_trains(
 def test_only_what_trains_has_gradients_and_they_are_not_all_zero(policy: Policy) -> None:
     config, rollout = loop_config(), rollout_of(policy)
     learner = learner_of(policy, Path("unused"), config, rollout)
-    losses = learner._losses(torch.arange(4), targets_of(rollout))
+    losses = learner._losses(torch.arange(4), torch.arange(4), targets_of(rollout))
     losses["policy"].backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with_gradient = {name for name, weight in policy.model.named_parameters() if weight.grad is not None}
     assert with_gradient == {name for name, weight in policy.model.named_parameters() if weight.requires_grad}

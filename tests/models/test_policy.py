@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -31,10 +31,8 @@ from detoxrl.errors import InputError, StorageError
 from detoxrl.models.ends import end_token_ids
 from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy
-from detoxrl.models.plain import PlainNetwork
-from detoxrl.models.policy import Policy, draw_tokens
+from detoxrl.models.policy import Policy, Scored, draw_tokens
 from detoxrl.models.sampling import require_agreement
-from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY
 from detoxrl.training.learner import Learner
 from learning import TEXTS, rollout_of, run_update
@@ -204,23 +202,24 @@ def test_a_model_that_samples_and_scores_differently_is_rejected(bases: dict[str
         require_agreement(policy, base)
 
 
-@pytest.mark.parametrize("text", [0, 1])
+@pytest.mark.parametrize("call", range(4), ids=["first alone", "second alone", "first in a group", "second in a group"])
 def test_a_difference_in_either_text_and_direction_is_rejected(
-    make_policy: Make, text: int, monkeypatch: pytest.MonkeyPatch
+    make_policy: Make, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy("t5", "fresh")
     logprobs = policy.logprobs
     calls = 0
 
-    def higher_for_one_text(*args: object) -> object:
+    def higher_for_one_text(*args: Any) -> Scored:
         nonlocal calls
-        chosen, *others = logprobs(*args)  # type: ignore[arg-type]
-        shift = 0.002 if calls == text else 0.0
+        scored = logprobs(*args)
+        shift = 0.002 if calls == call else 0.0
         calls += 1
-        return chosen + shift, *others
+        return scored._replace(logprobs=scored.logprobs + shift)
 
-    def lower(*args: object) -> object:
-        return logprobs(*args)[0] - 0.002, None, None  # type: ignore[arg-type]
+    def lower(*args: Any) -> Scored:
+        scored = logprobs(*args)
+        return scored._replace(logprobs=scored.logprobs - 0.002)
 
     for shifted in (higher_for_one_text, lower):
         monkeypatch.setattr(policy, "logprobs", shifted)
@@ -296,33 +295,3 @@ def test_a_lora_of_another_depth_or_with_corrupted_weights_cannot_be_added(
         make_policy("t5", "fresh").weights.add("other", tmp_path / "lora")
     with pytest.raises(InputError, match=r"adapter = '.*': is neither an existing path"):
         make_policy("t5", "full").weights.add("other", tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_several_responses_to_prompts_that_are_read_once_are_those_to_prompts_read_each_time(
-    name: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = load_policy(str(bases[name]), None, policy_config(name), seed=0)
-    encoded = policy.encode(["Ann: Hi.", "Bob: You lost my parcel, you clown! Where is it?"])
-    draws = [torch.rand(2, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    expected = [policy.sample(encoded, uniforms, 1.0) for uniforms in draws]
-
-    passes: list[int] = []
-    forward = PlainNetwork.predicted
-
-    def spy(network: PlainNetwork, encoded: Encoded, tokens: torch.Tensor, cache: Any) -> Any:
-        passes.append(tokens.shape[1])
-        return forward(network, encoded, tokens, cache)
-
-    monkeypatch.setattr(PlainNetwork, "predicted", spy)
-    start = policy.read_prompts(encoded)
-    for uniforms, wanted in zip(draws, expected, strict=True):
-        found = policy.sample(encoded, uniforms, 1.0, start=start)
-        for field in fields(Responses):
-            assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
-    assert passes.count(0) == 1  # The prompts; every other pass reads one token.
-
-
-def test_an_encoder_has_read_the_prompts_already(bases: dict[str, Path]) -> None:
-    policy = load_policy(str(bases["bart"]), None, policy_config("bart"), seed=0)
-    assert policy.read_prompts(policy.encode(["Ann: Hi."])) is None

@@ -34,6 +34,7 @@ from trl_oracle import CONTROLLER, FAMILIES, PROMPTS, SETTINGS, Case, Rows
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "oracle" / "trl_0_11_4.json").read_text("utf-8"))
 SCORES = torch.tensor(trl_oracle.SCORES)
+CLIP = (SETTINGS["clip"], SETTINGS["clip"])
 
 
 def close(ours: torch.Tensor | float, theirs: torch.Tensor | float) -> None:
@@ -71,6 +72,7 @@ class Ours:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.policy = load_policy(str(case.base), case.adapter("start"), PolicyConfig(base="given"), seed=0)
+        self.policy.add_value_head()
         self.ids = pad_sequence([torch.tensor(row) for row in case.responses], batch_first=True)
         self.mask = pad_sequence([torch.ones(len(row)).bool() for row in case.responses], batch_first=True)
 
@@ -133,7 +135,7 @@ def test_whitened_advantages_are_trls_but_for_its_unbiased_variance(trl: Trl) ->
 
 
 def test_policy_loss_and_clip_fraction_are_trls(trl: Trl) -> None:
-    loss, clipped = policy_loss(trl.new_logprobs, trl.logprobs, trl["advantages"], trl.mask, SETTINGS["clip"])
+    loss, clipped = policy_loss(trl.new_logprobs, trl.logprobs, trl["advantages"], trl.mask, CLIP)
     close(loss / trl.tokens, trl.update["policy_loss"])
     assert int(clipped.sum()) == round(trl.update["clip_fraction"] * trl.tokens) > 0
 
@@ -175,7 +177,7 @@ def test_a_whole_update_is_trls_from_the_prompts_to_the_gradient_of_every_lora_w
     rewards = token_rewards(SCORES, logprobs, ref_logprobs, trl.mask, SETTINGS["kl_coef"])
     advantages, _ = gae(rewards, trl.values, trl.mask, SETTINGS["gamma"], SETTINGS["lam"])
     advantages = whiten(advantages, trl.mask) * trl.unbiased
-    loss, _ = policy_loss(new_logprobs, logprobs, advantages, trl.mask, SETTINGS["clip"])
+    loss, _ = policy_loss(new_logprobs, logprobs, advantages, trl.mask, CLIP)
     (loss / trl.tokens).backward()
     close(loss / trl.tokens, trl.update["policy_loss"])
     close(entropy[trl.mask].mean(), trl.update["entropy"])
@@ -217,7 +219,7 @@ def test_a_response_of_one_token_is_learnt_from_where_trl_fails_on_t5() -> None:
     rewards = token_rewards(torch.tensor([1.0, -3.0]), old, old, mask, SETTINGS["kl_coef"])
     advantages, _ = gae(rewards, torch.zeros(2, 1), mask, SETTINGS["gamma"], SETTINGS["lam"])
     new = old.clone().requires_grad_()
-    policy_loss(new, old, whiten(advantages, mask), mask, SETTINGS["clip"])[0].backward()
+    policy_loss(new, old, whiten(advantages, mask), mask, CLIP)[0].backward()
     close(torch.as_tensor(new.grad), torch.tensor([[-1.0], [1.0]]))
 
 
@@ -249,7 +251,7 @@ def test_microbatches_add_up_to_the_whole_where_trl_averages_means(trl: Trl) -> 
     sums, tokens = [], []
     for rows in torch.arange(len(PROMPTS)).split(2):
         tensors = (trl.new_logprobs, trl.logprobs, trl["advantages"], trl.mask)
-        sums.append(policy_loss(*(tensor[rows] for tensor in tensors), SETTINGS["clip"])[0])
+        sums.append(policy_loss(*(tensor[rows] for tensor in tensors), CLIP)[0])
         tokens.append(int(trl.mask[rows].sum()))
     close(sum(sums) / sum(tokens), trl.update["policy_loss"])
     mean_of_means = sum(part / count for part, count in zip(sums, tokens, strict=True)) / len(sums)
@@ -263,7 +265,7 @@ def test_every_gradient_is_clipped_where_trl_clips_the_first_of_a_run_alone(case
     config = replace(config, rl=replace(config.rl, lr=1e-30, value_lr=1e-30))  # The weights stay.
     prompts = [Prompt(id=str(row), text=text) for row, text in enumerate(PROMPTS)]
     rollout = collect_rollout(ours.policy, prompts, config.generation, Draws(0, "rollout"))
-    weights = [*ours.trained().values(), *ours.policy.value_head.parameters()]
+    weights = [*ours.trained().values(), *ours.policy.add_value_head().parameters()]
     norms = []
     learner = learner_of(ours.policy, tmp_path, config, rollout)
     use_sgd(learner)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ import torch
 from conftest import Make, prompted_rows
 from detoxrl.config.schema import Config
 from detoxrl.models.plain import PlainNetwork
-from detoxrl.models.policy import Policy
+from detoxrl.models.policy import Policy, Scored
+from detoxrl.models.types import Encoded
 from detoxrl.training import learner as learner_module
 from detoxrl.training import rollout as rollout_module
 from detoxrl.training.learner import Learner
@@ -50,9 +52,10 @@ def test_the_wrong_reference_shows_as_kl_at_the_first_step(
     logprobs = policy.logprobs
 
     def of_the_bare_base(
-        encoded: object, ids: object, temperature: float, adapter: str | None = "default", mask: object = None
-    ) -> object:
-        return logprobs(encoded, ids, temperature, None if adapter == policy.reference else adapter, mask)  # type: ignore[arg-type]
+        encoded: Encoded, ids: torch.Tensor, temperature: float, adapter: str | None = "default", **settings: Any
+    ) -> Scored:
+        adapter = None if adapter == policy.reference else adapter
+        return logprobs(encoded, ids, temperature, adapter, **settings)
 
     monkeypatch.setattr(policy, "logprobs", of_the_bare_base)
     records = learn(policy, tmp_path, loop_config())

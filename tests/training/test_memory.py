@@ -31,11 +31,13 @@ def scarce(monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError) -> l
     losses = Learner._losses
     seen: list[int] = []
 
-    def failing(learner: Learner, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+    def failing(
+        learner: Learner, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets
+    ) -> dict[str, torch.Tensor]:
         seen.append(len(rows))
         if len(rows) > most:
             raise error
-        return losses(learner, rows, targets)
+        return losses(learner, prompts, rows, targets)
 
     monkeypatch.setattr(Learner, "_losses", failing)
     return seen
@@ -130,12 +132,14 @@ def test_a_minibatch_that_ran_out_half_way_begins_again_from_no_gradient(
     losses = Learner._losses
     calls = 0
 
-    def late(learner: Learner, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+    def late(
+        learner: Learner, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets
+    ) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 2:  # The first microbatch has left its gradient.
             raise OUT_OF_MEMORY[0]
-        return losses(learner, rows, targets)
+        return losses(learner, prompts, rows, targets)
 
     monkeypatch.setattr(Learner, "_losses", late)
     _, moved = after_sgd_step(make_policy("t5", "loaded"), tmp_path, config, size=2)

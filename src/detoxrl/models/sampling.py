@@ -178,7 +178,7 @@ def response_logprobs(
         rows = slice(start * group_size, (start + prompts_at_once) * group_size)
         ids = responses.ids[rows, :length]
         mask = responses.response_mask[rows, :length]
-        scored = policy.logprobs(encoded.row_slice(prompts), ids, temperature, adapter, mask)
+        scored = policy.logprobs(encoded.row_slice(prompts), ids, temperature, adapter, mask=mask)
         logprobs[rows, :length] = scored.logprobs
     return logprobs
 
@@ -211,15 +211,16 @@ def require_agreement(policy: Policy, base: str) -> None:
     chances = Draws(0, "agreement", samples=range(2)).uniforms(policy, prompts, length=8)
     sampled = policy.sample(policy.encode(texts), chances, 1.0)
 
-    largest = 0.0
-    for number, text in enumerate(texts):
-        encoded = policy.encode([text])
-        group = slice(2 * number, 2 * number + 2)
-        for rows in (slice(group.start, group.start + 1), group):
-            scored = policy.logprobs(encoded, sampled.ids[rows], 1.0)
-            difference = (scored.logprobs - sampled.logprobs[rows])[sampled.response_mask[rows]]
-            largest = max(largest, float(difference.abs().max()))
-
-    rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
     bound = _AGREEMENT_BF16 if policy.model.dtype == torch.bfloat16 else _AGREEMENT_FP32
-    require(largest < bound, "policy.base", base, rule, GENERATOR_EXAMPLES)
+    for responses in (1, 2):  # of each prompt; two are a group
+        largest = max(_disagreement(policy, text, sampled, 2 * row, responses) for row, text in enumerate(texts))
+        rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
+        require(largest < bound, "policy.base", base, rule, GENERATOR_EXAMPLES)
+
+
+def _disagreement(policy: Policy, text: str, sampled: Responses, first: int, responses: int) -> float:
+    """Return the largest difference (nats) between sampled and scored log-probs of responses to a text."""
+    rows = slice(first, first + responses)
+    scored = policy.logprobs(policy.encode([text]), sampled.ids[rows], 1.0)
+    difference = (scored.logprobs - sampled.logprobs[rows])[sampled.response_mask[rows]]
+    return float(difference.abs().max())

@@ -51,7 +51,7 @@ class MemoryPlan:
         if not (folder / _FILE).is_file():
             return None
 
-        stored = {"processes": 1, "checkpointing": False, **folder.read_json(_FILE)}
+        stored = {"processes": 1, "checkpointing": False, "group_size": 1, **folder.read_json(_FILE)}
         conditions = _conditions(config, world)
         if any(stored[name] != value for name, value in conditions.items()):
             return None
@@ -71,6 +71,7 @@ def _conditions(config: Config, world: World) -> dict[str, Any]:
         "asked": config.rl.microbatch_size,
         "processes": world.size,
         "checkpointing": config.policy.checkpointing,
+        "group_size": config.rl.responses_per_prompt,
     }
 
 
