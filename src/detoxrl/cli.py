@@ -590,7 +590,7 @@ _ROWS = (
         positionals=("RUN",),
         options=(_TRACK,),
         execute=_rerun_stage,
-        summary="Stage 3: train the policy against the reward with PPO",
+        summary="Stage 3: train the policy against the reward",
     ),
     Command(
         name="evaluate",

@@ -131,7 +131,7 @@ KNOWN_WITHOUT_TORCH = [
     (["convert", "torn.gguf", "out"], r"FROM = 'torn\.gguf': is truncated: it ends within its header"),
     # Names.
     (["run", "quikstart"], r"recipe = 'quikstart': is not a recipe; did you mean quickstart\?"),
-    (own("--rl.algorithm", "ppo"), r"flag = '--rl\.algorithm': is not known to `detoxrl run`; settings of rl: "),
+    (own("--rl.optimizer", "adam"), r"flag = '--rl\.optimizer': is not known to `detoxrl run`; settings of rl: "),
 ]  # fmt: skip
 
 

@@ -132,9 +132,7 @@ def test_a_minibatch_that_ran_out_half_way_begins_again_from_no_gradient(
     losses = Learner._losses
     calls = 0
 
-    def late(
-        learner: Learner, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets
-    ) -> dict[str, torch.Tensor]:
+    def late(learner: Learner, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == 2:  # The first microbatch has left its gradient.

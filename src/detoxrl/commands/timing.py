@@ -61,26 +61,28 @@ def policy_seconds(run: Run, prepared: Prepared) -> StepSeconds:
 
     def step(rows: list[Row]) -> StepSeconds:
         prompts = to_prompts(rows)
+        responses = len(rows) * config.rl.responses_per_prompt
         reading, encoded = _timed_reading(policy, prompts)
         few = _timed_sampling(policy, prompts, encoded, config, _FEW_TOKENS)
         more = _timed_sampling(policy, prompts, encoded, config, _MORE_TOKENS)
         rollout_seconds, rollout = _timed_rollout(policy, prompts, encoded, config)
         texts = [_response_like(row, prepared, tokens) for row in rows]
 
-        # The time of reference and update is proportional to the tokens they read, which may include the prompts.
+        # The time of reference and update is proportional to the tokens they read, which may include the prompts. A
+        # group shares the tokens of its prompt.
         reads_prompts = policy.train_encoder or not policy.has_encoder
-        prompt_tokens = encoded.mask.shape[1] if reads_prompts else 0
+        prompt_tokens = encoded.mask.shape[1] / config.rl.responses_per_prompt if reads_prompts else 0
         scale = (prompt_tokens + tokens) / (prompt_tokens + more.tokens)
 
         return StepSeconds(
-            sample=(reading + seconds_at(few, more, tokens)) / len(rows),
-            reference=max(0.0, rollout_seconds - more.seconds) * scale / len(rows),
+            sample=(reading + seconds_at(few, more, tokens)) / responses,
+            reference=max(0.0, rollout_seconds - more.seconds) * scale / responses,
             score=_timed_scoring(reward, prompts, texts) / len(rows) if reward else 0.0,
-            update=_timed_update(learner, rollout) * scale / len(rows),
+            update=_timed_update(learner, rollout) * scale / responses,
             judges=[seconds / len(rows) for seconds in _timed_judging(run.judges, texts)],
         )
 
-    largest = min(config.rl.batch_size, config.generation.batch_size)
+    largest = min(config.rl.batch_size, config.generation.batch_size) // config.rl.responses_per_prompt
     return growing_batch(step, prepared.rows["train"], largest)
 
 
@@ -156,9 +158,9 @@ def _timed_reading(policy: Policy, prompts: list[Prompt]) -> tuple[float, Encode
 
 
 def _timed_sampling(policy: Policy, prompts: list[Prompt], encoded: Encoded, config: Config, tokens: int) -> Timed:
-    """Sample responses of at most `tokens` tokens."""
+    """Sample a group of responses of at most `tokens` tokens to each prompt."""
     tokens = min(tokens, config.generation.max_new_tokens)
-    uniforms = Draws(config.seed, "rollout").uniforms(policy, prompts, tokens)
+    uniforms = _draws(config).uniforms(policy, prompts, tokens)
     started = time.perf_counter()
     with torch.no_grad():
         responses = policy.sample(policy.with_shared_cross(encoded), uniforms, config.generation.temperature)
@@ -171,8 +173,12 @@ def _timed_rollout(policy: Policy, prompts: list[Prompt], encoded: Encoded, conf
     """Sample the responses that `_timed_sampling` sampled, and compute their log-probs under the reference."""
     generation = replace(config.generation, max_new_tokens=min(_MORE_TOKENS, config.generation.max_new_tokens))
     started = time.perf_counter()
-    rollout = collect_rollout(policy, prompts, generation, Draws(config.seed, "rollout"), encoded=encoded)
+    rollout = collect_rollout(policy, prompts, generation, _draws(config), encoded=encoded)
     return time.perf_counter() - started, rollout
+
+
+def _draws(config: Config) -> Draws:
+    return Draws(config.seed, "rollout", samples=range(config.rl.responses_per_prompt))
 
 
 def _timed_scoring(reward: Reward, prompts: list[Prompt], texts: list[str]) -> float:
