@@ -125,7 +125,8 @@ def test_a_value_head_checkpoint_of_trl_is_a_start_without_its_value_head(
     policy = load_policy(str(tmp_path / "trl"), None, policy_config("t5"), seed=0)
     kl, ratio = first_kl(policy)
     assert max(kl, ratio) < 1e-5
-    assert float(policy.value_head.weight.detach().abs().max()) == 0.0
+    assert policy.value_head is None
+    assert float(policy.add_value_head().weight.detach().abs().max()) == 0.0
 
 
 @pytest.mark.parametrize(("shards", "prefix"), [(1, ""), (2, ""), (1, "pretrained_model.")])
@@ -209,7 +210,7 @@ def test_a_base_in_bfloat16_starts_at_its_reference_and_trains_in_fp32(bases: di
     policy = load_policy(str(bases[name]), None, replace(policy_config(name), bf16=True), seed=0)
     assert policy.model.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    assert policy.value_head.weight.dtype == torch.float32
+    assert policy.add_value_head().weight.dtype == torch.float32
     disturb(policy)
     rollout = collect_rollout(policy, to_prompts(ROWS), GenerationConfig(max_new_tokens=24), Draws(0, "rollout"))
     responses, mask = rollout.responses, rollout.responses.response_mask

@@ -15,7 +15,7 @@ from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
 from small_runs import detoxrl
 
-RL = "settings of rl: steps, batch_size, minibatch_size, microbatch_size, epochs, lr, value_lr, kl_coef, "
+RL = "settings of rl: algorithm, group_size, prompt_sampling, std_scaling, tail_share, steps, batch_size, "
 EVERYTHING = "choose from seed, data.*, policy.*, sft.*, reward.*, generation.*, rl.*, evaluation.*"
 
 
@@ -48,7 +48,7 @@ EVERYTHING = "choose from seed, data.*, policy.*, sft.*, reward.*, generation.*,
         ("rl.clip_range", RL),
         ("rl", RL),
         ("generation.max_tokens", "settings of generation: max_new_tokens, temperature, batch_size"),
-        ("algorithm", EVERYTHING),
+        ("optimizer", EVERYTHING),
         ("learning_rate", EVERYTHING),
         ("x.y", EVERYTHING),
     ],
@@ -69,7 +69,7 @@ def test_a_setting_that_does_not_exist_is_answered_with_what_was_meant_or_what_t
         ("run", "--lr", "did you mean --sft.lr or --rl.lr?"),
         ("run", "--sft.no-bf61", "did you mean --sft.no-bf16?"),
         ("run", "--overwrit", "did you mean --overwrite?"),
-        ("run", "--rl.optimizer", "settings of rl: steps, batch-size, "),
+        ("run", "--rl.optimizer", "settings of rl: algorithm, group-size, "),
         ("run", "--sft.wait", "settings of sft: steps, batch-size, lr, warmup-steps, full-weights, bf16, base"),
         ("run", "--policy", "settings of policy: base, adapter, "),
         ("run", "--dry-run", "choose from --help, --from, --run-dir, --overwrite, --resume, --accept-changes, --tra"),

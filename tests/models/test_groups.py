@@ -1,4 +1,4 @@
-"""Responses to a prompt that is read once are those, with those gradients, to a prompt that is read for each of them."""
+"""Responses to a prompt that is read once are those, and have the gradients, as if it were read for each of them."""
 
 from __future__ import annotations
 
