@@ -38,13 +38,16 @@ def token_rewards(scores: list[float], logprobs: Matrix, ref: Matrix, lengths: l
     return rewards
 
 
-def policy_loss(new: Matrix, old: Matrix, advantages: Matrix, lengths: list[int], clip: float) -> float:
-    """Equation 7 of Schulman et al. 2017: minus the sum of min(r A, clip(r) A)."""
+def policy_loss(new: Matrix, old: Matrix, advantages: Matrix, lengths: list[int], clip: tuple[float, float]) -> float:
+    """Equation 7 of Schulman et al. 2017, minus the sum of min(r A, clip(r) A), with r clipped to
+    [1 - epsilon_low, 1 + epsilon_high] (Yu et al. 2025, section 3.1).
+    """
+    low, high = clip
     total = []
     for n, o, a, length in zip(new, old, advantages, lengths, strict=True):
         for t in range(length):
             ratio = math.exp(n[t] - o[t])
-            clipped = min(max(ratio, 1 - clip), 1 + clip)
+            clipped = min(max(ratio, 1 - low), 1 + high)
             total.append(-min(ratio * a[t], clipped * a[t]))
     return math.fsum(total)
 
