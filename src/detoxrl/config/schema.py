@@ -258,7 +258,7 @@ class RlConfig:
 
     tail_share: UnitInterval = 1.0
     """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
-    of the mean over all. 1: all scores count."""
+    of the mean over all. It must cover at least 2 scores. 1: all scores count."""
 
     steps: PositiveInt = 40
     """Number of rollouts, each followed by its updates."""
@@ -345,8 +345,9 @@ class RlConfig:
         rule = f"must divide rl.batch_size = {self.batch_size}"
         require(divides, "rl.minibatch_size", self.minibatch_size, rule, "change one of them")
 
-        rule = "must be above 0"
-        require(self.tail_share > 0, "rl.tail_share", self.tail_share, rule, "give a larger value")
+        several = round(self.tail_share * self.batch_size) > 1
+        rule = f"must cover at least 2 of rl.batch_size = {self.batch_size} scores; the lowest alone has no gradient"
+        require(several, "rl.tail_share", self.tail_share, rule, "raise one of them")
 
         self._require_groups()
         self._require_a_kl_with_a_gradient()
