@@ -16,21 +16,7 @@ from detoxrl.rl.algorithm import Targets, ppo_targets
 from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import masked_mean, masked_var, whiten
-
-
-def batch(seed: int, rows: int = 5, length: int = 7) -> tuple[torch.Generator, list[int], torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [1, length, *torch.randint(1, length + 1, (rows - 2,), generator=generator).tolist()]
-    return generator, lengths, torch.arange(length)[None, :] < torch.tensor(lengths)[:, None]
-
-
-def normal(generator: torch.Generator, mask: torch.Tensor) -> torch.Tensor:
-    return torch.randn(mask.shape, generator=generator, dtype=torch.float64)
-
-
-def close(ours: torch.Tensor, theirs: object) -> None:
-    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-10, atol=1e-10)
-
+from random_batches import batch, close, normal
 
 # By hand
 
