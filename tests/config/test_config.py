@@ -123,7 +123,7 @@ def test_every_upper_bound_belongs_to_an_interval_from_0() -> None:
         for info in type(section).__pydantic_fields__.values()
         if any(isinstance(limit, Le) for limit in info.metadata)
     ]
-    assert len(bounded) == 3
+    assert len(bounded) == 4
     assert all(Ge(0) in metadata for metadata in bounded)
 
 
@@ -146,7 +146,8 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
     without = {
         "data.max_length", "data.text_column", "data.reference_column", "data.id_column", "data.toxicity_column",
         "data.template", "data.chat_template", "data.system_prompt", "policy.adapter", "policy.lora_targets",
-        "reward.missing_eos_penalty", "reward.encoder", "reward.function", "reward.good_label", "rl.kl_target",
+        "reward.missing_eos_penalty", "reward.encoder", "reward.function", "reward.good_label", "rl.group_size",
+        "rl.std_scaling", "rl.kl_in", "rl.kl_estimator", "rl.kl_target", "rl.clip_high",
         "rl.microbatch_size", "rl.quality_margin", "rl.patience",
         "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.perplexity", "evaluation.fluency",
     }  # fmt: skip

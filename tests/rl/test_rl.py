@@ -16,21 +16,7 @@ from detoxrl.rl.algorithm import Targets, ppo_targets
 from detoxrl.rl.kl import adapt_kl_coef, k1, k3
 from detoxrl.rl.losses import explained_variance, policy_loss, value_loss
 from detoxrl.rl.ops import masked_mean, masked_var, whiten
-
-
-def batch(seed: int, rows: int = 5, length: int = 7) -> tuple[torch.Generator, list[int], torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [1, length, *torch.randint(1, length + 1, (rows - 2,), generator=generator).tolist()]
-    return generator, lengths, torch.arange(length)[None, :] < torch.tensor(lengths)[:, None]
-
-
-def normal(generator: torch.Generator, mask: torch.Tensor) -> torch.Tensor:
-    return torch.randn(mask.shape, generator=generator, dtype=torch.float64)
-
-
-def close(ours: torch.Tensor, theirs: object) -> None:
-    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-10, atol=1e-10)
-
+from random_batches import batch, close, normal
 
 # By hand
 
@@ -67,7 +53,7 @@ def test_policy_loss_clips_only_the_side_that_would_gain() -> None:
     mask = torch.ones(1, 4, dtype=torch.bool)
     ratios = torch.tensor([[1.5, 1.5, 0.5, 0.5]])
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    loss, clipped = policy_loss(ratios.log(), torch.zeros(1, 4), advantages, mask, clip=0.2)
+    loss, clipped = policy_loss(ratios.log(), torch.zeros(1, 4), advantages, mask, (0.2, 0.2))
     assert loss.item() == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8)
     assert clipped.tolist() == [[True, False, False, True]]
 
@@ -75,7 +61,7 @@ def test_policy_loss_clips_only_the_side_that_would_gain() -> None:
 def test_a_token_that_did_not_move_is_not_clipped_and_padding_never_is() -> None:
     mask = torch.tensor([[True, True, False]])
     new = torch.tensor([[0.0, 1.0, 500.0]], requires_grad=True)  # exp overflows in the padding
-    loss, clipped = policy_loss(new, torch.zeros(1, 3), torch.ones(1, 3), mask, clip=0.2)
+    loss, clipped = policy_loss(new, torch.zeros(1, 3), torch.ones(1, 3), mask, (0.2, 0.2))
     assert clipped.tolist() == [[False, True, False]]
     (gradient,) = torch.autograd.grad(loss, new)
     assert gradient.tolist() == [[-1.0, 0.0, 0.0]]
@@ -159,8 +145,8 @@ def test_rewards_whitening_and_losses_equal_their_twins(seed: int) -> None:
         twin.token_rewards(scores.tolist(), new.tolist(), old.tolist(), lengths, 0.3),
     )
     close(whiten(advantages, mask), twin.whiten(advantages.tolist(), mask.tolist()))
-    loss, _ = policy_loss(new, old, advantages, mask, 0.2)
-    close(loss, twin.policy_loss(new.tolist(), old.tolist(), advantages.tolist(), lengths, 0.2))
+    loss, _ = policy_loss(new, old, advantages, mask, (0.2, 0.2))
+    close(loss, twin.policy_loss(new.tolist(), old.tolist(), advantages.tolist(), lengths, (0.2, 0.2)))
     close(
         value_loss(new, values, returns, mask, 0.2),
         twin.value_loss(new.tolist(), values.tolist(), returns.tolist(), lengths, 0.2),
@@ -200,7 +186,7 @@ def test_what_stands_in_the_padding_never_matters(seed: int, junk: float) -> Non
     def everything(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> list[torch.Tensor]:
         rewards = token_rewards(scores, a, b, mask, 0.1)
         advantages, returns = gae(rewards, c, mask, 1.0, 0.95)
-        loss, clipped = policy_loss(a, b, whiten(d, mask), mask, 0.2)
+        loss, clipped = policy_loss(a, b, whiten(d, mask), mask, (0.2, 0.2))
         return [rewards, advantages, returns, loss, clipped.double(), value_loss(c, d, returns, mask, 0.2)]
 
     for clean, soiled in zip(everything(*tensors), everything(*dirty), strict=True):
@@ -220,7 +206,7 @@ def test_permuting_the_batch_permutes_the_result(seed: int) -> None:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         rewards = token_rewards(scores, a, b, mask, 0.1)
         advantages, returns = gae(rewards, c, mask, 1.0, 0.95)
-        loss, clipped = policy_loss(a, b, whiten(advantages, mask), mask, 0.2)
+        loss, clipped = policy_loss(a, b, whiten(advantages, mask), mask, (0.2, 0.2))
         by_row = [rewards, advantages, returns, whiten(advantages, mask), clipped.double(), k3(a, b)]
         return by_row, [loss, value_loss(c, d, returns, mask, 0.2), explained_variance(c, returns, mask)]
 
@@ -251,7 +237,7 @@ def test_gradient_at_ratio_one_is_reinforce(seed: int) -> None:
     generator, _, mask = batch(seed)
     old, advantages = normal(generator, mask), normal(generator, mask)
     new = old.clone().requires_grad_()
-    loss, _ = policy_loss(new, old, advantages, mask, 0.2)
+    loss, _ = policy_loss(new, old, advantages, mask, (0.2, 0.2))
     (gradient,) = torch.autograd.grad(loss, new)
     torch.testing.assert_close(gradient, torch.where(mask, -advantages, 0.0))
 
@@ -262,7 +248,7 @@ def test_a_masked_token_has_no_gradient_in_either_loss(seed: int) -> None:
     generator, _, mask = batch(seed)
     new, values = (normal(generator, mask).requires_grad_() for _ in range(2))
     others = [normal(generator, mask) for _ in range(4)]
-    loss, _ = policy_loss(new, others[0], others[1], mask, 10.0)
+    loss, _ = policy_loss(new, others[0], others[1], mask, (10.0, 10.0))
     loss = loss + value_loss(values, others[2], others[3], mask, 10.0)
     for gradient in torch.autograd.grad(loss, [new, values]):
         assert (gradient[~mask] == 0).all()

@@ -256,9 +256,9 @@ class RlConfig:
     """Divide advantages by their standard deviation: over the group with grpo and rloo, else over the batch. In a group
     it favours prompts whose responses nearly agree. None: on, except with rloo."""
 
-    tail_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tail_share: UnitInterval = 1.0
     """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
-    of the mean over all. 1: all scores count."""
+    of the mean over all. It must cover at least 2 scores. 1: all scores count."""
 
     steps: PositiveInt = 40
     """Number of rollouts, each followed by its updates."""
@@ -344,6 +344,10 @@ class RlConfig:
         divides = self.batch_size % self.minibatch_size == 0
         rule = f"must divide rl.batch_size = {self.batch_size}"
         require(divides, "rl.minibatch_size", self.minibatch_size, rule, "change one of them")
+
+        several = round(self.tail_share * self.batch_size) > 1
+        rule = f"must cover at least 2 of rl.batch_size = {self.batch_size} scores; the lowest alone has no gradient"
+        require(several, "rl.tail_share", self.tail_share, rule, "raise one of them")
 
         self._require_groups()
         self._require_a_kl_with_a_gradient()

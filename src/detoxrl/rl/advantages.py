@@ -71,7 +71,8 @@ def group_relative(rewards: Tensor, group_size: int, std_scaling: bool) -> Tenso
     """Return advantages (B,) of responses with rewards (B,): each minus the mean of its group, over its std (ddof 1).
 
     Shao et al. 2024, "DeepSeekMath", section 4.1.2. Without `std_scaling`: Liu et al. 2025, "Understanding
-    R1-Zero-Like Training" (Dr. GRPO), section 3.2.
+    R1-Zero-Like Training" (Dr. GRPO), section 3.2. A response's own reward is part of the mean, which takes 1 / k of
+    the gradient: a KL that is a loss of its own weighs k / (k - 1) as much beside it.
     """
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)

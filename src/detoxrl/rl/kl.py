@@ -14,7 +14,11 @@ def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Return (log p - log q)^2 / 2 (B, T): biased, never negative. As a loss it has the gradient of KL(p, q)."""
+    """Return (log p - log q)^2 / 2 (B, T): biased, never negative. As a loss it has the gradient of KL(p, q).
+
+    That is the KL of each token after the ones before it. What an earlier token changes in the KL of later ones has a
+    gradient only in the reward.
+    """
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
