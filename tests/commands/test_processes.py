@@ -164,6 +164,20 @@ def test_three_make_it_too_with_another_architecture_a_classifier_and_rows_that_
     capfd.readouterr()
 
 
+@pytest.mark.parametrize("base", ["t5", "gpt2"])
+def test_two_share_groups_whose_prompts_are_chosen_by_how_their_responses_differ(
+    base: str, place: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = own(*WORDS, "--policy.base", str(bases[base]), "--rl.algorithm", "grpo", "--rl.group-size", "2")
+    words += ["--policy.lora-targets", "q" if base == "t5" else "c_attn", "--rl.prompt-sampling", "varied"]
+    words += ["--rl.batch-size", "8", "--rl.minibatch-size", "4"]
+    assert small_runs.detoxrl([*words, "--run-dir", f"{base}-groups"]) == 0
+    code, told = shared_run(2, [*words, "--run-dir", f"{base}-groups-of-two"], place)
+    assert code == 0, told
+    same_run(place / f"{base}-groups", place / f"{base}-groups-of-two")
+    capfd.readouterr()
+
+
 def test_a_killed_process_ends_the_run_in_one_line_and_one_process_resumes_it(
     place: Path, alone: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
