@@ -331,16 +331,16 @@ def faults(case: Case, numbers: dict[str, Any]) -> dict[str, Any]:
     rollout = Oracle(case, "rollout")
     measured = {
         "kl_at_step_0": _kl_at_step_0(case),
-        "dropout": _distance(_after_a_step(case).logprobs_in_train_mode(), rollout.logprobs()),
-        "temperature_0.7": _distance(rollout.logprobs_at(0.7), rollout.logprobs()),
-        "mean_of_means": _relative(_weight_change(case, 2), _weight_change(case, len(PROMPTS))),
+        "dropout": distance(_after_a_step(case).logprobs_in_train_mode(), rollout.logprobs()),
+        "temperature_0.7": distance(rollout.logprobs_at(0.7), rollout.logprobs()),
+        "mean_of_means": relative(_weight_change(case, 2), _weight_change(case, len(PROMPTS))),
         "gradient_norms_clipped_to_0.01": _clipped_norms(case),
         "whitened_std": _whitened_std(numbers),
     }
     if case.family == "t5":
         measured |= {"first_token": _first_token(numbers), "one_token_response": _one_token_response(case)}
     else:
-        measured["left_padding"] = _distance(Oracle(case, "rollout", side="left").logprobs(), rollout.logprobs())
+        measured["left_padding"] = distance(Oracle(case, "rollout", side="left").logprobs(), rollout.logprobs())
     return measured
 
 
@@ -366,7 +366,8 @@ def _differences(first: Rows, second: Rows) -> Rows:
     return differences
 
 
-def _distance(first: Rows, second: Rows) -> dict[str, float]:
+def distance(first: Rows, second: Rows) -> dict[str, float]:
+    """Return the mean and the largest absolute difference."""
     distances = [abs(difference) for row in _differences(first, second) for difference in row]
     return {"mean": sum(distances) / len(distances), "max": max(distances)}
 
@@ -381,7 +382,8 @@ def _weight_change(case: Case, mini_batch_size: int) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in oracle.lora().values()]) - before
 
 
-def _relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference, divided by the norm of what is expected."""
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -415,7 +417,7 @@ def _first_token(numbers: dict[str, Any]) -> dict[str, float]:
     return {
         "kl_at_step_0_of_every_token": sum(map(sum, kl)) / len(kl),
         "policy_loss_difference": without_first["policy_loss"] - every_token["policy_loss"],
-        "gradient_relative_difference": _relative(*gradients),
+        "gradient_relative_difference": relative(*gradients),
         "gradient_cosine": float(torch.cosine_similarity(*gradients, dim=0)),
     }
 
@@ -450,6 +452,13 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value  # 9 digits represent every float32
 
 
+def write_json(written: dict[str, Any], file: Path) -> None:
+    """Write numbers with 9 digits, and each list of numbers on one line."""
+    text = json.dumps(_rounded(written), indent=1)
+    lists_on_one_line = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
+    file.write_text(lists_on_one_line + "\n", encoding="utf-8")
+
+
 def main(file: str) -> None:
     """Write the numbers of both model families."""
     import trl
@@ -464,9 +473,7 @@ def main(file: str) -> None:
             case = build(family, Path(folder))
             numbers = figures(case)
             written[family] = numbers | {"faults": faults(case, numbers)}
-    text = json.dumps(_rounded(written), indent=1)
-    lists_on_one_line = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
-    Path(file).write_text(lists_on_one_line + "\n", encoding="utf-8")
+    write_json(written, Path(file))
 
 
 if __name__ == "__main__":

@@ -93,17 +93,40 @@ def peak_gib() -> float:
     return int(lines["VmHWM"].split()[0]) / 2**20
 
 
+class Requests:
+    """The steps that the parent asks for on stdin, the first of which is the warm-up, and their rows on stdout."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._requested = step
+        self._answers = os.fdopen(os.dup(1), "w")  # the output of libraries goes to stderr, which the parent logs
+        os.dup2(2, 1)
+        self._lines = chain(["{}"], sys.stdin)
+        self._number = -1
+        self._before = 0.0
+
+    def next(self) -> tuple[int, Step] | None:
+        """Wait for a request and return its number and step; None once stdin is closed. The row's clock starts."""
+        line = next(self._lines, None)
+        if line is None:
+            return None
+        self._number += 1
+        self._requested = self._step.changed(line)
+        self._before = time.process_time()
+        return self._number, self._requested
+
+    def answer(self, row: dict[str, Any]) -> None:
+        """Print the row of the last request, with processor time and peak memory; the parent drops the first one."""
+        row["processor_seconds"] = time.process_time() - self._before
+        row["peak_gib"] = peak_gib()
+        row["step"] = asdict(self._requested)
+        if self._number == 0:
+            row["versions"] = versions()
+        print(json.dumps(row), file=self._answers, flush=True)
+
+
 def serve(step: Step, run: Callable[[int, Step], dict[str, Any]]) -> None:
     """Make a warm-up step, then answer lines on stdin until it is closed. `run` makes step `i` and returns its row."""
-    answers = os.fdopen(os.dup(1), "w")  # the output of libraries goes to stderr, which the parent logs
-    os.dup2(2, 1)
-    for i, line in enumerate(chain(["{}"], sys.stdin)):  # the first step is the warm-up; the parent drops its row
-        requested = step.changed(line)
-        before = time.process_time()
-        row = run(i, requested)
-        row["processor_seconds"] = time.process_time() - before
-        row["peak_gib"] = peak_gib()
-        row["step"] = asdict(requested)
-        if i == 0:
-            row["versions"] = versions()
-        print(json.dumps(row), file=answers, flush=True)
+    requests = Requests(step)
+    while (requested := requests.next()) is not None:
+        requests.answer(run(*requested))

@@ -38,7 +38,8 @@ def read_rows(file: Path) -> Rows:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def median_and_range(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, and the lowest and highest value."""
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
@@ -60,7 +61,7 @@ def summary(rows: Rows) -> dict[str, Any]:
 
 def _contestant(name: str, dtype: str, group: Rows) -> dict[str, Any]:
     """Return the medians of a contestant in one precision."""
-    seconds = _spread([row["seconds"] for row in group])
+    seconds = median_and_range([row["seconds"] for row in group])
     tokens = group[0]["step"]["batch"] * group[0]["step"]["response"]
     medians = {
         "contestant": name,
@@ -96,7 +97,7 @@ def _ratios(groups: dict[tuple[str, str], Rows]) -> list[dict[str, Any]]:
         if faster not in groups:
             continue
         rounds = zip(groups[slower], groups[faster], strict=False)
-        spread = _spread([row["seconds"] / other[key] for row, other in rounds])
+        spread = median_and_range([row["seconds"] / other[key] for row, other in rounds])
         note = " (PyTorch's own linear, feed-forward)" if key == "plain_seconds" else ""
         ratios.append({"of": " ".join(slower), "to": " ".join(faster) + note, **spread})
     return ratios
@@ -224,7 +225,7 @@ def cost_table(rows: Rows) -> str:
     for axis, curve in curves(rows).items():
         for value, group in curve.items():
             stages = _stages(group)
-            seconds = _seconds_cell(_spread([row["seconds"] for row in group]))
+            seconds = _seconds_cell(median_and_range([row["seconds"] for row in group]))
             cells = [AXES[axis], f"{value:g}", seconds, *(f"{stages[stage]:.2f}" for stage in STAGES)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -283,7 +284,7 @@ def draw_cost(rows: Rows, file: Path) -> None:
 def _draw_curve(axes: Axes, axis: str, curve: dict[float, Rows]) -> None:
     """Draw the seconds of a step against one size."""
     values = list(curve)
-    spreads = [_spread([row["seconds"] for row in group]) for group in curve.values()]
+    spreads = [median_and_range([row["seconds"] for row in group]) for group in curve.values()]
     if axis != "prompts":
         linear = [spreads[0]["median"] * value / values[0] for value in values]
         axes.plot(values, linear, "--", color="#999999", linewidth=0.8)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ def make_step(learner: Learner, number: int) -> tuple[dict[str, float], Rollout]
 
     with timer.stage("update"):
         rl = learner.config.rl
-        rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, rl.kl_coef)
-        learner.update(learner.algorithm.targets(rewards, responses.values, mask, rl), number)
+        in_reward, in_loss = (rl.kl_coef, 0.0) if rl.kl_place == "reward" else (0.0, rl.kl_coef)
+        rewards = token_rewards(scores, responses.logprobs, rollout.ref_logprobs, mask, in_reward)
+        targets = learner.algorithm.targets(rewards, responses.values, mask, rl)
+        learner.update(replace(targets, kl_coef=in_loss), number)
 
     return timer.metrics(int(mask.sum())), rollout
 

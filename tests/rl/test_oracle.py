@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 import trl_oracle
+from closeness import close
 from conftest import small_config
 from detoxrl.config.schema import PolicyConfig
 from detoxrl.models.lora import load_policy
@@ -35,13 +36,6 @@ from trl_oracle import CONTROLLER, FAMILIES, PROMPTS, SETTINGS, Case, Rows
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "oracle" / "trl_0_11_4.json").read_text("utf-8"))
 SCORES = torch.tensor(trl_oracle.SCORES)
 CLIP = (SETTINGS["clip"], SETTINGS["clip"])
-
-
-def close(ours: torch.Tensor | float, theirs: torch.Tensor | float) -> None:
-    """Demand that no difference exceeds 1e-5 of the largest expected number."""
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs)
-    assert theirs.abs().max() > 0
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()), check_dtype=False)
 
 
 class Trl:
