@@ -170,7 +170,7 @@ def test_two_share_groups_whose_prompts_are_chosen_by_how_their_responses_differ
 ) -> None:
     words = own(*WORDS, "--policy.base", str(bases[base]), "--rl.algorithm", "grpo", "--rl.group-size", "2")
     words += ["--policy.lora-targets", "q" if base == "t5" else "c_attn", "--rl.prompt-sampling", "varied"]
-    words += ["--rl.batch-size", "8", "--rl.minibatch-size", "4"]
+    words += ["--rl.batch-size", "8", "--rl.minibatch-size", "4", "--data.max-prompt-tokens", "200"]
     assert small_runs.detoxrl([*words, "--run-dir", f"{base}-groups"]) == 0
     code, told = shared_run(2, [*words, "--run-dir", f"{base}-groups-of-two"], place)
     assert code == 0, told

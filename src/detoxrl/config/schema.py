@@ -253,8 +253,8 @@ class RlConfig:
     had different scores. Needs groups."""
 
     std_scaling: bool | None = None
-    """Divide advantages by their standard deviation: over the group with grpo and rloo, else over the batch. In a group
-    it favours prompts whose responses nearly agree. None: on, except with rloo."""
+    """Divide advantages by their standard deviation: over the group with grpo, else over the batch. In a group it
+    favours prompts whose responses nearly agree. None: on, except with rloo."""
 
     tail_share: UnitInterval = 1.0
     """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
@@ -289,8 +289,8 @@ class RlConfig:
     the reward."""
 
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """How the KL is estimated: k1 in the reward; k2 or k3 in the loss, of which k2 has the gradient of the KL. None: k1
-    in the reward, k3 in the loss."""
+    """How the KL is estimated: k1 in the reward; in the loss k2, which has the gradient of the KL, or k3, as in the paper
+    on grpo. None: k1 in the reward, k2 in the loss."""
 
     kl_target: PositiveFloat | None = None
     """KL to the reference that an adaptive rl.kl_coef aims at, in nats per response. None: rl.kl_coef is fixed."""
@@ -403,7 +403,7 @@ class RlConfig:
         """The estimator of the KL."""
         if self.kl_estimator is not None:
             return self.kl_estimator
-        return "k1" if self.kl_place == "reward" else "k3"
+        return "k1" if self.kl_place == "reward" else "k2"
 
     @property
     def clip_range(self) -> tuple[float, float]:
