@@ -253,8 +253,8 @@ class RlConfig:
     had different scores. Needs groups."""
 
     std_scaling: bool | None = None
-    """Divide advantages by their standard deviation: over the group with grpo and rloo, else over the batch. In a group
-    it favours prompts whose responses nearly agree. None: on, except with rloo."""
+    """Divide advantages by their standard deviation: over the group with grpo, else over the batch. In a group it
+    favours prompts whose responses nearly agree. None: on, except with rloo."""
 
     tail_share: UnitInterval = 1.0
     """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
