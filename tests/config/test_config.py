@@ -73,6 +73,37 @@ from detoxrl.errors import InputError
         ({"rl.lr": "-1e-3"}, r"rl\.lr = -0\.001: must be above 0; give a larger value"),
         ({"sft.bf16": "perhaps"}, r"sft\.bf16 = 'perhaps': must be true or false"),
         ({"sft.bf16": None}, r"sft\.bf16 = None: must be true or false"),
+        ({"rl.algorithm": "dpo"}, r"rl\.algorithm = 'dpo': must be 'ppo', 'rloo', 'grpo' or 'reinforce'; see `detoxrl"),
+        ({"rl.group_size": 0}, r"rl\.group_size = 0: must be above 0; give a larger value"),
+        ({"rl.group_size": 3}, r"rl\.group_size = 3: must divide rl\.minibatch_size = 16; change one of them"),
+        ({"rl.group_size": 32}, r"rl\.group_size = 32: must divide rl\.minibatch_size = 16"),
+        ({"rl.algorithm": "grpo", "rl.batch_size": 12, "rl.minibatch_size": 6},
+         r"rl\.group_size = 4: must divide rl\.minibatch_size = 6; change one of them"),
+        ({"rl.algorithm": "rloo", "rl.group_size": 1},
+         r"rl\.group_size = 1: must be at least 2, because rloo compares .*; raise it, or set rl\.algorithm to ppo or"),
+        ({"rl.algorithm": "grpo", "rl.group_size": 1}, r"rl\.group_size = 1: must be at least 2, because grpo comp"),
+        ({"rl.group_size": 16, "generation.batch_size": 15},
+         r"rl\.group_size = 16: exceeds generation\.batch_size = 15, .*; lower it or raise generation\.batch_size"),
+        ({"rl.algorithm": "rloo", "generation.batch_size": 3}, r"rl\.group_size = 4: exceeds generation\.batch_si"),
+        ({"rl.prompt_sampling": "varied"},
+         r"rl\.prompt_sampling = 'varied': needs several responses to a prompt, .*; set rl\.group_size to 2 or more"),
+        ({"rl.prompt_sampling": "often"}, r"rl\.prompt_sampling = 'often': must be 'uniform' or 'varied'; see"),
+        ({"rl.kl_in": "both"}, r"rl\.kl_in = 'both': must be 'reward' or 'loss'; see"),
+        ({"rl.kl_estimator": "k4"}, r"rl\.kl_estimator = 'k4': must be 'k1', 'k2' or 'k3'; see"),
+        ({"rl.algorithm": "grpo", "rl.kl_estimator": "k1"},
+         r"rl\.kl_estimator = 'k1': has no gradient in expectation as a loss, .*; set k2 or k3, or set rl\.kl_in to"),
+        ({"rl.kl_in": "loss", "rl.kl_estimator": "k1"}, r"rl\.kl_estimator = 'k1': has no gradient in expectation"),
+        ({"rl.kl_estimator": "k2"},
+         r"rl\.kl_estimator = 'k2': is biased as part of the reward, .*; set k1, or set rl\.kl_in to loss"),
+        ({"rl.algorithm": "rloo", "rl.kl_estimator": "k3"}, r"rl\.kl_estimator = 'k3': is biased as part of the rewar"),
+        ({"rl.algorithm": "grpo", "rl.kl_in": "reward", "rl.kl_estimator": "k3"}, r"rl\.kl_estimator = 'k3': is bia"),
+        ({"rl.tail_share": 1.5}, r"rl\.tail_share = 1\.5: must lie in \[0, 1\]; give a smaller value"),
+        ({"rl.tail_share": -0.1}, r"rl\.tail_share = -0\.1: must be 0 or more; give a larger value"),
+        ({"rl.tail_share": 0}, r"rl\.tail_share = 0\.0: must cover at least 2 of rl\.batch_size = 64 scores; .*; rai"),
+        ({"rl.tail_share": 0.02}, r"rl\.tail_share = 0\.02: must cover at least 2 of rl\.batch_size = 64 scores; the "),
+        ({"rl.clip_high": 0}, r"rl\.clip_high = 0\.0: must be above 0"),
+        ({"rl.entropy_coef": -0.1}, r"rl\.entropy_coef = -0\.1: must be 0 or more"),
+        ({"rl.std_scaling": "perhaps"}, r"rl\.std_scaling = 'perhaps': must be true or false"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_allowed_is_named_in_one_line(settings: dict[str, object], message: str) -> None:
@@ -90,6 +121,48 @@ def test_a_section_built_directly_keeps_its_bounds_too() -> None:
         DataConfig(min_length=9, max_length=8)
     with pytest.raises(InputError, match=r"rl\.minibatch_size = 5: must divide rl\.batch_size = 64"):
         replace(RlConfig(), minibatch_size=5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "group_size", "std_scaling", "kl_place", "kl_by", "has_critic"),
+    [
+        ("ppo", 1, True, "reward", "k1", True),
+        ("rloo", 4, False, "reward", "k1", False),
+        ("grpo", 4, True, "loss", "k3", False),
+        ("reinforce", 1, True, "reward", "k1", False),
+    ],
+)
+def test_an_algorithm_sets_what_is_left_none_and_nothing_else(
+    algorithm: str, group_size: int, std_scaling: bool, kl_place: str, kl_by: str, has_critic: bool
+) -> None:
+    rl = recipe("own", {"rl.algorithm": algorithm}).rl
+    assert (rl.responses_per_prompt, rl.scales_by_std, rl.kl_place, rl.kl_by) == (
+        group_size, std_scaling, kl_place, kl_by
+    )  # fmt: skip
+    assert rl.defaults.has_critic == has_critic
+    assert rl.clip_range == (rl.clip, rl.clip)
+    assert (rl.group_size, rl.std_scaling, rl.kl_in, rl.kl_estimator, rl.clip_high) == (None,) * 5
+
+    elsewhere = "loss" if kl_place == "reward" else "reward"
+    given = {"rl.group_size": 8, "rl.std_scaling": not std_scaling, "rl.kl_in": elsewhere}
+    rl = recipe("own", {"rl.algorithm": algorithm, **given}).rl
+    assert (rl.responses_per_prompt, rl.scales_by_std, rl.kl_place) == (8, not std_scaling, elsewhere)
+    assert rl.kl_by == ("k3" if elsewhere == "loss" else "k1")
+
+
+def test_the_estimator_and_the_clip_range_are_those_that_are_set() -> None:
+    assert recipe("own", {"rl.kl_in": "loss", "rl.kl_estimator": "k2"}).rl.kl_by == "k2"
+    assert recipe("own", {"rl.kl_in": "reward", "rl.kl_estimator": "k1"}).rl.kl_by == "k1"
+    assert recipe("own", {"rl.clip": 0.3, "rl.clip_high": 0.4}).rl.clip_range == (0.3, 0.4)
+    assert recipe("own", {"rl.clip": 0.3}).rl.clip_range == (0.3, 0.3)
+
+
+def test_bounds_of_groups_are_met_exactly() -> None:
+    assert recipe("own", {"rl.group_size": 16, "generation.batch_size": 16}).rl.responses_per_prompt == 16
+    assert recipe("own", {"rl.group_size": 2, "rl.prompt_sampling": "varied"}).rl.prompt_sampling == "varied"
+    assert recipe("own", {"rl.algorithm": "rloo", "rl.group_size": 2}).rl.responses_per_prompt == 2
+    assert recipe("own", {"rl.algorithm": "reinforce", "rl.group_size": 1}).rl.responses_per_prompt == 1
+    assert recipe("own", {"rl.batch_size": 64, "rl.tail_share": 0.03}).rl.tail_share == 0.03
 
 
 def test_an_unknown_recipe_or_setting_is_named_with_the_closest_one() -> None:
