@@ -128,7 +128,7 @@ def test_a_section_built_directly_keeps_its_bounds_too() -> None:
     [
         ("ppo", 1, True, "reward", "k1", True),
         ("rloo", 4, False, "reward", "k1", False),
-        ("grpo", 4, True, "loss", "k3", False),
+        ("grpo", 4, True, "loss", "k2", False),
         ("reinforce", 1, True, "reward", "k1", False),
     ],
 )
