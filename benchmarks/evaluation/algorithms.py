@@ -2,12 +2,14 @@
 
     python benchmarks/evaluation/algorithms.py quickstart prepare    the warm start of each seed
     python benchmarks/evaluation/algorithms.py quickstart run        train and evaluate every algorithm with every seed
+    python benchmarks/evaluation/algorithms.py quickstart time       seconds of a step and memory, on an idle machine
     python benchmarks/evaluation/algorithms.py quickstart smollm2 report    print Markdown, draw docs/algorithms.svg
 
 All runs of a seed have the same prompts, reward model, initial policy, number of responses and settings, but those in
 VARIANTS. Toxicity is the primary judge's: on held-out prompts for the policy that was kept, on the validation prompts
-along the way. Seconds are those of training steps, without validation and checkpoints, so the machine should be idle.
-Finished stages are kept. smollm2 reads its models from models/, where `make demo-llm` puts them.
+along the way. Seconds are those of a step, without validation and checkpoints, measured apart in a few steps of each
+variant in turn, so only that needs an idle machine. What is finished is kept. smollm2 reads its models from models/,
+where `make demo-llm` puts them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -37,6 +39,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grpo": ("#D55E00", ["--rl.algorithm", "grpo"]),
     "reinforce": ("#009E73", ["--rl.algorithm", "reinforce"]),
 }
+TIMED_STEPS = 4  # The first does not count.
+ROUNDS = 2
 # Validation is frequent, so that policies can be compared at any second. Baselines are measured elsewhere.
 _COMMON = ["--evaluation.best-of", "--evaluation.no-sharpened", "--sft.baseline-steps", "0"]
 RECIPES: dict[str, list[str]] = {
@@ -49,6 +53,13 @@ RECIPES: dict[str, list[str]] = {
 QUALITY = {"quickstart": "facts", "smollm2": "distinct_2"}
 
 
+class Timing(NamedTuple):
+    """What a training step takes: seconds, without validation and checkpoint, and peak memory in GiB."""
+
+    seconds: float
+    peak: float
+
+
 class Run:
     """One training of a recipe, with a variant and a seed."""
 
@@ -56,7 +67,7 @@ class Run:
         self.recipe = recipe
         self.variant = variant
         self.seed = seed
-        self.folder = out / recipe / f"{variant.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+        self.folder = out / recipe / f"{slug(variant)}-seed{seed}"
 
     @property
     def is_finished(self) -> bool:
@@ -76,19 +87,22 @@ class Run:
         lines: list[dict[str, float]] = self.read("metrics.jsonl")
         return lines
 
-    @cached_property
-    def seconds(self) -> np.ndarray[Any, Any]:
-        """Seconds of each step, without validation and checkpoint."""
-        left_out = ("seconds/validate", "seconds/checkpoint")
-        return np.array([line["seconds/step"] - sum(line.get(name, 0.0) for name in left_out) for line in self.metrics])
+    @property
+    def timing(self) -> Timing:
+        """What a step of the variant takes on an idle machine."""
+        return Timing(**json.loads(timing_file(self.folder.parent, self.variant).read_text()))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps."""
+        return len(self.metrics) * self.timing.seconds
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray[Any, Any]]:
         """The results of each validation, and the seconds of training before it."""
         lines = self.read("validation.jsonl")
         curve = {name: np.array([line[name] for line in lines]) for name in ("step", "toxicity", "quality", "kl")}
-        before_step = np.append(0.0, self.seconds.cumsum())
-        curve["seconds"] = before_step[curve["step"]]
+        curve["seconds"] = curve["step"] * self.timing.seconds
         return curve
 
     @cached_property
@@ -114,14 +128,19 @@ class Run:
         kept: dict[str, float] = self.read("checkpoint.json")["kept"]
         return kept
 
-    @property
-    def peak(self) -> float:
-        """Peak memory of the training stage, in GiB."""
-        return float(self.read("peak.json")["train"])
-
     def toxicity_at(self, second: float) -> float:
         """Return the validation toxicity after so many seconds of training, linearly interpolated."""
         return float(np.interp(second, self.curve["seconds"], self.curve["toxicity"]))
+
+
+def slug(variant: str) -> str:
+    """Return the name of a variant as part of a path."""
+    return variant.replace(", ", "-").replace(" ", "-")
+
+
+def timing_file(folder: Path, variant: str) -> Path:
+    """Return the file that holds the timing of a variant."""
+    return folder / f"timing-{slug(variant)}.json"
 
 
 def detoxrl(arguments: Sequence[str], log: Path) -> float:
@@ -151,25 +170,57 @@ def prepare(out: Path, recipe: str, seed: int) -> None:
         detoxrl(["sft", str(folder)], log)
 
 
-def run(run: Run, out: Path) -> None:
-    """Train and evaluate, unless that is done."""
-    if run.is_finished:
-        return
-
+def flags_of(run: Run, out: Path) -> list[str]:
+    """Return the settings of a run, which starts from the warm start of its seed."""
     flags = ["--seed", str(run.seed), *RECIPES[run.recipe], *_COMMON, *VARIANTS[run.variant][1]]
     warm = start_folder(out, run.recipe, run.seed) / "base"
     if warm.is_dir():
         flags += ["--policy.base", str(warm), "--sft.steps", "0"]
+    return flags
 
+
+def complete(run: Run, out: Path) -> None:
+    """Train and evaluate, unless that is done."""
+    if run.is_finished:
+        return
+
+    flags = flags_of(run, out)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder.with_suffix(".log")
     detoxrl(["prepare", run.recipe, *flags, "--overwrite", "--run-dir", str(run.folder)], log)
-    detoxrl(["sft", str(run.folder)], log)
-    peak = detoxrl(["train", str(run.folder)], log)
-    (run.folder / "peak.json").write_text(json.dumps({"train": peak}))
-    detoxrl(["evaluate", str(run.folder)], log)
+    for stage in ("sft", "train", "evaluate"):
+        detoxrl([stage, str(run.folder)], log)
     before, after = run.toxicity
-    print(f"{run.folder}: {before:.3f} to {after:.3f}, {run.seconds.sum():.0f} s, {peak:.2f} GiB", file=sys.stderr)
+    print(f"{run.folder}: {before:.3f} to {after:.3f}", file=sys.stderr)
+
+
+def time_steps(out: Path, recipe: str, variants: Sequence[str]) -> None:
+    """Measure a few steps of each variant in turn, in several rounds, and keep the medians."""
+    timings: dict[str, list[Timing]] = {variant: [] for variant in variants}
+    for number in range(ROUNDS):
+        for variant in variants if number % 2 == 0 else reversed(variants):
+            timings[variant].append(timed(Run(out, recipe, variant, seed=0), out / recipe / "timed"))
+    for variant, of_variant in timings.items():
+        seconds = float(np.median([timing.seconds for timing in of_variant]))
+        peak = max(timing.peak for timing in of_variant)
+        timing_file(out / recipe, variant).write_text(json.dumps(Timing(seconds, peak)._asdict()))
+        print(f"{recipe}, {variant}: {seconds:.2f} s a step, {peak:.2f} GiB", file=sys.stderr)
+
+
+def timed(run: Run, folder: Path) -> Timing:
+    """Make a few steps, and return the median of their seconds and the peak memory."""
+    log = folder.with_suffix(".log")
+    few = ["--rl.steps", str(TIMED_STEPS), "--rl.validate-every", "100", "--rl.validation-prompts", "2"]
+    detoxrl(
+        ["prepare", run.recipe, *flags_of(run, folder.parents[1]), *few, "--overwrite", "--run-dir", str(folder)], log
+    )
+    detoxrl(["sft", str(folder)], log)
+    peak = detoxrl(["train", str(folder)], log)
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    left_out = ("seconds/validate", "seconds/checkpoint")
+    seconds = [line["seconds/step"] - sum(line.get(name, 0.0) for name in left_out) for line in lines]
+    return Timing(float(np.median(seconds[1:])), peak)
 
 
 def listed(runs: Sequence[Run], value: Callable[[Run], float], decimals: int = 3) -> str:
@@ -183,16 +234,11 @@ def print_table(recipe: str, runs: dict[str, list[Run]]) -> None:
     """Print how each variant did, as the mean over the seeds and by seed."""
     finished = {variant: [run for run in of_variant if run.is_finished] for variant, of_variant in runs.items()}
     finished = {variant: of_variant for variant, of_variant in finished.items() if of_variant}
-    fastest = {}
-    for of_variant in finished.values():
-        for one in of_variant:
-            total = float(one.seconds.sum())
-            fastest[one.seed] = min(fastest.get(one.seed, total), total)
+    fastest = min(of_variant[0].seconds for of_variant in finished.values())
 
     quality = QUALITY[recipe]
-    print(
-        f"\n| {recipe} | toxicity | {quality} | KL, nats | seconds a step | GiB | validation toxicity, equal seconds |"
-    )
+    equal = f"validation toxicity after {fastest:.0f} s of steps"
+    print(f"\n| {recipe} | toxicity | {quality} | KL, nats | seconds a step | GiB | {equal} |")
     print("|---|---|---|---|---|---|---|")
     first = next(iter(finished.values()))
     print(f"| initial policy | {listed(first, lambda run: run.toxicity[0])} | | 0 | | | |")
@@ -201,9 +247,9 @@ def print_table(recipe: str, runs: dict[str, list[Run]]) -> None:
             listed(of_variant, lambda run: run.toxicity[1]),
             listed(of_variant, lambda run: run.quality),
             listed(of_variant, lambda run: run.kept["kl"], 1),
-            listed(of_variant, lambda run: float(np.median(run.seconds)), 2),
-            listed(of_variant, lambda run: run.peak, 2),
-            listed(of_variant, lambda run: run.toxicity_at(fastest[run.seed])),
+            f"{of_variant[0].timing.seconds:.2f}",
+            f"{of_variant[0].timing.peak:.2f}",
+            listed(of_variant, lambda run: run.toxicity_at(fastest)),
         ]
         print(f"| {variant} | {' | '.join(cells)} |")
 
@@ -239,10 +285,10 @@ def draw_variant(panel: Any, axis: str, variant: str, runs: Sequence[Run]) -> No
 
 
 def main() -> None:
-    """Prepare, run or report."""
+    """Prepare, run, time or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", choices=RECIPES)
-    parser.add_argument("what", choices=("prepare", "run", "report"))
+    parser.add_argument("what", choices=("prepare", "run", "time", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"), help="folder for the run folders")
@@ -260,12 +306,18 @@ def main() -> None:
         draw(runs, options.figure)
         return
 
+    if options.what == "time":
+        for recipe in options.recipes:
+            prepare(options.out, recipe, 0)
+            time_steps(options.out, recipe, options.variants)
+        return
+
     for recipe, of_recipe in runs.items():
         for number, seed in enumerate(options.seeds):
             prepare(options.out, recipe, seed)
             if options.what == "run":
                 for of_variant in of_recipe.values():
-                    run(of_variant[number], options.out)
+                    complete(of_variant[number], options.out)
 
 
 if __name__ == "__main__":

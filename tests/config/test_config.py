@@ -147,11 +147,11 @@ def test_an_algorithm_sets_what_is_left_none_and_nothing_else(
     given = {"rl.group_size": 8, "rl.std_scaling": not std_scaling, "rl.kl_in": elsewhere}
     rl = recipe("own", {"rl.algorithm": algorithm, **given}).rl
     assert (rl.responses_per_prompt, rl.scales_by_std, rl.kl_place) == (8, not std_scaling, elsewhere)
-    assert rl.kl_by == ("k3" if elsewhere == "loss" else "k1")
+    assert rl.kl_by == ("k2" if elsewhere == "loss" else "k1")
 
 
 def test_the_estimator_and_the_clip_range_are_those_that_are_set() -> None:
-    assert recipe("own", {"rl.kl_in": "loss", "rl.kl_estimator": "k2"}).rl.kl_by == "k2"
+    assert recipe("own", {"rl.kl_in": "loss", "rl.kl_estimator": "k3"}).rl.kl_by == "k3"
     assert recipe("own", {"rl.kl_in": "reward", "rl.kl_estimator": "k1"}).rl.kl_by == "k1"
     assert recipe("own", {"rl.clip": 0.3, "rl.clip_high": 0.4}).rl.clip_range == (0.3, 0.4)
     assert recipe("own", {"rl.clip": 0.3}).rl.clip_range == (0.3, 0.3)
