@@ -119,7 +119,7 @@ KNOWN_WITHOUT_TORCH = [
     (["evaluate", *own()[1:8], "--policy", "x=classifier", "--data.source", "no.csv"], r"data\.source = 'no\.csv'"),
     (["evaluate", *own()[1:8], "--policy", "before=model"], r"name = 'before': is reserved"),
     # Sweeps and conversions.
-    (["sweep", "quickstart", "--over", "rl.typo=1"], r"setting = 'rl\.typo': is not a setting; settings of rl: algorithm"),
+    (["sweep", "quickstart", "--over", "rl.typo=1"], r"setting = 'rl\.typo': is not a setting; settings of rl: "),
     (["sweep", "quickstart", "--over", "rl.lr=fast"], r"rl\.lr = 'fast': must be a number"),
     (["sweep", *own()[1:], "--over", "data.source=mine.jsonl,typo.jsonl"], r"data\.source = 'typo\.jsonl'"),
     (["sweep", *own()[1:], "--seeds", "0", "--run-dir", "model"], r"--run-dir = 'model': is not a sweep"),

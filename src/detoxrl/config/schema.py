@@ -289,8 +289,8 @@ class RlConfig:
     the reward."""
 
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """How the KL is estimated: k1 in the reward; in the loss k2, which has the gradient of the KL, or k3, as in the paper
-    on grpo. None: k1 in the reward, k2 in the loss."""
+    """How the KL is estimated: k1 in the reward; in the loss k2, which has the gradient of the KL, or k3, which GRPO's
+    paper has. None: k1 in the reward, k2 in the loss."""
 
     kl_target: PositiveFloat | None = None
     """KL to the reference that an adaptive rl.kl_coef aims at, in nats per response. None: rl.kl_coef is fixed."""
