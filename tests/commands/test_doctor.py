@@ -124,6 +124,19 @@ def test_memory_falls_where_activations_are_recomputed(bases: dict[str, Path], p
         assert recomputing < 0.9 * keeping
 
 
+def test_the_update_of_a_group_holds_its_prompt_once(bases: dict[str, Path], prepared: Prepared) -> None:
+    def update(group_size: int) -> float:
+        settings = {"policy.base": str(bases["gpt2"]), "policy.lora_targets": TARGETS["gpt2"],
+                    "rl.group_size": group_size, "rl.microbatch_size": 8,
+                    "generation.max_new_tokens": 8}  # fmt: skip
+        config = recipe("own", settings)
+        policy = bare_policy(config, load_tokenizer(str(bases["gpt2"])))
+        return forecast._policy_peaks(policy, config, prepared)[2]
+
+    assert update(4) < 0.7 * update(1)
+    assert update(16) == update(8)  # A microbatch of 8 is half of a group of 16.
+
+
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
     monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: (7.0, 9.0, 8.0))
@@ -274,12 +287,20 @@ def test_a_batch_grows_until_it_takes_long(
     assert all(len({row.id for row in batch}) == len(batch) for batch in timed)
 
 
+@pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("name", "prompt_tokens"), [("t5", 0), ("gpt2", 50)])
 def test_what_a_step_takes_follows_from_the_measurements(
-    bases: dict[str, Path], prepared: Prepared, monkeypatch: pytest.MonkeyPatch, name: str, prompt_tokens: int
+    bases: dict[str, Path],
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    prompt_tokens: int,
+    group_size: int,
 ) -> None:
-    settings = {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name], "rl.batch_size": 4,
-                "rl.minibatch_size": 4, "generation.max_new_tokens": 40}  # fmt: skip
+    responses = 4 * group_size
+    settings = {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name], "rl.batch_size": responses,
+                "rl.minibatch_size": responses, "rl.group_size": group_size,
+                "generation.max_new_tokens": 40}  # fmt: skip
     config = recipe("own", settings)
     policy = load_policy(str(bases[name]), None, config.policy, seed=0)
     account = {**prepared.account, "reference_tokens": {"p95": 30}}
@@ -293,12 +314,12 @@ def test_what_a_step_takes_follows_from_the_measurements(
 
     run = run_of(policy, Path("unused"), config, rows=prepared.rows)
     step = timing.policy_seconds(run, replace(prepared, account=account))
-    # A token takes 1 second for the 4 responses. The reference took 29 - 21 seconds. Both it and the update read the
-    # prompts of a causal model again.
-    scale = (prompt_tokens + 30) / (prompt_tokens + 16)
-    assert step.sample == (3.0 + 5.0 + 30) / 4
-    assert step.reference == pytest.approx(8.0 * scale / 4)
-    assert step.update == pytest.approx(16.0 * scale / 4)
+    # A token takes 1 second for all responses. The reference took 29 - 21 seconds. Both it and the update read the
+    # prompts of a causal model again, once a group.
+    scale = (prompt_tokens / group_size + 30) / (prompt_tokens / group_size + 16)
+    assert step.sample == (3.0 + 5.0 + 30) / responses
+    assert step.reference == pytest.approx(8.0 * scale / responses)
+    assert step.update == pytest.approx(16.0 * scale / responses)
     assert step.score == 6.0 / 4
     assert step.judges == [0.5, 1.0]
 

@@ -281,6 +281,10 @@ def test_a_finished_run_is_made_longer_on_request_and_says_so(
             ["--reward.clip", "1"],
             r"reward\.clip = 1\.0: differs from the run's 10\.0, and stage sft has started",
         ),
+        (
+            ["--rl.algorithm", "reinforce", "--rl.steps", "6"],
+            r"rl\.algorithm = 'reinforce': differs from the run's 'ppo', and only one of the two has a critic; leave",
+        ),
         (["--seed", "1"], r"seed = 1: differs from the run's 0, .*; leave it out \(--resume --run-dir DIR keeps it"),
     ],
 )

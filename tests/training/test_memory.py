@@ -99,6 +99,23 @@ def test_what_an_update_keeps_grows_with_the_response_and_leaves_weights_out(mak
         assert (cross > 0) == (name == "t5" and kind != "full")
 
 
+def test_a_group_shares_the_activations_of_its_prompt(make_policy: Make, tmp_path: Path) -> None:
+    policy = make_policy("gpt2", "fresh")
+    alone = loop_config(batch_size=8, minibatch_size=8, microbatch_size=None)
+    grouped = replace(alone, rl=replace(alone.rl, group_size=4))
+    (_, of_one), (_, of_four) = (memory._bytes_per_response(policy, PROMPTS[3], one) for one in (alone, grouped))
+    tokens = int(policy.encode([PROMPTS[3].text]).mask.sum())
+    length = alone.generation.max_new_tokens
+    # A response costs its own tokens, a fourth of the prompt's, and a copy of the prompt's keys and values.
+    share = (tokens / 4 + length) / (tokens + length)
+    assert share * of_one < of_four < 0.65 * of_one
+
+    folder = RunFolder(tmp_path)
+    plan(policy, folder, alone)
+    assert MemoryPlan.stored(folder, alone, World()) is not None
+    assert MemoryPlan.stored(folder, grouped, World()) is None
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_where_memory_runs_out_microbatches_are_halved_with_the_same_result(
     error: RuntimeError,

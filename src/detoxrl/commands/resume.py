@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from detoxrl.config.algorithms import ALGORITHMS
 from detoxrl.config.edit import config_to_json, flatten
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import local_sources
@@ -188,6 +189,9 @@ def _require_changeable(folder: RunFolder, config: Config, breaking: Differences
         is_changeable = stages[name] == "train" and name.startswith("rl.")
         rule = f"differs from the run's {before!r}, and stage {stages[name]} has started with that"
         require(is_changeable, name, now, rule, remedy)
+        if name == "rl.algorithm":
+            rule = f"differs from the run's {before!r}, and only one of the two has a critic"
+            require(ALGORITHMS[before].has_critic == ALGORITHMS[now].has_critic, name, now, rule, remedy)
 
     name, (_, now) = next(iter(breaking.items()))
     steps_made = _steps_made(folder)
