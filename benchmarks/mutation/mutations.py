@@ -60,14 +60,23 @@ RESUME_TESTS = (
     "tests/commands/test_resume.py",
 )
 TESTS = {
-    "rl/*": ("tests/rl/test_rl.py", "tests/rl/test_oracle.py", "tests/training/test_golden.py"),
-    "models/*": ("tests/models/test_fast.py", *LOOP_TESTS, "tests/rl/test_oracle.py"),
+    "rl/*": (
+        "tests/rl/test_rl.py",
+        "tests/rl/test_algorithms.py",
+        "tests/rl/test_oracle.py",
+        "tests/rl/test_group_oracle.py",
+        "tests/training/test_golden.py",
+    ),
+    "models/token_logprobs.py": ("tests/models/test_token_logprobs.py", "tests/models/test_fast.py"),
+    "models/*": ("tests/models/test_fast.py", "tests/models/test_groups.py", *LOOP_TESTS, "tests/rl/test_oracle.py"),
     "rewards/*": ("tests/rewards/test_rewards.py", "tests/training/test_golden.py"),
     "training/metrics.py": ("tests/training/test_step_metrics.py", "tests/training/test_golden.py"),
-    "training/rollout.py": LOOP_TESTS,
+    "training/rollout.py": ("tests/models/test_groups.py", *LOOP_TESTS),
+    "training/prompt_choice.py": ("tests/training/test_prompt_choice.py",),
     "training/best.py": ("tests/training/test_best.py", *RESUME_TESTS),
     "training/learner.py": (
         "tests/training/test_train.py",
+        "tests/training/test_algorithm_loop.py",
         "tests/training/test_memory.py",
         *LOOP_TESTS,
         *FAILURE_TESTS,

@@ -248,10 +248,13 @@ def test_more_processes_than_rows_and_processes_that_nobody_leads_are_refused(mo
 
     monkeypatch.setattr(commands_run, "current_world", lambda: World(rank=0, size=9))
     eight, nine = (replace(config, rl=replace(config.rl, batch_size=n, minibatch_size=1)) for n in (8, 9))
-    with pytest.raises(InputError, match=r"rl.batch_size = 8: is below the number of processes, 9"):
+    with pytest.raises(InputError, match=r"rl.batch_size = 8: gives 8 prompts a step, fewer than the 9 processes; start"):
         commands_run.require_one_leader(eight, trains=True)
     commands_run.require_one_leader(eight, trains=False)
     commands_run.require_one_leader(nine, trains=True)
+    groups = replace(config, rl=replace(config.rl, batch_size=32, minibatch_size=4, group_size=4))
+    with pytest.raises(InputError, match=r"rl.batch_size = 32: gives 8 prompts a step"):
+        commands_run.require_one_leader(groups, trains=True)
 
 
 def test_the_part_of_a_process_decides_whether_keys_and_values_are_kept(

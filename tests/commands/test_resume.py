@@ -299,6 +299,19 @@ def test_what_cannot_change_any_more_is_refused_even_so(
     assert contents(finished) == before
 
 
+def test_a_run_from_before_a_setting_existed_ran_as_its_default_says(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(finished)
+    record = folder.read_json("run.json")
+    for name in ("rl.algorithm", "rl.group_size", "rl.tail_share"):
+        del record["settings"][name]
+    folder.write_json("run.json", record)
+    assert detoxrl(RESUME) == 0
+    assert detoxrl([*RESUME, "--rl.algorithm", "reinforce"]) == 2
+    assert "rl.algorithm = 'reinforce': differs from the run's 'ppo'" in capfd.readouterr().err
+
+
 def test_what_no_stage_has_used_yet_changes_freely(finished: Path) -> None:
     place = finished.parents[1]
     assert detoxrl([*RESUME, "--evaluation.samples-per-prompt", "3"]) == 0

@@ -132,6 +132,33 @@ def test_a_saved_policy_loads_with_the_same_logprobs(folder_of: Folders, name: s
     assert again.eos_token_ids == policy.eos_token_ids
 
 
+@every_backbone
+@kinds
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_group_is_sampled_and_learnt_from_as_its_responses_one_by_one(
+    folder_of: Folders, name: str, full: bool, checkpointing: bool
+) -> None:
+    policy = policy_of(folder_of(name), full)
+    disturb(policy)
+    repeated = [text for text in TEXTS for _ in range(2)]
+    uniforms = Draws(0, "groups", samples=range(2)).uniforms(policy, PROMPTS, LENGTH)
+    responses = policy.sample(policy.with_shared_cross(policy.encode(TEXTS)), uniforms, 1.0)
+    one_by_one = policy.sample(policy.with_shared_cross(policy.encode(repeated)), uniforms, 1.0)
+    assert torch.equal(responses.ids, one_by_one.ids)
+
+    weights = policy.parameters()
+    by_token = torch.randn(responses.ids.shape, generator=torch.Generator().manual_seed(2))
+    found = []
+    for texts in (TEXTS, repeated):
+        policy.checkpointing = checkpointing and texts is TEXTS
+        encoded = policy.with_shared_cross(policy.encode(texts))
+        logprobs = policy.logprobs(encoded, responses.ids, 1.0, mask=responses.response_mask).logprobs
+        gradients = torch.autograd.grad((by_token * logprobs).sum(), weights, allow_unused=True)
+        found.append([logprobs.detach(), *(torch.zeros(1) if each is None else each for each in gradients)])
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-5 * max(1.0, float(apart.abs().max())))
+
+
 # The layers that an adapter changes
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import torch
 
 from conftest import ENCODER_DECODERS, Make, disturb, small_config
 from detoxrl.config.schema import Config
+from detoxrl.models.groups import split_into_passes
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import Draws
+from detoxrl.models.sampling import Draws, sample_texts
 from detoxrl.models.t5 import T5Network
 from detoxrl.models.types import Encoded, Prompt, Responses, Rollout
 from detoxrl.rl.algorithm import Targets
-from detoxrl.training.rollout import collect_rollout, microbatches
+from detoxrl.training.rollout import collect_rollout
 from learning import LENGTH, PROMPTS, TEXTS, learn, learner_of, loop_config, rollout_of, targets_of, use_sgd
 
 GROUP = 3
@@ -137,6 +141,32 @@ def test_an_encoder_reads_each_prompt_once_and_a_t5_projects_it_once(
     assert set(projected) == {4}
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["without a backward pass", "after an error"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_nothing_of_a_pass_stays_in_memory(
+    fails: bool, checkpointing: bool, make_policy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("llama", "fresh")
+    responses = sampled(policy, TEXTS)
+    policy.checkpointing = checkpointing
+    read: list[weakref.ref[torch.Tensor]] = []
+    forward = PlainNetwork.predicted
+
+    def spy(network: PlainNetwork, encoded: Encoded, tokens: torch.Tensor, cache: Any) -> Any:
+        if fails and read:
+            raise RuntimeError("no memory")
+        result = forward(network, encoded, tokens, cache)
+        if not read:
+            read.append(weakref.ref(cache.layers[0].keys))
+        return result
+
+    monkeypatch.setattr(PlainNetwork, "predicted", spy)
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        policy.logprobs(policy.encode(TEXTS), responses.ids, 0.9)
+    gc.collect()
+    assert read[0]() is None
+
+
 # Rollouts and updates
 
 
@@ -159,9 +189,50 @@ def test_a_rollout_of_groups_holds_each_prompts_responses_in_consecutive_rows(lo
     length = single.ref_logprobs.shape[1]
     assert_same([rollout.ref_logprobs[::GROUP, :length]], [single.ref_logprobs])
     # No batch is larger than it may be, and its size changes nothing.
-    small = grouped(loaded, batch_size=4)
+    sizes: list[int] = []
+    sample = loaded.sample
+
+    def spy(encoded: Encoded, uniforms: torch.Tensor, temperature: float) -> Responses:
+        sizes.append(len(uniforms))
+        return sample(encoded, uniforms, temperature)
+
+    loaded.sample = spy  # type: ignore[method-assign, assignment]
+    small = grouped(loaded, batch_size=7)
+    assert sizes == [6, 6]
     assert small.texts == rollout.texts
     assert_same([small.ref_logprobs, small.responses.logprobs], [rollout.ref_logprobs, rollout.responses.logprobs])
+
+
+def test_a_group_is_scored_alike_where_fewer_rows_fit(loaded: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(loaded)
+    whole = grouped(loaded)
+    for rows in (1, 2, 4):
+        monkeypatch.setattr(loaded, "rows_at_once", lambda length, rows=rows: rows)
+        assert_same([grouped(loaded).ref_logprobs], [whole.ref_logprobs])
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 7, 100])
+def test_samples_are_the_same_in_portions_of_any_size(most: int, make_policy: Make) -> None:
+    policy = make_policy("gpt2", "fresh")
+    sizes: list[int] = []
+    sample = policy.sample
+
+    def spy(encoded: Encoded, uniforms: torch.Tensor, *settings: Any) -> Responses:
+        sizes.append(len(uniforms))
+        return sample(encoded, uniforms, *settings)
+
+    policy.sample = spy  # type: ignore[method-assign, assignment]
+    generation = replace(small_config().generation, max_new_tokens=6)
+    draws = Draws(0, "portions", samples=range(3))
+    whole = sample_texts(policy, PROMPTS, generation, draws)
+    assert [len(of_prompt) for of_prompt in whole] == [3] * 4
+    assert len({text for of_prompt in whole for text in of_prompt}) > 6
+
+    sizes.clear()
+    assert sample_texts(policy, PROMPTS, replace(generation, batch_size=most), draws) == whole
+    assert sum(sizes) == 12
+    assert max(sizes) <= most
+    assert len(sizes) == {1: 12, 2: 6, 5: 4, 7: 2, 100: 1}[most]
 
 
 def group_config(**rl: object) -> Config:
@@ -208,7 +279,7 @@ def test_an_update_of_groups_is_that_of_their_responses_whatever_the_microbatch(
 def test_microbatches_have_every_row_once_and_as_many_rows_to_each_prompt(most: int, group_size: int) -> None:
     prompts = torch.tensor([7, 2, 5, 3])
     rows: list[int] = []
-    for part, of_part in microbatches(prompts, group_size, most):
+    for part, of_part in split_into_passes(prompts, group_size, most):
         assert len(of_part) <= most
         assert len(of_part) % len(part) == 0
         each = len(of_part) // len(part)

@@ -69,7 +69,8 @@ def test_free_memory_decides_once_and_the_run_keeps_it(
 ) -> None:
     folder, config = RunFolder(tmp_path), loop_config(batch_size=8, minibatch_size=8, microbatch_size=None)
     policy = make_policy("t5", "loaded")
-    cross, activations = memory._bytes_per_response(policy, PROMPTS[3], config)
+    cross, prompt, activations = memory._update_bytes(policy, PROMPTS[3], config)
+    assert prompt == 0
     tokens, layers, width = int(policy.encode([PROMPTS[3].text]).mask.sum()), 2, 32
     assert cross == layers * 2 * tokens * width * 4  # keys and values in float32
     assert activations > layers * 2 * 12 * width * 4
@@ -94,7 +95,7 @@ def test_what_an_update_keeps_grows_with_the_response_and_leaves_weights_out(mak
     for name, kind in (("t5", "fresh"), ("t5", "full"), ("bart", "fresh"), ("gpt2", "loaded")):
         policy = make_policy(name, kind)
         longer = replace(config, generation=replace(config.generation, max_new_tokens=48))
-        (_, few), (cross, many) = (memory._bytes_per_response(policy, PROMPTS[3], one) for one in (config, longer))
+        (_, _, few), (cross, _, many) = (memory._update_bytes(policy, PROMPTS[3], one) for one in (config, longer))
         assert few < many < 12 * few
         assert (cross > 0) == (name == "t5" and kind != "full")
 
@@ -103,17 +104,28 @@ def test_a_group_shares_the_activations_of_its_prompt(make_policy: Make, tmp_pat
     policy = make_policy("gpt2", "fresh")
     alone = loop_config(batch_size=8, minibatch_size=8, microbatch_size=None)
     grouped = replace(alone, rl=replace(alone.rl, group_size=4))
-    (_, of_one), (_, of_four) = (memory._bytes_per_response(policy, PROMPTS[3], one) for one in (alone, grouped))
+    one = memory._update_bytes(policy, PROMPTS[3], alone)
+    four = memory._update_bytes(policy, PROMPTS[3], grouped)
     tokens = int(policy.encode([PROMPTS[3].text]).mask.sum())
     length = alone.generation.max_new_tokens
-    # A response costs its own tokens, a fourth of the prompt's, and a copy of the prompt's keys and values.
-    share = (tokens / 4 + length) / (tokens + length)
-    assert share * of_one < of_four < 0.65 * of_one
+    assert four.prompt + four.response == pytest.approx(one.response, rel=0.2)
+    # A response costs its own tokens, and a copy of the prompt's keys and values.
+    share = length / (tokens + length)
+    assert share * one.response < four.response < (share + 0.35) * one.response
 
+    # Whole groups where they fit, then a part of one: it holds the prompt too.
+    of_group = four.prompt + 4 * four.response
+    assert [four.fitting(budget, 4) for budget in (2.5 * of_group, of_group, of_group - 1)] == [8, 4, 3]
+    assert four.fitting(four.prompt + 2.5 * four.response, 4) == 2
+    assert four.fitting(1, 4) == 1
+
+    bonus = replace(grouped, rl=replace(grouped.rl, entropy_coef=0.01))
+    assert memory._update_bytes(policy, PROMPTS[3], bonus).response > four.response
     folder = RunFolder(tmp_path)
     plan(policy, folder, alone)
     assert MemoryPlan.stored(folder, alone, World()) is not None
     assert MemoryPlan.stored(folder, grouped, World()) is None
+    assert MemoryPlan.stored(folder, replace(alone, rl=replace(alone.rl, entropy_coef=0.01)), World()) is None
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

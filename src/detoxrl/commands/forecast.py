@@ -119,7 +119,8 @@ def _policy_peaks(policy: Policy, config: Config, prepared: Prepared) -> tuple[f
     def read(prompts: int, group_size: int, tokens: int) -> Scored:
         prompts = min(prompts, len(texts))
         ids = torch.zeros(prompts * group_size, tokens, dtype=torch.long, device=_META)
-        return policy.logprobs(_first_rows(encoded, prompts), ids, temperature)
+        with_entropy = torch.is_grad_enabled() and config.rl.entropy_coef > 0
+        return policy.logprobs(_first_rows(encoded, prompts), ids, temperature, entropy_gradient=with_entropy)
 
     def learn() -> None:
         responses = config.rl.microbatch_size or config.rl.minibatch_size

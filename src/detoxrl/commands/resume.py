@@ -165,9 +165,10 @@ def _require_whole_measurement(folder: RunFolder, record: dict[str, Any]) -> Non
 
 
 def _changed_settings(record: dict[str, Any], config: Config) -> Differences:
-    before = record["settings"]
+    # Runs of earlier versions lack settings that came later; they ran as the defaults say.
+    before = {**_settings(Config(recipe=config.recipe)), **record["settings"]}
     now = _settings(config)
-    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    return {name: (before[name], value) for name, value in now.items() if before[name] != value}
 
 
 def _machine_differences(record: dict[str, Any], config: Config) -> Differences:

@@ -200,7 +200,7 @@ def _started(
 
 
 def require_one_leader(config: Config, trains: bool) -> None:
-    """Raise InputError when processes were started that do not serve the main one, or more than a batch has rows."""
+    """Raise InputError when processes were started that do not serve the main one, or more than a step has prompts."""
     world = current_world()
     started = PartialState().num_processes
     rule = "were started, and in Python each would make a run of its own"
@@ -208,9 +208,10 @@ def require_one_leader(config: Config, trains: bool) -> None:
         started == world.size, "processes", started, rule, "use `torchrun -m detoxrl run`, with the reward in a file"
     )
 
-    size = config.rl.batch_size
-    rule = f"is below the number of processes, {started}"
-    require(not trains or started <= size, "rl.batch_size", size, rule, "start fewer, or raise it")
+    prompts = config.rl.prompts_per_step
+    rule = f"gives {prompts} prompts a step, fewer than the {started} processes"
+    enough = not trains or started <= prompts
+    require(enough, "rl.batch_size", config.rl.batch_size, rule, "start fewer processes, or raise it")
 
 
 def _require_apart(root: Path, config: Config, subjects: Subjects) -> None:

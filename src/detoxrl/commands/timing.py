@@ -82,7 +82,7 @@ def policy_seconds(run: Run, prepared: Prepared) -> StepSeconds:
             judges=[seconds / len(rows) for seconds in _timed_judging(run.judges, texts)],
         )
 
-    largest = min(config.rl.batch_size, config.generation.batch_size) // config.rl.responses_per_prompt
+    largest = min(config.rl.prompts_per_step, config.generation.batch_size // config.rl.responses_per_prompt)
     return growing_batch(step, prepared.rows["train"], largest)
 
 

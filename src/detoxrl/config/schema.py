@@ -250,15 +250,15 @@ class RlConfig:
 
     prompt_sampling: Literal["uniform", "varied"] = "uniform"
     """Which training prompts a step takes: `uniform` takes each equally often; `varied` favours prompts whose responses
-    had different scores. Needs groups."""
+    had different scores when they were last taken. Needs groups, and prompts that are taken several times."""
 
     std_scaling: bool | None = None
-    """Divide advantages by their standard deviation: over the group with grpo, else over the batch. In a group it
-    favours prompts whose responses nearly agree. None: on, except with rloo."""
+    """Divide advantages by their standard deviation: over the group with grpo, else over the batch, where they are
+    also centred. In a group it favours prompts whose responses nearly agree. None: on, except with rloo."""
 
     tail_share: UnitInterval = 1.0
-    """Maximise the mean over this share of the lowest scores of a batch, the conditional value at risk (CVaR), instead
-    of the mean over all. It must cover at least 2 scores. 1: all scores count."""
+    """Fraction of each batch, the lowest scores, whose mean is maximised (conditional value at risk, CVaR); at least 2
+    scores. 1: the mean of all scores."""
 
     steps: PositiveInt = 40
     """Number of rollouts, each followed by its updates."""
@@ -270,7 +270,8 @@ class RlConfig:
     """Number of responses per optimizer step; must divide rl.batch_size."""
 
     microbatch_size: PositiveInt | None = None
-    """Number of responses per backward pass. It changes memory, not results. None: as many as free memory allows."""
+    """Number of responses per backward pass. It changes memory, not results; below rl.group_size a prompt is read
+    several times. None: as many as free memory allows."""
 
     epochs: PositiveInt = 2
     """Number of passes over each rollout."""
@@ -279,7 +280,7 @@ class RlConfig:
     """Initial learning rate of the policy; it decays linearly to 0."""
 
     value_lr: PositiveFloat = 5e-3
-    """Initial learning rate of the value head; it decays linearly to 0."""
+    """Initial learning rate of the value head, which ppo has; it decays linearly to 0."""
 
     kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL penalty, per token, to the reference."""
@@ -303,10 +304,10 @@ class RlConfig:
     None: never skip."""
 
     gamma: UnitInterval = 1.0
-    """Discount factor."""
+    """Discount factor. With ppo and reinforce."""
 
     lam: UnitInterval = 0.95
-    """Lambda of generalised advantage estimation (GAE)."""
+    """Lambda of generalised advantage estimation (GAE). With ppo."""
 
     clip: PositiveFloat = 0.2
     """Clip range of the probability ratio: [1 - clip, 1 + clip]."""
@@ -318,10 +319,10 @@ class RlConfig:
     """Weight of an entropy bonus per token, which keeps responses varied; 0: no bonus."""
 
     value_clip: PositiveFloat = 0.2
-    """Clip range of the value around the value at rollout time."""
+    """Clip range of the value around the value at rollout time. With ppo."""
 
     value_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss. With ppo."""
 
     max_grad_norm: PositiveFloat = 1.0
     """Maximum norm of the gradient; a larger gradient is scaled down to it."""
@@ -351,6 +352,10 @@ class RlConfig:
 
         self._require_groups()
         self._require_a_kl_with_a_gradient()
+
+        lifts_noise = self.algorithm == "grpo" and self.kl_place == "reward" and self.scales_by_std
+        rule = "with grpo is divided by the std of its group, so it would drown the score where responses agree"
+        require(not lifts_noise, "rl.kl_in", "reward", rule, "set rl.std_scaling to false, or rl.kl_in to loss")
 
     def _require_groups(self) -> None:
         size = self.responses_per_prompt
@@ -387,6 +392,11 @@ class RlConfig:
     def responses_per_prompt(self) -> int:
         """The size of a group."""
         return self.defaults.group_size if self.group_size is None else self.group_size
+
+    @property
+    def prompts_per_step(self) -> int:
+        """The number of prompts of a rollout."""
+        return self.batch_size // self.responses_per_prompt
 
     @property
     def scales_by_std(self) -> bool:
@@ -488,8 +498,9 @@ class Config:
         if self.sft.steps > 0:
             self._require_what_the_warm_start_needs()
 
-        fits = self.rl.batch_size <= self.data.limit
-        rule = f"exceeds data.limit = {self.data.limit}"
+        needed = self.rl.prompts_per_step
+        rule = f"needs {needed} prompts a step, which exceeds data.limit = {self.data.limit}"
+        fits = needed <= self.data.limit
         require(fits, "rl.batch_size", self.rl.batch_size, rule, "lower it or raise data.limit")
 
         group_size = self.rl.responses_per_prompt

@@ -263,6 +263,6 @@ def _require_enough(
 
     if "train" in uses:
         available = len(rows["train"])
-        batch_size = config.rl.batch_size
-        rule = f"exceeds the {available} rows left for training ({left_out})"
-        require(available >= batch_size, "rl.batch_size", batch_size, rule, "lower it, or add rows")
+        needed = config.rl.prompts_per_step
+        rule = f"needs {needed} prompts a step, and {available} rows are left for training ({left_out})"
+        require(available >= needed, "rl.batch_size", config.rl.batch_size, rule, "lower it, or add rows")

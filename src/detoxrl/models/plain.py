@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
-from detoxrl.models.prefix import kept_prefix, new_prefix
+from detoxrl.models.prefix import kept_prefix, new_prefix, release
 from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.token_logprobs import MAX_LOGITS, entropies_of, select_tokens
 from detoxrl.models.types import Encoded
@@ -116,40 +116,65 @@ class PlainNetwork:
 
         Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
         """
-        logits, states = self._teacher_forced(encoded, ids[:, :-1])
-        # The logits are the largest tensor of the pass, so they are copied only where necessary.
-        logits = select_tokens(logits, mask).float()
-        logits = logits if temperature == 1 else logits / temperature
-        logprobs = logits.log_softmax(-1)
+        group_size = len(ids) // len(encoded.mask)
+        if group_size > 1 and not self.has_encoder:
+            return self._logprobs_of_groups(encoded, ids, mask, temperature, entropy_gradient)
 
-        chosen = logprobs.gather(-1, select_tokens(ids, mask)[:, None]).squeeze(1)
-        return chosen, entropies_of(logprobs, entropy_gradient), select_tokens(states, mask)
+        # An encoder has read each prompt once. A group of 1 needs no copies.
+        repeated = encoded.repeated(group_size) if group_size > 1 else encoded
+        logits, states = self.predicted(repeated, ids[:, :-1], None)
+        chosen, entropy = _scored(logits, ids, mask, temperature, entropy_gradient)
+        return chosen, entropy, select_tokens(states, mask)
 
-    def _teacher_forced(self, encoded: Encoded, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (B, T, V) and hidden states (B, T, D): the predictions before and after tokens (B, T - 1).
+    def _logprobs_of_groups(
+        self, encoded: Encoded, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what `logprobs` returns, by a causal model that reads each prompt once for the rows that answer it.
 
-        Each prompt is read once for the rows that answer it. Gradients flow through what was read.
+        Gradients flow through what was read. The first token of a response follows from the prompt alone.
         """
-        group_size = len(tokens) // len(encoded.mask)
-        if group_size == 1:
-            return self.predicted(encoded, tokens, None)
-        if self.has_encoder:
-            return self.predicted(encoded.repeated(group_size), tokens, None)
-
+        group_size = len(ids) // len(encoded.mask)
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         prefix = new_prefix()
-        no_tokens = tokens.new_empty(len(encoded.mask), 0)
-        first_logits, first_states = self.predicted(encoded, no_tokens, prefix)
-        first_logits = first_logits.repeat_interleave(group_size, 0)
-        first_states = first_states.repeat_interleave(group_size, 0)
-        if tokens.shape[1] == 0:
-            return first_logits, first_states
+        try:
+            no_tokens = ids.new_empty(len(encoded.mask), 0)
+            logits, states = self.predicted(encoded, no_tokens, prefix)
+            first_logits = logits.repeat_interleave(group_size, 0)
+            first = (first_logits, states.repeat_interleave(group_size, 0))
+            parts = [(slice(0, 1), first)]
+            if ids.shape[1] > 1:
+                kept = kept_prefix(prefix, group_size)
+                parts.append((slice(1, None), self.predicted(encoded.repeated(group_size), ids[:, :-1], kept)))
+        finally:
+            release(prefix)
 
-        logits, states = self.predicted(encoded.repeated(group_size), tokens, kept_prefix(prefix, group_size))
-        return torch.cat([first_logits, logits], 1), torch.cat([first_states, states], 1)
+        # The logits are the largest tensors of the pass, so the two parts are joined behind them.
+        by_token = []
+        for columns, (logits, states) in parts:
+            part_mask = mask[:, columns]
+            scores = _scored(logits, ids[:, columns], part_mask, temperature, entropy_gradient)
+            placed = [
+                torch.zeros(part_mask.shape, device=ids.device).masked_scatter(part_mask, each) for each in scores
+            ]
+            by_token.append((*placed, states))
+        chosen, entropy, states = (torch.cat(halves, 1)[mask] for halves in zip(*by_token, strict=True))
+        return chosen, entropy, states
 
     def steps(self, encoded: Encoded, length: int, group_size: int) -> "PlainSteps":
         """Return an object that decodes responses to the prompts token by token. Its cache grows with the length."""
         return PlainSteps(self, encoded, group_size)
+
+
+def _scored(
+    logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None, temperature: float, entropy_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, from logits (B, T, V)."""
+    # Copied only where necessary.
+    logits = select_tokens(logits, mask).float()
+    logits = logits if temperature == 1 else logits / temperature
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(-1, select_tokens(ids, mask)[:, None]).squeeze(1)
+    return chosen, entropies_of(logprobs, entropy_gradient)
 
 
 class PlainSteps:

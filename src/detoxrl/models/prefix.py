@@ -46,12 +46,23 @@ def new_prefix() -> Cache:
     return Cache(layer_class_to_replicate=_ReadLayer)
 
 
-def kept_prefix(read: Cache, group_size: int) -> Cache:
-    """Return a cache for a pass over the responses, `group_size` to each prompt that `read` has read."""
+def kept_prefix(prefix: Cache, group_size: int) -> Cache:
+    """Return a cache for a pass over the responses, `group_size` to each prompt that the pass with `prefix` read."""
     layers: list[Any] = []
-    read_layers: list[Any] = read.layers
+    read_layers: list[Any] = prefix.layers
     for layer in read_layers:
         keys = layer.keys.repeat_interleave(group_size, 0)
         values = layer.values.repeat_interleave(group_size, 0)
         layers.append(_KeptLayer(keys, values))
     return Cache(layers=layers)
+
+
+def release(prefix: Cache) -> None:
+    """Let go of the keys and values of a pass over prompts.
+
+    With gradient checkpointing their graph holds the arguments of every layer until a backward pass, this cache among
+    them: a circle that Python cannot collect. A backward pass puts keys and values back in place by itself.
+    """
+    for layer in prefix.layers:
+        layer.keys = None  # type: ignore[union-attr]
+        layer.values = None  # type: ignore[union-attr]

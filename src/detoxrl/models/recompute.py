@@ -40,7 +40,8 @@ def layers_to_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
 def recomputing_layers(model: torch.nn.Module, context: Context = nullcontext) -> Iterator[None]:
     """Have the backward pass recompute the layers that the model computes inside the block, each in a `context`.
 
-    The model must be called with `use_cache=False`: a layer that is computed again would extend a cache again.
+    A layer that is computed again updates its cache again, so the model must be called without one, or with one that
+    bears it (`models/prefix`).
     """
     layers: list[Any] = layers_to_recompute(model)
     for layer in layers:

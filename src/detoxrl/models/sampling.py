@@ -9,6 +9,7 @@ import torch
 
 from detoxrl.config.schema import GenerationConfig
 from detoxrl.errors import require
+from detoxrl.models.groups import split_into_passes
 from detoxrl.models.policy import Policy
 from detoxrl.models.support import GENERATOR_EXAMPLES
 from detoxrl.models.types import Encoded, Prompt, Responses
@@ -45,10 +46,10 @@ class Draws:
         The samples of a prompt stay together, unless they alone are too many.
         """
         at_once = min(len(self.samples), most)
-        prompts_at_once = most // at_once
-        for start in range(0, prompts, prompts_at_once):
-            for first in range(0, len(self.samples), at_once):
-                samples = self.samples[first : first + at_once]
+        for first in range(0, len(self.samples), at_once):
+            samples = self.samples[first : first + at_once]
+            prompts_at_once = most // len(samples)
+            for start in range(0, prompts, prompts_at_once):
                 yield slice(start, start + prompts_at_once), replace(self, samples=samples)
 
 
@@ -167,18 +168,17 @@ def response_logprobs(
 ) -> torch.Tensor:
     """Return log-probs (nats) (B, T) of sampled tokens under `adapter`, teacher-forced, 0 outside the responses.
 
-    As many rows are read at once as keep the logits small, but never less than all responses to a prompt.
+    As many rows are read at once as keep the logits small.
     """
     length = int(responses.response_mask.sum(1).max())
     logprobs = torch.zeros(responses.ids.shape, device=policy.device)
-    group_size = len(responses.ids) // len(encoded.mask)
-    prompts_at_once = max(1, policy.rows_at_once(length) // group_size)
-    for start in range(0, len(encoded.mask), prompts_at_once):
-        prompts = slice(start, start + prompts_at_once)
-        rows = slice(start * group_size, (start + prompts_at_once) * group_size)
+    prompts = torch.arange(len(encoded.mask))
+    group_size = len(responses.ids) // len(prompts)
+    for part, rows in split_into_passes(prompts, group_size, policy.rows_at_once(length)):
+        consecutive = slice(int(part[0]), int(part[-1]) + 1)
         ids = responses.ids[rows, :length]
         mask = responses.response_mask[rows, :length]
-        scored = policy.logprobs(encoded.row_slice(prompts), ids, temperature, adapter, mask=mask)
+        scored = policy.logprobs(encoded.row_slice(consecutive), ids, temperature, adapter, mask=mask)
         logprobs[rows, :length] = scored.logprobs
     return logprobs
 

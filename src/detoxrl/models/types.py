@@ -54,15 +54,13 @@ class Encoded:
         return replace(self, states=self.states[rows, columns], mask=self.mask[rows, columns], cross=cross)
 
     def repeated(self, times: int) -> Self:
-        """Return each prompt so many times in succession, one for each response of its group."""
-        cross_rows = None
-        if self.cross is not None:
-            every_row = torch.arange(len(self.mask), device=self.mask.device) if self.rows is None else self.rows
-            cross_rows = every_row.repeat_interleave(times)
+        """Return each prompt so many times in succession, one for each response of its group.
 
+        Only for passes that compute their own keys and values: those in `cross` are not repeated.
+        """
         states = self.states.repeat_interleave(times, 0)
         mask = self.mask.repeat_interleave(times, 0)
-        return replace(self, states=states, mask=mask, rows=cross_rows)
+        return replace(self, states=states, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
         in_chat=rows["in_chat"],
         has_system_role=rows["has_system_role"],
         config=settings,
+        rl=config.rl,
         paths_hidden=settings != stored,
         dataset=dataset.name,
         evaluation=evaluation,

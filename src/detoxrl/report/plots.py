@@ -66,6 +66,8 @@ class Plot(NamedTuple):
 
 DIAGNOSTICS = (
     Curve("value/explained_variance", "Explained variance", "of the returns, by the value head"),
+    Curve("groups/score_std", "Spread within groups", "standard deviation of a prompt's scores, mean", True),
+    Curve("groups/zero_variance", "Groups without a difference", "share of prompts"),
     Curve("clip_fraction", "Clip fraction", "share of tokens", True),
     Curve("ratio/max", "Largest ratio", "probability by the new policy over that by the sampling policy"),
     Curve("kl/k3", "KL to the reference, k3", "nats per token", True),

@@ -9,6 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from detoxrl.data.rows import to_prompts
 from detoxrl.evaluation.judges import Judge, memoized
+from detoxrl.models.groups import response_rows, split_into_passes
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.models.types import Prompt, Rollout
@@ -22,15 +23,7 @@ from detoxrl.runtime.console import log
 from detoxrl.runtime.world import together
 from detoxrl.training.memory import MemoryPlan
 from detoxrl.training.metrics import Metrics, Totals
-from detoxrl.training.rollout import (
-    collect_rollout,
-    deal_prompts,
-    join_rollouts,
-    microbatches,
-    minibatches,
-    response_rows,
-    sorted_by_length,
-)
+from detoxrl.training.rollout import collect_rollout, deal_prompts, join_rollouts, minibatches, sorted_by_length
 from detoxrl.training.validation import Validation, ValidationResponse, ValidationSampler, summarise
 
 
@@ -239,7 +232,7 @@ class Learner:
     def _backward_in_microbatches(self, prompts: torch.Tensor, targets: Targets, tokens: int) -> list[Metrics]:
         group_size = self._last_rollout().group_size
         measured = []
-        for part, rows in microbatches(prompts, group_size, self.memory.microbatch_size):
+        for part, rows in split_into_passes(prompts, group_size, self.memory.microbatch_size):
             sums = self._losses(part, rows, targets)
             loss = self._objective(sums, targets.kl_coef) / tokens
             loss.backward()
@@ -247,7 +240,7 @@ class Learner:
         return measured
 
     def _objective(self, sums: dict[str, torch.Tensor], kl_coef: float) -> torch.Tensor:
-        """Return what the update minimises, summed over tokens. Terms of weight 0 are not computed."""
+        """Return what the update minimises, summed over tokens."""
         rl = self.config.rl
         objective = sums["policy"]
         if "value" in sums:

@@ -3,7 +3,7 @@
 import os
 import weakref
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 import torch
@@ -35,12 +35,12 @@ class MemoryPlan:
         group_size = config.rl.responses_per_prompt
         asked = config.rl.microbatch_size
         longest = max(prompts, key=lambda prompt: len(prompt.text))
-        cross, activations = _bytes_per_response(policy, longest, config)
+        needed = _update_bytes(policy, longest, config)
 
         free = _SHARE * free_bytes(policy.device)
-        fitting = max(1, int(2 * free / activations))
-        prompts_here = -(-config.rl.batch_size // group_size // world.size)  # Each process keeps those of its own part.
-        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=cross * prompts_here < free)
+        fitting = needed.fitting(2 * free, group_size)
+        prompts_here = -(-config.rl.prompts_per_step // world.size)  # Each process keeps those of its own part.
+        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=needed.cross * prompts_here < free)
         if asked is None and plan.microbatch_size < most:
             log.print(f"train: an update reads {plan.microbatch_size} of {most} responses at once, to fit into memory")
         return plan
@@ -51,7 +51,13 @@ class MemoryPlan:
         if not (folder / _FILE).is_file():
             return None
 
-        stored = {"processes": 1, "checkpointing": False, "group_size": 1, **folder.read_json(_FILE)}
+        stored = {
+            "processes": 1,
+            "checkpointing": False,
+            "group_size": 1,
+            "entropy_bonus": False,
+            **folder.read_json(_FILE),
+        }
         conditions = _conditions(config, world)
         if any(stored[name] != value for name, value in conditions.items()):
             return None
@@ -72,6 +78,7 @@ def _conditions(config: Config, world: World) -> dict[str, Any]:
         "processes": world.size,
         "checkpointing": config.policy.checkpointing,
         "group_size": config.rl.responses_per_prompt,
+        "entropy_bonus": config.rl.entropy_coef > 0,
     }
 
 
@@ -82,27 +89,51 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _bytes_per_response(policy: Policy, longest: Prompt, config: Config) -> tuple[int, int]:
-    """Return the bytes of a prompt's shared keys and values, and of the activations that an update holds a response.
+class UpdateBytes(NamedTuple):
+    """What an update holds at most, in bytes."""
 
-    The responses of a group share the activations of their prompt.
-    """
+    cross: int  # Shared keys and values of cross-attention, of each prompt.
+    prompt: int  # Activations of a prompt, which the responses of its group share.
+    response: int  # Activations of a response; without groups, those of its prompt too.
+
+    def fitting(self, budget: float, group_size: int) -> int:
+        """Return how many responses a microbatch may have: whole groups, or a part of one."""
+        groups = int(budget / (self.prompt + group_size * self.response))
+        if groups > 0:
+            return groups * group_size
+        return max(1, int((budget - self.prompt) / self.response))
+
+
+def _update_bytes(policy: Policy, longest: Prompt, config: Config) -> UpdateBytes:
+    """Measure what an update of responses to the longest prompt holds."""
     with torch.no_grad():
         encoded = policy.with_shared_cross(policy.encode([longest.text]))
     cross = 0 if encoded.cross is None else encoded.cross.nbytes
 
-    held = _saved_bytes(policy, longest, encoded, config)
+    group_size = config.rl.responses_per_prompt
+    of_one = _held_bytes(policy, longest, encoded, config, 1)
+    if group_size == 1:
+        return UpdateBytes(cross, prompt=0, response=max(1, of_one))
+
+    of_group = _held_bytes(policy, longest, encoded, config, group_size)
+    response = max(1, (of_group - of_one) // (group_size - 1))
+    return UpdateBytes(cross, prompt=max(0, of_one - response), response=response)
+
+
+def _held_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Config, responses: int) -> int:
+    """Return the bytes of the activations that an update of some responses to one prompt holds at most."""
+    held = _saved_bytes(policy, longest, encoded, config, responses)
     if policy.checkpointing:
         # The backward pass adds the activations of one layer at a time to the inputs of all layers.
         policy.checkpointing = False
-        whole = _saved_bytes(policy, longest, encoded, config)
+        whole = _saved_bytes(policy, longest, encoded, config, responses)
         policy.checkpointing = True
         held += (whole - held) // _decoder_layers(policy)
-    return cross, max(1, held // config.rl.responses_per_prompt)
+    return held
 
 
-def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Config) -> int:
-    """Return the bytes that the pass of a group's responses saves for the backward pass. Nothing is kept here."""
+def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Config, responses: int) -> int:
+    """Return the bytes that a pass of responses to one prompt saves for the backward pass. Nothing is kept here."""
     shared = [] if encoded.cross is None else [encoded.cross]
     counted = {tensor.untyped_storage()._cdata for tensor in (*policy.model.parameters(), *shared)}
     saved = 0
@@ -121,9 +152,9 @@ def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Conf
     with torch.autograd.graph.saved_tensors_hooks(count, never_read):
         if policy.train_encoder:
             encoded = policy.encode([longest.text])
-        size = (config.rl.responses_per_prompt, config.generation.max_new_tokens)
-        ids = torch.zeros(size, dtype=torch.long, device=policy.device)
-        policy.logprobs(encoded, ids, config.generation.temperature)
+        ids = torch.zeros(responses, config.generation.max_new_tokens, dtype=torch.long, device=policy.device)
+        with_entropy = config.rl.entropy_coef > 0
+        policy.logprobs(encoded, ids, config.generation.temperature, entropy_gradient=with_entropy)
     return saved
 
 

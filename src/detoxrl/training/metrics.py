@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from detoxrl.config.schema import RlConfig
 from detoxrl.errors import TrainingError
 from detoxrl.models.types import Rollout
 from detoxrl.rl.advantages import zero_variance_share
@@ -83,7 +84,7 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tens
     responses = rollout.responses
     mask = responses.response_mask
     lengths = mask.sum(1).float()
-    metrics = {
+    return {
         "score/mean": float(raw.mean()),
         "score/std": float(raw.std()),
         "score/shaped": float(scores.mean()),
@@ -95,8 +96,17 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tens
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
     }
-    if rollout.group_size > 1:
-        metrics["groups/zero_variance"] = float(zero_variance_share(scores, rollout.group_size))
+
+
+def objective_metrics(maximised: Tensor, rl: RlConfig) -> Metrics:
+    """Return what the scores (B,) that training maximises say: of the tail, and of the groups, where there are some."""
+    metrics: Metrics = {}
+    if rl.tail_share < 1:
+        metrics["score/tail"] = float(maximised.mean())
+    group_size = rl.responses_per_prompt
+    if group_size > 1:
+        metrics["groups/score_std"] = float(maximised.view(-1, group_size).std(1).mean())
+        metrics["groups/zero_variance"] = float(zero_variance_share(maximised, group_size))
     return metrics
 
 

@@ -29,7 +29,7 @@ class PromptChoice:
     def indices(self, step: int) -> list[int]:
         """Return the indices of the prompts of a step, a group of responses to each."""
         rl = self._config.rl
-        number = rl.batch_size // rl.responses_per_prompt
+        number = rl.prompts_per_step
         if rl.prompt_sampling == "uniform":
             return batch_indices(self._config.seed, "prompts", step, number, len(self._prompts))
         return weighted_indices(self._config.seed, "varied prompts", step, self._weights(), number)

@@ -1,12 +1,13 @@
 """How does a batch of prompts become a rollout, and how is it split into minibatches and over processes?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch.nn.functional import pad
 
 from detoxrl.config.schema import Config, GenerationConfig
+from detoxrl.models.groups import response_rows
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, response_logprobs
 from detoxrl.models.types import Encoded, Prompt, Responses, Rollout, concatenate_responses
@@ -72,43 +73,21 @@ def collect_rollout(
     )
 
 
-def minibatches(config: Config, step: int, epoch: int, prompts: int) -> list[list[int]]:
-    """Return the prompts of each minibatch of a pass over a rollout, shuffled by the seed.
+def minibatches(config: Config, step: int, epoch: int, number: int) -> list[list[int]]:
+    """Return the prompts of each minibatch of a pass over a rollout of a number of prompts, shuffled by the seed.
 
     All responses to a prompt are in one minibatch. Within it prompts ascend: a rollout is sorted by length, so a
     microbatch then needs little padding.
     """
-    order = permutation(config.seed, f"minibatches {epoch}", step, prompts)
+    order = permutation(config.seed, f"minibatches {epoch}", step, number)
     size = config.rl.minibatch_size // config.rl.responses_per_prompt
-    return [sorted(order[start : start + size]) for start in range(0, prompts, size)]
+    return [sorted(order[start : start + size]) for start in range(0, number, size)]
 
 
 def deal_prompts(minibatches: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
     """Return the prompts of each process, ascending: of each minibatch, and in all, shares differ by at most one."""
     order = [prompt for minibatch in minibatches for prompt in minibatch]
     return [sorted(order[rank::processes]) for rank in range(processes)]
-
-
-def microbatches(prompts: torch.Tensor, group_size: int, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield prompts (n,) and the rows of their responses (m,) in parts of at most `most` responses, long.
-
-    A part has as many responses to each of its prompts, in consecutive rows: all of whole groups, or, if a group is
-    larger than `most`, an equal part of one.
-    """
-    at_once = min(group_size, most)
-    while group_size % at_once:
-        at_once -= 1
-
-    for part in prompts.split(max(1, most // group_size)):
-        rows = response_rows(part, group_size).view(len(part), group_size)
-        for sample in range(0, group_size, at_once):
-            yield part, rows[:, sample : sample + at_once].flatten()
-
-
-def response_rows(prompts: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return the rows (n * group_size,) of the responses to prompts (n,), long."""
-    samples = torch.arange(group_size, device=prompts.device)
-    return (prompts[:, None] * group_size + samples).flatten()
 
 
 def join_rollouts(

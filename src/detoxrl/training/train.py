@@ -22,7 +22,14 @@ from detoxrl.runtime.run_folder import PRODUCTS, SHARE_WITH_TEXT
 from detoxrl.runtime.signals import resume_hint
 from detoxrl.training.best import BestCheckpoint
 from detoxrl.training.learner import Learner
-from detoxrl.training.metrics import StepTimer, log_samples, require_finite, rollout_metrics, warn_of_ratios
+from detoxrl.training.metrics import (
+    StepTimer,
+    log_samples,
+    objective_metrics,
+    require_finite,
+    rollout_metrics,
+    warn_of_ratios,
+)
 from detoxrl.training.prompt_choice import PromptChoice
 from detoxrl.training.validation import Validation
 
@@ -102,12 +109,10 @@ def train(run: Run) -> None:
             with timer.stage("update"):
                 updates = learner.update(replace(targets, kl_coef=in_loss), step)
 
-            metrics = rollout_metrics(rollout, raw, scores, rewards) | updates
+            metrics = rollout_metrics(rollout, raw, scores, rewards) | objective_metrics(maximised, rl) | updates
             if responses.values is not None and targets.returns is not None:
                 variance = explained_variance(responses.values, targets.returns, mask)
                 metrics["value/explained_variance"] = float(variance)
-            if rl.tail_share < 1:
-                metrics["score/tail"] = float(maximised.mean())
             metrics["kl_coef"] = state.kl_coef
             metrics["lr"] = learner.learning_rate(step)
             require_finite(metrics, step)
