@@ -602,6 +602,61 @@ def test_an_entropy_bonus_moves_the_optimum_where_it_should() -> None:
     same(policy.gradient(loss - bonus * entropy), torch.zeros(WORDS, dtype=torch.float64))
 
 
+# Responses of two words of three: log-probs of the first (3,), and of the second after each first one (3, 3).
+TwoWords = tuple[torch.Tensor, torch.Tensor]
+PAIRS = torch.tensor([[0.9, -0.4, 0.2], [-0.6, 0.1, 0.5], [0.3, 0.8, -0.9]], dtype=torch.float64)
+
+
+def entropies(logprobs: torch.Tensor) -> torch.Tensor:
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def largest_slope(policy: TwoWords, ref: TwoWords, kl_in: str, bonus: float) -> float:
+    """The largest gradient of the mean over all responses of what an update minimises, with respect to the policy."""
+    logits = [logprobs.detach().clone().requires_grad_() for logprobs in policy]
+    first, second = (each.log_softmax(-1) for each in logits)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, j in product(range(3), repeat=2):
+        new = torch.stack([first[i], second[i, j]])[None]
+        old = new.detach()
+        reference = torch.stack([ref[0][i], ref[1][i, j]])[None]
+        rewards = token_rewards(PAIRS[i, j][None], old, reference, mask, KL_COEF if kl_in == "reward" else 0.0)
+        loss, _ = policy_loss(new, old, rewards.sum(1, keepdim=True).expand(1, 2), mask, (0.2, 0.2))
+        if kl_in == "loss":
+            loss = loss + KL_COEF * kl_loss(new, reference, mask, "k2")
+        loss = loss - bonus * (entropies(first) + entropies(second[i]))
+        total = total + old.sum().exp() * loss
+    return max(float(gradient.abs().max()) for gradient in torch.autograd.grad(total, logits))
+
+
+def optimum_of(ref: TwoWords, bonus: float, counts_later_kl: bool, counts_later_entropy: bool) -> TwoWords:
+    """The best policy if a first word answers for the scores, and maybe the KL and the entropy, of what follows it."""
+    second = ((KL_COEF * ref[1] + PAIRS) / (KL_COEF + bonus)).log_softmax(1)
+    value = (second.exp() * PAIRS).sum(1)
+    value = value - counts_later_kl * KL_COEF * (second.exp() * (second - ref[1])).sum(1)
+    value = value + counts_later_entropy * bonus * entropies(second)
+    return ((KL_COEF * ref[0] + value) / (KL_COEF + bonus)).log_softmax(0), second
+
+
+@pytest.mark.parametrize(("kl_in", "bonus"), [("reward", 0.0), ("loss", 0.0), ("reward", 0.2), ("loss", 0.2)])
+def test_a_first_word_answers_for_the_kl_of_the_second_in_the_reward_alone_and_never_for_its_entropy(
+    kl_in: str, bonus: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(4, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    ref = (drawn[0], drawn[1:])
+
+    aimed_at = optimum_of(ref, bonus, counts_later_kl=kl_in == "reward", counts_later_entropy=False)
+    assert largest_slope(aimed_at, ref, kl_in, bonus) < 1e-12
+    of_whole_responses = optimum_of(ref, bonus, counts_later_kl=True, counts_later_entropy=True)
+    joint = (of_whole_responses[0][:, None] + of_whole_responses[1]).flatten()
+    references = (ref[0][:, None] + ref[1]).flatten()
+    same(joint, ((KL_COEF * references + PAIRS.flatten()) / (KL_COEF + bonus)).log_softmax(0))
+    is_aimed_at = kl_in == "reward" and bonus == 0
+    assert (largest_slope(of_whole_responses, ref, kl_in, bonus) < 1e-3) == is_aimed_at
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
 def test_the_policy_gradient_of_tail_scores_is_the_gradient_of_the_cvar(share: float) -> None:
     # A batch of 20 words, each as often as the policy has it, so that its mean is the expectation.
