@@ -248,7 +248,7 @@ def test_more_processes_than_rows_and_processes_that_nobody_leads_are_refused(mo
 
     monkeypatch.setattr(commands_run, "current_world", lambda: World(rank=0, size=9))
     eight, nine = (replace(config, rl=replace(config.rl, batch_size=n, minibatch_size=1)) for n in (8, 9))
-    with pytest.raises(InputError, match=r"rl.batch_size = 8: gives 8 prompts a step, fewer than the 9 processes; start"):
+    with pytest.raises(InputError, match=r"rl.batch_size = 8: gives 8 prompts a step, fewer than the 9 processes"):
         commands_run.require_one_leader(eight, trains=True)
     commands_run.require_one_leader(eight, trains=False)
     commands_run.require_one_leader(nine, trains=True)
@@ -263,7 +263,7 @@ def test_the_part_of_a_process_decides_whether_keys_and_values_are_kept(
     folder = RunFolder(tmp_path)
     policy = make_policy("t5", "loaded")
     config = loop_config(batch_size=10, minibatch_size=5, microbatch_size=1)
-    cross, _ = memory._bytes_per_response(policy, PROMPTS[3], config)
+    cross = memory._update_bytes(policy, PROMPTS[3], config).cross
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 3 * cross + 4)  # A quarter of it holds three.
     for size, kept in ((1, False), (3, False), (4, True), (1, False)):
         world = World(size=size)

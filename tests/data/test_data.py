@@ -248,7 +248,9 @@ def test_too_few_rows_are_refused_with_the_counts_of_each_reason(
 def test_a_batch_larger_than_the_training_rows_is_refused() -> None:
     settings = config()
     settings = replace(settings, rl=replace(settings.rl, batch_size=64, minibatch_size=16))
-    with pytest.raises(InputError, match=r"rl\.batch_size = 64: exceeds the 14 rows left for training \(no row was"):
+    with pytest.raises(
+        InputError, match=r"rl\.batch_size = 64: needs 64 prompts a step, and 14 rows are left for training \(no"
+    ):
         select_rows({"train": rows_of([dialogue(i) for i in range(20)])}, settings)
 
 
