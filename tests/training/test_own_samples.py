@@ -91,7 +91,9 @@ def test_they_are_drawn_once_with_their_tokens_and_scored_with_their_prompt(
         assert [scored.response.ids for scored in samples.samples] == [response.ids for response in alone]
         for response, score in samples.samples:
             assert response.text == policy.tokenizer.decode(response.ids, skip_special_tokens=True).strip()
-            assert 0 < len(response.ids) <= config.generation.max_new_tokens
+            ends = [token in policy.eos_token_ids for token in response.ids]
+            assert not any(ends[:-1])
+            assert ends[-1] or len(ends) == config.generation.max_new_tokens
             assert score == pytest.approx(len(prompt.text) + len(response.text) / 7)
 
     monkeypatch.setattr(own_samples_module, "sample_all", None)

@@ -134,22 +134,9 @@ def test_a_microbatch_changes_memory_alone(
         assert other == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_pass_is_no_larger_than_one_of_the_other_baselines(
-    make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dpo_config(steps=1)
-    config = replace(config, sft=replace(config.sft, batch_size=5))
-    sizes: list[int] = []
-    monkeypatch.setattr(
-        preferences,
-        "preference_loss",
-        lambda policy, pairs, _: sizes.append(len(pairs)) or policy.parameters()[0].sum(),
-    )
-    policy = make_policy("t5", "fresh")
-    assert pairs_per_step(config.sft) == 2
-    assert len(list(learn_preferences(policy, pairs_of(policy), config, tmp_path))) == 1
-    assert sizes == [2]
-    assert pairs_per_step(replace(config.sft, batch_size=1)) == 1
+def test_a_step_reads_half_as_many_pairs_as_the_other_baselines_read_targets() -> None:
+    sft = dpo_config().sft
+    assert [pairs_per_step(replace(sft, batch_size=size)) for size in (32, 5, 1)] == [16, 2, 1]
 
 
 def test_the_learning_rate_falls_to_zero_and_the_gradient_is_clipped(

@@ -40,12 +40,12 @@ class OwnSamples(NamedTuple):
 
     @property
     def best(self) -> ScoredResponse:
-        """The sample with the highest score."""
+        """The sample with the highest score; of equal ones the first."""
         return max(self.samples, key=lambda sample: sample.rank)
 
     @property
     def worst(self) -> ScoredResponse:
-        """The sample with the lowest score, or one without words."""
+        """The sample with the lowest score, or one without words; of equal ones the first."""
         return min(self.samples, key=lambda sample: sample.rank)
 
 

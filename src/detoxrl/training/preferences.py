@@ -30,13 +30,14 @@ class PreferencePair(NamedTuple):
 
 
 def preference_pairs(samples: Sequence[OwnSamples]) -> list[PreferencePair]:
-    """Return the best and the worst sample of each prompt in which they differ, in score and in text."""
+    """Return the best and the worst sample of each prompt whose samples differ in score and in text."""
     pairs = []
     for own in samples:
-        best = own.best
-        worst = own.worst
-        if best.rank > worst.rank and best.response.text != worst.response.text:
-            pairs.append(PreferencePair(own.prompt, best.response, worst.response))
+        best = own.best.response
+        worst = own.worst.response
+        # Where all scores are equal, both are the first sample.
+        if best.text != worst.text:
+            pairs.append(PreferencePair(own.prompt, best, worst))
     return pairs
 
 
@@ -81,11 +82,9 @@ def learn_preferences(
 def _backward(policy: Policy, pairs: Sequence[PreferencePair], config: Config) -> float:
     """Add the gradient of the mean loss of the pairs, and return that loss.
 
-    A pass reads no more responses than a pass of an update in PPO, and no more than one of the other baselines.
+    A pass reads no more responses than one of an update in RL, but at least a pair.
     """
-    rl = config.rl
-    responses = min(rl.microbatch_size or rl.minibatch_size, config.sft.batch_size)
-    at_once = max(1, responses // 2)
+    at_once = max(1, (config.rl.microbatch_size or config.rl.minibatch_size) // 2)
     ordered = sorted(pairs, key=lambda pair: len(pair.prompt))  # A pass over neighbours needs little padding.
 
     total = 0.0
