@@ -21,6 +21,7 @@ BASELINES = {
     "best_of_16": "best of 16 by the reward",
     "sft_civil": "supervised on civil references",
     "sft_best_of_4": "supervised on the best of 4",
+    "dpo_best_and_worst": "DPO on the best and worst of 4",
 }
 METRICS = {
     "facts": "facts kept, with roles",

@@ -107,7 +107,8 @@ def _base_measurements(run: Run, folder: Path) -> Measurements:
         loss = model(**pad_batch(base.tokenizer.pad_token_id, inputs, labels, model.device)).loss
 
     draws = Draws(SEED, "shipped models")
-    texts = sample_all(base.frozen_policy(), to_prompts(rows), run.config.generation, draws, SAMPLES, None)
+    drawn = sample_all(base.frozen_policy(), to_prompts(rows), run.config.generation, draws, None)
+    texts = [[response.text for response in responses] for responses in drawn]
     kept = [
         facts_kept(text, row.facts) for row, samples in zip(rows, texts, strict=True) for text in samples if row.facts
     ]

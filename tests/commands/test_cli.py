@@ -99,7 +99,7 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
     )
     # Nothing but the temperature lies between the initial policy and itself.
     assert found["quality"]["nll"]["before"] == found["quality"]["entropy"]["before"]
-    names = ["word_filter", "best_of_4", "best_of_16", "sharpened", "sft_civil", "sft_best_of_4"]
+    names = ["word_filter", "best_of_4", "best_of_16", "sharpened", "sft_civil", "sft_best_of_4", "dpo_best_and_worst"]
     if found["quality"]["entropy"]["difference"]["mean"] >= 0:
         names.remove("sharpened")
     assert [*found["baselines"]] == names
@@ -146,6 +146,7 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
         "after": "measured0 None None",
         "sft_civil": "measured1 None None",
         "sft_best_of_4": "measured2 None None",
+        "dpo_best_and_worst": "measured3 None None",
     }
 
 

@@ -152,7 +152,24 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = forecast.weight_bytes(policy)
     assert peaks["sft"] - 4.0 - 4 * whole > 2**28
     assert peaks["sft"] - peaks["train"] == (4 * whole + 4.0) - (whole + 4 * trained + 9.0)
-    assert peaks["train"] - peaks["evaluate"] == (4 * trained + 9.0) - (3 * trained + 7.0)
+    assert peaks["train"] - peaks["evaluate"] == (4 * trained + 9.0) - (4 * trained + 7.0)
+
+
+def test_memory_of_a_baseline_on_own_samples_is_that_of_sampling_or_of_an_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = prepare_rows(recipe("quickstart", {"data.limit": 128, "evaluation.prompts": 10}))
+
+    def sft(baseline_steps: int, *peaks: float) -> float:
+        monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: peaks)
+        config = recipe("quickstart", {"data.limit": 128, "sft.baseline_steps": baseline_steps})
+        return stage_memory(config, prepared, [])["sft"]
+
+    small = sft(0, 2.0**40, 0.0, 2.0**40)
+    assert small < 2**35
+    assert sft(100, 0.0, 2.0**40, 0.0) == pytest.approx(small, rel=0.01)  # The reference reads nothing here.
+    assert sft(100, 2.0**40, 0.0, 0.0) > 2**40
+    assert sft(100, 0.0, 0.0, 2.0**40) > 2**40
 
 
 @pytest.mark.parametrize(("name", "kv_numbers"), [("t5", 2 * 2 * 32), ("llama", 2 * 2 * 16), ("gpt2", 2 * 2 * 32)])
@@ -216,20 +233,22 @@ def test_time_is_what_was_measured_times_how_often_a_run_does_it() -> None:
     prepared = prepare_rows(config)
     seconds = stage_seconds(config, prepared.rows, STEP)
 
-    # 40 steps of 128 responses, 5 validations of 20, and a normaliser of 128; 2 epochs; 2,000 + 2 x 100 sft steps.
-    # For each test prompt there are 4 samples of 4 policies, and 16 more of the start.
+    # 40 steps of 128 responses, 5 validations of 20, and a normaliser of 128; 2 epochs; 2,000 + 2 x 100 sft steps,
+    # and 100 of DPO on 32 responses. All 128 training prompts are sampled 4 times before. For each test prompt there
+    # are 4 samples of 6 policies, and 16 more of the start.
     trained = 40 * 128
     validated = 5 * 20
     train = (0.5 + 0.25) * (trained + validated + 128) + 0.125 * (trained + validated)
     train += 4.0 * 2 * trained + 2.0 * validated
     assert seconds["train"] == train
-    assert seconds["evaluate"] == 10 * (5 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
-    assert seconds["sft"] == (2000 + 200) * 0.75
+    assert seconds["evaluate"] == 10 * (6 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    of_own_samples = 4 * 128 * (0.5 + 0.25) + 100 * 32 * 4.0
+    assert seconds["sft"] == (2000 + 200) * 0.75 + of_own_samples
 
     bare = {split: [replace(row, civil_references=()) for row in rows] for split, rows in prepared.rows.items()}
     without = stage_seconds(config, bare, STEP)
-    assert without["evaluate"] == 10 * (4 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
-    assert without["sft"] == (2000 + 100) * 0.75
+    assert without["evaluate"] == 10 * (5 * 4 + 16) * (0.5 + 0.25 + 2.0 + 8.0)
+    assert without["sft"] == (2000 + 100) * 0.75 + of_own_samples
 
 
 def test_time_grows_with_the_work_of_a_run(place: Path) -> None:

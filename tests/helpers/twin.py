@@ -249,3 +249,15 @@ def ppo(
         mask = [[t < n for t in range(len(row))] for row, n in zip(rewards, lengths, strict=True)]
         advantages = whiten(advantages, mask)
     return advantages, returns
+
+
+def dpo_loss(policy: Matrix, reference: Matrix, lengths: list[int], beta: float) -> float:
+    """Equation 7 of Rafailov et al. 2023, summed: log-probs of tokens, rows by turns of the better and the worse."""
+    implicit_rewards = []
+    for p, q, n in zip(policy, reference, lengths, strict=True):
+        implicit_rewards.append(beta * math.fsum(p[t] - q[t] for t in range(n)))
+
+    losses = []
+    for better, worse in zip(implicit_rewards[::2], implicit_rewards[1::2], strict=True):
+        losses.append(-math.log(1 / (1 + math.exp(-(better - worse)))))
+    return math.fsum(losses)

@@ -181,7 +181,8 @@ def test_the_reference_can_be_sampled_after_the_policy_moved(name: str, kind: st
     config = replace(small_config().generation, max_new_tokens=LENGTH)
 
     def sampled(adapter: str | None = POLICY, samples: int = 1) -> list[list[str]]:
-        return sample_all(policy, PROMPTS, config, Draws(0, "x", samples=range(samples)), adapter)
+        drawn = sample_all(policy, PROMPTS, config, Draws(0, "x", samples=range(samples)), adapter)
+        return [[response.text for response in responses] for responses in drawn]
 
     before = sampled()
     disturb(policy)

@@ -225,7 +225,7 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
     ]
     assert judged == [one.texts[0] for one in alone]
     sampled = sample_all(policy, to_prompts(rows), config.generation, Draws(config.seed, "validation"))
-    assert judged == [text for (text,) in sampled]
+    assert judged == [response.text for (response,) in sampled]
     assert scored == [(row.prompt, text) for row, text in zip(rows, judged, strict=True)]
     assert (found.step, found.score) == (5, 3.5)
     distances = [float((one.responses.logprobs - one.ref_logprobs).sum()) for one in alone]

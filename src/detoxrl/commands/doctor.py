@@ -160,7 +160,7 @@ def _written_bytes(config: Config, prepared: Prepared, policy: Policy) -> int:
     trained = weight_bytes(policy)
     whole = weight_bytes(policy.model)
     adapter = whole if config.policy.full_weights else trained
-    baselines = 2 * adapter if config.sft.baseline_steps > 0 else 0
+    baselines = 3 * adapter if config.sft.baseline_steps > 0 else 0
     start = 0
     if config.sft.steps > 0:
         start = whole if config.sft.full_weights else trained

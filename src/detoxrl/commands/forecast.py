@@ -76,10 +76,16 @@ def stage_memory(config: Config, prepared: Prepared, classifiers: list[PreTraine
     # On a GPU only tensors take memory, not the process.
     process = 0 if PartialState().device.type == "cuda" else psutil.Process().memory_info().rss
     process += _LOADED_LATER
-    tunes = config.sft.steps + config.sft.baseline_steps * baselines > 0
+
+    sft = 0.0
+    if config.sft.steps + config.sft.baseline_steps > 0:
+        sft = process + _finetuning_peak(policy, config, prepared)
+    if baselines > 0:
+        # Two baselines learn from samples of the initial policy, one of them in passes no larger than an update's.
+        sft = max(sft, process + models + 4 * trained + max(sampling, update))
 
     return {
-        "sft": process + _finetuning_peak(policy, config, prepared) if tunes else 0.0,
+        "sft": sft,
         # The weights that train also have a gradient, two moments and a frozen copy as the reference.
         "train": process + models + 4 * trained + max(sampling, scoring, update, judging),
         "evaluate": process + models + (1 + baselines) * trained + max(sampling, judging),

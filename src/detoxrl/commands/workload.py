@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row
+from detoxrl.training.own_samples import SAMPLES, sampled_prompts
+from detoxrl.training.preferences import pairs_per_step
 
 Rows = Mapping[str, Sequence[Row]]
 """Rows by split."""
+_DPO = "DPO baseline"
 
 
 class StepSeconds(NamedTuple):
@@ -49,7 +52,7 @@ def bar_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, floa
 
     seconds = {"warm start": config.sft.steps * step.finetune}
     for name in baselines:
-        seconds[name] = config.sft.baseline_steps * step.finetune
+        seconds[name] = config.sft.baseline_steps * _baseline_step(name, config, step)
     seconds["train"] = train
     seconds["sample"] = evaluated * step.sample
     seconds["measure"] = evaluated * (step.score + sum(step.judges))
@@ -61,16 +64,28 @@ def stage_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, fl
     bars = bar_seconds(config, rows, step)
     train = bars.pop("train")
     evaluate = bars.pop("sample") + bars.pop("measure")
-    return {"sft": sum(bars.values()), "train": train, "evaluate": evaluate}
+    own_samples = SAMPLES * sampled_prompts(config.sft, len(rows["train"]))
+    sft = sum(bars.values()) + own_samples * (step.sample + step.score)
+    return {"sft": sft, "train": train, "evaluate": evaluate}
+
+
+def _baseline_step(name: str, config: Config, step: StepSeconds) -> float:
+    """Return the seconds of one optimizer step of a baseline."""
+    if name == _DPO:
+        return 2 * pairs_per_step(config.sft) * step.update
+    return step.finetune
 
 
 def baseline_names(config: Config, rows: Rows) -> list[str]:
-    """Return the fine-tuned baselines of a run.
+    """Return the baselines that a run trains.
 
-    One learns from civil references if there are some, another from the best of the initial policy's own responses.
+    One learns from civil references if there are some. The others learn from the initial policy's own responses: from
+    the best ones, and from the best and the worst ones.
     """
     if config.sft.baseline_steps == 0:
         return []
 
-    has_civil = any(row.civil_references for row in rows["train"])
-    return ["civil baseline", "best-of-4 baseline"] if has_civil else ["best-of-4 baseline"]
+    names = ["best-of-4 baseline", _DPO]
+    if any(row.civil_references for row in rows["train"]):
+        names.insert(0, "civil baseline")
+    return names

@@ -173,11 +173,11 @@ class SftConfig:
     """Compute in bfloat16 if the processor supports it. Weights, optimizer state and losses stay in fp32."""
 
     baseline_steps: NonNegativeInt = 150
-    """Optimizer steps of each baseline: the initial policy fine-tuned on civil references, if rows have them, and on
-    the best of its own 4 responses to a prompt; 0 skips both."""
+    """Optimizer steps of each baseline: the initial policy fine-tuned on civil references, if rows have them, on the
+    best of its own 4 responses to a prompt, and by DPO on the best and the worst of them; 0 skips all."""
 
     baseline_lr: PositiveFloat = 1e-3
-    """Peak learning rate of the baselines."""
+    """Peak learning rate of the fine-tuned baselines. That of DPO is rl.lr."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)

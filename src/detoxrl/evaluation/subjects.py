@@ -14,7 +14,7 @@ from detoxrl.evaluation.sharpening import SHARPENED
 from detoxrl.runtime.hub import pin_policy
 
 # The folder of each policy that a run trains, by its name among the policies that are measured.
-TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert"}
+TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert", "dpo_best_and_worst": "dpo"}
 _RESERVED = {"before", "after", "word_filter", "copy", "human", SHARPENED, *TRAINED}
 
 NO_BASE = "none"

@@ -99,6 +99,14 @@ class Sample(NamedTuple):
     likelihood: Likelihood | None
 
 
+class Response(NamedTuple):
+    """One response: its text, the ids of its tokens with EOS, and the log-prob (nats) of these when they were drawn."""
+
+    text: str
+    ids: list[int]
+    logprob: float  # Summed over the tokens.
+
+
 @torch.no_grad()
 def sample_texts(
     policy: Policy, prompts: Sequence[Prompt], config: GenerationConfig, draws: Draws, adapter: str | None = POLICY
@@ -183,20 +191,35 @@ def response_logprobs(
     return logprobs
 
 
+@torch.no_grad()
 def sample_all(
     policy: Policy,
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     draws: Draws,
     adapter: str | None = POLICY,
-) -> list[list[str]]:
-    """Return the texts of the drawn samples of each prompt, in the order of the prompts."""
-    texts: dict[int, list[str]] = {}
+) -> list[list[Response]]:
+    """Return the drawn samples of each prompt, in the order of the prompts."""
+    source = Distribution(policy, adapter, config.temperature, encoder=adapter)
+    by_prompt: list[list[Response]] = [[] for _ in prompts]
     for indices in batches_by_length(prompts, config.batch_size):
-        batch = [prompts[index] for index in indices]
-        sampled = sample_texts(policy, batch, config, draws, adapter)
-        texts.update(zip(indices, sampled, strict=True))
-    return [texts[index] for index in range(len(prompts))]
+        for rows, portion in draws.portions(len(indices), config.batch_size):
+            batch = [prompts[index] for index in indices[rows]]
+            uniforms = portion.uniforms(policy, batch, config.max_new_tokens)
+            responses = _responses(policy, source.draw(source.encode(batch), uniforms))
+
+            size = len(portion.samples)
+            for number, index in enumerate(indices[rows]):
+                by_prompt[index] += responses[number * size : (number + 1) * size]
+    return by_prompt
+
+
+def _responses(policy: Policy, drawn: Responses) -> list[Response]:
+    """Return each of the responses of a batch."""
+    lengths: list[int] = drawn.response_mask.sum(1).tolist()
+    ids: list[list[int]] = drawn.ids.tolist()
+    rows = zip(policy.decode(drawn), ids, lengths, _summed(drawn.logprobs), strict=True)
+    return [Response(text, row_ids[:length], logprob) for text, row_ids, length, logprob in rows]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ _SYSTEMS = {
     "word_filter": "Word filter",
     "sft_civil": "SFT on civil references",
     "sft_best_of_4": "SFT on best-of-4 responses",
+    "dpo_best_and_worst": "DPO on best and worst of 4",
     "copy": "Copy of the source",
     "human": "Rewritten by people",
 }

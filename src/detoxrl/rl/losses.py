@@ -1,11 +1,12 @@
 """What does an update minimise?
 
-Losses come as sums over tokens: the caller divides by the token count of the whole minibatch, so that the size of a
-microbatch never changes the update.
+Losses come as sums over tokens, that of DPO over pairs: the caller divides by the number in the whole minibatch, so
+that the size of a microbatch never changes the update.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from detoxrl.rl.kl import LOSSES
 
@@ -43,6 +44,15 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor
     clipped = values + (new_values - values).clamp(-clip, clip)
     worse = torch.maximum((new_values - returns).square(), (clipped - returns).square())
     return 0.5 * torch.where(mask, worse, 0.0).sum()
+
+
+def dpo_loss(best: Tensor, worst: Tensor, beta: float) -> Tensor:
+    """Return -log sigmoid(beta * (best - worst)) summed over pairs of responses, a scalar.
+
+    `best` and `worst` (P,) are log(policy / reference) of whole responses, in nats: sums over their tokens. Rafailov et
+    al. 2023, "Direct Preference Optimization", equation 7.
+    """
+    return -logsigmoid(beta * (best - worst)).sum()
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

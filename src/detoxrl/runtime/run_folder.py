@@ -31,7 +31,7 @@ STAGES = ("prepare", "sft", "train", "evaluate", "report")
 # that the stage has started.
 PRODUCTS = {
     "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
-    "sft": ("checkpoints/sft", "base", "start", "baseline", "expert"),
+    "sft": ("checkpoints/sft", "base", "start", "baseline", "expert", "dpo"),
     "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "memory.json",
               "metrics.jsonl", "validation.jsonl", "rollouts.jsonl"),
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),

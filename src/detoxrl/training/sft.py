@@ -1,7 +1,7 @@
 """What does the sft stage make: the warm start, and the baselines without reinforcement learning?"""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,30 +9,27 @@ from typing import Any
 
 import torch
 
-from detoxrl.data.rows import Row, to_prompts
 from detoxrl.models.base import Base
 from detoxrl.models.loading import load_tokenizer, save_base, scratch_base
 from detoxrl.models.policy import Policy
 from detoxrl.models.recompute import recomputing_layers
-from detoxrl.models.sampling import Draws, sample_all
-from detoxrl.rewards.shaping import is_wordless
 from detoxrl.runs import Run
 from detoxrl.runtime.cache import cached
-from detoxrl.runtime.console import progress, status
+from detoxrl.runtime.console import log, progress
 from detoxrl.runtime.files import content_digest, remove_path, replace_folder
-from detoxrl.runtime.randomness import permutation
 from detoxrl.training.finetune import Pairs, fine_tune
+from detoxrl.training.own_samples import SAMPLES, own_samples
+from detoxrl.training.preferences import PreferencePair, learn_preferences, preference_pairs
 
-# The second baseline learns the best of this many responses to a prompt.
-BEST_OF = 4
 _CHECKPOINTS = "checkpoints/sft"
+_OWN_SAMPLES = f"{_CHECKPOINTS}/samples.json"
 
 Tune = Callable[[Run, Path, Path], None]
 """Fine-tunes for a run, into a folder, with checkpoints in another."""
 
 
 def run_sft(run: Run) -> None:
-    """Make the warm start in base/ or start/, and the baselines in baseline/ and expert/, where they are asked for."""
+    """Make the warm start in base/ or start/, and the baselines in baseline/, expert/ and dpo/, if asked for."""
     sft = run.config.sft
     if sft.steps > 0:
         _make(run, "base" if sft.full_weights else "start", warm_start, warm_start_ingredients(run))
@@ -40,6 +37,7 @@ def run_sft(run: Run) -> None:
         if any(row.civil_references for row in run.rows("train")):
             _make(run, "baseline", civil_baseline, _civil_baseline_ingredients(run))
         _make(run, "expert", expert_baseline, None)
+        _make_dpo_baseline(run)
     remove_path(run.folder / _CHECKPOINTS)
 
 
@@ -123,34 +121,36 @@ def expert_baseline(run: Run, folder: Path, checkpoints: Path) -> None:
 
     Each prompt is seen about four times: one round of expert iteration (Anthony et al. 2017).
     """
-    run.load_reward()
+    pairs = [(own.prompt, own.best.response.text) for own in own_samples(run, _OWN_SAMPLES)]
     policy = run.initial_policy().to(run.world.device)
-    pairs = _best_responses(run, policy)
     _tune_baseline("best-of-4 baseline", run, policy, pairs, checkpoints)
     policy.save(folder)
 
 
-def _best_responses(run: Run, policy: Policy) -> Pairs:
-    config = run.config
-    rows = run.rows("train")
-    count = max(1, config.sft.baseline_steps * config.sft.batch_size // BEST_OF)
-    chosen = [rows[index] for index in permutation(config.seed, "expert rows", 0, len(rows))[:count]]
-
-    with status(f"sampling {BEST_OF} responses to each of {count} prompts"):
-        draws = Draws(config.seed, "expert", samples=range(BEST_OF))
-        samples = sample_all(policy, to_prompts(chosen), config.generation, draws, policy.reference)
-        best = _best_samples(run, chosen, samples)
-    return [(row.prompt, response) for row, response in zip(chosen, best, strict=True)]
+def _make_dpo_baseline(run: Run) -> None:
+    """Make the DPO baseline, unless it was made before or has nothing to learn from."""
+    if (run.folder / "dpo").is_dir():
+        return
+    if _pairs(run):
+        _make(run, "dpo", dpo_baseline, None)
+    else:
+        log.print(f"sft: no DPO baseline: each prompt's {SAMPLES} samples are alike in text or score")
 
 
-def _best_samples(run: Run, rows: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[str]:
-    """Return the sample of each row with the highest score."""
-    prompts = [prompt for prompt in to_prompts(rows) for _ in range(BEST_OF)]
-    responses = [response for of_row in samples for response in of_row]
-    scores = run.reward(prompts, responses)
-    scores[is_wordless(responses)] = -torch.inf  # An empty response is not civil.
-    best = scores.reshape(-1, BEST_OF).argmax(1).tolist()
-    return [of_row[index] for of_row, index in zip(samples, best, strict=True)]
+def dpo_baseline(run: Run, folder: Path, checkpoints: Path) -> None:
+    """Train the initial policy's weights by DPO on the best and the worst, by the reward, of its own 4 responses.
+
+    Each prompt is seen about twice.
+    """
+    pairs = _pairs(run)
+    policy = run.initial_policy().to(run.world.device)
+    steps = learn_preferences(policy, pairs, run.config, checkpoints)
+    _show_progress("DPO baseline", run.config.sft.baseline_steps, steps)
+    policy.save(folder)
+
+
+def _pairs(run: Run) -> list[PreferencePair]:
+    return preference_pairs(own_samples(run, _OWN_SAMPLES))
 
 
 def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoints: Path) -> None:
