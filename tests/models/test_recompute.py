@@ -85,9 +85,9 @@ def test_losses_and_gradients_are_the_same_for_every_backbone(name: str, tmp_pat
     base = save_backbone(BACKBONES[name], tmp_path / name)
     policy = load_policy(str(base), None, PolicyConfig(base=str(base), lora_rank=4), seed=0)
     assert_the_same_with_checkpointing(policy)
-    held = memory._bytes_per_response(policy, PROMPTS[3], small_config())
+    held = memory._update_bytes(policy, PROMPTS[3], small_config()).response
     policy.checkpointing = False
-    assert held < memory._bytes_per_response(policy, PROMPTS[3], small_config())
+    assert held < memory._update_bytes(policy, PROMPTS[3], small_config()).response
 
 
 @pytest.mark.parametrize(("name", "kind"), [("t5", "loaded"), ("gpt2", "full")])
@@ -146,7 +146,7 @@ def test_the_peak_of_an_update_falls_and_the_estimate_follows_it(
     for checkpointing in (False, True):
         policy.checkpointing = checkpointing
         peaks[checkpointing] = peak_of_update(policy)
-        _, estimates[checkpointing] = memory._bytes_per_response(policy, PROMPTS[3], small_config())
+        estimates[checkpointing] = memory._update_bytes(policy, PROMPTS[3], small_config()).response
     layers = 8 if name == "gpt2" else 4
     assert peaks[True] < (0.4 if layers == 8 else 0.75) * peaks[False]
     measured = peaks[True] / peaks[False]
@@ -157,7 +157,7 @@ def test_the_peak_of_an_update_falls_and_the_estimate_follows_it(
 def test_what_a_pass_saves_is_counted_without_being_kept(bases: dict[str, Path], tmp_path: Path) -> None:
     policy = deep_gpt2(bases, tmp_path)
     with Meter() as meter:
-        _, saved = memory._bytes_per_response(policy, PROMPTS[3], small_config())
+        saved = memory._update_bytes(policy, PROMPTS[3], small_config()).response
     assert meter.peak < saved / 2
 
 

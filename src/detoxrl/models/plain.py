@@ -12,7 +12,7 @@ from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
 from detoxrl.models.prefix import kept_prefix, new_prefix, release
 from detoxrl.models.recompute import recomputing_layers
-from detoxrl.models.token_logprobs import MAX_LOGITS, entropies_of, select_tokens
+from detoxrl.models.token_logprobs import MAX_LOGITS, entropies_of, place_tokens, select_tokens
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import Weights
 
@@ -134,7 +134,6 @@ class PlainNetwork:
         Gradients flow through what was read. The first token of a response follows from the prompt alone.
         """
         group_size = len(ids) // len(encoded.mask)
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         prefix = new_prefix()
         try:
             no_tokens = ids.new_empty(len(encoded.mask), 0)
@@ -151,14 +150,13 @@ class PlainNetwork:
         # The logits are the largest tensors of the pass, so the two parts are joined behind them.
         by_token = []
         for columns, (logits, states) in parts:
-            part_mask = mask[:, columns]
-            scores = _scored(logits, ids[:, columns], part_mask, temperature, entropy_gradient)
-            placed = [
-                torch.zeros(part_mask.shape, device=ids.device).masked_scatter(part_mask, each) for each in scores
-            ]
-            by_token.append((*placed, states))
-        chosen, entropy, states = (torch.cat(halves, 1)[mask] for halves in zip(*by_token, strict=True))
-        return chosen, entropy, states
+            part_ids = ids[:, columns]
+            part_mask = None if mask is None else mask[:, columns]
+            chosen, entropy = _scored(logits, part_ids, part_mask, temperature, entropy_gradient)
+            placed = (place_tokens(chosen, part_ids, part_mask), place_tokens(entropy, part_ids, part_mask), states)
+            by_token.append(placed)
+        chosen, entropy, states = (torch.cat(halves, 1) for halves in zip(*by_token, strict=True))
+        return select_tokens(chosen, mask), select_tokens(entropy, mask), select_tokens(states, mask)
 
     def steps(self, encoded: Encoded, length: int, group_size: int) -> "PlainSteps":
         """Return an object that decodes responses to the prompts token by token. Its cache grows with the length."""

@@ -12,6 +12,7 @@ from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.ends import end_token_ids
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.t5 import T5Network, is_plain_t5
+from detoxrl.models.token_logprobs import place_tokens
 from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY, LoraWeights, Weights
 
@@ -164,14 +165,10 @@ class Policy:
         """
         network = self._network(adapter)
         chosen, entropy, states = network.logprobs(encoded, ids, mask, temperature, entropy_gradient)
-        values = None if self.value_head is None else self._values(states.detach(), self.value_head)
-
-        def placed(numbers: torch.Tensor) -> torch.Tensor:
-            if mask is None:
-                return numbers.view(ids.shape)
-            return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, numbers)
-
-        return Scored(placed(chosen), placed(entropy), None if values is None else placed(values))
+        values = None
+        if self.value_head is not None:
+            values = place_tokens(self._values(states.detach(), self.value_head), ids, mask)
+        return Scored(place_tokens(chosen, ids, mask), place_tokens(entropy, ids, mask), values)
 
     def rows_at_once(self, length: int) -> int:
         """Return how many responses of `length` tokens to read in one pass without gradients."""

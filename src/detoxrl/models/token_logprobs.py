@@ -20,6 +20,13 @@ def select_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
     return values.flatten(0, 1) if mask is None else values[mask]
 
 
+def place_tokens(values: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the values (N,) of the tokens that `select_tokens` selects in their places (B, T) of ids, 0 elsewhere."""
+    if mask is None:
+        return values.view(ids.shape)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, values)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probs and entropies under a frozen head, whose gradients are computed in the forward pass.
 
