@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grpo": ("#D55E00", ["--rl.algorithm", "grpo"]),
     "reinforce": ("#009E73", ["--rl.algorithm", "reinforce"]),
 }
-TIMED_STEPS = 4  # The first does not count.
+TIMED_STEPS = 3  # The first does not count.
 ROUNDS = 2
 # Validation is frequent, so that policies can be compared at any second. Baselines are measured elsewhere.
 _COMMON = ["--evaluation.best-of", "--evaluation.no-sharpened", "--sft.baseline-steps", "0"]
