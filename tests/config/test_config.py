@@ -141,7 +141,7 @@ def test_an_algorithm_sets_what_is_left_none_and_nothing_else(
     assert (rl.responses_per_prompt, rl.scales_by_std, rl.kl_place, rl.kl_by) == (
         group_size, std_scaling, kl_place, kl_by
     )  # fmt: skip
-    assert rl.defaults.has_critic == has_critic
+    assert rl.traits.has_critic == has_critic
     assert rl.clip_range == (rl.clip, rl.clip)
     assert (rl.group_size, rl.std_scaling, rl.kl_in, rl.kl_estimator, rl.clip_high) == (None,) * 5
 

@@ -47,7 +47,7 @@ def rl_config(name: AlgorithmName, group_size: int, std_scaling: bool | None = N
 
 def targets_of(name: AlgorithmName, rewards: torch.Tensor, mask: torch.Tensor, rl: RlConfig) -> Targets:
     """The targets of an algorithm; a critic predicts 0.5 everywhere."""
-    values = torch.full_like(rewards, 0.5) if rl.defaults.has_critic else None
+    values = torch.full_like(rewards, 0.5) if rl.traits.has_critic else None
     return ALGORITHMS[name].targets(rewards, values, mask, rl)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from detoxrl.config.algorithms import ALGORITHMS
+from detoxrl.config.algorithms import ALGORITHM_TRAITS
 from detoxrl.config.edit import config_to_json, flatten
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import local_sources
@@ -192,7 +192,7 @@ def _require_changeable(folder: RunFolder, config: Config, breaking: Differences
         require(is_changeable, name, now, rule, remedy)
         if name == "rl.algorithm":
             rule = f"differs from the run's {before!r}, and only one of the two has a critic"
-            require(ALGORITHMS[before].has_critic == ALGORITHMS[now].has_critic, name, now, rule, remedy)
+            require(ALGORITHM_TRAITS[before].has_critic == ALGORITHM_TRAITS[now].has_critic, name, now, rule, remedy)
 
     name, (_, now) = next(iter(breaking.items()))
     steps_made = _steps_made(folder)

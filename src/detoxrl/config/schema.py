@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from detoxrl.config.algorithms import ALGORITHMS, AlgorithmDefaults, AlgorithmName
+from detoxrl.config.algorithms import ALGORITHM_TRAITS, AlgorithmName, AlgorithmTraits
 from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.errors import require
 
@@ -363,7 +363,7 @@ class RlConfig:
         rule = f"must divide rl.minibatch_size = {self.minibatch_size}"
         require(whole, "rl.group_size", size, rule, "change one of them")
 
-        comparable = size > 1 or not self.defaults.compares_group
+        comparable = size > 1 or not self.traits.compares_group
         rule = f"must be at least 2, because {self.algorithm} compares the responses to a prompt"
         require(comparable, "rl.group_size", size, rule, "raise it, or set rl.algorithm to ppo or reinforce")
 
@@ -384,14 +384,14 @@ class RlConfig:
             require(estimator == "k1", "rl.kl_estimator", estimator, rule, "set k1, or set rl.kl_in to loss")
 
     @property
-    def defaults(self) -> AlgorithmDefaults:
+    def traits(self) -> AlgorithmTraits:
         """What the algorithm needs, and what it sets where a setting is None."""
-        return ALGORITHMS[self.algorithm]
+        return ALGORITHM_TRAITS[self.algorithm]
 
     @property
     def responses_per_prompt(self) -> int:
         """The size of a group."""
-        return self.defaults.group_size if self.group_size is None else self.group_size
+        return self.traits.group_size if self.group_size is None else self.group_size
 
     @property
     def prompts_per_step(self) -> int:
@@ -401,12 +401,12 @@ class RlConfig:
     @property
     def scales_by_std(self) -> bool:
         """Whether advantages are divided by their standard deviation."""
-        return self.defaults.std_scaling if self.std_scaling is None else self.std_scaling
+        return self.traits.std_scaling if self.std_scaling is None else self.std_scaling
 
     @property
     def kl_place(self) -> Literal["reward", "loss"]:
         """Where the KL penalty acts."""
-        return self.defaults.kl_in if self.kl_in is None else self.kl_in
+        return self.traits.kl_in if self.kl_in is None else self.kl_in
 
     @property
     def kl_by(self) -> str:

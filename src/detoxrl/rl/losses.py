@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from detoxrl.rl.kl import LOSSES
+from detoxrl.rl.kl import LOSS_ESTIMATORS
 
 
 def policy_loss(
@@ -33,7 +33,7 @@ def kl_loss(new_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator:
     """
     # Where nothing is counted both are set to 0, so that no padding overflows.
     logprobs = torch.where(mask, new_logprobs, 0.0)
-    return LOSSES[estimator](logprobs, torch.where(mask, ref_logprobs, 0.0)).sum()
+    return LOSS_ESTIMATORS[estimator](logprobs, torch.where(mask, ref_logprobs, 0.0)).sum()
 
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:

@@ -42,7 +42,7 @@ class Learner:
         self.algorithm = ALGORITHMS[run.config.rl.algorithm]
         self.reward = reward or run.reward
         self.policy: Policy = run.initial_policy().to(run.world.device)
-        self.value_head = self.policy.add_value_head() if self.config.rl.defaults.has_critic else None
+        self.value_head = self.policy.add_value_head() if self.config.rl.traits.has_critic else None
         self.optimizer = self._new_optimizer()
         self.prompts = to_prompts(run.rows("train"))
         self.memory = MemoryPlan(microbatch_size=self.config.rl.minibatch_size, keep_cross=True)
