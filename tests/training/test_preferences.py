@@ -25,8 +25,8 @@ from learning import PROMPTS
 
 def dpo_config(steps: int = 3, lr: float = 1e-2, microbatch_size: int | None = None) -> Config:
     small = small_config()
-    sft = replace(small.sft, baseline_steps=steps, batch_size=8)
-    return replace(small, sft=sft, rl=replace(small.rl, lr=lr, microbatch_size=microbatch_size, minibatch_size=8))
+    sft = replace(small.sft, baseline_lr=2 * lr, baseline_steps=steps, batch_size=8)
+    return replace(small, sft=sft, rl=replace(small.rl, microbatch_size=microbatch_size, minibatch_size=8))
 
 
 def pairs_of(policy: Policy, temperature: float = 1.0) -> list[PreferencePair]:
@@ -189,6 +189,8 @@ def test_a_loss_that_is_not_finite_stops_it(make_policy: Make, tmp_path: Path) -
     pairs = pairs_of(policy)
     broken = [pair._replace(best=pair.best._replace(logprob=math.nan)) for pair in pairs]
     before = weights_of(policy)
-    with pytest.raises(TrainingError, match=r"sft stopped at step 0 of DPO: the loss is nan; a lower rl\.lr may help"):
+    with pytest.raises(
+        TrainingError, match=r"sft stopped at step 0 of DPO: the loss is nan; a lower sft\.baseline_lr may"
+    ):
         next(learn_preferences(policy, broken, dpo_config(), tmp_path))
     assert torch.equal(weights_of(policy), before)

@@ -177,7 +177,7 @@ class SftConfig:
     best of its own 4 responses to a prompt, and by DPO on the best and the worst of them; 0 skips all."""
 
     baseline_lr: PositiveFloat = 1e-3
-    """Peak learning rate of the fine-tuned baselines. That of DPO is rl.lr."""
+    """Peak learning rate of the fine-tuned baselines; DPO has half of it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)

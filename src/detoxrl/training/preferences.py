@@ -19,6 +19,9 @@ from detoxrl.training.own_samples import OwnSamples
 
 BETA = 0.1
 """How strongly the reference holds the policy back; the value of Rafailov et al. 2023, appendix B."""
+# The learning rate, as a share of that of the supervised baselines: their own breaks the quickstart's policy, and less
+# than half hardly moves it (docs/log.md).
+LR_SHARE = 0.5
 
 
 class PreferencePair(NamedTuple):
@@ -51,13 +54,14 @@ def learn_preferences(
 ) -> Iterator[tuple[int, float]]:
     """Minimise the DPO loss of the pairs over the policy's trainable weights; yield steps done and the loss of a pair.
 
-    The learning rate falls linearly from `rl.lr` to 0. Resumes from `checkpoint_folder`. Raises TrainingError when the
-    loss is not finite.
+    The learning rate falls linearly from half of `sft.baseline_lr` to 0. Resumes from `checkpoint_folder`. Raises
+    TrainingError when the loss is not finite.
     """
     rl = config.rl
     steps = config.sft.baseline_steps
     weights = trainable(policy.model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=rl.lr, eps=1e-5, weight_decay=0.0)
+    peak = LR_SHARE * config.sft.baseline_lr
+    optimizer = torch.optim.AdamW(weights.values(), lr=peak, eps=1e-5, weight_decay=0.0)
     checkpoints = Checkpoints(checkpoint_folder, weights, optimizer)
 
     with checkpoints.stoppable():
@@ -65,12 +69,14 @@ def learn_preferences(
         for step in range(restored["step"], steps):
             checkpoints.point(step, {})
             for group in optimizer.param_groups:
-                group["lr"] = rl.lr * (1 - step / steps)
+                group["lr"] = peak * (1 - step / steps)
 
             rows = batch_indices(config.seed, "dpo", step, pairs_per_step(config.sft), len(pairs))
             loss = _backward(policy, [pairs[row] for row in rows], config)
             if not math.isfinite(loss):
-                raise TrainingError(f"sft stopped at step {step} of DPO: the loss is {loss}; a lower rl.lr may help")
+                raise TrainingError(
+                    f"sft stopped at step {step} of DPO: the loss is {loss}; a lower sft.baseline_lr may help"
+                )
 
             torch.nn.utils.clip_grad_norm_(weights.values(), rl.max_grad_norm)
             optimizer.step()
