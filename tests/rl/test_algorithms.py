@@ -680,3 +680,8 @@ def test_the_policy_gradient_of_tail_scores_is_the_gradient_of_the_cvar(share: f
         logits = policy.logits.detach()
         slopes.append((cvar(logits + step * direction) - cvar(logits - step * direction)) / (2 * step))
     same(policy.gradient(loss / 20), -torch.tensor(slopes, dtype=torch.float64), tolerance=1e-7)
+
+
+def test_a_share_of_all_leaves_scores_as_they_are_to_the_last_bit() -> None:
+    scores = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tail_scores(scores, 1.0), scores)

@@ -32,6 +32,9 @@ def tail_scores(scores: Tensor, share: float) -> Tensor:
     where v is the quantile at `share`. Scores above v all count as v, so the policy gains nothing by raising them.
     Tamar et al. 2015, "Optimizing the CVaR via sampling": the gradient of CVaR is the policy gradient of these scores.
     """
+    if share == 1:
+        return scores  # To the last bit, which the formula below would round.
+
     lowest = max(1, round(share * len(scores)))
     quantile = scores.sort().values[lowest - 1]
     return quantile + (scores - quantile).clamp_max(0.0) * (len(scores) / lowest)
