@@ -99,11 +99,8 @@ def rewards_to_go(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tenso
 
     Sutton and Barto 2018, "Reinforcement Learning", equation 3.8.
     """
-    to_go = torch.zeros_like(rewards)
-    later = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        later = torch.where(response_mask[:, t], rewards[:, t] + gamma * later, 0.0)
-        to_go[:, t] = later
+    # Generalised advantages with lambda 1 are what follows less what the critic expects, here nothing.
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), response_mask, gamma, lam=1.0)
     return to_go
 
 
