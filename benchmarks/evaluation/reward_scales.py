@@ -166,7 +166,7 @@ def result_row(run: Run) -> str:
         interval = f"{difference['mean']:+.3f}, {difference['low']:+.3f} to {difference['high']:+.3f}"
 
     spread = steps[0]["score/std"]
-    weight = steps[0]["kl_coef"] * run.read("normaliser.json")["std"] / spread
+    weight = steps[0]["kl_coef"] * run.read("normaliser.json")["classifier"]["std"] / spread
     cells = [
         run.score + CAUSES[run.cause],
         "yes" if run.normalised else "no",

@@ -22,6 +22,7 @@ from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row
 from detoxrl.models.loading import save_base
 from detoxrl.models.types import Prompt
+from detoxrl.rewards.terms import single_term
 from detoxrl.runs import Run
 from detoxrl.runtime.allocator import keep_freed_memory
 from detoxrl.runtime.run_folder import RunFolder
@@ -95,7 +96,7 @@ def make_learner(given: GroupTask) -> Learner:
     run = Run(RunFolder(Path(given.models)), settings(given))
     placeholder = Row(id="0", text="", prompt="")
     run.use_rows({"train": [placeholder], "validation": [placeholder]})
-    learner = Learner(run, reward=random_scores)
+    learner = Learner(run, reward=single_term(random_scores))
     policy = learner.policy
     policy.eos_token_ids = [-1]  # No token ends a response.
     learner.memory = MemoryPlan(microbatch_size=given.microbatch, keep_cross=True)

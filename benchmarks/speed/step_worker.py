@@ -128,7 +128,9 @@ def make_step(learner: Learner, number: int) -> tuple[dict[str, float], Rollout]
 
     with timer.stage("score"):
         raw = learner.score(rollout)
-        scores = shape_scores(raw, rollout.texts, responses.ended, Normaliser(), learner.config)
+        scores = shape_scores(
+            raw, rollout.texts, responses.ended, Normaliser.identity(learner.reward.terms), learner.config
+        )
 
     with timer.stage("update"):
         rl = learner.config.rl

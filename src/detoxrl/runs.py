@@ -8,22 +8,30 @@ from typing import Any, NamedTuple
 
 from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config
-from detoxrl.config.sources import ENTAILMENT, label_settings, split_label, with_absolute_paths
+from detoxrl.config.sources import ENTAILMENT, split_label, term_labels, term_source, with_absolute_paths
+from detoxrl.config.terms import Term
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
 from detoxrl.evaluation.rater import load_rater
 from detoxrl.evaluation.readers import Readers, ScoredPairs
-from detoxrl.evaluation.similarity import load_encoder
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.base import Base
 from detoxrl.models.loading import with_fast_attention
 from detoxrl.models.lora import initial_adapter
 from detoxrl.models.policy import Policy
-from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
-from detoxrl.rewards.function import RewardFunction, function_name, load_function, validated_reward
-from detoxrl.rewards.shaping import Reward
+from detoxrl.models.sentences import Encode, load_encoder
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Classifier, load_classifier
+from detoxrl.rewards.function import (
+    RewardFunctions,
+    function_of,
+    load_function,
+    named_functions,
+    validated_reward,
+)
+from detoxrl.rewards.shaping import Normaliser
+from detoxrl.rewards.terms import Reward, Score, ScoredTerm, text_score
 from detoxrl.runtime.files import explain_corruption
-from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.run_folder import NORMALISER, RunFolder
 from detoxrl.runtime.world import World, current_world
 
 
@@ -31,19 +39,21 @@ class Scorer(NamedTuple):
     """The reward that training maximises, and the judge that its model makes where it is a classifier."""
 
     reward: Reward
-    judge: Judge | None  # Not an independent judge. None: the reward is a function.
+    judge: Judge | None  # Of its first classifier; not an independent judge. None: it has no classifier.
 
 
 class Run:
     """A run folder, its config, and the parts that the config names, each of which is loaded once, on first use."""
 
-    def __init__(self, folder: RunFolder, config: Config, reward: RewardFunction | None = None) -> None:
+    def __init__(self, folder: RunFolder, config: Config, reward: RewardFunctions | None = None) -> None:
         self.folder = folder
         self.config = config
         self.world: World = current_world()
-        self._reward_function = reward
+        self._reward_functions = reward
         self._ignores_products = False
         self._scorer: Scorer | None = None
+        self._functions: dict[str, Score] = {}  # By the name of the term.
+        self._encoders: dict[str, Encode] = {}  # By the source.
         self._judges: dict[str, Judge] | None = None
         self._readers: Readers | None = None
         self._rows: dict[str, list[Row]] = {}
@@ -67,26 +77,27 @@ class Run:
 
     @property
     def has_reward_function(self) -> bool:
-        """Whether the reward is a Python function, not a classifier."""
-        return self._reward_function is not None or self.config.reward.function is not None
+        """Whether a Python function is a part of the reward."""
+        kinds = {term.kind for term in self.config.reward.measured_terms}
+        return self._reward_functions is not None or "function" in kinds
 
     @property
     def uses_embedded_reward(self) -> bool:
-        """Whether the reward is the embedded classifier, which `prepare` trains."""
-        return not self.has_reward_function and self.config.reward.classifier == "embedded"
+        """Whether the embedded classifier is a part of the reward; `prepare` trains it."""
+        return self.config.reward.reads_classifier and self.config.reward.classifier == "embedded"
 
     @property
     def scorer(self) -> Scorer:
         """The reward, tried on a few texts, and its judge. Raises InputError if it does not fit."""
         if self._scorer is None:
-            self._scorer = self._load_function() if self.has_reward_function else self._load_classifier()
+            self._scorer = self._load_scorer()
         return self._scorer
 
     def load_reward(self) -> None:
         """Load and try the reward now, unless `prepare` has yet to train it. Raises InputError if it does not fit."""
         is_trained_later = self._ignores_products and self.uses_embedded_reward
         if self._scorer is None and not is_trained_later:
-            self._scorer = self._load_function() if self.has_reward_function else self._load_classifier()
+            self._scorer = self._load_scorer()
 
     def load_judges(self) -> None:
         """Load the judges now. Raises InputError for one that does not fit."""
@@ -101,28 +112,65 @@ class Run:
 
     @property
     def reward(self) -> Reward:
-        """The reward: (prompts, responses) -> raw scores (B,)."""
+        """The reward: (prompts, responses) -> raw values (B, terms)."""
         return self.scorer.reward
 
-    def _load_function(self) -> Scorer:
-        name = str(self.config.reward.function)
-        function = load_function(name) if self._reward_function is None else self._reward_function
-        reward = validated_reward(function, name)
-        first, second, *_ = to_prompts(self.rows("test")[:2])
-        reward([first, second, first], [CIVIL_PROBE, TOXIC_PROBE, ""])
-        return Scorer(reward=reward, judge=None)
+    def try_functions(self) -> None:
+        """Try the functions of the reward, which have no weights to load. Raises InputError for one that is unfit."""
+        for term in self.config.reward.measured_terms:
+            if term.kind == "function":
+                self._function_score(term)
 
-    def _load_classifier(self) -> Scorer:
+    def _load_scorer(self) -> Scorer:
+        self.try_functions()
+        scored: list[ScoredTerm] = []
+        judges: list[Judge] = []
+        for term in self.config.reward.measured_terms:
+            if term.kind == "classifier":
+                classifier = self._load_classifier(term)
+                judges.append(classifier_judge(classifier))
+                score: Score = classifier.score
+            elif term.kind == "function":
+                score = self._function_score(term)
+            else:
+                score = text_score(term, self._term_encoder(term))
+            scored.append(ScoredTerm(term, score))
+        return Scorer(reward=Reward(tuple(scored)), judge=judges[0] if judges else None)
+
+    def _function_score(self, term: Term) -> Score:
+        if term.name not in self._functions:
+            name = str(term.source or self.config.reward.function)
+            function = function_of(term.name, self._reward_functions) or load_function(name)
+            score = validated_reward(function, name)
+            first, second, *_ = to_prompts(self.rows("test")[:2])
+            score([first, second, first], [CIVIL_PROBE, TOXIC_PROBE, ""])
+            self._functions[term.name] = score
+        return self._functions[term.name]
+
+    def _load_classifier(self, term: Term) -> Classifier:
         settings = self.config.reward
-        source = settings.classifier
+        source, field = term_source(self.config, term)
         if source == "embedded":
             source = str(self.folder.require_product("reward", "prepare"))
 
-        labels = label_settings(self.config, "reward.classifier")
-        classifier = load_classifier(source, "reward.classifier", labels, self.world.device, settings.score)
+        labels = term_labels(self.config, term)
+        kind = term.score or settings.score
+        classifier = load_classifier(source, field, labels, self.world.device, kind)
         if settings.bf16:
             with_fast_attention(classifier.model.bfloat16())
-        return Scorer(reward=classifier.score, judge=classifier_judge(classifier))
+        return classifier
+
+    def _term_encoder(self, term: Term) -> Encode | None:
+        """Return the sentence encoder that a term names; None if it names none."""
+        if term.source is None or term.kind not in ("similarity", "source_similarity"):
+            return None
+        return self._encoder(*term_source(self.config, term))
+
+    def _encoder(self, source: str, field: str) -> Encode:
+        """Return a sentence encoder, which a term and the evaluation may share."""
+        if source not in self._encoders:
+            self._encoders[source] = load_encoder(source, field, self.world.device)
+        return self._encoders[source]
 
     @property
     def judges(self) -> dict[str, Judge]:
@@ -160,7 +208,7 @@ class Run:
 
     def _load_readers(self) -> Readers:
         settings = self.config.evaluation
-        encode = load_encoder(settings.encoder, self.world.device) if settings.encoder else None
+        encode = self._encoder(settings.encoder, "evaluation.encoder") if settings.encoder else None
         entails = None
         if settings.nli:
             # Of a premise (a row's text) and a hypothesis (a response) that do not fit, the longer one is cut.
@@ -175,8 +223,8 @@ class Run:
         classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)
         return classifier_judge(classifier)
 
-    def scores(self) -> Callable[[ScoredPairs], Floats]:
-        """Return the reward as a reader: raw scores (N,) of (prompt, response) pairs, each pair scored once."""
+    def values(self) -> Callable[[ScoredPairs], Floats]:
+        """Return the reward as a reader: raw values (N, terms) of (prompt, response) pairs, each pair scored once."""
 
         def score(pairs: ScoredPairs) -> Floats:
             prompts = [prompt for prompt, _ in pairs]
@@ -184,6 +232,12 @@ class Run:
             return self.reward(prompts, responses).double().numpy()
 
         return memoized(score)
+
+    def stored_normaliser(self) -> Normaliser | None:
+        """Return the normaliser of the reward's terms; None before training has measured it."""
+        if not (self.folder / NORMALISER).is_file():
+            return None
+        return Normaliser.from_json(self.folder.read_json(NORMALISER), self.config.reward.measured_terms)
 
     def rows(self, split: str) -> list[Row]:
         """Return the rows of a split of the prepared run. Raises InputError and StorageError."""
@@ -242,8 +296,8 @@ def _run_of_worker(root: Path, config: Config) -> Run:
     return Run(RunFolder(root), config)
 
 
-def with_reward_name(config: Config, reward: RewardFunction | None) -> Config:
-    """Return the config with every path absolute, and with the name of a reward function given in Python."""
+def with_reward_name(config: Config, reward: RewardFunctions | None) -> Config:
+    """Return the config with every path absolute, and with the names of reward functions given in Python."""
     if reward is not None:
-        config = with_settings(config, {"reward.function": function_name(reward)})
+        config = with_settings(config, named_functions(config.reward, reward))
     return with_absolute_paths(config)

@@ -50,7 +50,10 @@ def brevity(prompts, responses):
 '''
 # The calls of a process: the probe, the normaliser, then in each step a validation and a rollout.
 IN_STEP_2 = 2 + 2 * 2 + 2
-WORDS = ["--reward.function", "ranked.py:brevity", "--rl.steps", "4", "--rl.epochs", "2", "--rl.kl-target", "0.5"]
+WORDS = [
+    "--reward.function", "ranked.py:brevity", "--reward.terms", "function", "similarity,weight=0.5",
+    "--rl.steps", "4", "--rl.epochs", "2", "--rl.kl-target", "0.5",
+]  # fmt: skip
 
 
 def shared_run(number: int, words: Sequence[str], place: Path, happens: str = "") -> tuple[int, str]:

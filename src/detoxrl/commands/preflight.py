@@ -16,9 +16,12 @@ from detoxrl.config.sources import (
     judging_classifiers,
     label_settings,
     map_sources,
+    reward_classifiers,
     sources,
+    term_source,
     with_absolute_paths,
 )
+from detoxrl.config.terms import Term
 from detoxrl.data.layout import require_usable_source, require_usable_texts
 from detoxrl.errors import require
 from detoxrl.evaluation.subjects import NO_BASE, Subjects, measuring_config, with_commits
@@ -43,7 +46,6 @@ from detoxrl.runtime.run_folder import IfExists, RunFolder
 PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
 """Names of the pickled files that `convert` converts."""
 _SECTIONS = ("data", "policy", "reward", "evaluation")
-_CLASSIFIER = "reward.classifier"
 _ENCODER = "reward.encoder"
 _RATER = "evaluation.perplexity"
 _GIVEN = "--policy"
@@ -262,17 +264,26 @@ def _check_base(config: Config, at_hub: bool) -> None:
 
 
 def _check_reward(config: Config, at_hub: bool) -> None:
-    reward = config.reward
-    if reward.function is not None:
-        require_function(reward.function)
-        return
+    if config.reward.reads_classifier and config.reward.classifier == "embedded":
+        require_embedded_labels(label_settings(config, "reward.classifier"))
+        _check_encoder(config.reward.encoder, at_hub)
+    for classifier in reward_classifiers(config):
+        _check_classifier(classifier, at_hub)
 
-    labels = label_settings(config, _CLASSIFIER)
-    if reward.classifier == "embedded":
-        require_embedded_labels(labels)
-        _check_encoder(reward.encoder, at_hub)
-    else:
-        _check_classifier(ClassifierSource(_CLASSIFIER, reward.classifier, labels), at_hub)
+    for term in config.reward.measured_terms:
+        if term.kind == "function":
+            _check_function_term(config, term)
+        elif term.kind in ("similarity", "source_similarity") and term.source is not None:
+            source, setting = term_source(config, term)
+            _check_sentence_encoder(source, setting, at_hub)
+
+
+def _check_function_term(config: Config, term: Term) -> None:
+    name = term.source or config.reward.function
+    rule = "has the term function, and no function is named"
+    remedy = "set reward.function, or add source=FILE.py:NAME to the term"
+    require(name is not None, "reward.terms", term.written(), rule, remedy)
+    require_function(str(name))
 
 
 def _check_encoder(source: str | None, at_hub: bool) -> None:
@@ -300,10 +311,14 @@ def _check_evaluation(config: Config, at_hub: bool) -> None:
         _check_rater(settings.perplexity, at_hub)
 
     if settings.encoder:
-        remedy = "pip install 'detoxrl[similarity]'"
-        rule = "needs the package sentence-transformers"
-        require(is_installed("sentence_transformers"), "evaluation.encoder", settings.encoder, rule, remedy)
-        _folder(settings.encoder, "evaluation.encoder", at_hub)
+        _check_sentence_encoder(settings.encoder, "evaluation.encoder", at_hub)
+
+
+def _check_sentence_encoder(source: str, setting: str, at_hub: bool) -> None:
+    remedy = "pip install 'detoxrl[similarity]'"
+    rule = "needs the package sentence-transformers"
+    require(is_installed("sentence_transformers"), setting, source, rule, remedy)
+    _folder(source, setting, at_hub)
 
 
 def _check_rater(source: str, at_hub: bool) -> None:

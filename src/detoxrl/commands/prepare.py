@@ -99,8 +99,7 @@ def _check(run: Run, subjects: Subjects) -> Prepared:
 
 def load_reward_and_judges(run: Run) -> None:
     """Load and try what reads responses: a reward function first, because it has no weights, then judges and reward."""
-    if run.has_reward_function:
-        run.load_reward()
+    run.try_functions()
     run.load_measures()
     run.load_reward()
 

@@ -33,6 +33,7 @@ _FIRST_STAGE = {
     "evaluation.prompts": "prepare",
     "reward.classifier": "prepare",
     "reward.encoder": "prepare",
+    "reward.terms": "prepare",
     "policy": "sft",
     "sft": "sft",
     "reward": "sft",

@@ -25,7 +25,7 @@ from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects, measuring_config, subjects_of, with_commits
 from detoxrl.models.lora import with_lora_targets
 from detoxrl.report.page import build_report
-from detoxrl.rewards.function import RewardFunction
+from detoxrl.rewards.function import RewardFunctions
 from detoxrl.runs import Run, with_reward_name
 from detoxrl.runtime.allocator import keep_freed_memory
 from detoxrl.runtime.cache import tidy_cache
@@ -43,7 +43,7 @@ def run(
     config: Config,
     *,
     if_exists: IfExists = "error",
-    reward: RewardFunction | None = None,
+    reward: RewardFunctions | None = None,
     track: str | None = None,
 ) -> dict[str, Any]:
     """Run every stage in a new folder, or resume the run in an existing one, and return what eval.json holds.
@@ -76,7 +76,7 @@ def prepare(root: Path, config: Config, if_exists: IfExists = "error") -> None:
         pass
 
 
-def rerun_stage(root: Path, stage: str, reward: RewardFunction | None = None, track: str | None = None) -> None:
+def rerun_stage(root: Path, stage: str, reward: RewardFunctions | None = None, track: str | None = None) -> None:
     """Run one stage of a prepared folder from its beginning: sft, train, evaluate or report; `track` as for `run`."""
     check_stage(root, stage, has_reward=reward is not None)
     folder, config = RunFolder.open(root)
@@ -114,7 +114,7 @@ def evaluate(
     policies: Mapping[str, Path | str] | None = None,
     texts: Mapping[str, Path | str] | None = None,
     overwrite: bool = False,
-    reward: RewardFunction | None = None,
+    reward: RewardFunctions | None = None,
 ) -> dict[str, Any]:
     """Measure policies side by side, write the report, and return what eval.json holds.
 
@@ -141,7 +141,7 @@ def evaluate(
     return dict(started.folder.read_json("eval.json"))
 
 
-def _evaluate_run(root: Path, subjects: Subjects, reward: RewardFunction | None) -> dict[str, Any]:
+def _evaluate_run(root: Path, subjects: Subjects, reward: RewardFunctions | None) -> dict[str, Any]:
     folder, config = RunFolder.open(root)
     check_subjects(subjects)
     check_stage(root, "evaluate", has_reward=reward is not None)
@@ -167,7 +167,7 @@ def _started(
     root: Path,
     config: Config,
     if_exists: IfExists,
-    reward: RewardFunction | None = None,
+    reward: RewardFunctions | None = None,
     subjects: Subjects = NO_SUBJECTS,
 ) -> Iterator[Run]:
     """Yield the run of a prepared, locked folder: a new one, or the one to resume."""

@@ -23,7 +23,7 @@ from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Encoded, Prompt, Rollout
-from detoxrl.rewards.shaping import Reward
+from detoxrl.rewards.terms import Reward, single_term
 from detoxrl.rl.algorithm import Targets
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import trainable
@@ -55,7 +55,7 @@ def policy_seconds(run: Run, prepared: Prepared) -> StepSeconds:
     """
     config = run.config
     reward = None if run.uses_embedded_reward else run.reward
-    learner = Learner(run, reward or _no_reward)
+    learner = Learner(run, reward or single_term(_no_reward))
     policy = learner.policy
     tokens = response_tokens(config, prepared)
 

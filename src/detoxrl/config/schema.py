@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from detoxrl.config.algorithms import ALGORITHM_TRAITS, AlgorithmName, AlgorithmTraits
 from detoxrl.config.tasks import TASKS, Task, TaskName
+from detoxrl.config.terms import TERM_KINDS, Term, parse_terms
 from detoxrl.errors import require
 
 _PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
@@ -182,7 +183,11 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
 class RewardConfig:
-    """How a response is scored: by a classifier, or by a Python function."""
+    """How a response is scored: by a classifier, by a Python function, or by several weighted terms."""
+
+    terms: tuple[NonEmptyText, ...] = ()
+    """Terms whose weighted sum scores a response, each KIND or KIND,KEY=VALUE,... such as `classifier` or
+    `similarity,weight=0.5,gate=0.2`; docs/rewards.md lists kinds and keys. None: the classifier or function alone."""
 
     classifier: str = "embedded"
     """Folder or hub id of the classifier that scores responses; `embedded` is one trained on generated utterances."""
@@ -220,6 +225,35 @@ class RewardConfig:
 
     empty_score: float = -5.0
     """Normalised score of a response without a letter or digit; low, so that the policy does not learn to be silent."""
+
+    def __post_init__(self) -> None:
+        parse_terms(self.terms)
+
+        is_read = self.function is None or self.reads_function
+        rule = f"is read by none of reward.terms = {' '.join(self.terms)}"
+        require(is_read, "reward.function", self.function, rule, "add the term function, or leave it out")
+
+    @property
+    def measured_terms(self) -> tuple[Term, ...]:
+        """The terms that measure a response; the classifier or function alone if none are named."""
+        if self.terms:
+            return tuple(term for term in parse_terms(self.terms) if TERM_KINDS[term.kind].is_measured)
+        kind = "classifier" if self.function is None else "function"
+        return (Term(kind=kind, name=kind),)
+
+    def cost_of(self, rule: str) -> float | None:
+        """Return what the term `missing_eos` or `empty` costs a response; None if it is not named."""
+        return next((term.weight for term in parse_terms(self.terms) if term.kind == rule), None)
+
+    @property
+    def reads_classifier(self) -> bool:
+        """Whether a term reads reward.classifier."""
+        return any(term.kind == "classifier" and term.source is None for term in self.measured_terms)
+
+    @property
+    def reads_function(self) -> bool:
+        """Whether a term reads reward.function."""
+        return any(term.kind == "function" and term.source is None for term in self.measured_terms)
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
@@ -550,14 +584,23 @@ class Config:
     @property
     def missing_eos_penalty(self) -> float:
         """What a response that does not end by itself loses."""
-        penalty = self.reward.missing_eos_penalty
+        cost = self.reward.cost_of("missing_eos")
+        penalty = self.reward.missing_eos_penalty if cost is None else cost
         if penalty is not None:
             return penalty
         return 1.0 if self.task.responses_end else 0.0
 
+    @property
+    def empty_score(self) -> float:
+        """The score of a response without a letter or digit."""
+        cost = self.reward.cost_of("empty")
+        return self.reward.empty_score if cost is None else -cost
+
     def _require_an_independent_judge(self) -> None:
         judge = self.evaluation.primary_judge
-        same = without_revision(judge) == without_revision(self.reward.classifier)
-        independent = not same or self.reward.function is not None
+        read = [
+            term.source or self.reward.classifier for term in self.reward.measured_terms if term.kind == "classifier"
+        ]
+        independent = without_revision(judge) not in map(without_revision, read)
         rule = "is the reward's own classifier, which cannot judge independently"
         require(independent, "evaluation.primary_judge", judge, rule, "name another judge")

@@ -1,12 +1,13 @@
 """Which settings name data, a model or a file?"""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detoxrl.config.edit import flatten, with_settings
 from detoxrl.config.schema import Config
+from detoxrl.config.terms import Term, parse_term
 
 # What separates a source from the label or function name behind it, by setting; "" where the source stands alone.
 _SEPARATORS = {
@@ -23,6 +24,7 @@ _SEPARATORS = {
     "reward.function": ":",
 }
 _OTHER_JUDGES = "evaluation.other_judges"
+_TERMS = "reward.terms"
 ENTAILMENT = "entailment"
 """The label of an NLI model that is read."""
 # Values with a meaning of their own, which name no source.
@@ -40,8 +42,8 @@ class ClassifierSource(NamedTuple):
 def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
     """Return the config with each path or hub id replaced by `change(setting, source)`; labels stay.
 
-    Other judges go by "evaluation.other_judges 0", "evaluation.other_judges 1" and so on. What a reward function or
-    another classifier replaces is left out.
+    Other judges go by "evaluation.other_judges 0", "evaluation.other_judges 1" and so on, terms of a reward by
+    "reward.terms" and their names. What the reward does not read is left out.
     """
 
     def replaced(setting: str, value: str | None, separator: str) -> str | None:
@@ -59,14 +61,53 @@ def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
 
     judges = enumerate(config.evaluation.other_judges)
     changed[_OTHER_JUDGES] = [replaced(f"{_OTHER_JUDGES} {i}", judge, "=") for i, judge in judges]
+
+    terms = []
+    for text in config.reward.terms:
+        term = parse_term(text)
+        separator = ":" if term.kind == "function" else ""
+        source = replaced(_term_setting(term), term.source, separator)
+        terms.append(text if source == term.source else replace(term, source=source).written())
+    changed[_TERMS] = terms
     return with_settings(config, changed)
 
 
+def _term_setting(term: Term) -> str:
+    return f"{_TERMS} {term.name}"
+
+
 def _unread_settings(config: Config) -> set[str]:
-    """Return the settings of the reward that another one replaces."""
-    if config.reward.function:
-        return {"reward.classifier", "reward.encoder"}
-    return set() if config.reward.classifier == "embedded" else {"reward.encoder"}
+    """Return the settings of the reward that it does not read."""
+    reward = config.reward
+    unread = set()
+    if not reward.reads_function:
+        unread.add("reward.function")
+    if not reward.reads_classifier:
+        unread.add("reward.classifier")
+    if not reward.reads_classifier or reward.classifier != "embedded":
+        unread.add("reward.encoder")
+    return unread
+
+
+def term_source(config: Config, term: Term) -> tuple[str, str]:
+    """Return what a term reads, and the setting that names it."""
+    if term.source is not None:
+        return term.source, _term_setting(term)
+    setting = f"reward.{term.kind}"
+    sources_by_kind = {"reward.classifier": config.reward.classifier, "reward.function": config.reward.function}
+    return str(sources_by_kind[setting]), setting
+
+
+def term_labels(config: Config, term: Term) -> dict[str, str]:
+    """Return the labels of a term's classifier, by their settings, the toxic one first."""
+    if term.source is None:
+        return label_settings(config, "reward.classifier")
+
+    setting = _term_setting(term)
+    labels = {f"{setting}, toxic_label": str(term.toxic_label)}
+    if term.good_label is not None:
+        labels[f"{setting}, good_label"] = term.good_label
+    return labels
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -105,6 +146,16 @@ def label_settings(config: Config, field: str) -> dict[str, str]:
     if config.reward.good_label:
         labels["reward.good_label"] = config.reward.good_label
     return labels
+
+
+def reward_classifiers(config: Config) -> list[ClassifierSource]:
+    """Return the classifiers that the reward reads, the embedded one aside."""
+    found = []
+    for term in config.reward.measured_terms:
+        if term.kind == "classifier":
+            source, setting = term_source(config, term)
+            found.append(ClassifierSource(setting, source, term_labels(config, term)))
+    return [classifier for classifier in found if classifier.source not in _RESERVED]
 
 
 def judging_classifiers(config: Config) -> list[ClassifierSource]:

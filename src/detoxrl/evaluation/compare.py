@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
@@ -16,9 +16,8 @@ from detoxrl.data.rows import TOXIC_PROMPT, Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.likelihood import per_token, perplexity
-from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, quality_measure, response_metrics
+from detoxrl.evaluation.metrics import SEEN, UNSEEN, distinct, joint, quality_measure, response_metrics
 from detoxrl.evaluation.readers import Readers, paired
-from detoxrl.evaluation.similarity import joint, similarity
 from detoxrl.evaluation.statistics import (
     Floats,
     Json,
@@ -28,6 +27,8 @@ from detoxrl.evaluation.statistics import (
     kept_metric,
     kept_toxicity,
 )
+from detoxrl.models.types import Prompt
+from detoxrl.rewards.overlap import similarity
 from detoxrl.runtime.console import progress
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
@@ -140,7 +141,7 @@ def _metrics(
     flat = _flat(texts)
     metrics: dict[str, Floats] = {}
     if readers.score:
-        metrics["score"] = readers.score(paired(to_prompts(rows), texts))
+        metrics.update(readers.score(scored_pairs(rows, texts, initial)))
     metrics.update(_response_metrics(rows, texts))
 
     if len(initial[0]) > 1:
@@ -183,6 +184,14 @@ def _prompt_metrics(texts: Texts) -> dict[str, Floats]:
     return {name: np.array([[values[name]] for values in measured]) for name in measured[0]}
 
 
+def scored_pairs(rows: Sequence[Row], texts: Texts, initial: Texts) -> list[tuple[Prompt, str]]:
+    """Return N k pairs of prompt and response; a prompt comes with another response of the initial policy."""
+    prompts = [prompt for prompt, samples in zip(to_prompts(rows), texts, strict=True) for _ in samples]
+    others = _other_samples(texts, initial)
+    with_others = [replace(prompt, initial_response=other) for prompt, other in zip(prompts, others, strict=True)]
+    return list(zip(with_others, _flat(texts), strict=True))
+
+
 def _other_samples(texts: Texts, initial: Texts) -> list[str]:
     """Return for each response the initial policy's next sample for its prompt: j + 1 for sample j, cyclically.
 
@@ -216,9 +225,16 @@ def evaluation(config: Config, rows: Sequence[Row], measured: Measured) -> Json:
         "splits": splits(rows, measured, settings, config.seed),
         "baselines": _baselines(measured, settings, config.seed),
         "joint_scale": _joint_scale(measured),
+        "reward_terms": _reward_terms(config, measured),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
     }
+
+
+def _reward_terms(config: Config, measured: Measured) -> list[Json]:
+    """Return the terms of a reward that has several, where they were measured."""
+    terms = [term for term in config.reward.measured_terms if f"score/{term.name}" in measured.metrics["before"]]
+    return [{"name": term.name, "kind": term.kind, "weight": term.weight, "gate": term.gate} for term in terms]
 
 
 def _joint_scale(measured: Measured) -> Json | None:

@@ -1,27 +1,18 @@
 """What is measured of a response beside its toxicity?"""
 
-import re
 from collections.abc import Sequence
 
-from sacrebleu.metrics.chrf import CHRF
+import numpy as np
 
 from detoxrl.config.tasks import TASKS
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row, quality_references
 from detoxrl.evaluation.refusals import is_refusal
+from detoxrl.evaluation.statistics import Floats
+from detoxrl.rewards.overlap import WordTokenizer, chrf, copied, word_grams
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
-
-class _WordTokenizer:
-    """Lower-cased words of any script; the tokenizer of rouge-score knows Latin letters only."""
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
-
-
-_CHRF = CHRF()
 SEEN = insult_pattern(SEEN_INSULTS)
 UNSEEN = insult_pattern(UNSEEN_INSULTS)
 
@@ -31,33 +22,8 @@ def rouge_l(reference: str, response: str) -> float:
     # rouge-score imports nltk, which takes most of a second.
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer)
+    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer)
     return float(scorer.score(reference, response)["rougeL"].fmeasure)
-
-
-def chrf(reference: str, response: str) -> float:
-    """Return chrF2 in [0, 1]: F-score of character 1- to 6-grams in which recall weighs twice as much (beta = 2).
-
-    Popović 2015, section 2, as sacreBLEU's sentence score. White space is ignored, and so are the orders for which one
-    of the texts is too short.
-    """
-    return float(_CHRF.sentence_score(response, [reference]).score) / 100
-
-
-def copied(text: str, response: str) -> float:
-    """Return the share in [0, 1] of the response's word 4-grams that also occur in the row's text.
-
-    It is 1 - the share of novel 4-grams (See et al. 2017, section 7.2); a 4-gram counts each time it occurs. A response
-    of fewer than four words is one n-gram; an empty one has 0.
-    """
-    words = _WordTokenizer.tokenize(response)
-    if not words:
-        return 0.0
-
-    length = min(4, len(words))
-    grams = _word_grams(words, length)
-    text_grams = set(_word_grams(_WordTokenizer.tokenize(text), length))
-    return sum(gram in text_grams for gram in grams) / len(grams)
 
 
 def distinct(samples: Sequence[str]) -> dict[str, float]:
@@ -66,17 +32,21 @@ def distinct(samples: Sequence[str]) -> dict[str, float]:
     Li et al. 2016, section 5, except that they divide the n-grams by the number of words. All are in [0, 1], and 0
     without any. They fall with the number of samples and their length, so compare only equal numbers of samples.
     """
-    tokenized = [_WordTokenizer.tokenize(text) for text in samples]
+    tokenized = [WordTokenizer.tokenize(text) for text in samples]
     shares = {}
     for length in (1, 2, 3):
-        grams = [gram for words in tokenized for gram in _word_grams(words, length)]
+        grams = [gram for words in tokenized for gram in word_grams(words, length)]
         shares[f"distinct_{length}"] = len(set(grams)) / len(grams) if grams else 0.0
     return shares
 
 
-def _word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
-    """Return all n-grams of `length` words, in order."""
-    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+def joint(civil: Floats, similar: Floats, fluent: Floats) -> Floats:
+    """Return STA x SIM x FL of each response, in [0, 1] and of their shape; its mean is J (Krishna et al. 2020, 3).
+
+    P(civil) and P(fluent) become 0 or 1 at 0.5, as there and in ParaDetox's code (Logacheva et al. 2022). At 0.5
+    itself a response counts as toxic, as everywhere in detoxrl, but as fluent.
+    """
+    return np.asarray((civil > 0.5) * similar * (fluent >= 0.5))
 
 
 def response_metrics(row: Row, response: str) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """What reads responses beside the judges?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from detoxrl.evaluation.baselines import Texts
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.rater import Rater
-from detoxrl.evaluation.similarity import Encode
 from detoxrl.evaluation.statistics import Floats
+from detoxrl.models.sentences import Encode
 from detoxrl.models.types import Prompt
 
 Pairs = Sequence[tuple[str, str]]  # N pairs of texts
@@ -20,8 +20,8 @@ _First = TypeVar("_First")
 class Readers:
     """The models that read responses beside the judges; None where the config names no such model."""
 
-    # The reward: raw scores (N,) of (prompt, response) pairs.
-    score: Callable[[ScoredPairs], Floats] | None = None
+    # The reward of (prompt, response) pairs: `score` (N,), and of several terms `score/NAME` (N,) each.
+    score: Callable[[ScoredPairs], Mapping[str, Floats]] | None = None
     # A sentence encoder: unit vectors (N, D) of texts.
     encode: Encode | None = None
     # P(entailment) in [0, 1], (N,), of (text of a row, response) pairs.

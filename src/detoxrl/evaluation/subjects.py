@@ -25,6 +25,7 @@ _NO_MODEL = {
     "policy.base": NO_BASE,
     "policy.adapter": None,
     "reward.function": None,
+    "reward.terms": (),
     "data.source": "embedded",
     "reward.classifier": "embedded",
 }

@@ -126,6 +126,7 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "systems": words.systems(evaluation),
         "by_prompt": words.by_prompt(evaluation),
         "joint_scale": words.joint_scale(evaluation),
+        "reward_terms": words.reward_terms(evaluation),
         "baselines": words.compare_baselines(evaluation),
         "distributions": _distributions(samples, judge, words.sides(evaluation)),
         "rows": rows,

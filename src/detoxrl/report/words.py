@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from detoxrl.config.terms import TERM_KINDS
 from detoxrl.evaluation.sharpening import SHARPENED
 from detoxrl.runtime.run_folder import INITIAL_KEPT, SHARE_WITH_TEXT
 
@@ -300,6 +301,18 @@ def by_prompt(evaluation: dict[str, Any]) -> dict[str, list[Measure]]:
                 measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
         parts[f"{part['n']} {name}"] = measures
     return parts
+
+
+def reward_terms(evaluation: dict[str, Any]) -> list[Measure]:
+    """Return the mean raw value of each term of a reward that has several."""
+    measures = []
+    for term in evaluation.get("reward_terms", []):
+        kind = TERM_KINDS[term["kind"]]
+        gate = "" if term["gate"] is None else f", gate {number(term['gate'])}"
+        metric = Metric(term["name"], f"{kind.meaning}; weight {term['weight']:g}{gate}", kind.better)
+        result = evaluation["quality"][f"score/{term['name']}"]
+        measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
+    return measures
 
 
 def joint_scale(evaluation: dict[str, Any]) -> str:

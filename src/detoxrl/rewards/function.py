@@ -4,17 +4,20 @@ import importlib
 import inspect
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from detoxrl.config.schema import RewardConfig
+from detoxrl.config.terms import Term, parse_term
 from detoxrl.errors import InputError, require
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
-from detoxrl.rewards.shaping import Reward
+from detoxrl.rewards.terms import Score
 
 # What every function gets: prompts and responses. A column of such a name cannot be given too.
 _OWN_PARAMETERS = ("prompts", "responses")
@@ -32,6 +35,10 @@ class RewardFunction(Protocol):
         self, prompts: list[str], responses: list[str], /, **columns: list[Any]
     ) -> Sequence[float] | np.ndarray[Any, Any] | torch.Tensor:
         """Return B finite numbers."""
+
+
+RewardFunctions = RewardFunction | Mapping[str, RewardFunction]
+"""One function, or several by the names of their terms."""
 
 
 def load_function(name: str) -> RewardFunction:
@@ -52,6 +59,30 @@ def function_name(function: RewardFunction) -> str:
     return f"{IN_PYTHON}:{type(function).__name__}"
 
 
+def function_of(term: str, functions: RewardFunctions | None) -> RewardFunction | None:
+    """Return the function for a term among those that were given in Python; None if none was."""
+    if isinstance(functions, Mapping):
+        return functions.get(term)
+    return functions
+
+
+def named_functions(reward: RewardConfig, functions: RewardFunctions) -> dict[str, Any]:
+    """Return the settings that name functions given in Python.
+
+    One function is reward.function. Of several, each is a term: the one of its name, or a further one of weight 1.
+    """
+    if not isinstance(functions, Mapping):
+        return {"reward.function": function_name(functions)}
+
+    terms = {parse_term(text).name: parse_term(text) for text in reward.terms}
+    for name, function in functions.items():
+        term = terms.get(name, Term(kind="function", name=name))
+        rule = f"has the name of a {term.kind}"
+        require(term.kind == "function", "reward", name, rule, "give the function another name")
+        terms[name] = replace(term, source=function_name(function))
+    return {"reward.terms": [term.written() for term in terms.values()]}
+
+
 def _defined_in(module: str, name: str) -> dict[str, Any]:
     """Return the globals of a Python file or a module. Raises InputError, with `name` as the value, without one."""
     if module.endswith(".py"):
@@ -69,8 +100,8 @@ def _defined_in(module: str, name: str) -> dict[str, Any]:
         raise InputError(FUNCTION, name, f"there is no module {module}", "write FILE.py:NAME") from None
 
 
-def validated_reward(function: RewardFunction, name: str) -> Reward:
-    """Return the function as a reward.
+def validated_reward(function: RewardFunction, name: str) -> Score:
+    """Return the function as a term of a reward.
 
     It raises InputError when the rows lack a column that the function asks for, and unless the function returns one
     finite number for each response.

@@ -21,6 +21,8 @@ from detoxrl.runtime.files import explain_corruption, is_temporary, remove_lefto
 REWARD_JUDGE = "reward classifier"
 # The verdict in eval.json of a run whose training found no better policy. Nothing was compared then.
 INITIAL_KEPT = "initial policy kept"
+NORMALISER = "normaliser.json"
+"""The file that holds mean and std of each term of the reward on responses of the initial policy."""
 # What stands in for quality where rows have neither facts nor references. Reports show quality as not measured.
 SHARE_WITH_TEXT = "share with text"
 IfExists = Literal["error", "overwrite", "resume", "resume with changes"]
@@ -32,7 +34,7 @@ STAGES = ("prepare", "sft", "train", "evaluate", "report")
 PRODUCTS = {
     "prepare": ("checkpoints/prepare", "reward", "tokenizer"),
     "sft": ("checkpoints/sft", "base", "start", "baseline", "expert", "dpo"),
-    "train": ("checkpoints/train", "adapter", "checkpoint.json", "normaliser.json", "memory.json",
+    "train": ("checkpoints/train", "adapter", "checkpoint.json", NORMALISER, "memory.json",
               "metrics.jsonl", "validation.jsonl", "rollouts.jsonl"),
     "evaluate": ("responses.jsonl", "eval.json", "samples.jsonl", "masked_words.json"),
     "report": ("report.html", "samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"),

@@ -13,7 +13,8 @@ from detoxrl.models.groups import response_rows, split_into_passes
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, batches_by_length, sample_texts
 from detoxrl.models.types import Prompt, Rollout
-from detoxrl.rewards.shaping import Reward
+from detoxrl.rewards.shaping import Normaliser, overall
+from detoxrl.rewards.terms import Reward
 from detoxrl.rl.algorithm import ALGORITHMS, Targets
 from detoxrl.rl.kl import k3
 from detoxrl.rl.losses import kl_loss
@@ -21,6 +22,7 @@ from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import trainable
 from detoxrl.runtime.console import log
 from detoxrl.runtime.world import together
+from detoxrl.training.initial_responses import InitialResponses
 from detoxrl.training.memory import MemoryPlan
 from detoxrl.training.metrics import Metrics, Totals
 from detoxrl.training.rollout import collect_rollout, deal_prompts, join_rollouts, minibatches, sorted_by_length
@@ -41,6 +43,7 @@ class Learner:
         self.world = run.world
         self.algorithm = ALGORITHMS[run.config.rl.algorithm]
         self.reward = reward or run.reward
+        self.normaliser = Normaliser.identity(self.reward.terms)
         self.policy: Policy = run.initial_policy().to(run.world.device)
         self.value_head = self.policy.add_value_head() if self.config.rl.traits.has_critic else None
         self.optimizer = self._new_optimizer()
@@ -50,6 +53,7 @@ class Learner:
         self._validation_rows = run.rows("validation")
         self._validation_prompts = to_prompts(self._validation_rows)
         self._validation = ValidationSampler(self.policy, self.config, self._validation_rows, self.world)
+        self._initial_responses = InitialResponses(self.policy, self.config)
         self.rollout: Rollout | None = None  # The last one, on which `update` trains.
 
     @cached_property
@@ -92,7 +96,7 @@ class Learner:
         self.memory = plan
 
     def initial_scores(self) -> torch.Tensor:
-        """Return raw scores (N,) of the reference's responses to the first `reward.normalise_on` training prompts."""
+        """Return raw values (N, terms) of the reference's responses to the first `reward.normalise_on` prompts."""
         prompts = self.prompts[: self.config.reward.normalise_on]
         texts = self._reference_responses()
         return self._score(prompts, texts)
@@ -129,22 +133,28 @@ class Learner:
         return self.rollout
 
     def score(self, rollout: Rollout) -> torch.Tensor:
-        """Return the raw scores (B,) of a rollout's responses, on the policy's device."""
+        """Return the raw values (B, terms) of a rollout's responses, on the policy's device."""
         return self._score(rollout.prompts_of_responses, rollout.texts).to(self.policy.device)
 
     @together
     def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         if self.world.size == 1:
-            return self.reward(prompts, responses)
+            return self._values(prompts, responses)
 
         def score_share() -> torch.Tensor:
-            return self.reward(self.world.share(prompts), self.world.share(responses)).cpu()
+            return self._values(self.world.share(prompts), self.world.share(responses)).cpu()
 
-        scores = torch.zeros(len(prompts))
+        values = torch.zeros(len(prompts), len(self.reward.terms))
         for rank, part in enumerate(self.world.gather_results(score_share)):
-            rows = scores[rank :: self.world.size]
+            rows = values[rank :: self.world.size]
             rows.copy_(part[: len(rows)])
-        return scores
+        return values
+
+    def _values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """Return raw values (B, terms) of the responses to some prompts."""
+        if self.reward.reads_initial_responses:
+            prompts = self._initial_responses.added_to(prompts)
+        return self.reward(prompts, responses)
 
     def update(self, targets: Targets, step: int) -> Metrics:
         """Make up to `rl.epochs` passes of clipped updates over the last rollout; return metrics of all minibatches.
@@ -311,7 +321,8 @@ class Learner:
         responses = self._validation_responses()
         texts = [response.text for response in responses]
         toxicity = self.judge(texts)
-        scores = self._score(self._validation_prompts, texts)
+        raw = self._score(self._validation_prompts, texts)
+        scores = overall(raw, self.reward.terms, self.normaliser, self.config.reward.clip)
         distances = torch.tensor([response.kl for response in responses])
         return summarise(step, rows, texts, toxicity, float(scores.mean()), float(distances.mean()))
 

@@ -3,12 +3,13 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from detoxrl.config.schema import RlConfig
+from detoxrl.config.terms import Term
 from detoxrl.errors import TrainingError
 from detoxrl.models.types import Rollout
 from detoxrl.rl.advantages import zero_variance_share
@@ -96,6 +97,13 @@ def rollout_metrics(rollout: Rollout, raw: Tensor, scores: Tensor, rewards: Tens
         "response_length/mean": float(lengths.mean()),
         "response_length/max": float(lengths.max()),
     }
+
+
+def term_metrics(raw: Tensor, terms: Sequence[Term]) -> Metrics:
+    """Return the mean raw value of each term, from values (B, terms); nothing of an only term, which is the score."""
+    if len(terms) == 1:
+        return {}
+    return {f"score/{term.name}": float(values.mean()) for term, values in zip(terms, raw.unbind(1), strict=True)}
 
 
 def objective_metrics(maximised: Tensor, rl: RlConfig) -> Metrics:

@@ -5,12 +5,17 @@ Two baselines learn from it: one from the best sample of each prompt, the other 
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
+
+import torch
 
 from detoxrl.config.schema import SftConfig
 from detoxrl.data.rows import to_prompts
 from detoxrl.models.sampling import Draws, Response, sample_all
-from detoxrl.rewards.shaping import is_wordless
+from detoxrl.models.types import Prompt
+from detoxrl.rewards.shaping import fit_normaliser, is_wordless, overall
 from detoxrl.runs import Run
 from detoxrl.runtime.console import status
 from detoxrl.runtime.files import explain_corruption
@@ -86,10 +91,22 @@ def _drawn(run: Run) -> list[OwnSamples]:
     with status(f"sampling {SAMPLES} responses to each of {len(prompts)} prompts"):
         drawn = sample_all(policy, prompts, config.generation, draws, policy.reference)
 
-    repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    texts = [response.text for responses in drawn for response in responses]
-    scores = iter(run.reward(repeated, texts).tolist())
+    texts = [[response.text for response in responses] for responses in drawn]
+    scores = iter(_scores(run, prompts, texts).tolist())
     return [
         OwnSamples(prompt.text, [ScoredResponse(response, next(scores)) for response in responses])
         for prompt, responses in zip(prompts, drawn, strict=True)
     ]
+
+
+def _scores(run: Run, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return the scores (N * SAMPLES,) of the samples of N prompts; several terms are normalised on these samples."""
+    compared: list[Prompt] = []
+    responses: list[str] = []
+    for prompt, samples in zip(prompts, texts, strict=True):
+        compared.extend(replace(prompt, initial_response=other) for other in (*samples[1:], samples[0]))
+        responses.extend(samples)
+
+    raw = run.reward(compared, responses)
+    terms = run.reward.terms
+    return overall(raw, terms, fit_normaliser(raw, terms), run.config.reward.clip)

@@ -11,14 +11,14 @@ import torch
 from detoxrl.config.schema import RlConfig
 from detoxrl.evaluation.metrics import quality_measure
 from detoxrl.evaluation.statistics import validation_prompts_needed
-from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
+from detoxrl.rewards.shaping import Normaliser, fit_normaliser, overall, shape_scores
 from detoxrl.rl.advantages import tail_scores, token_rewards
 from detoxrl.rl.kl import adapt_kl_coef
 from detoxrl.rl.losses import explained_variance
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import Checkpoints
 from detoxrl.runtime.console import log, progress
-from detoxrl.runtime.run_folder import PRODUCTS, SHARE_WITH_TEXT
+from detoxrl.runtime.run_folder import NORMALISER, PRODUCTS, SHARE_WITH_TEXT
 from detoxrl.runtime.signals import resume_hint
 from detoxrl.training.best import BestCheckpoint
 from detoxrl.training.learner import Learner
@@ -28,6 +28,7 @@ from detoxrl.training.metrics import (
     objective_metrics,
     require_finite,
     rollout_metrics,
+    term_metrics,
     warn_of_ratios,
 )
 from detoxrl.training.prompt_choice import PromptChoice
@@ -68,7 +69,7 @@ def train(run: Run) -> None:
     checkpoints = _checkpoints(run, learner)
     state = _restore(checkpoints, best, _State(0, rl.kl_coef, "", PromptChoice(config, learner.prompts)))
     learner.synchronise()
-    normaliser = _normaliser(run, learner)
+    learner.normaliser = _normaliser(run, learner)
     learner.plan_memory()
 
     keep_step = partial(_keep_step, run, checkpoints, best, state)
@@ -99,7 +100,7 @@ def train(run: Run) -> None:
             # One whole batch, however many processes made it.
             responses = rollout.responses
             mask = responses.response_mask
-            scores = shape_scores(raw, rollout.texts, responses.ended, normaliser, config)
+            scores = shape_scores(raw, rollout.texts, responses.ended, learner.normaliser, config)
             state.choice.observe(rollout.prompts, scores)
             maximised = tail_scores(scores, rl.tail_share)
             in_reward, in_loss = (state.kl_coef, 0.0) if rl.kl_place == "reward" else (0.0, state.kl_coef)
@@ -109,7 +110,9 @@ def train(run: Run) -> None:
             with timer.stage("update"):
                 updates = learner.update(replace(targets, kl_coef=in_loss), step)
 
-            metrics = rollout_metrics(rollout, raw, scores, rewards) | objective_metrics(maximised, rl) | updates
+            shown = overall(raw, learner.reward.terms, learner.normaliser, config.reward.clip)
+            metrics = rollout_metrics(rollout, shown, scores, rewards) | term_metrics(raw, learner.reward.terms)
+            metrics |= objective_metrics(maximised, rl) | updates
             if responses.values is not None and targets.returns is not None:
                 variance = explained_variance(responses.values, targets.returns, mask)
                 metrics["value/explained_variance"] = float(variance)
@@ -120,7 +123,7 @@ def train(run: Run) -> None:
 
             state.kl_coef = _next_kl_coef(state.kl_coef, metrics["kl/reference"], rl)
             run.folder.append("metrics.jsonl", {"step": step, **metrics, **timer.metrics(tokens=int(mask.sum()))})
-            log_samples(run.folder, rollout, raw, step)
+            log_samples(run.folder, rollout, shown, step)
             report(step + 1, f"{state.status}, score {metrics['score/mean']:.2f}, kl {metrics['kl/reference']:.2f}")
 
     checkpoints.forget(keep=1)
@@ -168,19 +171,25 @@ def _stored(state: _State, best: BestCheckpoint) -> dict[str, Any]:
 
 def _normaliser(run: Run, learner: Learner) -> Normaliser:
     """Return the run's normaliser of scores, measured on the initial policy's responses unless it is stored already."""
-    if not (run.folder / "normaliser.json").is_file():
-        normaliser = Normaliser()
-        if run.config.reward.normalise_on > 0:
-            scores = learner.initial_scores()
-            _warn_of_equal_scores(scores)
-            normaliser = fit_normaliser(scores)
-        run.folder.write_json("normaliser.json", asdict(normaliser))
-    return Normaliser(**run.folder.read_json("normaliser.json"))
+    terms = learner.reward.terms
+    stored = run.stored_normaliser()
+    if stored is not None:
+        return stored
+
+    normaliser = Normaliser.identity(terms)
+    if run.config.reward.normalise_on > 0:
+        raw = learner.initial_scores()
+        _warn_of_equal_scores(raw)
+        normaliser = fit_normaliser(raw, terms)
+    run.folder.write_json(NORMALISER, normaliser.to_json(terms))
+    return normaliser
 
 
-def _warn_of_equal_scores(scores: torch.Tensor) -> None:
-    if bool((scores == scores[0]).all()):
-        responses = f"all {len(scores)} responses of the initial policy score {scores[0]:.3g}"
+def _warn_of_equal_scores(raw: torch.Tensor) -> None:
+    """Warn if all responses of the initial policy have the same raw values (N, terms)."""
+    if bool((raw == raw[0]).all()):
+        values = ", ".join(f"{value:.3g}" for value in raw[0].tolist())
+        responses = f"all {len(raw)} responses of the initial policy score {values}"
         log.print(f"train: {responses}, so there is nothing to learn from")
 
 

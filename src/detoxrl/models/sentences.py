@@ -1,4 +1,4 @@
-"""How close in meaning are two texts?"""
+"""How does a sentence encoder turn texts into vectors?"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,85 +6,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
 from detoxrl.errors import InputError, StorageError, first_line, require
-from detoxrl.evaluation.metrics import chrf
-from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.loading import load_pretrained, require_vocabulary
 from detoxrl.runtime.hub import fetch
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Encode = Callable[[Sequence[str]], Floats]  # unit vectors (N, D) of N texts
-_FIELD = "evaluation.encoder"
+Vectors = npt.NDArray[np.float64]
+Encode = Callable[[Sequence[str]], Vectors]  # unit vectors (N, D) of N texts
 _REMEDY = "give a sentence encoder, such as sentence-transformers/all-MiniLM-L6-v2"
 # Texts that an encoder must read before anything else runs; their lengths differ, so that some are padded.
 _PROBES = ("", "Thank you.", "Thank you, that is very kind of you.")
 
 
-def load_encoder(source: str, device: torch.device) -> Encode:
+def load_encoder(source: str, field: str, device: torch.device) -> Encode:
     """Return a function from N texts to their unit vectors (N, D), computed by a sentence encoder.
 
-    `source` is a folder or hub id. Its files define the layers, the pooling, a prompt if there is one, and the length
-    at which a text is cut; without modules.json the vector is the mean of the token states (Reimers and Gurevych 2019,
-    section 3), or the last state of a causal model. Each distinct text is encoded once.
+    `source` is a folder or hub id, which the setting `field` names. Its files define the layers, the pooling, a prompt
+    if there is one, and the length at which a text is cut; without modules.json the vector is the mean of the token
+    states (Reimers and Gurevych 2019, section 3), or the last state of a causal model. Each distinct text is encoded
+    once.
 
     Raises InputError when sentence-transformers is not installed or the source is not a sentence encoder, and
     StorageError when its weights are corrupted.
     """
-    with _loading_errors(source):
-        encoder = _load(source, device)
-    vectors: dict[str, Floats] = {}
+    with _loading_errors(source, field):
+        encoder = _load(source, field, device)
+    vectors: dict[str, Vectors] = {}
 
-    def encode(texts: Sequence[str]) -> Floats:
+    def encode(texts: Sequence[str]) -> Vectors:
         new = [text for text in dict.fromkeys(texts) if text not in vectors]
         if new:
             vectors.update(zip(new, _unit_vectors(encoder, new), strict=True))
         return np.array([vectors[text] for text in texts])
 
-    with _loading_errors(source):
+    with _loading_errors(source, field):
         encode(_PROBES)
     return encode
 
 
-def similarity(encode: Encode | None, texts: Sequence[str], others: Sequence[str]) -> Floats:
-    """Return the similarity in [0, 1] of each text to its other text, (N,).
-
-    It is the cosine of their vectors, clipped at 0; without an encoder it is chrF of the text against the other.
-    """
-    if encode is None:
-        scores = [chrf(other, text) for text, other in zip(texts, others, strict=True)]
-        return np.array(scores, dtype=np.float64)
-
-    vectors = encode([*texts, *others])
-    pairs = zip(vectors[: len(texts)], vectors[len(texts) :], strict=True)
-    cosines = [vector @ other for vector, other in pairs]
-    return np.array(cosines).clip(0.0, 1.0)
-
-
-def joint(civil: Floats, similar: Floats, fluent: Floats) -> Floats:
-    """Return STA x SIM x FL of each response, in [0, 1] and of their shape; its mean is J (Krishna et al. 2020, 3).
-
-    P(civil) and P(fluent) become 0 or 1 at 0.5, as there and in ParaDetox's code (Logacheva et al. 2022). At 0.5
-    itself a response counts as toxic, as everywhere in detoxrl, but as fluent.
-    """
-    return np.asarray((civil > 0.5) * similar * (fluent >= 0.5))
-
-
-def _load(source: str, device: torch.device) -> "SentenceTransformer":
+def _load(source: str, field: str, device: torch.device) -> "SentenceTransformer":
     """Return the sentence encoder in fp32. Raises InputError, and whatever the library raises."""
     try:
         # Optional, and its import takes seconds.
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError as error:
         rule = "needs the package sentence-transformers"
-        raise InputError(_FIELD, source, rule, "pip install 'detoxrl[similarity]'") from error
+        raise InputError(field, source, rule, "pip install 'detoxrl[similarity]'") from error
 
-    folder = Path(fetch(source, _FIELD))
-    _require_safetensors(folder, source)
+    folder = Path(fetch(source, field))
+    _require_safetensors(folder, source, field)
     encoder = SentenceTransformer(
         str(folder),
         device=str(device),
@@ -95,34 +71,34 @@ def _load(source: str, device: torch.device) -> "SentenceTransformer":
 
     network = encoder.transformers_model
     if network is not None:
-        require_vocabulary(_FIELD, source, encoder.tokenizer, network)
-        _require_weights(type(network), folder, source)
+        require_vocabulary(field, source, encoder.tokenizer, network)
+        _require_weights(type(network), folder, source, field)
         limit = _position_limit(network)
         if limit is not None and encoder.max_seq_length is not None:
             encoder.max_seq_length = min(encoder.max_seq_length, limit)
     return encoder
 
 
-def _unit_vectors(encoder: "SentenceTransformer", texts: list[str]) -> Floats:
+def _unit_vectors(encoder: "SentenceTransformer", texts: list[str]) -> Vectors:
     """Return the vectors (N, D) of texts, divided by their lengths in float64."""
     vectors = np.asarray(encoder.encode(texts, show_progress_bar=False), dtype=np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     # A zero vector has no direction and stays 0.
-    unit: Floats = vectors / np.maximum(lengths, np.finfo(np.float64).tiny)
+    unit: Vectors = vectors / np.maximum(lengths, np.finfo(np.float64).tiny)
     return unit
 
 
-def _require_safetensors(folder: Path, source: str) -> None:
+def _require_safetensors(folder: Path, source: str, field: str) -> None:
     """Raise InputError when a layer after the transformer has its weights in a pickle only.
 
     The library would read it. It is told to read the transformer itself from safetensors.
     """
     for pickle in folder.glob("*/**/pytorch_model.bin"):
         rule = f"has no safetensors in {pickle.parent.name}, only a pickle"
-        require(pickle.with_name("model.safetensors").is_file(), _FIELD, source, rule, _REMEDY)
+        require(pickle.with_name("model.safetensors").is_file(), field, source, rule, _REMEDY)
 
 
-def _require_weights(kind: Any, folder: Path, source: str) -> None:
+def _require_weights(kind: Any, folder: Path, source: str, field: str) -> None:
     """Raise InputError when the folder lacks weights of its network, a `kind` of transformers model.
 
     transformers would fill them with random numbers. Weights of a pooler may be missing: sentence encoders have their
@@ -131,10 +107,10 @@ def _require_weights(kind: Any, folder: Path, source: str) -> None:
     if not (folder / "config.json").is_file():
         return  # an older layout, with the network in a subfolder
     settings = {"use_safetensors": True, "output_loading_info": True}
-    _, info = load_pretrained(kind, str(folder), source, _FIELD, _REMEDY, **settings)
+    _, info = load_pretrained(kind, str(folder), source, field, _REMEDY, **settings)
     missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
     if missing:
-        raise InputError(_FIELD, source, f"lacks weights such as {missing[0]}", _REMEDY)
+        raise InputError(field, source, f"lacks weights such as {missing[0]}", _REMEDY)
 
 
 def _position_limit(network: torch.nn.Module) -> int | None:
@@ -151,11 +127,11 @@ def _position_limit(network: torch.nn.Module) -> int | None:
 
 
 @contextmanager
-def _loading_errors(source: str) -> Iterator[None]:
+def _loading_errors(source: str, field: str) -> Iterator[None]:
     """Turn what transformers and sentence-transformers raise for an unfit folder into one line."""
     try:
         yield
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, LookupError, AttributeError) as error:
-        raise InputError(_FIELD, source, f"cannot be loaded: {first_line(error)}", _REMEDY) from error
+        raise InputError(field, source, f"cannot be loaded: {first_line(error)}", _REMEDY) from error

@@ -1,0 +1,76 @@
+"""How much do two texts have in common, and how much does a text repeat itself?"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from sacrebleu.metrics.chrf import CHRF
+
+from detoxrl.models.sentences import Encode, Vectors
+
+
+class WordTokenizer:
+    """Lower-cased words of any script; the tokenizer of rouge-score knows Latin letters only."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+
+_CHRF = CHRF()
+
+
+def chrf(reference: str, response: str) -> float:
+    """Return chrF2 in [0, 1]: F-score of character 1- to 6-grams in which recall weighs twice as much (beta = 2).
+
+    Popović 2015, section 2, as sacreBLEU's sentence score. White space is ignored, and so are the orders for which one
+    of the texts is too short.
+    """
+    return float(_CHRF.sentence_score(response, [reference]).score) / 100
+
+
+def copied(text: str, response: str) -> float:
+    """Return the share in [0, 1] of the response's word 4-grams that also occur in the row's text.
+
+    It is 1 - the share of novel 4-grams (See et al. 2017, section 7.2); a 4-gram counts each time it occurs. A response
+    of fewer than four words is one n-gram; an empty one has 0.
+    """
+    words = WordTokenizer.tokenize(response)
+    if not words:
+        return 0.0
+
+    length = min(4, len(words))
+    grams = word_grams(words, length)
+    text_grams = set(word_grams(WordTokenizer.tokenize(text), length))
+    return sum(gram in text_grams for gram in grams) / len(grams)
+
+
+def repeated(text: str) -> float:
+    """Return the share in [0, 1] of the text's word 3-grams that occurred earlier in it; 0 below four words.
+
+    1 - distinct-3 of the text alone (Li et al. 2016, section 5, over n-grams instead of words).
+    """
+    grams = word_grams(WordTokenizer.tokenize(text), 3)
+    if len(grams) < 2:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
+
+
+def word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
+    """Return all n-grams of `length` words, in order."""
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def similarity(encode: Encode | None, texts: Sequence[str], others: Sequence[str]) -> Vectors:
+    """Return the similarity in [0, 1] of each text to its other text, (N,).
+
+    It is the cosine of their vectors, clipped at 0; without an encoder it is chrF of the text against the other.
+    """
+    if encode is None:
+        scores = [chrf(other, text) for text, other in zip(texts, others, strict=True)]
+        return np.array(scores, dtype=np.float64)
+
+    vectors = encode([*texts, *others])
+    pairs = zip(vectors[: len(texts)], vectors[len(texts) :], strict=True)
+    cosines = [vector @ other for vector, other in pairs]
+    return np.array(cosines).clip(0.0, 1.0)

@@ -1,0 +1,94 @@
+"""How is a response scored by several terms?"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from detoxrl.config.terms import Term
+from detoxrl.models.sentences import Encode
+from detoxrl.models.types import Prompt
+from detoxrl.rewards.overlap import copied, repeated, similarity
+
+Score = Callable[[Sequence[Prompt], Sequence[str]], torch.Tensor]
+"""(prompts, responses) -> values (B,)."""
+
+
+class ScoredTerm(NamedTuple):
+    """A term with the function that computes its values."""
+
+    term: Term
+    score: Score
+
+
+class Reward(NamedTuple):
+    """The terms of a reward. Called with B prompts and their responses, it returns raw values (B, terms)."""
+
+    scored: tuple[ScoredTerm, ...]
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        columns = [scored.score(prompts, responses).float() for scored in self.scored]
+        return torch.stack(columns, 1)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms, one for each column of the values."""
+        return tuple(scored.term for scored in self.scored)
+
+    @property
+    def reads_initial_responses(self) -> bool:
+        """Whether prompts must come with a response of the initial policy."""
+        return any(term.kind == "similarity" for term in self.terms)
+
+
+def single_term(score: Score) -> Reward:
+    """Return a reward whose one term is a function of prompts and responses."""
+    return Reward((ScoredTerm(Term(kind="function", name="function"), score),))
+
+
+def text_score(term: Term, encode: Encode | None) -> Score:
+    """Return how a term is computed that needs no classifier and no function; `encode` serves similarities."""
+    if term.kind == "similarity":
+        return _of_texts(lambda prompt: _initial_response(prompt), encode)
+    if term.kind == "source_similarity":
+        return _of_texts(_row_text, encode)
+
+    measures: dict[str, Callable[[Prompt, str], float]] = {
+        "length": lambda _, response: outside(len(response.split()), term.minimum, term.maximum),
+        "repetition": lambda _, response: repeated(response),
+        "copy": lambda prompt, response: copied(_row_text(prompt), response),
+    }
+    measure = measures[term.kind]
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        values = [measure(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return torch.tensor(values, dtype=torch.float32)
+
+    return score
+
+
+def _of_texts(other: Callable[[Prompt], str], encode: Encode | None) -> Score:
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        others = [other(prompt) for prompt in prompts]
+        return torch.from_numpy(similarity(encode, responses, others).astype(np.float32))
+
+    return score
+
+
+def _initial_response(prompt: Prompt) -> str:
+    assert prompt.initial_response is not None, "a prompt comes with a response of the initial policy"
+    return prompt.initial_response
+
+
+def _row_text(prompt: Prompt) -> str:
+    return str(prompt.columns["text"])
+
+
+def outside(words: int, minimum: int, maximum: int | None) -> float:
+    """Return by which share of a bound a number of words misses it: 0 between the bounds, 1 at twice the maximum."""
+    if words < minimum:
+        return (minimum - words) / minimum
+    if maximum is not None and words > maximum:
+        return (words - maximum) / max(maximum, 1)
+    return 0.0

@@ -1,0 +1,122 @@
+"""Does a run with several terms train, measure and show each of them?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import detoxrl
+from detoxrl.config.edit import config_from_json
+from detoxrl.config.recipes import recipe
+from detoxrl.runs import with_reward_name
+from small_runs import detoxrl as command
+from small_runs import make_place, own, without_timings
+
+STOPS = '''
+"""A reward that is interrupted at its seventh call, in the third rollout, while the file `stop` exists."""
+import signal
+from pathlib import Path
+
+calls = []
+
+def brevity(prompts, responses):
+    calls.append(len(responses))
+    if len(calls) == 7 and Path("stop").is_file():
+        Path("stop").unlink()
+        signal.raise_signal(signal.SIGINT)
+    return [-len(text) / 10 for text in responses]
+'''
+TERMS = [
+    "classifier,weight=2",
+    "similarity,weight=0.5",
+    "copy,gate=0.9",
+    "function,name=brief,source=rewards.py:brevity",
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return make_place(tmp_path, bases, reward_folder)
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_terms_are_trained_on_logged_measured_and_shown(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command(own("--reward.terms", *TERMS)) == 0
+    run = place / "runs/own"
+    names = ["classifier", "similarity", "copy", "brief"]
+    assert list(json.loads((run / "normaliser.json").read_text())) == names
+    for line in lines(run / "metrics.jsonl"):
+        assert {f"score/{name}" for name in names} <= line.keys()
+        assert 0 <= line["score/similarity"] <= 1
+
+    found = json.loads((run / "eval.json").read_text())
+    assert [term["name"] for term in found["reward_terms"]] == names
+    assert {f"score/{name}" for name in names} <= found["quality"].keys()
+    # The values are those of the measures of the same meaning.
+    assert found["quality"]["score/copy"]["before"] == pytest.approx(found["quality"]["copied"]["before"])
+    assert found["quality"]["score/similarity"]["after"] == pytest.approx(found["quality"]["similarity"]["after"])
+    assert "reward classifier" in found["toxicity"]
+
+    page = (run / "report.html").read_text().replace("&#39;", "'")
+    assert "Terms of the reward" in page
+    assert "share of word 4-grams copied from the row's text; weight 1, gate 0.900; lower is better" in page.replace(
+        "&#39;", "'"
+    )
+    assert config_from_json(run / "config.json").reward.terms[0] == "classifier,weight=2"
+
+    # What is measured of the same texts again does not depend on the order of measuring.
+    assert command(["evaluate", "runs/own"]) == 0
+    again = json.loads((run / "eval.json").read_text())
+    assert again["quality"]["score"] == found["quality"]["score"]
+
+
+def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place: Path) -> None:
+    (place / "stops.py").write_text(STOPS)
+    terms = ["function,source=stops.py:brevity", "similarity,weight=0.5"]
+    assert command(own("--reward.terms", *terms, "--run-dir", "whole")) == 0
+
+    (place / "stop").touch()
+    assert command(own("--reward.terms", *terms, "--run-dir", "parts")) == 130
+    assert not (place / "parts/eval.json").exists()
+    assert command(["run", "--resume", "--run-dir", "parts"]) == 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert without_timings(place / "whole" / name) == without_timings(place / "parts" / name)
+    assert (place / "whole/normaliser.json").read_bytes() == (place / "parts/normaliser.json").read_bytes()
+
+
+def test_functions_given_in_python_are_terms_by_their_names(place: Path) -> None:
+    def loud(prompts: list[str], responses: list[str]) -> list[float]:
+        return [float(response.count("!")) for response in responses]
+
+    config = recipe("own", {"reward.terms": ["copy", "function,name=loud,weight=3"]})
+    named = with_reward_name(config, {"loud": loud, "quiet": lambda prompts, responses: [0.0 for _ in responses]})
+    terms = named.reward.measured_terms
+    assert [(term.name, term.weight) for term in terms] == [("copy", 1.0), ("loud", 3.0), ("quiet", 1.0)]
+    assert terms[1].source is not None
+    with pytest.raises(detoxrl.InputError, match="reward = 'copy': has the name of a copy"):
+        with_reward_name(config, {"copy": loud})
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (["fluency"], "reward.terms = 'fluency': begins with fluency, which is no kind of term"),
+        (["function"], "reward.terms = 'function': has the term function, and no function is named"),
+        (["classifier,source=nowhere,toxic_label=toxic"], "reward.terms classifier = 'nowhere'"),
+        (["function,source=rewards.py:missing"], "rewards.py defines no function missing"),
+        (["classifier,source=classifier,toxic_label=rude"], "is not a label of the classifier"),
+    ],
+)
+def test_a_term_that_does_not_fit_is_one_line_and_writes_nothing(
+    place: Path, capfd: pytest.CaptureFixture[str], terms: list[str], message: str
+) -> None:
+    assert command(own("--reward.terms", *terms)) == 2
+    shown = " ".join(capfd.readouterr().err.split())
+    assert message in shown
+    assert not (place / "runs").exists()
