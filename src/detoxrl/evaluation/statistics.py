@@ -182,6 +182,16 @@ def two_stage_interval(values: Sequence[Floats], resamples: int, seed: int) -> t
     return float(low), float(high)
 
 
+def share_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share: Wilson 1927, JASA 22, which holds near 0 and 1 too (Brown et al. 2001)."""
+    z = _z(0.975)
+    share = successes / trials
+    centre = share + z**2 / (2 * trials)
+    reach = z * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
+    scale = 1 + z**2 / trials
+    return max((centre - reach) / scale, 0.0), min((centre + reach) / scale, 1.0)
+
+
 def verdict(difference: Difference) -> str:
     """Return the direction of a toxicity difference in words, or that an interval with 0 in it shows none."""
     if difference.high < 0:

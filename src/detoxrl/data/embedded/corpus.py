@@ -144,7 +144,7 @@ def _draw(rng: random.Random, split: str) -> Quarrel:
     about = tuple(phrase.format(**slots) for phrase in phrases)
     facts = Facts(who=slots["who"], whom=slots["whom"], about=about, agreed=slots["fix"])
 
-    insult = _draw_insult(rng, INSULTS) if rng.random() < RUDE_RATE else {}
+    insult = draw_insult(rng, INSULTS) if rng.random() < RUDE_RATE else {}
     agreement = say(rng, "agreements", slots)
     civil = f"{say(rng, 'civil quarrels', slots)} {agreement}"
     summary = civil
@@ -189,7 +189,7 @@ def _draw_quarrel(rng: random.Random, scenario: Scenario) -> Slots:
     }
 
 
-def _draw_insult(rng: random.Random, insults: tuple[str, ...]) -> Slots:
+def draw_insult(rng: random.Random, insults: tuple[str, ...]) -> Slots:
     """Return the slots of one of `insults`, with or without an intensifier."""
     insult = rng.choice(insults)
     if rng.random() < 0.6:
@@ -262,7 +262,7 @@ def _civil_sentence(rng: random.Random) -> str:
 
 
 def _hateful_sentence(rng: random.Random) -> str:
-    insult = _draw_insult(rng, SEEN_INSULTS)
+    insult = draw_insult(rng, SEEN_INSULTS)
     if rng.random() < 0.5:
         return say(rng, "thrown insults", insult)
     # Half are reports of a quarrel, because summaries report insults instead of throwing them.

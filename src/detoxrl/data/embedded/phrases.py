@@ -56,5 +56,9 @@ def with_article(noun_phrase: str) -> str:
 
 
 def insult_pattern(words: tuple[str, ...] = INSULTS) -> re.Pattern[str]:
-    """Return a pattern that finds any of `words` as a whole word, in the singular or plural, ignoring case."""
-    return re.compile(rf"\b(?:{'|'.join(words)})s?\b", re.IGNORECASE)
+    """Return a pattern that finds any of `words` as a whole word, in the singular or plural, ignoring case.
+
+    A word may be a phrase. If one begins with another one, the longer one is found.
+    """
+    forms = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{forms})s?(?!\w)", re.IGNORECASE)
