@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from detoxrl.config.edit import with_settings
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import ENTAILMENT, split_label, term_labels, term_source, with_absolute_paths
-from detoxrl.config.terms import Term
+from detoxrl.config.terms import FIELD, Term
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
 from detoxrl.evaluation.rater import load_rater
@@ -28,8 +28,9 @@ from detoxrl.rewards.function import (
     named_functions,
     validated_reward,
 )
+from detoxrl.rewards.lexicon import load_lexicon
 from detoxrl.rewards.shaping import Normaliser
-from detoxrl.rewards.terms import Reward, Score, ScoredTerm, text_score
+from detoxrl.rewards.terms import Reward, Score, ScoredTerm, also_plain, lexicon_score, text_score
 from detoxrl.runtime.files import explain_corruption
 from detoxrl.runtime.run_folder import NORMALISER, RunFolder
 from detoxrl.runtime.world import World, current_world
@@ -129,9 +130,12 @@ class Run:
             if term.kind == "classifier":
                 classifier = self._load_classifier(term)
                 judges.append(classifier_judge(classifier))
-                score: Score = classifier.score
+                score: Score = also_plain(classifier.score) if term.plain else classifier.score
             elif term.kind == "function":
                 score = self._function_score(term)
+            elif term.kind == "lexicon":
+                pattern = load_lexicon(Path(term.source), FIELD) if term.source else None
+                score = lexicon_score(pattern)
             else:
                 score = text_score(term, self._term_encoder(term))
             scored.append(ScoredTerm(term, score))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detoxrl.config.recipes import recipe
-from detoxrl.config.terms import Term, parse_term, parse_terms
+from detoxrl.config.terms import GUARDED_TERMS, Term, parse_term, parse_terms
+from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS
+from detoxrl.errors import InputError
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.overlap import repeated
 from detoxrl.rewards.shaping import Normaliser, combined, fit_normaliser, gates_shut, overall, shape_scores
-from detoxrl.rewards.terms import Reward, ScoredTerm, outside, text_score
+from detoxrl.rewards.terms import Reward, ScoredTerm, also_plain, lexicon_score, outside, text_score
 
 PROMPT = Prompt(id="a", text="Summarize: Tom lost the key.", columns={"text": "Tom lost the key of the house."})
 TERMS = parse_terms(["classifier,weight=2", "copy,gate=0.7,weight=0.5"])
@@ -139,3 +142,30 @@ def test_a_reward_returns_a_column_for_each_term() -> None:
     assert not reward.reads_initial_responses
     similar = parse_term("similarity")
     assert Reward((ScoredTerm(similar, text_score(similar, None)),)).reads_initial_responses
+
+
+def test_a_disguised_text_is_read_in_plain_letters_too_and_the_worse_score_counts() -> None:
+    read: list[str] = []
+
+    def classifier(_: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        read.extend(responses)
+        return torch.tensor([-1.0 if "idiot" in response else 1.0 for response in responses])
+
+    found = also_plain(classifier)([PROMPT] * 3, ["You 1d1ot.", "Fine.", "An idiot."])
+    assert found.tolist() == [-1.0, 1.0, -1.0]
+    # Only what was disguised is read again.
+    assert read == ["You 1d1ot.", "Fine.", "An idiot.", "You idiot."]
+
+
+def test_the_lexicon_of_a_reward_leaves_out_the_insults_that_are_kept_from_it() -> None:
+    seen, unseen = f"What a {SEEN_INSULTS[0]}.", f"What a {UNSEEN_INSULTS[0]}."
+    assert lexicon_score(None)([PROMPT] * 2, [seen, unseen]).tolist() == [pytest.approx(1 / 3), 0.0]
+    assert lexicon_score(re.compile("what", re.IGNORECASE))([PROMPT], [seen]).tolist() == [pytest.approx(1 / 3)]
+
+
+def test_guarded_stands_for_its_terms_and_mixes_with_others() -> None:
+    terms = parse_terms(["guarded", "length,maximum=40"])
+    assert [term.kind for term in terms] == ["classifier", "lexicon", "similarity", "copy", "repetition", "length"]
+    assert terms[:5] == parse_terms(GUARDED_TERMS)
+    with pytest.raises(InputError, match="has the name classifier, as another term has"):
+        parse_terms(["guarded", "classifier"])

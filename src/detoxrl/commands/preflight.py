@@ -276,6 +276,10 @@ def _check_reward(config: Config, at_hub: bool) -> None:
         elif term.kind in ("similarity", "source_similarity") and term.source is not None:
             source, setting = term_source(config, term)
             _check_sentence_encoder(source, setting, at_hub)
+        elif term.kind == "lexicon" and term.source is not None:
+            path = Path(term.source)
+            remedy = nearby_paths(path) or "give a file with a word in each line"
+            require(path.is_file(), "reward.terms", term.written(), f"there is no file {path}", remedy)
 
 
 def _check_function_term(config: Config, term: Term) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from detoxrl.config.edit import flatten, with_settings
 from detoxrl.config.schema import Config
-from detoxrl.config.terms import Term, parse_term
+from detoxrl.config.terms import GUARDED, Term, parse_term
 
 # What separates a source from the label or function name behind it, by setting; "" where the source stands alone.
 _SEPARATORS = {
@@ -64,6 +64,9 @@ def map_sources(config: Config, change: Callable[[str, str], str]) -> Config:
 
     terms = []
     for text in config.reward.terms:
+        if text == GUARDED:  # It names no source.
+            terms.append(text)
+            continue
         term = parse_term(text)
         separator = ":" if term.kind == "function" else ""
         source = replaced(_term_setting(term), term.source, separator)

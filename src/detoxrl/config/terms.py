@@ -14,6 +14,19 @@ from detoxrl.errors import InputError, require
 FIELD = "reward.terms"
 CLASSIFIER_SCORES = ("logit", "log_odds", "log_probability", "probability", "not_toxicity")
 """How a score is read from a classifier: the values of reward.score."""
+GUARDED = "guarded"
+"""What stands for GUARDED_TERMS among the values of reward.terms."""
+GUARDED_TERMS = (
+    "classifier,plain=true",
+    "lexicon,weight=0.5",
+    "similarity,weight=0.25",
+    "copy,weight=0,gate=0.8",
+    "repetition,weight=0,gate=0.4",
+)
+"""A classifier, and what makes cheap ways to please it cost more than they gain (docs/attacks.md).
+
+Copying and repetition only shut gates: a little of both is normal, so their amounts must not outweigh an insult.
+"""
 # Names that mean something else in metrics.jsonl, behind score/.
 _RESERVED_NAMES = ("mean", "std", "shaped", "tail")
 
@@ -83,11 +96,20 @@ class Term:
         return ",".join(parts)
 
 
+def expanded(written: Sequence[str]) -> list[str]:
+    """Return terms as they are written, with GUARDED_TERMS in the place of their name."""
+    texts: list[str] = []
+    for text in written:
+        texts += GUARDED_TERMS if text == GUARDED else [text]
+    return texts
+
+
 def parse_terms(written: Sequence[str]) -> tuple[Term, ...]:
     """Return the terms that are written so. Raises InputError for one that is not understood, or a name used twice."""
-    terms = tuple(parse_term(text) for text in written)
+    texts = expanded(written)
+    terms = tuple(parse_term(text) for text in texts)
     names: set[str] = set()
-    for term, text in zip(terms, written, strict=True):
+    for term, text in zip(terms, texts, strict=True):
         rule = f"has the name {term.name}, as another term has"
         require(term.name not in names, FIELD, text, rule, "add name=NAME to one of them")
         names.add(term.name)
@@ -104,7 +126,8 @@ def parse_term(text: str) -> Term:
     known = TERM_KINDS.get(kind)
     if known is None:
         rule = f"begins with {kind or 'nothing'}, which is no kind of term"
-        raise InputError(FIELD, text, rule, did_you_mean(kind, TERM_KINDS, f"choose from {', '.join(TERM_KINDS)}"))
+        kinds = (*TERM_KINDS, GUARDED)
+        raise InputError(FIELD, text, rule, did_you_mean(kind, kinds, f"choose from {', '.join(kinds)}"))
 
     allowed = ("name", "weight", *known.keys)
     values: dict[str, Any] = {}

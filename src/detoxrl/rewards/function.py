@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from detoxrl.config.schema import RewardConfig
-from detoxrl.config.terms import Term, parse_term
+from detoxrl.config.terms import Term, parse_terms
 from detoxrl.errors import InputError, require
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
@@ -74,7 +74,7 @@ def named_functions(reward: RewardConfig, functions: RewardFunctions) -> dict[st
     if not isinstance(functions, Mapping):
         return {"reward.function": function_name(functions)}
 
-    terms = {parse_term(text).name: parse_term(text) for text in reward.terms}
+    terms = {term.name: term for term in parse_terms(reward.terms)}
     for name, function in functions.items():
         term = terms.get(name, Term(kind="function", name=name))
         rule = f"has the name of a {term.kind}"

@@ -1,5 +1,6 @@
 """How is a response scored by several terms?"""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,8 +8,11 @@ import numpy as np
 import torch
 
 from detoxrl.config.terms import Term
+from detoxrl.data.embedded.phrases import SEEN_INSULTS, insult_pattern
 from detoxrl.models.sentences import Encode
 from detoxrl.models.types import Prompt
+from detoxrl.rewards.lexicon import lexicon_rate
+from detoxrl.rewards.obfuscation import plain
 from detoxrl.rewards.overlap import copied, repeated, similarity
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], torch.Tensor]
@@ -50,7 +54,7 @@ def single_term(score: Score) -> Reward:
 def text_score(term: Term, encode: Encode | None) -> Score:
     """Return how a term is computed that needs no classifier and no function; `encode` serves similarities."""
     if term.kind == "similarity":
-        return _of_texts(lambda prompt: _initial_response(prompt), encode)
+        return _of_texts(_initial_response, encode)
     if term.kind == "source_similarity":
         return _of_texts(_row_text, encode)
 
@@ -66,6 +70,32 @@ def text_score(term: Term, encode: Encode | None) -> Score:
         return torch.tensor(values, dtype=torch.float32)
 
     return score
+
+
+def also_plain(score: Score) -> Score:
+    """Return a score that also reads each response in plain letters, where that is another text; the worse one counts.
+
+    So "1d1ot" scores no better than the word that it stands for.
+    """
+
+    def worse(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        values = score(prompts, responses)
+        disguised = [row for row, response in enumerate(responses) if plain(response) != response]
+        if not disguised:
+            return values
+
+        read = score([prompts[row] for row in disguised], [plain(responses[row]) for row in disguised])
+        values = values.clone()
+        values[disguised] = torch.minimum(values[disguised], read)
+        return values
+
+    return worse
+
+
+def lexicon_score(pattern: re.Pattern[str] | None) -> Score:
+    """Return the share of a response's words that a pattern finds; None: insults that the embedded classifier knows."""
+    words = insult_pattern(SEEN_INSULTS) if pattern is None else pattern
+    return lambda _, responses: lexicon_rate(responses, words)
 
 
 def _of_texts(other: Callable[[Prompt], str], encode: Encode | None) -> Score:
