@@ -13,6 +13,7 @@ from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, wi
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt
+from detoxrl.evaluation.identity import audit_judge, audit_policies, audit_reward
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
@@ -42,10 +43,11 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
         run.load_reward()
 
     sharpening = Sharpening(None, "files of texts have no entropy")
+    identity_texts: dict[str, dict[str, list[str]]] = {}
     if measures_texts:
         samples = _given_responses(rows)
     else:
-        samples, sharpening = sampled_responses(run, record["measures"]["policies"])
+        samples, sharpening, identity_texts = sampled_responses(run, record["measures"]["policies"])
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
@@ -72,6 +74,12 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result["changed_on_its_way"] = record["changes"]
     result["sharpening"] = sharpening._asdict()
     result["by_prompt"] = _by_prompt(run, rows, samples, measured)
+    reward_audit = None if readers.score is None else audit_reward(readers.score, to_prompts(rows))
+    result["identity"] = {
+        "judges": {name: audit_judge(judge) for name, judge in judges.items()},
+        "reward": reward_audit,
+        "policy": audit_policies(identity_texts, judges[measured.primary]) if identity_texts else None,
+    }
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)

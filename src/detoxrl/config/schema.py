@@ -19,6 +19,9 @@ from detoxrl.errors import require
 _PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
+FEWEST_IDENTITY_PROMPTS = 138
+"""6 prompts of each group, and the neutral ones that match them."""
+
 AtLeastTwo = Annotated[int, Field(ge=2)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
@@ -463,6 +466,10 @@ class EvaluationConfig:
     """Also measure the initial policy at the temperature that gives it the entropy of the trained policy: what
     sharpening alone does. Takes about as long as one further policy."""
 
+    identity_prompts: NonNegativeInt = 0
+    """Maximum number of generated prompts, 138 to 253, that mention a group or match one that does. The initial and the
+    trained policy also answer these, evaluation.samples_per_prompt times each. 0: they are not sampled."""
+
     bootstrap: PositiveInt = 10_000
     """Number of bootstrap resamples for each interval."""
 
@@ -473,6 +480,10 @@ class EvaluationConfig:
 
         labelled = self.fluency is None or "=" in self.fluency
         require(labelled, "evaluation.fluency", self.fluency, rule, "add = and the label of fluent text")
+
+        enough = self.identity_prompts == 0 or self.identity_prompts >= FEWEST_IDENTITY_PROMPTS
+        rule = f"must be 0 or at least {FEWEST_IDENTITY_PROMPTS}: fewer prompts of a group give no interval"
+        require(enough, "evaluation.identity_prompts", self.identity_prompts, rule, "ask for all with 253")
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from detoxrl.report import words
 from detoxrl.report.ending import Ending, ending
+from detoxrl.report.identity import audit_warnings
 from detoxrl.report.kept import explain_kept
 from detoxrl.report.results import read_evaluation
 from detoxrl.report.words import number
@@ -42,6 +43,8 @@ def print_result(root: Path) -> None:
     if baselines.by_name:
         console.print()
         console.print(_baseline_table(evaluation, baselines))
+    for line in audit_warnings(evaluation):
+        console.print(f"warning: {line}", soft_wrap=True)
     for line in words.setting_changes(evaluation):
         console.print(f"settings changed during the run: {line}", soft_wrap=True)
 
