@@ -88,7 +88,7 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
 def _by_prompt(
     run: Run, rows: Sequence[Row], samples: Mapping[str, Samples], measured: Measured
 ) -> dict[str, dict[str, Any]]:
-    """Return the comparison of "after" with "before" for toxic prompts and for the others, where the source says.
+    """Return the comparison of "after" with "before" for parts of the prompts: toxic ones, stressed ones, the others.
 
     Likelihoods are per token, so they are taken anew over the tokens of each part.
     """
@@ -175,6 +175,7 @@ def _samples(rows: Sequence[Row], responses: Mapping[str, Texts], measured: Meas
             "references": row.references,
             "civil_references": row.civil_references,
             "columns": row.columns,
+            "stressed": row.stressed,
             "responses": {policy: by_prompt[number] for policy, by_prompt in responses.items()},
             "toxicity": {judge: _rounded(by_policy, number) for judge, by_policy in measured.toxicity.items()},
         }

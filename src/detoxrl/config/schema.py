@@ -63,6 +63,10 @@ class DataConfig:
     min_toxicity: UnitInterval = 0.0
     """Minimum toxicity of a training prompt by data.toxicity_column; others are left out of training."""
 
+    stress: str | None = None
+    """File of toxic turns: one per line, or a data file with a column `text`. Half of the prompts of every split get
+    one, as a turn of one of their speakers, and are also measured apart. None: prompts stay as they are."""
+
     limit: AtLeastTwo = 24_000
     """Maximum number of training prompts; the embedded source generates exactly this many."""
 
@@ -103,6 +107,10 @@ class DataConfig:
         known = self.min_toxicity == 0 or self.toxicity_column is not None
         rule = "needs the toxicity of the prompts"
         require(known, "data.min_toxicity", self.min_toxicity, rule, "name data.toxicity_column")
+
+        has_speakers = self.stress is None or self.task != "rewrite"
+        rule = "cannot be combined with data.task = rewrite, whose sources have no speakers and are toxic themselves"
+        require(has_speakers, "data.stress", self.stress, rule, "leave it out")
 
         in_chat = self.system_prompt is None or self.chat_template is not False
         rule = "needs a chat template, and data.chat_template is False"

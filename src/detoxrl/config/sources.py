@@ -11,6 +11,7 @@ from detoxrl.config.schema import Config
 # What separates a source from the label or function name behind it, by setting; "" where the source stands alone.
 _SEPARATORS = {
     "data.source": "",
+    "data.stress": "",
     "policy.base": "",
     "policy.adapter": "",
     "reward.classifier": "",

@@ -26,6 +26,7 @@ _NO_MODEL = {
     "policy.adapter": None,
     "reward.function": None,
     "data.source": "embedded",
+    "data.stress": None,
     "reward.classifier": "embedded",
 }
 

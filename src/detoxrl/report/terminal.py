@@ -39,6 +39,9 @@ def print_result(root: Path) -> None:
     console = Console(highlight=False, markup=False)
 
     console.print(_measure_table(evaluation))
+    if words.toxicity_by_prompt(evaluation):
+        console.print()
+        console.print(_part_table(evaluation))
     baselines = words.compare_baselines(evaluation)
     if baselines.by_name:
         console.print()
@@ -93,6 +96,18 @@ def _measure_table(evaluation: dict[str, Any]) -> Table:
     if words.shown_quality(evaluation) is None:
         no_numbers = [""] * (len(headings) - 1)
         table.add_row("Quality", *no_numbers, words.NOT_MEASURED)
+    return table
+
+
+def _part_table(evaluation: dict[str, Any]) -> Table:
+    """Return toxicity by the primary judge on toxic, stressed and other prompts."""
+    headings = [_heading(evaluation, "before"), _heading(evaluation, "after"), "change", "95 % interval"]
+    if words.kept_initial(evaluation):
+        headings = ["initial policy"]
+    columns = (Column(heading, justify="right", no_wrap=True) for heading in headings)
+    table = Table("", *columns, title="toxicity by kind of prompt", box=SIMPLE_HEAD, show_edge=False)
+    for title, measure in words.toxicity_by_prompt(evaluation).items():
+        table.add_row(title, *measure.cells[: len(headings)])
     return table
 
 
