@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,7 +236,11 @@ class Run:
             responses = [response for _, response in pairs]
             return self.reward(prompts, responses).double().numpy()
 
-        return memoized(score)
+        remembered = memoized(score)
+        if self.reward.reads_initial_responses:
+            return remembered
+        # Pairs that differ only in what the reward does not read are one pair.
+        return lambda pairs: remembered([(replace(prompt, initial_response=None), text) for prompt, text in pairs])
 
     def stored_normaliser(self) -> Normaliser | None:
         """Return the normaliser of the reward's terms; None before training has measured it."""

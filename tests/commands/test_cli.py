@@ -109,6 +109,9 @@ def test_eval_json_keeps_its_contract(run: Path) -> None:
         assert {"toxicity", "quality", "quality_by", "verdict"} == set(one["after"])
         assert ("kl_bound" in one) == name.startswith("best_of")
     assert {"spearman", "kappa", "same_side"} == set(found["agreement"]["alt-profanity-check and reward classifier"])
+    assert set(found["identity"]) == {"judges", "reward", "policy"}
+    assert set(found["identity"]["judges"]) == set(found["toxicity"])
+    assert found["identity"]["policy"] is None
     assert found["names"] == {}
     assert {"prepare", "sft", "train", "evaluate"} <= set(found["seconds"])
 

@@ -101,6 +101,7 @@ def test_ones_own_conversations_become_a_report(
     card = (tmp_path / "runs/own-export/README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     assert "apply_chat_template(messages" in card
+    assert "- In the audit of group mentions, civil mentions of a group are rated less favourably than neutral" in card
     code = card.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path / "runs/own-export")
     exec(compile(code, "card", "exec"), {})

@@ -58,6 +58,8 @@ from detoxrl.errors import InputError
          r"policy\.adapter = 'a': cannot be combined with policy\.full_weights; merge the adapter into the base"),
         ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': must be SOURCE=LABEL"),
         ({"evaluation.fluency": "c"}, r"evaluation\.fluency = 'c': must be SOURCE=LABEL"),
+        ({"evaluation.identity_prompts": 30},
+         r"evaluation\.identity_prompts = 30: must be 0 or at least 138: .*; ask for all with 253"),
         ({"evaluation.best_of": "4"}, r"evaluation\.best_of = '4': must be a list of values"),
         ({"evaluation.best_of": ["4", "1"]}, r"evaluation\.best_of = 1: must be 2 or more; give a larger value"),
         ({"data.source": ""}, r"data\.source = '': must not be empty"),

@@ -14,10 +14,11 @@ from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, wi
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt, scored_pairs
+from detoxrl.evaluation.identity import audit_judge, audit_policies, audit_reward
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
-from detoxrl.evaluation.readers import ScoredPairs
+from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
 from detoxrl.report.results import read_lines
@@ -43,10 +44,11 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
         run.load_reward()
 
     sharpening = Sharpening(None, "files of texts have no entropy")
+    identity_texts: dict[str, dict[str, list[str]]] = {}
     if measures_texts:
         samples = _given_responses(rows)
     else:
-        samples, sharpening = sampled_responses(run, record["measures"]["policies"])
+        samples, sharpening, identity_texts = sampled_responses(run, record["measures"]["policies"])
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
@@ -73,9 +75,22 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     result["changed_on_its_way"] = record["changes"]
     result["sharpening"] = sharpening._asdict()
     result["by_prompt"] = _by_prompt(run, rows, samples, measured)
+    result["identity"] = {
+        "judges": {name: audit_judge(judge) for name, judge in judges.items()},
+        "reward": _reward_audit(rows, responses["before"], readers),
+        "policy": audit_policies(identity_texts, judges[measured.primary]) if identity_texts else None,
+    }
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)
+
+
+def _reward_audit(rows: Sequence[Row], before: Texts, readers: Readers) -> dict[str, Any] | None:
+    """Return how the reward scores civil mentions of groups as responses to the rows' prompts; None without one."""
+    if readers.score is None:
+        return None
+    first = [[texts[0]] for texts in before]
+    return audit_reward(readers.score, [prompt for prompt, _ in scored_pairs(rows, first, first)])
 
 
 def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[ScoredPairs], dict[str, Floats]]:
@@ -101,7 +116,7 @@ def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[
 def _by_prompt(
     run: Run, rows: Sequence[Row], samples: Mapping[str, Samples], measured: Measured
 ) -> dict[str, dict[str, Any]]:
-    """Return the comparison of "after" with "before" for toxic prompts and for the others, where the source says.
+    """Return the comparison of "after" with "before" for parts of the prompts: toxic ones, stressed ones, the others.
 
     Likelihoods are per token, so they are taken anew over the tokens of each part.
     """
@@ -191,6 +206,7 @@ def _samples(rows: Sequence[Row], responses: Mapping[str, Texts], measured: Meas
             "references": row.references,
             "civil_references": row.civil_references,
             "columns": row.columns,
+            "stressed": row.stressed,
             "responses": {policy: by_prompt[number] for policy, by_prompt in responses.items()},
             "toxicity": {judge: _rounded(by_policy, number) for judge, by_policy in measured.toxicity.items()},
         }

@@ -23,6 +23,7 @@ from detoxrl.config.sources import (
 )
 from detoxrl.config.terms import Term
 from detoxrl.data.layout import require_usable_source, require_usable_texts
+from detoxrl.data.stress_lines import stress_lines
 from detoxrl.errors import require
 from detoxrl.evaluation.subjects import NO_BASE, Subjects, measuring_config, with_commits
 from detoxrl.models.files import (
@@ -228,8 +229,12 @@ def _check_sections(config: Config, sections: Sequence[str], at_hub: bool) -> No
 
 
 def _check_data(config: Config, at_hub: bool) -> None:
-    if config.data.source != "embedded" and not at_hub:
+    if at_hub:
+        return
+    if config.data.source != "embedded":
         require_usable_source(config)
+    if config.data.stress is not None:
+        stress_lines(Path(config.data.stress))
 
 
 def _check_policy(config: Config, at_hub: bool) -> None:

@@ -21,6 +21,8 @@ from detoxrl.data.prompts import PromptWriter, token_lengths
 from detoxrl.data.rows import SPLITS, Row, rows_to_jsonl
 from detoxrl.data.selection import Selection, select
 from detoxrl.data.sources import read_source, read_texts
+from detoxrl.data.stress import Stressed, with_stress
+from detoxrl.data.stress_lines import stress_lines
 from detoxrl.errors import require
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import profanity_judge
@@ -168,14 +170,15 @@ def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
     """Return the rows with their prompts, and the tokenizer that counted them, for `uses`. Raises InputError."""
     tokenizer: Any = None if config.policy.base == "scratch" else load_tokenizer(config.policy.base)
     selection = _selection(config, tokenizer, uses)
+    stressed = _stressed(selection.rows, config)
     if tokenizer is None:
-        tokenizer = _train_tokenizer(selection.rows["train"][:_TOKENIZER_ROWS], config)
+        tokenizer = _train_tokenizer(stressed["train"].rows[:_TOKENIZER_ROWS], config)
 
     writer = PromptWriter(config, tokenizer)
     rows: dict[str, list[Row]] = {}
     lengths: dict[str, list[int]] = {}
     for split in SPLITS:
-        rows[split], lengths[split] = writer.with_prompts(selection.rows[split])
+        rows[split], lengths[split] = _with_prompts(writer, selection.rows[split], stressed[split])
 
     limit = config.data.max_prompt_tokens
     prompt_lengths = [min(length, limit) for split in SPLITS for length in lengths[split]]
@@ -191,7 +194,40 @@ def prepare_rows(config: Config, uses: Sequence[str] = SPLITS) -> Prepared:
         "prompt_tokens": _spread(prompt_lengths),
         "reference_tokens": _spread(token_lengths(tokenizer, references)) if references else None,
     }
+    if config.data.stress is not None:
+        account["stress"] = {split: _stress_account(rows[split], stressed[split]) for split in SPLITS}
     return Prepared(rows=rows, account=account, tokenizer=tokenizer)
+
+
+def _stressed(rows: dict[str, list[Row]], config: Config) -> dict[str, Stressed]:
+    """Return the rows of each split, half of them with a toxic turn if the config names a file of these."""
+    if config.data.stress is None:
+        return {split: Stressed(rows[split], [None] * len(rows[split]), 0) for split in SPLITS}
+
+    turns = stress_lines(Path(config.data.stress))
+    return {split: with_stress(rows[split], turns[split], split, config.seed) for split in SPLITS}
+
+
+def _with_prompts(writer: PromptWriter, rows: Sequence[Row], stressed: Stressed) -> tuple[list[Row], list[int]]:
+    """Return stressed rows with prompts, and their lengths. A row whose turn would be cut stays as it is in `rows`."""
+    prompted, lengths = writer.with_prompts(stressed.rows)
+    for index, turn in enumerate(stressed.turns):
+        if turn is not None and turn not in prompted[index].prompt:
+            (prompted[index],), (lengths[index],) = writer.with_prompts([rows[index]])
+    return prompted, lengths
+
+
+def _stress_account(rows: Sequence[Row], stressed: Stressed) -> dict[str, int]:
+    """Return how many rows of a split have a toxic turn, and why the others have none."""
+    has_turn = sum(row.stressed for row in rows)
+    was_cut = sum(turn is not None for turn in stressed.turns) - has_turn
+    drawn_clean = len(rows) - has_turn - was_cut - stressed.without_place
+    return {
+        "stressed": has_turn,
+        "clean": drawn_clean,
+        "without a place for a turn": stressed.without_place,
+        "too long for a turn": was_cut,
+    }
 
 
 def _first(rows: dict[str, list[Row]]) -> Row:
@@ -251,6 +287,8 @@ def account_table(account: dict[str, Any]) -> Group:
     if account["prompt_tokens"]:
         spread = "median {median}, 95 % up to {p95}, longest {max}".format(**account["prompt_tokens"])
         lines = f"{lines}; prompt tokens: {spread}"
+    for split, counts in account.get("stress", {}).items():
+        lines += f"\nprompts of {split}: {', '.join(f'{count:,} {outcome}' for outcome, count in counts.items())}"
     return Group(table, lines)
 
 

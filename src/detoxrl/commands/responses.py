@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import require
 from detoxrl.evaluation.baselines import Texts
+from detoxrl.evaluation.identity_sentences import identity_rows
 from detoxrl.evaluation.likelihood import mean_entropy
 from detoxrl.evaluation.policies import MeasuredPolicies, prompts_for
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening, matching_temperature
@@ -43,6 +44,7 @@ class Sampled(NamedTuple):
 
     samples: dict[str, Samples]
     sharpening: Sharpening
+    identity_texts: dict[str, dict[str, list[str]]]  # By policy: the responses to each sentence's prompt.
 
 
 def sampled_responses(run: Run, given: Mapping[str, str]) -> Sampled:
@@ -57,16 +59,24 @@ def sampled_responses(run: Run, given: Mapping[str, str]) -> Sampled:
 
     samplings = sampler.samplings()
     settings = run.config.evaluation
-    planned = sum(sampling.samples for sampling in samplings.values())
-    planned += settings.samples_per_prompt if settings.sharpened else 0
-    with progress("sample", planned * sampler.rows) as report:
+    identity_samplings = sampler.identity_samplings()
+    planned = sum(sampling.samples for sampling in samplings.values()) * sampler.rows
+    planned += settings.samples_per_prompt * sampler.rows if settings.sharpened else 0
+    planned += sum(sampling.samples for sampling in identity_samplings.values()) * len(sampler.identity_order)
+    with progress("sample", planned) as report:
         collection = _Collection(run.folder, sampler, report)
         samples = {name: collection.complete(name, sampling) for name, sampling in samplings.items()}
         sharpening = _sharpening(run, sampler, samples, collection.temperature)
         if sharpening.temperature is not None:
             sampling = Sampling("before", settings.samples_per_prompt, sharpening.temperature)
             samples[SHARPENED] = collection.complete(SHARPENED, sampling)
-    return Sampled(samples, sharpening)
+
+        identity_texts = {}
+        for name, sampling in identity_samplings.items():
+            answered = collection.complete(name, sampling, sampler.identity_order)
+            texts = [[sample.text for sample in of_prompt] for of_prompt in answered]
+            identity_texts[name] = dict(zip(sampler.identity_sentences, texts, strict=True))
+    return Sampled(samples, sharpening, identity_texts)
 
 
 class _Collection:
@@ -77,25 +87,30 @@ class _Collection:
         self._folder = folder
         self._sampler = sampler
         self._report = report
-        self._responses = 0
+        self._done = 0  # Responses, those that the folder holds included.
         self._by_row: dict[str, dict[int, list[Sample]]] = {}
         for line in folder.read_lines(RESPONSES):
             self._by_row.setdefault(line["policy"], {}).update(_as_samples(line["responses"]))
             if line["policy"] == SHARPENED:
                 self.temperature = line["temperature"]
 
-    def complete(self, name: str, sampling: Sampling) -> Samples:
-        """Return the samples of a policy on all prompts; the batches that the folder lacks are sampled now."""
+    def complete(self, name: str, sampling: Sampling, order: Sequence[int] | None = None) -> Samples:
+        """Return the samples of a policy on the rows in `order`, by row; None: on all held-out rows.
+
+        The batches that the folder lacks are sampled now, in that order.
+        """
+        order = self._sampler.order if order is None else order
         by_row = self._by_row.setdefault(name, {})
-        order = self._sampler.order
-        for batch in self._sampler.batches(order[len(by_row) :]):
+        missing = [row for row in order if row not in by_row]
+        self._done += (len(order) - len(missing)) * sampling.samples
+        for batch in self._sampler.batches(missing):
             sampled = self._sampler.sample(sampling, batch)
             record = {"policy": name, "temperature": sampling.temperature, "responses": list(sampled.items())}
             self._folder.append(RESPONSES, record)
             by_row.update(sampled)
-            self._report(self._responses + len(by_row) * sampling.samples, name)
-        self._responses += len(by_row) * sampling.samples
-        return [by_row[row] for row in range(self._sampler.rows)]
+            self._done += len(batch) * sampling.samples
+            self._report(self._done, name)
+        return [by_row[row] for row in sorted(order)]
 
 
 def _as_samples(responses: Sequence[tuple[int, list[Any]]]) -> dict[int, list[Sample]]:
@@ -158,8 +173,6 @@ class ResponseSampler:
     def __init__(self, run: Run, given: Mapping[str, str]) -> None:
         self.world = run.world
         self._config = run.config
-        self._rows = run.rows("test")
-        self._prompts = to_prompts(self._rows)
         trained = {name: run.folder / part for name, part in TRAINED.items() if (run.folder / part).is_dir()}
         self._policies = MeasuredPolicies(run.base, run.adapter, trained, given, run.config)
         # The initial policy rates the responses of the others, so it is always on the device.
@@ -167,8 +180,27 @@ class ResponseSampler:
         self._names = list(self._policies.names)
         if run.folder.kept_initial_policy():
             self._names.remove("after")
-        (self.order,) = batches_by_length(self._prompts, len(self._prompts))
-        self.rows = len(self._prompts)
+
+        held_out = run.rows("test")
+        self.rows = len(held_out)
+        self._rows = held_out
+        self._prompts = to_prompts(held_out)
+        (self.order,) = batches_by_length(self._prompts, self.rows)
+        self.identity_sentences: list[str] = []
+        self.identity_order: list[int] = []  # The rows behind the held-out ones.
+        if run.config.evaluation.identity_prompts > 0:
+            self._add_identity_rows()
+
+    def _add_identity_rows(self) -> None:
+        """Add the generated prompts of the audit, in the template that the initial policy reads."""
+        rows = identity_rows(self._config.data.task, self._config.evaluation.identity_prompts)
+        self.identity_sentences = list(rows)
+        base = self._config.policy.base
+        prompts = prompts_for(self._policies.initial.policy, list(rows.values()), self._config, base)
+        (order,) = batches_by_length(prompts, len(prompts))
+        self.identity_order = [self.rows + index for index in order]
+        self._rows = [*self._rows, *rows.values()]
+        self._prompts = [*self._prompts, *prompts]
 
     def samplings(self) -> dict[str, Sampling]:
         """Return how each policy is sampled, by name. The initial one gives more, from which best-of-n picks."""
@@ -178,6 +210,13 @@ class ResponseSampler:
         pool = max(settings.best_of, default=0)
         samplings["before"] = Sampling("before", settings.samples_per_prompt + pool, temperature)
         return samplings
+
+    def identity_samplings(self) -> dict[str, Sampling]:
+        """Return how the prompts of the audit are sampled: by the initial and the trained policy, if at all."""
+        settings = self._config.evaluation
+        temperature = self._config.generation.temperature
+        names = [name for name in ("before", "after") if name in self._names and self.identity_order]
+        return {name: Sampling(name, settings.samples_per_prompt, temperature) for name in names}
 
     def batches(self, rows: Sequence[int]) -> list[list[int]]:
         """Return rows in batches that all processes share."""

@@ -74,8 +74,8 @@ def machine(config: Config, world: World) -> dict[str, Any]:
         properties[package] = version(package)
 
     for setting, path in local_sources(config).items():
-        # The rows of data.source are in the run, and what only measures changes no step of it.
-        if setting != "data.source" and _first_stage(setting) != "evaluate":
+        # What `data` names is in the run's rows, and what only measures changes no step of it.
+        if not setting.startswith("data.") and _first_stage(setting) != "evaluate":
             properties[f"content of {setting}"] = content_digest(path)
     return properties
 

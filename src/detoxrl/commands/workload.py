@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from detoxrl.config.schema import Config
 from detoxrl.data.rows import Row
+from detoxrl.evaluation.identity_sentences import groups_within, numbered_sentences
 from detoxrl.training.own_samples import SAMPLES, sampled_prompts
 from detoxrl.training.preferences import pairs_per_step
 
@@ -48,7 +49,8 @@ def bar_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, floa
     evaluation = config.evaluation
     policies = 2 + int(evaluation.sharpened) + len(baselines)
     samples = policies * evaluation.samples_per_prompt + max(evaluation.best_of, default=0)
-    evaluated = samples * len(rows["test"])
+    identity_prompts = len(numbered_sentences(groups_within(evaluation.identity_prompts)))
+    evaluated = samples * len(rows["test"]) + 2 * evaluation.samples_per_prompt * identity_prompts
 
     seconds = {"warm start": config.sft.steps * step.finetune}
     for name in baselines:

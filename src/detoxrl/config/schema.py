@@ -20,6 +20,9 @@ from detoxrl.errors import require
 _PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
+FEWEST_IDENTITY_PROMPTS = 138
+"""6 prompts of each group, and the neutral ones that match them."""
+
 AtLeastTwo = Annotated[int, Field(ge=2)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
@@ -61,6 +64,10 @@ class DataConfig:
     min_toxicity: UnitInterval = 0.0
     """Minimum toxicity of a training prompt by data.toxicity_column; others are left out of training."""
 
+    stress: str | None = None
+    """File of toxic turns: one per line, or a data file with a column `text`. Half of the prompts of every split get
+    one, as a turn of one of their speakers, and are also measured apart. None: prompts stay as they are."""
+
     limit: AtLeastTwo = 24_000
     """Maximum number of training prompts; the embedded source generates exactly this many."""
 
@@ -101,6 +108,10 @@ class DataConfig:
         known = self.min_toxicity == 0 or self.toxicity_column is not None
         rule = "needs the toxicity of the prompts"
         require(known, "data.min_toxicity", self.min_toxicity, rule, "name data.toxicity_column")
+
+        has_speakers = self.stress is None or self.task != "rewrite"
+        rule = "cannot be combined with data.task = rewrite, whose sources have no speakers and are toxic themselves"
+        require(has_speakers, "data.stress", self.stress, rule, "leave it out")
 
         in_chat = self.system_prompt is None or self.chat_template is not False
         rule = "needs a chat template, and data.chat_template is False"
@@ -498,6 +509,10 @@ class EvaluationConfig:
     """Also measure the initial policy at the temperature that gives it the entropy of the trained policy: what
     sharpening alone does. Takes about as long as one further policy."""
 
+    identity_prompts: NonNegativeInt = 0
+    """Maximum number of generated prompts, 138 to 253, that mention a group or match one that does. The initial and the
+    trained policy also answer these, evaluation.samples_per_prompt times each. 0: they are not sampled."""
+
     bootstrap: PositiveInt = 10_000
     """Number of bootstrap resamples for each interval."""
 
@@ -508,6 +523,10 @@ class EvaluationConfig:
 
         labelled = self.fluency is None or "=" in self.fluency
         require(labelled, "evaluation.fluency", self.fluency, rule, "add = and the label of fluent text")
+
+        enough = self.identity_prompts == 0 or self.identity_prompts >= FEWEST_IDENTITY_PROMPTS
+        rule = f"must be 0 or at least {FEWEST_IDENTITY_PROMPTS}: fewer prompts of a group give no interval"
+        require(enough, "evaluation.identity_prompts", self.identity_prompts, rule, "ask for all with 253")
 
 
 @dataclass(frozen=True, kw_only=True, config=_PYDANTIC)

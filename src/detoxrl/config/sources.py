@@ -12,6 +12,7 @@ from detoxrl.config.terms import GUARDED, Term, parse_term
 # What separates a source from the label or function name behind it, by setting; "" where the source stands alone.
 _SEPARATORS = {
     "data.source": "",
+    "data.stress": "",
     "policy.base": "",
     "policy.adapter": "",
     "reward.classifier": "",

@@ -29,6 +29,7 @@ class Row:
     messages: tuple[Message, ...] = ()  # A conversation, up to the message to reply to.
     prompt: str = ""  # What the policy reads: the templates with the text, which is cut if it is too long.
     toxicity: float | None = None  # Of the text, in [0, 1], if the source says it.
+    stressed: bool = False  # Whether a toxic turn was put into its text (data.stress).
     columns: Mapping[str, Any] = field(default_factory=dict)  # The columns of the source, as they are.
     topic: str | None = None
     facts: Facts | None = None

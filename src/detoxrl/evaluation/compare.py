@@ -344,15 +344,18 @@ def _parts(rows: Sequence[Row], measured: Measured) -> dict[str, Masks]:
 
 
 def parts_by_prompt(rows: Sequence[Row]) -> dict[str, Masks]:
-    """Return the toxic prompts and the others, (N,) each, by the toxicity that their source gives them.
+    """Return parts of the prompts, (N,) each: toxic ones and others by their source, stressed ones and clean ones.
 
-    Empty if a row has none. A part without prompts is left out.
+    Toxicity is left out if a row has none, stress if no row has a toxic turn, and a part without prompts too.
     """
-    if any(row.toxicity is None for row in rows):
-        return {}
+    parts: dict[str, Masks] = {}
+    if all(row.toxicity is not None for row in rows):
+        toxic = np.array([(row.toxicity or 0) >= TOXIC_PROMPT for row in rows])
+        parts |= {"toxic prompts": toxic, "other prompts": ~toxic}
 
-    toxic = np.array([(row.toxicity or 0) >= TOXIC_PROMPT for row in rows])
-    parts = {"toxic prompts": toxic, "other prompts": ~toxic}
+    stressed = np.array([row.stressed for row in rows])
+    if stressed.any():
+        parts |= {"stressed prompts": stressed, "clean prompts": ~stressed}
     return {name: mask for name, mask in parts.items() if mask.any()}
 
 

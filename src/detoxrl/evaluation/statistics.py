@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import combinations
 from math import ceil
 from statistics import NormalDist
@@ -18,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 Json = dict[str, Any]  # a part of eval.json
 # Standard errors are unreliable below this number of prompts, because toxicity is skewed.
 _FEWEST_PROMPTS = 20
+# The fewest units of which all changes of sign can give a p-value below 5 %.
+_FEWEST_UNITS = 6
 # Resamples drawn at a time; bounds the memory that many prompts take.
 _BLOCK = 500
 _z = NormalDist().inv_cdf
@@ -97,6 +100,58 @@ def _sign_flip_p(differences: Floats, resamples: int, rng: np.random.Generator) 
     # Sums that differ only by rounding count as equal.
     rounding = 1e-9 * np.abs(differences).sum()
     return float((1 + (flipped >= abs(total) - rounding).sum()) / (1 + resamples))
+
+
+def exact_difference(before: Floats, after: Floats) -> Difference:
+    """Return the mean of after - before over 6 to 20 units, with p-value and 95 % interval by all changes of sign.
+
+    `before` is (N, k) and `after` (N, k'). The bootstrap-t of `paired_difference` needs more units: where one of 14
+    differs and the others hardly do, its interval is a thousand times as wide as the data. The interval is that of the
+    sign-flip test: if the N differences are independent and symmetric about a centre, the centre is equally likely to
+    lie in each of the 2^N gaps between the means of their subsets (Hartigan 1969, JASA 64). With fewer than 6 units no
+    gap is below 2.5 %. `detectable` is as in `paired_difference`.
+    """
+    differences = after.mean(1) - before.mean(1)
+    n = len(differences)
+    assert _FEWEST_UNITS <= n <= 20
+    mean = float(differences.mean())
+    subsets = _subsets(n)
+    sums = subsets @ differences
+
+    means = np.sort(sums[1:] / subsets[1:].sum(1))
+    outside = int(0.025 * len(subsets))
+    low = float(means[outside - 1])
+    high = float(means[-outside])
+
+    # A sum under other signs is twice the sum of those that keep theirs, less the sum of all.
+    total = differences.sum()
+    rounding = 1e-9 * np.abs(differences).sum()
+    p = float((np.abs(2 * sums - total) >= abs(total) - rounding).mean())
+
+    error = float(differences.std(ddof=1) / n**0.5)
+    return Difference(mean=mean, low=low, high=high, p=p, detectable=(_z(0.975) + _z(0.8)) * error)
+
+
+@lru_cache(maxsize=4)
+def _subsets(n: int) -> Floats:
+    """Return all subsets of n units as rows of zeros and ones, (2^n, n), the empty one first."""
+    numbers = np.arange(2**n)[:, None]
+    subsets: Floats = (numbers >> np.arange(n) & 1).astype(np.float64)
+    return subsets
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number m by the step-down method of Holm 1979 (Scand. J. Statist. 6).
+
+    The i-th smallest is multiplied by m - i + 1 and is at least its predecessor's. Where no difference is real, any is
+    below alpha with a probability of alpha at most, however the tests depend on each other.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def _blocks(resamples: int) -> int:

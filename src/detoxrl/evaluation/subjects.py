@@ -27,6 +27,7 @@ _NO_MODEL = {
     "reward.function": None,
     "reward.terms": (),
     "data.source": "embedded",
+    "data.stress": None,
     "reward.classifier": "embedded",
 }
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from detoxrl.config.schema import Config
 from detoxrl.config.tasks import TASKS
 from detoxrl.report import words
+from detoxrl.report.identity import audit_warnings
 from detoxrl.report.page import repeat_command
 from detoxrl.report.results import read_evaluation, used_rows
 from detoxrl.runtime.hub import is_hub_id
@@ -63,6 +64,7 @@ def model_card(folder: RunFolder, config: Config, name: str, where: str, base: s
         rows_used={use: used_rows(folder, use) for use in ("train", "validation")},
         command=repeat_command(settings, folder.read_json("run.json")["measures"]),
         words=words,
+        warnings=audit_warnings(evaluation),
     )
     return f"{card}\n"
 

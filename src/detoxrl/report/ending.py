@@ -89,6 +89,8 @@ def _price(evaluation: dict[str, Any]) -> str:
         is_told = name == words.shown_quality(evaluation)
         if measure is not None and measure.direction != 0 and not is_told:
             change = _change(measure, names)
+            if name == "refusal_rate" and measure.direction > 0:
+                change = f"{change} ({_interval(measure, names)})"
             changes.append(f"{change[0].lower()}{change[1:]}")
     return f"{'; '.join(changes)}."
 

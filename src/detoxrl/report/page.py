@@ -15,6 +15,7 @@ from detoxrl.config.edit import flatten, setting_types
 from detoxrl.config.recipes import recipe
 from detoxrl.config.tasks import TASKS
 from detoxrl.report import words
+from detoxrl.report.identity import answers, raters, refusals
 from detoxrl.report.kept import explain_kept, few_prompts
 from detoxrl.report.masking import masking_pattern, segments
 from detoxrl.report.results import read_evaluation, read_lines, read_validations
@@ -127,6 +128,9 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "by_prompt": words.by_prompt(evaluation),
         "joint_scale": words.joint_scale(evaluation),
         "reward_terms": words.reward_terms(evaluation),
+        "raters": raters(evaluation),
+        "answers": answers(evaluation),
+        "refusals": refusals(evaluation),
         "baselines": words.compare_baselines(evaluation),
         "distributions": _distributions(samples, judge, words.sides(evaluation)),
         "rows": rows,

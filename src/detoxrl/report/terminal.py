@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from detoxrl.report import words
 from detoxrl.report.ending import Ending, ending
+from detoxrl.report.identity import audit_warnings
 from detoxrl.report.kept import explain_kept
 from detoxrl.report.results import read_evaluation
 from detoxrl.report.words import number
@@ -38,10 +39,15 @@ def print_result(root: Path) -> None:
     console = Console(highlight=False, markup=False)
 
     console.print(_measure_table(evaluation))
+    if words.toxicity_by_prompt(evaluation):
+        console.print()
+        console.print(_part_table(evaluation))
     baselines = words.compare_baselines(evaluation)
     if baselines.by_name:
         console.print()
         console.print(_baseline_table(evaluation, baselines))
+    for line in audit_warnings(evaluation):
+        console.print(f"warning: {line}", soft_wrap=True)
     for line in words.setting_changes(evaluation):
         console.print(f"settings changed during the run: {line}", soft_wrap=True)
 
@@ -90,6 +96,18 @@ def _measure_table(evaluation: dict[str, Any]) -> Table:
     if words.shown_quality(evaluation) is None:
         no_numbers = [""] * (len(headings) - 1)
         table.add_row("Quality", *no_numbers, words.NOT_MEASURED)
+    return table
+
+
+def _part_table(evaluation: dict[str, Any]) -> Table:
+    """Return toxicity by the primary judge on toxic, stressed and other prompts."""
+    headings = [_heading(evaluation, "before"), _heading(evaluation, "after"), "change", "95 % interval"]
+    if words.kept_initial(evaluation):
+        headings = ["initial policy"]
+    columns = (Column(heading, justify="right", no_wrap=True) for heading in headings)
+    table = Table("", *columns, title="toxicity by kind of prompt", box=SIMPLE_HEAD, show_edge=False)
+    for title, measure in words.toxicity_by_prompt(evaluation).items():
+        table.add_row(title, *measure.cells[: len(headings)])
     return table
 
 

@@ -65,11 +65,12 @@ _QUALITY = {
 }
 
 
-# What the protocol of RealToxicityPrompts reports of toxic prompts and of others.
+# What is reported of toxic or stressed prompts and of others; all but refusals as RealToxicityPrompts does.
 _BY_PROMPT = {
     "expected_max_toxicity": Metric("Expected maximum toxicity", "mean over prompts of the worst sample", -1),
     "toxicity_probability": Metric("Toxicity probability", "share of prompts with a sample at 0.5 or above", -1),
     **{name: _QUALITY[name] for name in ("nll", "entropy", "distinct_1", "distinct_2", "distinct_3")},
+    "refusal_rate": _QUALITY["refusal_rate"],
 }
 
 
@@ -291,15 +292,30 @@ def measured(system: dict[str, Any]) -> dict[str, Measure]:
 
 
 def by_prompt(evaluation: dict[str, Any]) -> dict[str, list[Measure]]:
-    """Return the measures of toxic prompts and of the others, by the title of the part; empty without such parts."""
+    """Return the measures of toxic, stressed and other prompts, by the title of the part; empty without such parts."""
+    quality = main_quality(evaluation)
+    shown = dict(_BY_PROMPT)
+    if quality is not None:
+        shown = {quality: _QUALITY[quality], **shown}
+
     parts = {}
-    for name, part in evaluation.get("by_prompt", {}).items():
-        measures = []
-        for metric_name, metric in _BY_PROMPT.items():
+    for title, toxicity in toxicity_by_prompt(evaluation).items():
+        part = evaluation["by_prompt"][title.partition(" ")[2]]
+        measures = [toxicity]
+        for metric_name, metric in shown.items():
             if metric_name in part["quality"]:
                 result = part["quality"][metric_name]
                 measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
-        parts[f"{part['n']} {name}"] = measures
+        parts[title] = measures
+    return parts
+
+
+def toxicity_by_prompt(evaluation: dict[str, Any]) -> dict[str, Measure]:
+    """Return toxicity by the primary judge of each part of the prompts, by the part's title; empty without parts."""
+    judge = evaluation["primary_judge"]
+    parts = {}
+    for name, part in evaluation.get("by_prompt", {}).items():
+        parts[f"{part['n']} {name}"] = _toxicity(judge, part["toxicity"][judge])
     return parts
 
 
