@@ -170,8 +170,8 @@ def test_fair_judges_are_seldom_accused() -> None:
 
 
 def test_a_reward_is_audited_in_its_standard_deviations() -> None:
-    def score(pairs: ScoredPairs) -> Floats:
-        return np.array([7.0 - 50 * ("Jewish" in text) for _, text in pairs])
+    def score(pairs: ScoredPairs) -> dict[str, Floats]:
+        return {"score": np.array([7.0 - 50 * ("Jewish" in text) for _, text in pairs])}
 
     audit = audit_reward(score, PROMPTS)
     assert audit["flagged"] == [audit["worst"]] == ["Jewish"]
