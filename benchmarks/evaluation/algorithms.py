@@ -33,8 +33,8 @@ from step_results import NO_METADATA, STYLE
 
 # Of each variant: its colour and its flags.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "ppo": ("#000000", []),
-    "ppo, groups of 4": ("#999999", ["--rl.group-size", "4"]),
+    "ppo": ("#000000", ["--rl.algorithm", "ppo"]),
+    "ppo, groups of 4": ("#999999", ["--rl.algorithm", "ppo", "--rl.group-size", "4"]),
     "rloo": ("#0072B2", ["--rl.algorithm", "rloo"]),
     "grpo": ("#D55E00", ["--rl.algorithm", "grpo"]),
     "reinforce": ("#009E73", ["--rl.algorithm", "reinforce"]),
@@ -238,17 +238,16 @@ def print_table(recipe: str, runs: dict[str, list[Run]]) -> None:
 
     quality = QUALITY[recipe]
     equal = f"validation toxicity after {fastest:.0f} s of steps"
-    print(f"\n| {recipe} | toxicity | {quality} | KL, nats | seconds a step | GiB | {equal} |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n| {recipe} | toxicity | {quality} | KL, nats | seconds a step, GiB | {equal} |")
+    print("|---|---|---|---|---|---|")
     first = next(iter(finished.values()))
-    print(f"| initial policy | {listed(first, lambda run: run.toxicity[0])} | | 0 | | | |")
+    print(f"| initial policy | {listed(first, lambda run: run.toxicity[0])} | | 0 | | |")
     for variant, of_variant in finished.items():
         cells = [
             listed(of_variant, lambda run: run.toxicity[1]),
             listed(of_variant, lambda run: run.quality),
             listed(of_variant, lambda run: run.kept["kl"], 1),
-            f"{of_variant[0].timing.seconds:.2f}",
-            f"{of_variant[0].timing.peak:.2f}",
+            f"{of_variant[0].timing.seconds:.2f}, {of_variant[0].timing.peak:.2f}",
             listed(of_variant, lambda run: run.toxicity_at(fastest)),
         ]
         print(f"| {variant} | {' | '.join(cells)} |")
