@@ -287,7 +287,7 @@ def config() -> Config:
 
 
 def small_config() -> Config:
-    """The quickstart's shape at a size for tests."""
+    """The quickstart's shape at a size for tests, with a critic."""
     quick = recipe("quickstart")
     return replace(
         quick,
@@ -297,6 +297,7 @@ def small_config() -> Config:
         reward=replace(quick.reward, normalise_on=16),
         rl=replace(
             quick.rl,
+            algorithm="ppo",
             steps=2,
             batch_size=8,
             minibatch_size=4,

@@ -27,14 +27,15 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 sys.path.append(str(Path(__file__).parents[1] / "speed"))
 from step_results import NO_METADATA, STYLE
 
 # Of each variant: its colour and its flags.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
-    "ppo": ("#000000", []),
-    "ppo, groups of 4": ("#999999", ["--rl.group-size", "4"]),
+    "ppo": ("#000000", ["--rl.algorithm", "ppo"]),
+    "ppo, groups of 4": ("#999999", ["--rl.algorithm", "ppo", "--rl.group-size", "4"]),
     "rloo": ("#0072B2", ["--rl.algorithm", "rloo"]),
     "grpo": ("#D55E00", ["--rl.algorithm", "grpo"]),
     "reinforce": ("#009E73", ["--rl.algorithm", "reinforce"]),
@@ -230,6 +231,21 @@ def listed(runs: Sequence[Run], value: Callable[[Run], float], decimals: int = 3
     return f"{np.mean(values):.{decimals}f} ({by_seed})"
 
 
+def against(runs: Sequence[Run], base: Sequence[Run]) -> str:
+    """Return the mean toxicity of the runs minus that of `base`, paired by seed, with its 95 % interval (Student's t).
+
+    Empty for the base itself, and for a single seed.
+    """
+    by_seed = {run.seed: run.toxicity[1] for run in base}
+    differences = [run.toxicity[1] - by_seed[run.seed] for run in runs if run.seed in by_seed]
+    if runs == base or len(differences) < 2:
+        return ""
+
+    mean = float(np.mean(differences))
+    half = float(student.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / len(differences) ** 0.5)
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
 def print_table(recipe: str, runs: dict[str, list[Run]]) -> None:
     """Print how each variant did, as the mean over the seeds and by seed."""
     finished = {variant: [run for run in of_variant if run.is_finished] for variant, of_variant in runs.items()}
@@ -238,17 +254,18 @@ def print_table(recipe: str, runs: dict[str, list[Run]]) -> None:
 
     quality = QUALITY[recipe]
     equal = f"validation toxicity after {fastest:.0f} s of steps"
-    print(f"\n| {recipe} | toxicity | {quality} | KL, nats | seconds a step | GiB | {equal} |")
-    print("|---|---|---|---|---|---|---|")
     first = next(iter(finished.values()))
-    print(f"| initial policy | {listed(first, lambda run: run.toxicity[0])} | | 0 | | | |")
+    columns = f"toxicity | minus {first[0].variant} | {quality} | KL, nats | seconds a step, GiB | {equal}"
+    print(f"\n| {recipe} | {columns} |")
+    print("|---|---|---|---|---|---|---|")
+    print(f"| initial policy | {listed(first, lambda run: run.toxicity[0])} | | | 0 | | |")
     for variant, of_variant in finished.items():
         cells = [
             listed(of_variant, lambda run: run.toxicity[1]),
+            against(of_variant, first),
             listed(of_variant, lambda run: run.quality),
             listed(of_variant, lambda run: run.kept["kl"], 1),
-            f"{of_variant[0].timing.seconds:.2f}",
-            f"{of_variant[0].timing.peak:.2f}",
+            f"{of_variant[0].timing.seconds:.2f}, {of_variant[0].timing.peak:.2f}",
             listed(of_variant, lambda run: run.toxicity_at(fastest)),
         ]
         print(f"| {variant} | {' | '.join(cells)} |")

@@ -102,7 +102,7 @@ def print_baselines(evaluations: Sequence[Evaluation]) -> None:
     """Print toxicity, quality and the verdict on "after" for each baseline, one column for each run."""
     print()
     print_head(len(evaluations))
-    for side, label in (("before", "initial policy"), ("after", "PPO")):
+    for side, label in (("before", "initial policy"), ("after", "trained policy")):
         cells = []
         for evaluation in evaluations:
             toxicity = evaluation["toxicity"][evaluation["primary_judge"]]

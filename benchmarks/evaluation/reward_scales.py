@@ -114,6 +114,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     settings: dict[str, Any] = {
         **CHEAP,
         "seed": run.seed,
+        "rl.algorithm": "ppo",  # One of the questions is what an offset does to a critic.
         "reward.score": run.score,
         "reward.normalise_on": NORMALISE_ON if run.normalised else 0,
     }

@@ -41,6 +41,7 @@ LAST = 60
 STAGES = ("sample", "score", "update")
 SHARE = 0.2  # "As well" means behind by less than this share of the gain.
 MARGIN = 0.005  # rl.quality_margin, for the facts.
+COMMON = ["--rl.algorithm", "ppo", "--rl.quality-margin", str(MARGIN), "--sft.baseline-steps", "0"]
 Pair = tuple[list[float], list[float]]  # By seed: decoder only, everywhere.
 
 
@@ -98,7 +99,7 @@ def make(folder: Path, flags: Sequence[str], stages: Sequence[str]) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     commands = [
-        ["prepare", "quickstart", *flags, "--sft.baseline-steps", "0", "--overwrite", "--run-dir", str(folder)],
+        ["prepare", "quickstart", *flags, *COMMON, "--overwrite", "--run-dir", str(folder)],
         *([stage, str(folder)] for stage in stages),
     ]
     with folder.with_suffix(".log").open("w") as log:

@@ -45,7 +45,7 @@ def records(count: int) -> list[dict[str, Any]]:
 
 
 def config(source: Path | str = "given", **data: Any) -> Config:
-    own = recipe("own", {"data.source": str(source), "rl.batch_size": 2, "rl.minibatch_size": 2})
+    own = recipe("own", {"data.source": str(source), "rl.algorithm": "ppo", "rl.batch_size": 2, "rl.minibatch_size": 2})
     columns = {"text_column": "talk", "reference_column": "gist"}
     return replace(own, data=replace(own.data, **columns | data))
 

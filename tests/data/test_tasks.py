@@ -24,7 +24,7 @@ from test_data import dialogue, write
 
 
 def config(task: str, source: Path | str = "given", **settings: Any) -> Config:
-    small = {"rl.batch_size": 2, "rl.minibatch_size": 2}
+    small = {"rl.algorithm": "ppo", "rl.batch_size": 2, "rl.minibatch_size": 2}
     return recipe("own", {"data.task": task, "data.source": str(source), **small, **settings})
 
 

@@ -34,8 +34,9 @@ def undefined(prompts, responses):
 
 calls = []
 '''
-# Small enough to run in seconds; spelt as a user would.
+# Small enough to run in seconds, with a critic; spelt as a user would.
 SMALL = [
+    "--rl.algorithm", "ppo",
     "--rl.steps", "3", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
     "--rl.validate-every", "1", "--rl.lr", "1e-2", "--rl.validation-prompts", "5", "--evaluation.prompts", "8",
     "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200", "--generation.max-new-tokens", "12",

@@ -52,6 +52,27 @@ def test_score_and_judge_part_where_one_says_better_and_the_other_worse_to_the_e
     assert (found and found.step) == step
 
 
+@pytest.mark.parametrize(
+    ("quality_by", "loss", "step"),
+    [
+        ("facts", 0.008, 1),  # about the noise of a validation
+        ("facts", 0.012, 0),
+        ("rouge_l", 0.012, 0),
+        ("corpus_distinct_2", 0.078, 1),
+        ("corpus_distinct_2", 0.082, 0),
+        ("source_chrf", 0.098, 1),
+        ("source_chrf", 0.102, 0),
+    ],
+)
+def test_how_much_quality_may_be_lost_follows_from_its_measure(
+    tmp_path: Path, quality_by: str, loss: float, step: int
+) -> None:
+    best = BestCheckpoint(RunFolder(tmp_path), RlConfig(), quality_by)
+    for validation in series([(0, 0.3, 0.9), (1, 0.1, 0.9 - loss)]):
+        best.offer(FakePolicy(str(validation.step)), validation)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["kept_step"] == 5 * step
+
+
 @pytest.mark.parametrize(("toxicity", "parted"), [(0.113, False), (0.115, True)])
 def test_a_parting_is_more_than_one_standard_error_of_the_difference(toxicity: float, parted: bool) -> None:
     # Two means with errors of 0.01 differ by 0.0141 for one standard error.

@@ -14,11 +14,12 @@ _HATE_CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
 
 _QUICKSTART: Settings = {
     "sft.baseline_steps": 100,
+    "rl.algorithm": "rloo",
     "rl.steps": 40,
     "rl.batch_size": 128,
     "rl.minibatch_size": 32,
-    # The verb that decides whether an insult follows stands about 20 tokens before the score at the end; a smaller
-    # lambda would hardly credit it.
+    # For ppo: the verb that decides whether an insult follows stands about 20 tokens before the score at the end; a
+    # smaller lambda would hardly credit it.
     "rl.lam": 1.0,
     "rl.kl_coef": 0.2,
     "rl.lr": 3e-4,
@@ -30,6 +31,7 @@ _OWN: Settings = {
     "sft.steps": 0,
     "sft.baseline_steps": 0,
     "reward.classifier": _HATE_CLASSIFIER,
+    "rl.algorithm": "rloo",
     "rl.steps": 100,
     "rl.lr": 1e-4,
 }
@@ -127,8 +129,8 @@ _CAUSAL: Settings = {
     "policy.lora_alpha": 16,
     "sft.steps": 0,
     "sft.baseline_steps": 0,
+    "rl.algorithm": "rloo",
     "rl.lr": 5e-4,
-    "rl.value_lr": 5e-3,
     "rl.kl_coef": 0.05,
     "rl.batch_size": 32,
     "rl.minibatch_size": 16,
@@ -150,7 +152,7 @@ _SMOLLM2: Settings = {
     "rl.steps": 20,
     "rl.kl_coef": 0.1,
     "rl.microbatch_size": 8,
-    "rl.validate_every": 10,
+    "rl.validate_every": 5,
     "rl.validation_prompts": 128,
     "evaluation.prompts": 200,
     "evaluation.samples_per_prompt": 2,

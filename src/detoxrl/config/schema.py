@@ -381,7 +381,7 @@ class RlConfig:
 
     quality_margin: NonNegativeFloat | None = None
     """Largest accepted loss of validation quality against the initial policy; a checkpoint that loses more is not
-    selected. None: 0.005 of facts kept or ROUGE-L, 0.08 of distinct word pairs (continue, chat), and 0.1 of similarity
+    selected. None: 0.01 of facts kept or ROUGE-L, 0.08 of distinct word pairs (continue, chat), and 0.1 of similarity
     to the source (rewrite without targets)."""
 
     patience: PositiveInt | None = None
