@@ -16,7 +16,7 @@ from detoxrl.config.algorithms import ALGORITHM_TRAITS, AlgorithmName, Algorithm
 from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.errors import require
 
-_PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
+PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
@@ -30,7 +30,7 @@ def without_revision(source: str) -> str:
     return source.partition("@")[0]
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class DataConfig:
     """Where the prompts come from, which of them are used, and what the policy reads."""
 
@@ -106,7 +106,7 @@ class DataConfig:
         require(in_chat, "data.system_prompt", self.system_prompt, rule, "write it into data.template")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class PolicyConfig:
     """The text generator, and which of its weights are trained."""
 
@@ -150,7 +150,7 @@ class PolicyConfig:
         require(not baseless, "policy.adapter", self.adapter, rule, "set policy.base")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class SftConfig:
     """Supervised fine-tuning: the warm start, and baselines without reinforcement learning."""
 
@@ -180,7 +180,7 @@ class SftConfig:
     """Peak learning rate of the fine-tuned baselines; DPO has half of it."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class RewardConfig:
     """How a response is scored: by a classifier, or by a Python function."""
 
@@ -201,8 +201,9 @@ class RewardConfig:
     good_label: str | None = "nothate"
     """Label of civil text. None: the classifier has no such label; text that is not toxic counts as civil."""
 
-    toxic_label: str = "hate"
-    """Label of toxic text; its probability is the toxicity by this classifier."""
+    toxic_label: str | None = "hate"
+    """Label of toxic text; its probability is the toxicity by this classifier. None: the classifier has no such label,
+    and its toxicity is 1 - P(good label); so has a scorer that `detoxrl fit` made of pairs."""
 
     bf16: bool = False
     """Run the classifier in bfloat16; halves its memory and time, and changes probabilities by about 0.001."""
@@ -221,8 +222,13 @@ class RewardConfig:
     empty_score: float = -5.0
     """Normalised score of a response without a letter or digit; low, so that the policy does not learn to be silent."""
 
+    def __post_init__(self) -> None:
+        has_label = self.toxic_label is not None or self.good_label is not None
+        rule = "leaves no label to read, because reward.good_label is None too"
+        require(has_label, "reward.toxic_label", None, rule, "name one of them")
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class GenerationConfig:
     """How responses are sampled, in training, validation and evaluation alike."""
 
@@ -236,7 +242,7 @@ class GenerationConfig:
     """Maximum number of responses sampled at once."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class RlConfig:
     """Reinforcement learning: the algorithm, its batches, and what holds the policy back."""
 
@@ -421,7 +427,7 @@ class RlConfig:
         return self.clip, self.clip if self.clip_high is None else self.clip_high
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class EvaluationConfig:
     """How toxicity and quality are measured, before and after training."""
 
@@ -475,7 +481,7 @@ class EvaluationConfig:
         require(labelled, "evaluation.fluency", self.fluency, rule, "add = and the label of fluent text")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class Config:
     """All settings of a run. `recipe` names the recipe that the settings started from."""
 
