@@ -196,6 +196,9 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept_and_training_stops_e
 
 def test_predictions_do_not_depend_on_the_batch(encoders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_under_new_head(str(encoders["roberta"]), "encoder", ("a", "b"), 1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)  # So that neighbours and padding would show.
     examples = Encoded([tokenizer("you rat " * n).input_ids for n in (9, 1, 5, 30)], torch.ones(4, 2), 1, 0)
     whole = predict(model, Encoder(tokenizer, 64), examples)
     monkeypatch.setattr(fitting, "tokens_at_once", lambda device: 1)
@@ -203,6 +206,7 @@ def test_predictions_do_not_depend_on_the_batch(encoders: dict[str, Path], monke
     with torch.no_grad():
         alone = model.eval()(torch.tensor([examples.ids[2]])).logits
     torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[2], rtol=1e-2)
 
 
 def test_texts_beyond_the_limit_are_cut_and_counted(encoders: dict[str, Path], sources: dict[str, Path]) -> None:
