@@ -234,12 +234,12 @@ def test_a_fit_that_was_stopped_resumes_to_the_same_bytes(
     rate = fitting._learning_rate
 
     def stop_at(steps: list[int], step: int, planned: int, config: Any) -> float:
-        if step in steps:
-            steps.remove(step)
+        if steps and step == steps[0]:
+            steps.pop(0)
             signal.raise_signal(signal.SIGINT)
         return rate(step, planned, config)
 
-    stops = [3, 10]
+    stops = [10, 3]  # Of the first fit and of the second one.
     monkeypatch.setattr(fitting, "_learning_rate", lambda *given: stop_at(stops, *given))
     assert detoxrl(["fit", *words, "parts", "--seed", "0"]) == 130
     message = "parts.unfinished keeps its state; resume with `detoxrl fit --resume --out parts`"

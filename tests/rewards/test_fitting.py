@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -167,24 +169,31 @@ def test_a_trained_encoder_learns_with_a_lora(
         assert "lora_B" not in name or weight.any(), name
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_kept_and_training_stops_early(
-    encoders: dict[str, Path], sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = iter([0.7, 0.5, 0.6, 0.5, 0.4, 0.3])
-    seen = []
+Seen = list[dict[str, torch.Tensor]]
+
+
+def validate_with(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Let validations have these losses, one after the other; return the list that their weights will be in."""
+    seen: Seen = []
 
     def given(model: Any, encoder: Encoder, examples: Encoded) -> torch.Tensor:
+        loss = torch.tensor(losses[len(seen)])
         seen.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
         # A logit with this loss for a target of 1: -log sigmoid(z) = loss.
-        loss = torch.tensor(next(losses))
         return (-(loss.exp() - 1).log()).expand(len(examples), 1)
 
+    loss_of_one = torch.nn.functional.logsigmoid
     monkeypatch.setattr(fitting, "predict", given)
+    monkeypatch.setattr(fitting, "example_losses", lambda logits, targets, kind: -loss_of_one(logits))
+    return seen
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_kept_and_training_stops_early(
+    encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = validate_with([0.7, 0.5, 0.6, 0.5, 0.4, 0.3], monkeypatch)
     rows = write_rows(tmp_path / "rows.jsonl", labelled_rows(300))
     settings = {"label_columns": "rude", "validate_every": 2, "patience": 2, "epochs": 5}
-    monkeypatch.setattr(
-        fitting, "example_losses", lambda logits, targets, kind: -torch.nn.functional.logsigmoid(logits)
-    )
     trained, model, _, _ = fitted(encoders["bert"], rows, tmp_path / "work", **settings)
     assert [record["step"] for record in trained.history] == [2, 4, 6, 8]
     assert [record["validation_loss"] for record in trained.history] == pytest.approx([0.7, 0.5, 0.6, 0.5], abs=1e-6)
@@ -192,6 +201,31 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept_and_training_stops_e
     for name, weight in model.named_parameters():
         assert torch.equal(weight, seen[1][name])
     assert any(not torch.equal(seen[1][name], weight) for name, weight in seen[3].items())
+
+
+def test_a_checkpoint_holds_the_weights_of_the_lowest_validation_loss(
+    encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = validate_with([0.4, 0.6, 0.7], monkeypatch)
+    rows = write_rows(tmp_path / "rows.jsonl", labelled_rows(300))
+    settings = {"label_columns": "rude", "validate_every": 2, "patience": 2, "epochs": 5}
+    rate = fitting._learning_rate
+
+    def stop(step: int, planned: int, config: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return rate(step, planned, config)
+
+    monkeypatch.setattr(fitting, "_learning_rate", lambda *given: stop(*given) if given[0] == 3 else rate(*given))
+    with pytest.raises(KeyboardInterrupt):
+        fitted(encoders["bert"], rows, tmp_path / "work", **settings)
+    monkeypatch.setattr(fitting, "_learning_rate", rate)
+    rmtree(tmp_path / "work/best")
+
+    trained, model, _, _ = fitted(encoders["bert"], rows, tmp_path / "work", **settings)
+    assert [record["step"] for record in trained.history] == [2, 4, 6]
+    assert trained.best_step == 2
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, seen[0][name])
 
 
 def test_predictions_do_not_depend_on_the_batch(encoders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
