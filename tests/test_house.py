@@ -77,7 +77,7 @@ def test_every_file_says_first_which_question_it_answers(path: Path) -> None:
 def test_the_public_names_are_these_and_no_module_hides_one() -> None:
     assert detoxrl.__all__ == [
         "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
-        "evaluate", "export", "recipe", "recipe_names", "run",
+        "evaluate", "export", "fit", "recipe", "recipe_names", "run",
     ]  # fmt: skip
     for path in MODULES:
         importlib.import_module(".".join(("detoxrl", *path.relative_to(PACKAGE).with_suffix("").parts)))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from detoxrl.commands.export import export
+    from detoxrl.commands.fit import fit
     from detoxrl.commands.run import evaluate, run
     from detoxrl.config.recipes import recipe, recipe_names
     from detoxrl.config.schema import Config
@@ -16,7 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Config", "DetoxrlError", "InputError", "RewardFunction", "StorageError", "TrainingError", "__version__",
-    "evaluate", "export", "recipe", "recipe_names", "run",
+    "evaluate", "export", "fit", "recipe", "recipe_names", "run",
 ]  # fmt: skip
 
 _ENVIRONMENT = {
@@ -46,6 +47,7 @@ _MODULES = {
     "TrainingError": "detoxrl.errors",
     "evaluate": "detoxrl.commands.run",
     "export": "detoxrl.commands.export",
+    "fit": "detoxrl.commands.fit",
     "recipe": "detoxrl.config.recipes",
     "recipe_names": "detoxrl.config.recipes",
     "run": "detoxrl.commands.run",

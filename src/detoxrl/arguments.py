@@ -227,17 +227,17 @@ def _refuse(word: str, command: Command, options: Iterable[Option]) -> None:
 
 def _setting_options(config: Config) -> dict[str, list[Option]]:
     """Return a flag for every setting of `config`, by the title of its section."""
-    options = {"general: settings of the whole run": _section_options(config, prefix="")}
+    options = {"general: settings of the whole run": section_options(config, prefix="")}
     for field in fields(config):
         section = getattr(config, field.name)
         if is_dataclass(section):
             about = str(section.__doc__)
             title = f"{field.name}: {about[0].lower()}{about[1:].removesuffix('.')}"
-            options[title] = _section_options(section, prefix=f"{field.name}.")
+            options[title] = section_options(section, prefix=f"{field.name}.")
     return options
 
 
-def _section_options(section: Any, prefix: str) -> list[Option]:
+def section_options(section: Any, prefix: str = "") -> list[Option]:
     """Return a flag for every setting of a section; its help is the field's docstring and its default."""
     section_type = type(section)
     assert is_pydantic_dataclass(section_type)
@@ -256,10 +256,15 @@ def _section_options(section: Any, prefix: str) -> list[Option]:
                 help=f"{field.description} (default: {_shown(value)})",
                 metavar=_type_name(types[name]),
                 nargs="*" if takes_list(types[name]) else None,
-                off_flag=flag.replace(".", ".no-") if is_switch else None,
+                off_flag=_off_flag(flag) if is_switch else None,
             )
         )
     return options
+
+
+def _off_flag(flag: str) -> str:
+    """Return the flag that turns a switch off: --sft.no-bf16 for --sft.bf16, --no-balance for --balance."""
+    return flag.replace(".", ".no-") if "." in flag else flag.replace("--", "--no-", 1)
 
 
 def _type_name(annotation: Any) -> str:

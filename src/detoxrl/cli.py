@@ -7,7 +7,7 @@ transformers take seconds to import and help must not wait for them.
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from detoxrl import __version__
-from detoxrl.arguments import Command, Option, Request, command_help, overview, parse
+from detoxrl.arguments import Command, Option, Request, command_help, overview, parse, section_options
 from detoxrl.commands.export_check import default_target, require_measured, require_writable
+from detoxrl.commands.fit_check import how_to_resume, planned_fit, resumed_fit
 from detoxrl.commands.preflight import (
     check_stage,
     check_subjects,
@@ -31,12 +32,14 @@ from detoxrl.commands.preflight import (
 )
 from detoxrl.commands.sweep_plan import SweepPlan, planned_sweep
 from detoxrl.commands.tracker_state import resolve_tracker
-from detoxrl.config.edit import config_from_json, with_settings, without_stale_targets
+from detoxrl.config.edit import config_from_json, fit_config, with_settings, without_stale_targets
+from detoxrl.config.fit import FitConfig
 from detoxrl.config.names import did_you_mean
 from detoxrl.config.recipes import recipe, recipe_names
 from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError, InputError, ProcessError, require
 from detoxrl.evaluation.subjects import Subjects, subjects_of
+from detoxrl.report.fit_words import ending as fit_ending
 from detoxrl.runtime.console import status
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 from detoxrl.runtime.signals import Terminated, resume_hint, stop_signals
@@ -53,6 +56,32 @@ def _score(request: Request) -> None:
         judges = score.named_judges(options.get("judge", []))
         texts = score.given_texts(request.positionals, options.get("file"), options.get("column"))
         score.score(texts, judges, jsonl="jsonl" in options, show="show" in options)
+
+
+def _fit(request: Request) -> None:
+    options = {**request.options, **request.settings}  # Some settings have the name of one of a run, such as seed.
+    out = options.pop("out", None)
+    require(out is not None, "--out", "", "is missing", "name the folder to create")
+    assert out is not None
+    resume = options.pop("resume", False)
+    overwrite = options.pop("overwrite", False)
+    source = request.target
+
+    with _explained_stop(out, how_to_resume):
+        if resume:
+            given = [*([source] if source else []), *options, *(["overwrite"] if overwrite else [])]
+            require(not given, "--resume", True, "keeps the settings of the stopped fit", "give --out alone")
+            plan = resumed_fit(out)
+        else:
+            remedy = "run `detoxrl fit SOURCE --out FOLDER`, with the source before flags of several values"
+            require(source != "", "SOURCE", "", "is missing", remedy)
+            plan = planned_fit(fit_config({"source": source, **options}), out, overwrite)
+
+        with status("loading torch and transformers"):
+            from detoxrl.commands.fit import run_fit
+        result = run_fit(plan)
+
+    print("\n".join(fit_ending(out, result)))
 
 
 # Commands that take a recipe
@@ -377,18 +406,25 @@ def _print_next(request: Request, root: Path) -> None:
 
 
 @contextmanager
-def _explained_stop(root: Path | None) -> Iterator[None]:
-    """If the command is interrupted or the disk is full, say what was saved in `root` and how to resume."""
+def _explained_stop(root: Path | None, explain: Callable[[Path], str] | None = None) -> Iterator[None]:
+    """If the command is interrupted or the disk is full, say what was saved in `root` and how to resume.
+
+    `explain` says it for what is no run folder.
+    """
+
+    def what_remains() -> str:
+        return explain(root) if explain and root else _how_to_resume(root)
+
     try:
         with stop_signals():
             yield
     except (KeyboardInterrupt, ProcessError) as stop:
         if not getattr(stop, "__notes__", []):
-            stop.add_note(_how_to_resume(root))
+            stop.add_note(what_remains())
         raise
     except (OSError, SafetensorError) as error:
         if _is_disk_full(error):
-            sys.exit(_complain(f"the disk is full; {_how_to_resume(root)}", 1))
+            sys.exit(_complain(f"the disk is full; {what_remains()}", 1))
         raise
 
 
@@ -508,6 +544,30 @@ _SCORE = (
     Option("--jsonl", "Print a JSON object per text, and nothing else, to stdout."),
     Option("--show", "Do not mask toxic words."),
 )
+_FIT = (
+    Option("--out", "Folder to create.", metavar="FOLDER", parse=Path),
+    Option("--overwrite", "Replace an earlier fit in this folder."),
+    Option("--resume", "Continue the fit of --out that was stopped; give no other flag."),
+    *(option for option in section_options(FitConfig(source="any")) if option.flag != "--source"),
+)
+_FIT_DETAILS = """\
+  detoxrl fit comments.csv --out judge --label-columns toxic
+  detoxrl fit comments.csv --out judge --labels nothate hate          classes by name, or by number from 0 on
+  detoxrl fit thumbs.jsonl --out liked --text-column reply --label-columns thumb
+  detoxrl fit pairs.jsonl --out scorer --chosen-column civil --rejected-column toxic
+  detoxrl fit allenai/real-toxicity-prompts --out perspective --lora-rank 16
+      --text-column prompt.text continuation.text --label-columns toxicity insult threat
+  detoxrl fit --resume --out judge                                    after Ctrl-C, or a kill
+
+SOURCE is a file (.csv, .json, .jsonl, .jsonl.gz, .parquet), a folder of them,
+or a hub id. Its splits train, validation and test are used if it has them.
+
+FOLDER becomes an ordinary transformers classifier, or a LoRA adapter, with a
+model card. `reward.classifier`, judges and `detoxrl score --judge FOLDER=LABEL`
+take it. fit.json holds the results on held-out texts.
+
+Held-out texts that are near-duplicates of training texts are removed and
+counted, and so are rows without a text or a label."""
 _CONVERT_DETAILS = """\
   detoxrl convert FILE.gguf FOLDER   a GGUF model in full precision, with its tokenizer (needs 'detoxrl[gguf]')
   detoxrl convert OLD FOLDER         a folder or hub id with .bin weights; no code that a pickle may hold is run"""
@@ -565,6 +625,14 @@ _ROWS = (
         takes_settings=True,
         execute=_doctor,
         summary="Estimate memory and time of a run, and try each of its parts; creates no run folder",
+    ),
+    Command(
+        name="fit",
+        positionals=("SOURCE",),
+        options=_FIT,
+        execute=_fit,
+        summary="Fit a classifier or scorer to labelled texts: a reward or judge of your own",
+        details=_FIT_DETAILS,
     ),
     Command(
         name="recipes",

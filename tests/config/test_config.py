@@ -239,7 +239,7 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
 
 
 def test_none_is_a_word_like_any_other_where_a_value_is_required() -> None:
-    assert recipe("own", {"reward.toxic_label": "none"}).reward.toxic_label == "none"
+    assert recipe("own", {"evaluation.judge_label": "none"}).evaluation.judge_label == "none"
     assert recipe("own", {"data.template": "None {dialogue}"}).data.template == "None {dialogue}"
     with pytest.raises(InputError, match=r"rl\.lr = 'none': must be a number"):
         recipe("own", {"rl.lr": "none"})

@@ -52,7 +52,7 @@ def test_a_term_is_a_kind_and_what_is_set_of_it() -> None:
     ],
 )
 def test_a_term_that_is_not_understood_is_refused(text: str, message: str) -> None:
-    with pytest.raises(InputError, match="reward.terms") as refused:
+    with pytest.raises(InputError, match=r"reward\.terms") as refused:
         parse_term(text)
     assert message in str(refused.value)
 

@@ -31,6 +31,7 @@ from detoxrl.models.files import (
     ARCHITECTURES,
     SCRATCH_LAYERS,
     adapted_part,
+    adapter_base,
     generation_settings,
     layers_in_files,
     read_settings,
@@ -40,7 +41,7 @@ from detoxrl.models.files import (
 )
 from detoxrl.rewards.names import require_embedded_labels, require_function, require_labels
 from detoxrl.runtime.files import nearby_paths
-from detoxrl.runtime.hub import config_folder, fetch, is_hub_id, pin_revision
+from detoxrl.runtime.hub import adapts_classifier, config_folder, fetch, is_hub_id, pin_revision, require_source
 from detoxrl.runtime.packages import is_installed
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 
@@ -348,8 +349,15 @@ def _check_classifier(classifier: ClassifierSource, at_hub: bool) -> None:
     id2label = read_settings(folder, "config.json", setting, source).get("id2label")
     if id2label:  # Without names transformers makes some up, which is left to it.
         require_labels(id2label, labels)
-    if not at_hub:
-        require_model_files(folder, setting, source)
+    if at_hub:
+        return
+
+    require_model_files(folder, setting, source)
+    if adapts_classifier(folder):
+        base = adapter_base(folder, setting, source)
+        require_source(base, setting)
+        if not is_hub_id(base):
+            require_model_files(Path(base), setting, base)
 
 
 def _folder(source: str, setting: str, at_hub: bool) -> Path | None:

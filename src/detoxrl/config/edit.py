@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from detoxrl.config.fit import FitConfig
 from detoxrl.config.names import RENAMED, did_you_mean_setting
 from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
@@ -115,6 +116,26 @@ def with_settings(
 
     try:
         return TypeAdapter(Config).validate_python(nested)
+    except ValidationError as error:
+        raise _input_error(error.errors()[0], remedy) from None
+
+
+def fit_config(settings: Mapping[str, object], remedy: str = "see `detoxrl fit --help`") -> FitConfig:
+    """Return how a classifier is fitted, by settings given by name, `source` among them. Raises as `with_settings`.
+
+    A single value of a setting that takes several may stand alone.
+    """
+    types = _field_types(FitConfig)
+    plain: dict[str, object] = {}
+    for name, value in settings.items():
+        if name not in types:
+            raise InputError("setting", name, "is not a setting", did_you_mean_setting(name, list(types)))
+        value = _plain(value, types[name])
+        alone = isinstance(value, str) and takes_list(types[name])
+        plain[name] = (value,) if alone else value
+
+    try:
+        return TypeAdapter(FitConfig).validate_python(plain)
     except ValidationError as error:
         raise _input_error(error.errors()[0], remedy) from None
 

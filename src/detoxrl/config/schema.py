@@ -17,7 +17,7 @@ from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.config.terms import TERM_KINDS, Term, parse_terms
 from detoxrl.errors import require
 
-_PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
+PYDANTIC = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 FEWEST_IDENTITY_PROMPTS = 138
@@ -34,7 +34,7 @@ def without_revision(source: str) -> str:
     return source.partition("@")[0]
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class DataConfig:
     """Where the prompts come from, which of them are used, and what the policy reads."""
 
@@ -118,7 +118,7 @@ class DataConfig:
         require(in_chat, "data.system_prompt", self.system_prompt, rule, "write it into data.template")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class PolicyConfig:
     """The text generator, and which of its weights are trained."""
 
@@ -162,7 +162,7 @@ class PolicyConfig:
         require(not baseless, "policy.adapter", self.adapter, rule, "set policy.base")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class SftConfig:
     """Supervised fine-tuning: the warm start, and baselines without reinforcement learning."""
 
@@ -192,7 +192,7 @@ class SftConfig:
     """Peak learning rate of the fine-tuned baselines; DPO has half of it."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class RewardConfig:
     """How a response is scored: by a classifier, by a Python function, or by several weighted terms."""
 
@@ -218,8 +218,9 @@ class RewardConfig:
     good_label: str | None = "nothate"
     """Label of civil text. None: the classifier has no such label; text that is not toxic counts as civil."""
 
-    toxic_label: str = "hate"
-    """Label of toxic text; its probability is the toxicity by this classifier."""
+    toxic_label: str | None = "hate"
+    """Label of toxic text; its probability is the toxicity by this classifier. None: the classifier has no such label,
+    and its toxicity is 1 - P(good label); so has a scorer that `detoxrl fit` made of pairs."""
 
     bf16: bool = False
     """Run the classifier in bfloat16; halves its memory and time, and changes probabilities by about 0.001."""
@@ -240,6 +241,10 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
+
+        has_label = self.toxic_label is not None or self.good_label is not None
+        rule = "leaves no label to read, because reward.good_label is None too"
+        require(has_label, "reward.toxic_label", None, rule, "name one of them")
 
         is_read = self.function is None or self.reads_function
         rule = f"is read by none of reward.terms = {' '.join(self.terms)}"
@@ -268,7 +273,7 @@ class RewardConfig:
         return any(term.kind == "function" and term.source is None for term in self.measured_terms)
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class GenerationConfig:
     """How responses are sampled, in training, validation and evaluation alike."""
 
@@ -282,7 +287,7 @@ class GenerationConfig:
     """Maximum number of responses sampled at once."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class RlConfig:
     """Reinforcement learning: the algorithm, its batches, and what holds the policy back."""
 
@@ -467,7 +472,7 @@ class RlConfig:
         return self.clip, self.clip if self.clip_high is None else self.clip_high
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class EvaluationConfig:
     """How toxicity and quality are measured, before and after training."""
 
@@ -529,7 +534,7 @@ class EvaluationConfig:
         require(enough, "evaluation.identity_prompts", self.identity_prompts, rule, "ask for all with 253")
 
 
-@dataclass(frozen=True, kw_only=True, config=_PYDANTIC)
+@dataclass(frozen=True, kw_only=True, config=PYDANTIC)
 class Config:
     """All settings of a run. `recipe` names the recipe that the settings started from."""
 

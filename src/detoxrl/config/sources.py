@@ -146,7 +146,9 @@ def label_settings(config: Config, field: str) -> dict[str, str]:
     if field == "evaluation.primary_judge":
         return {"evaluation.judge_label": config.evaluation.judge_label}
 
-    labels = {"reward.toxic_label": config.reward.toxic_label}
+    labels = {}
+    if config.reward.toxic_label:
+        labels["reward.toxic_label"] = config.reward.toxic_label
     if config.reward.good_label:
         labels["reward.good_label"] = config.reward.good_label
     return labels

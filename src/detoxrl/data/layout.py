@@ -17,15 +17,16 @@ _RESPONSE = "response"  # Column of a response that was written elsewhere.
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
-def local_files(source: str) -> dict[str, Path]:
+def local_files(source: str, field: str = "data.source") -> dict[str, Path]:
     """Return the data file of each split of a file or folder; none for what can only be a hub data set.
 
-    Raises InputError for a folder whose files are not named after splits. A file may be missing.
+    Raises InputError, with the setting `field`, for a folder whose files are not named after splits. A file may be
+    missing.
     """
     path = Path(source)
     if path.is_file() or is_data_file(path):
         return {"file": path}
-    return _split_files(path) if path.is_dir() else {}
+    return _split_files(path, field) if path.is_dir() else {}
 
 
 class Columns(NamedTuple):
@@ -141,10 +142,10 @@ def response_of(record: Record) -> str:
     return str(record[_RESPONSE])
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
+def _split_files(folder: Path, field: str) -> dict[str, Path]:
     """Return the data files of a folder by the split that their names contain; a single file may have any name."""
     data_files = sorted(file for file in folder.iterdir() if is_data_file(file))
-    require(bool(data_files), "data.source", str(folder), "has no data file", f"add {', '.join(DATA_SUFFIXES)} files")
+    require(bool(data_files), field, str(folder), "has no data file", f"add {', '.join(DATA_SUFFIXES)} files")
 
     files: dict[str, Path] = {}
     for file in data_files:
@@ -152,7 +153,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
         is_clear = len(data_files) == 1 or (split != "file" and split not in files)
         rule = f"contains {file.name}, but the name fits no single split"
         remedy = f"name each file after one split ({', '.join(_SPLITS)}), or give one file"
-        require(is_clear, "data.source", str(folder), rule, remedy)
+        require(is_clear, field, str(folder), rule, remedy)
         files[split] = file
 
     return files

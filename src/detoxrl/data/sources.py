@@ -10,11 +10,11 @@ from typing import Any
 
 from detoxrl.config.schema import Config
 from detoxrl.data.conversations import as_text, awaits_reply, messages_of, split_reply, spoken
-from detoxrl.data.files import Record, columns_of, read_records, text_of, value_of
-from detoxrl.data.layout import Columns, find_columns, local_files, response_of, response_records
+from detoxrl.data.files import Record, columns_of, text_of, value_of
+from detoxrl.data.layout import Columns, find_columns, response_of, response_records
+from detoxrl.data.records import read_splits
 from detoxrl.data.rows import Row
-from detoxrl.errors import InputError, first_line, require
-from detoxrl.runtime.hub import fetch
+from detoxrl.errors import require
 
 # Values that are nested deeper than this are left out of what travels with a row.
 _MAX_DEPTH = 50
@@ -25,9 +25,7 @@ def read_source(config: Config) -> dict[str, list[Row]]:
 
     Raises InputError when the source cannot be read, lacks a column, or has something else than text in one.
     """
-    source = config.data.source
-    files = local_files(source)
-    records = {split: read_records(file) for split, file in files.items()} if files else _hub_records(source)
+    records = read_splits(config.data.source, "data.source")
     names = columns_of(chain.from_iterable(records.values()))
     columns = find_columns(names, config)
     rows = {}
@@ -36,23 +34,6 @@ def read_source(config: Config) -> dict[str, list[Row]]:
         whole = [{**dict.fromkeys(names), **record} for record in split_records]
         rows[split] = _rows(split, whole, columns, config)
     return rows
-
-
-def _hub_records(name: str) -> dict[str, list[Record]]:
-    """Return the records of each split of a hub data set."""
-    import datasets  # Imported here because it takes a second and files do not need it.
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    folder = fetch(name, "data.source")
-    try:
-        # Without checks: the sizes in a data set's card may be outdated.
-        tables = datasets.load_dataset(folder, verification_mode="no_checks")
-        return {str(split): table.to_list() for split, table in tables.items()}
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = f"{type(error).__name__}, {first_line(error.__cause__ or error)}"
-        remedy = "give a file, a folder or a hub id"
-        raise InputError("data.source", name, f"cannot be read: {reason}", remedy) from error
 
 
 def _rows(split: str, records: list[Record], columns: Columns, config: Config) -> list[Row]:

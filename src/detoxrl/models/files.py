@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from detoxrl.errors import InputError, StorageError, first_line, require
-from detoxrl.runtime.hub import weight_files
+from detoxrl.runtime.hub import is_hub_id, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -117,6 +117,16 @@ def require_adapter_files(folder: Path, field: str, source: str) -> None:
     remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         require((folder / name).is_file(), field, source, f"holds no {name}", remedy)
+
+
+def adapter_base(folder: Path, field: str, source: str) -> str:
+    """Return the folder or hub id, with its revision, of the model that an adapter belongs to. Raises InputError."""
+    settings = read_settings(folder, ADAPTER_CONFIG, field, source)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    valid = isinstance(name, str) and name != "" and isinstance(revision, str | None)
+    rule = f"names no model in base_model_name_or_path of its {ADAPTER_CONFIG}"
+    require(valid, field, source, rule, "name the model that it was trained on")
+    return f"{name}@{revision}" if revision and is_hub_id(str(name)) else str(name)
 
 
 def require_targets(targets: Collection[str], layers: Collection[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -129,7 +130,7 @@ def load_pretrained(kind: Any, folder: str, source: str, field: str, remedy: str
     except ImportError as error:  # Some tokenizers are read by packages of their own.
         reason = first_line(error).partition(". ")[0]
         raise InputError(field, source, f"cannot be loaded: {reason}", "install it with pip") from error
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, StrictDataclassError) as error:
         raise InputError(field, source, f"cannot be loaded: {first_line(error)}", remedy) from error
 
 

@@ -1,6 +1,7 @@
 """How does a classifier or encoder read many texts fast?"""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from transformers import (
 )
 
 from detoxrl.errors import require
+from detoxrl.models.encoder import load_adapted
 from detoxrl.models.linear import FastLinear
 from detoxrl.models.loading import load_pretrained, require_vocabulary
 from detoxrl.models.policy import length_batches
-from detoxrl.runtime.hub import fetch
+from detoxrl.runtime.hub import adapts_classifier, fetch
 
 TOKENS = 512
 """Maximum number of tokens, padding included, in a batch on a CPU: a larger one is not faster and pads more."""
@@ -38,7 +40,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.max_length = min(tokenizer.model_max_length, _positions(model.config), limit or _MAX_LENGTH)
+        self.max_length = min(tokenizer.model_max_length, positions_of(model.config), limit or _MAX_LENGTH)
         self._truncation: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding_side": "right"}
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class Reader:
         `tokens` overrides the maximum number of tokens in a batch.
         """
         device = self.model.device
-        batch_tokens = tokens or (TOKENS if device.type == "cpu" else _ACCELERATOR_FACTOR * TOKENS)
+        batch_tokens = tokens or tokens_at_once(device)
         lengths, ordered = self._by_length(texts)
 
         rows = []
@@ -74,7 +76,12 @@ class Reader:
         return [length for length, _ in ordered], [text for _, text in ordered]
 
 
-def _positions(config: PreTrainedConfig) -> int:
+def tokens_at_once(device: torch.device) -> int:
+    """Return the maximum number of tokens, padding included, in a batch on this device."""
+    return TOKENS if device.type == "cpu" else _ACCELERATOR_FACTOR * TOKENS
+
+
+def positions_of(config: PreTrainedConfig) -> int:
     """Return how many tokens the model has positions for."""
     positions: int = config.to_dict().get("max_position_embeddings", _MAX_LENGTH)
     if _OFFSET_POSITIONS.isdisjoint(config.model_type.split("-")):
@@ -86,11 +93,24 @@ def _positions(config: PreTrainedConfig) -> int:
 def load_reader(
     source: str, field: str, remedy: str, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the classifier of a folder or hub id in fp32, and its tokenizer.
+    """Return the classifier of a folder or hub id in fp32, a LoRA merged into its base, and its tokenizer.
 
     Raises InputError, with `remedy`, when either cannot be loaded, lacks weights, or does not fit the other.
     """
     folder = fetch(source, field)
+    if adapts_classifier(Path(folder)):
+        model = load_adapted(Path(folder), source, field, remedy)
+    else:
+        model = _load_whole(folder, source, field, remedy)
+    tokenizer = load_pretrained(AutoTokenizer, folder, source, field, remedy)
+
+    require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
+    require_vocabulary(field, source, tokenizer, model)
+    return model.requires_grad_(False).to(device), tokenizer  # type: ignore[arg-type]
+
+
+def _load_whole(folder: str, source: str, field: str, remedy: str) -> PreTrainedModel:
+    model: PreTrainedModel
     model, info = load_pretrained(
         AutoModelForSequenceClassification,
         folder,
@@ -101,11 +121,6 @@ def load_reader(
         dtype=torch.float32,
         output_loading_info=True,
     )
-    tokenizer = load_pretrained(AutoTokenizer, folder, source, field, remedy)
-
     missing = sorted(info["missing_keys"])
     require(not missing, field, source, f"lacks weights such as {''.join(missing[:1])}", remedy)
-
-    require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
-    require_vocabulary(field, source, tokenizer, model)
-    return model.requires_grad_(False).to(device), tokenizer
+    return model

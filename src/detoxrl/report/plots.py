@@ -24,6 +24,8 @@ _DASHES = (0, (4, 3))
 _THIRD = (3.5, 2.0)
 _HALF = (5.4, 2.4)
 
+_PANELS_IN_A_ROW = 4
+
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small and searchable
     "svg.hashsalt": "detoxrl",  # so that equal runs give equal files
@@ -206,6 +208,40 @@ def frontier_plot(sweep: dict[str, Any]) -> Plot:
 
     svg = _svg(figure, "frontier", "Toxicity against quality of each combination, and the Pareto frontier")
     return Plot("Pareto frontier", "lower right is better; large points: means over seeds; small points: seeds", svg)
+
+
+@matplotlib.rc_context(_STYLE)
+def reliability_plot(bins: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Draw, in a panel for each label, the mean label against the mean probability of the bins of its examples."""
+    columns = min(len(bins), _PANELS_IN_A_ROW)
+    rows = -(-len(bins) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(bins) :]:
+        axes.set_visible(False)
+
+    for axes, (label, points) in zip(panels, bins.items(), strict=False):
+        probabilities = [point["mean_probability"] for point in points]
+        labels = [point["mean_label"] for point in points]
+        examples = np.array([point["examples"] for point in points])
+
+        axes.plot([0, 1], [0, 1], color=_MARK, linewidth=0.8, linestyle=_DASHES)
+        axes.plot(probabilities, labels, color=_AFTER, linewidth=0.8)
+        axes.scatter(probabilities, labels, 12 + 80 * examples / examples.sum(), color=_AFTER)
+        axes.set_title(label, fontsize=9, parse_math=False)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+    figure.supxlabel("mean probability", fontsize=9)
+    figure.supylabel("mean label", fontsize=9)
+
+    svg = _svg(figure, "reliability", "Mean label against mean probability of held-out examples, by label")
+    note = "a point per tenth of the probabilities, larger for more examples; on the dashed line a classifier is right"
+    return Plot("Reliability", note, svg)
+
+
+def standalone(svg: Markup) -> str:
+    """Return a drawing as the content of a file of its own, in a grey that shows on light and dark pages."""
+    return str(svg).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" color="#7f7f7f"', 1) + "\n"
 
 
 @matplotlib.rc_context(_STYLE)

@@ -1,6 +1,8 @@
 """How does a hate or toxicity classifier score a response?"""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,7 +17,8 @@ from detoxrl.errors import InputError
 from detoxrl.models.loading import load_pretrained
 from detoxrl.models.reader import Reader, Texts, load_reader
 from detoxrl.models.types import Prompt
-from detoxrl.rewards.names import label_index, require_labels
+from detoxrl.rewards.calibration import Isotonic, read_isotonic, to_log_odds
+from detoxrl.rewards.names import GOOD_LABEL, label_index, require_labels
 from detoxrl.runtime.hub import fetch
 
 # Every usable classifier tells these sentences apart; they are tried before training.
@@ -30,17 +33,24 @@ def is_multi_label(config: PreTrainedConfig) -> bool:
     return bool(config.num_labels == 1 or config.problem_type == "multi_label_classification")
 
 
-def class_scores(logits: torch.Tensor, kind: str, toxic: int, good: int | None, multi_label: bool) -> torch.Tensor:
+def class_scores(
+    logits: torch.Tensor, kind: str, toxic: int | None, good: int | None, multi_label: bool
+) -> torch.Tensor:
     """Return scores (B,) from logits (B, labels), higher for more civil responses.
 
     `kind` is a value of reward.score. It is read from the label `good`; without one, "not toxic" takes its place, so
-    its log-odds are those of `toxic`, negated. "not_toxicity" is 1 - P(toxic) in either case. Logits and log-odds are
-    unbounded; a probability saturates near 1, where differences between civil responses vanish.
+    its log-odds are those of `toxic`, negated. "not_toxicity" is 1 - P(toxic) in either case; without a label `toxic`
+    it is P(good). Logits and log-odds are unbounded; a probability saturates near 1, where differences between civil
+    responses vanish.
     """
+    if toxic is None:
+        assert good is not None
+        not_toxic = _log_odds(logits, good, multi_label)
+    else:
+        not_toxic = -_log_odds(logits, toxic, multi_label)
     if kind == "logit":
         return -logits[:, toxic] if good is None else logits[:, good]
 
-    not_toxic = -_log_odds(logits, toxic, multi_label)
     if kind == "not_toxicity":
         return torch.sigmoid(not_toxic)
 
@@ -61,16 +71,20 @@ def _log_odds(logits: torch.Tensor, label: int, multi_label: bool) -> torch.Tens
 
 
 class Classifier(Reader):
-    """A sequence classifier with a toxic label and, if it has one, a good label, as indices of its outputs.
+    """A sequence classifier with a toxic or a good label, or both, as indices of its outputs.
 
     `kind` is what `score` returns, a value of reward.score.
     """
+
+    isotonic: Isotonic | None = None
+    """What makes probabilities of logits. None: a sigmoid, or a softmax. Scores are read from logits without it,
+    because its steps would give many responses the same one."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        toxic: int,
+        toxic: int | None,
         good: int | None = None,
         kind: str = "logit",
     ) -> None:
@@ -85,13 +99,19 @@ class Classifier(Reader):
         return class_scores(self.logits(responses), self.kind, self.toxic, self.good, multi_label)
 
     def toxicity(self, texts: Texts) -> torch.Tensor:
-        """Return the probability (B,) of the toxic label."""
-        return self.probabilities(texts)[:, self.toxic]
+        """Return the probability (B,) of the toxic label; without one, 1 less that of the good label."""
+        probabilities = self.probabilities(texts)
+        return 1 - probabilities[:, self.good] if self.toxic is None else probabilities[:, self.toxic]
 
     def probabilities(self, texts: Texts) -> torch.Tensor:
         """Return the probability (B, labels) of each label; rows sum to 1 unless a text may have several labels."""
         logits = self.logits(texts)
-        return logits.sigmoid() if is_multi_label(self.model.config) else logits.softmax(-1)
+        multi_label = is_multi_label(self.model.config)
+        if self.isotonic is None:
+            return logits.sigmoid() if multi_label else logits.softmax(-1)
+
+        log_odds = to_log_odds(logits.double().numpy(), "scores" if multi_label else "classes")
+        return torch.from_numpy(self.isotonic(log_odds, sums_to_one=not multi_label)).float()
 
     def logits(self, texts: Texts, tokens: int | None = None) -> torch.Tensor:
         """Return the logits (B, labels) in fp32 on the CPU; `tokens` is the maximum number of tokens in a batch."""
@@ -103,13 +123,17 @@ def load_classifier(
 ) -> Classifier:
     """Return the classifier of a folder or hub id; unless `probed` is false, `probe` checks its labels.
 
-    `labels` maps the setting of each label to its name: the toxic label first, then the good one, if any. Raises
-    InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
+    `labels` maps the setting of each label to its name; the one of reward.good_label is the good label, the other one
+    toxic. Raises InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
     """
     model, tokenizer = load_reader(source, field, _REMEDY, device)
-    require_labels(model.config.id2label, labels)
-    toxic, *good = [label_index(model.config.id2label, setting, label) for setting, label in labels.items()]
-    classifier = Classifier(model, tokenizer, toxic, good[0] if good else None, kind)
+    id2label: Any = model.config.id2label
+    require_labels(id2label, labels)
+    indices = {setting: label_index(id2label, setting, label) for setting, label in labels.items()}
+    good = indices.pop(GOOD_LABEL, None)
+    toxic = next(iter(indices.values()), None)
+    classifier = Classifier(model, tokenizer, toxic, good, kind)
+    classifier.isotonic = read_isotonic(Path(fetch(source, field, weights=False)), id2label, field, source)
 
     if probed:
         probe(classifier, labels)
@@ -137,17 +161,15 @@ def probe(classifier: Classifier, labels: dict[str, str]) -> None:
     `labels` is as in `load_classifier`.
     """
     civil_text, toxic_text = classifier.probabilities([CIVIL_PROBE, TOXIC_PROBE])
-    toxic_setting, *good_settings = labels
-    toxic_label = labels[toxic_setting]
-
-    for good_setting in good_settings:
-        on_civil, on_toxic = float(civil_text[classifier.good]), float(toxic_text[classifier.good])
-        if on_toxic - on_civil > _REVERSED_BY:
-            raise _reversed(good_setting, labels[good_setting], on_civil, on_toxic, "civil")
-
-    on_civil, on_toxic = float(civil_text[classifier.toxic]), float(toxic_text[classifier.toxic])
-    if on_civil - on_toxic > _REVERSED_BY:
-        raise _reversed(toxic_setting, toxic_label, on_civil, on_toxic, "toxic")
+    # The good label comes first: if both are reversed, they were exchanged.
+    for setting in sorted(labels, key=lambda name: name != GOOD_LABEL):
+        label = labels[setting]
+        is_good = setting == GOOD_LABEL
+        index = classifier.good if is_good else classifier.toxic
+        on_civil, on_toxic = float(civil_text[index]), float(toxic_text[index])
+        excess = on_toxic - on_civil if is_good else on_civil - on_toxic
+        if excess > _REVERSED_BY:
+            raise _reversed(setting, label, on_civil, on_toxic, "civil" if is_good else "toxic")
 
 
 def _reversed(setting: str, label: str, on_civil: float, on_toxic: float, meaning: str) -> InputError:

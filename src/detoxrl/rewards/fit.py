@@ -8,22 +8,19 @@ from typing import Any
 import torch
 from tokenizers import processors
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
-from detoxrl.models.loading import load_pretrained, scratch_tokenizer
+from detoxrl.models.encoder import load_under_new_head
+from detoxrl.models.loading import scratch_tokenizer
 from detoxrl.rewards.names import LABELS
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
-from detoxrl.runtime.hub import fetch
 from detoxrl.runtime.randomness import batch_indices, torch_seed
 
 _ENCODER = "reward.encoder"
-_REMEDY = "give the folder or hub id of an encoder such as sentence-transformers/all-MiniLM-L6-v2"
 _LABELS_OF_MODEL: dict[str, Any] = {
     "id2label": dict(enumerate(LABELS)),
     "label2id": {label: index for index, label in enumerate(LABELS)},
@@ -103,22 +100,7 @@ def _untrained(texts: Sequence[str], settings: FitSettings) -> tuple[PreTrainedM
         tokenizer = _tokenizer(texts)
         return _model(len(tokenizer), settings.seed), tokenizer
 
-    source = settings.encoder
-    folder = fetch(source, _ENCODER)
-    encoder_tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder, source, _ENCODER, _REMEDY)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(settings.seed, "reward model"))
-        model: PreTrainedModel = load_pretrained(
-            AutoModelForSequenceClassification,
-            folder,
-            source,
-            _ENCODER,
-            _REMEDY,
-            use_safetensors=True,
-            dtype=torch.float32,
-            **_LABELS_OF_MODEL,
-        )
-    return model, encoder_tokenizer
+    return load_under_new_head(settings.encoder, _ENCODER, LABELS, torch_seed(settings.seed, "reward model"))
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:

@@ -37,10 +37,12 @@ _answered: set[str] = set()  # The addresses of the hubs that this process has c
 _failures: dict[str, tuple[float, Exception]] = {}
 _TRY_AGAIN_AFTER = 60.0  # Seconds.
 
+_DATA_SET = ("dataset", [*(f"*{suffix}" for suffix in _DATA_SUFFIXES), "README.md"])
 # Settings whose files are found by pattern, with the type of repository. The weights of a model that a run reads are
 # requested by name instead, so that a missing file is an error.
 _SNAPSHOTS = {
-    "data.source": ("dataset", [*(f"*{suffix}" for suffix in _DATA_SUFFIXES), "README.md"]),
+    "data.source": _DATA_SET,
+    "source": _DATA_SET,
     "FROM": ("model", [*_MODEL_FILES, "pytorch_model*.bin", "adapter_model*.bin"]),
 }
 
@@ -59,7 +61,7 @@ def require_source(source: str, field: str) -> None:
     """Raise InputError unless `source` is an existing path or has the form of a hub id. Does not ask the hub."""
     is_source = Path(source).exists() or is_hub_id(source)
     remedy = "give a folder, or a hub id such as google/flan-t5-small"
-    if field == "data.source":
+    if field in ("data.source", "source"):
         remedy = "give a file, a folder or a hub id"
     remedy = nearby_paths(Path(source)) or remedy
     require(is_source, field, source, "is neither an existing path nor a hub id", remedy)
@@ -148,7 +150,8 @@ def download_size(source: str, field: str) -> int:
 
 def weight_files(folder: Path, source: str, field: str) -> list[str]:
     """Return the names of a model's weight files: one, or the shards that its index lists. Raises InputError."""
-    weights = "adapter_model.safetensors" if field == "policy.adapter" else "model.safetensors"
+    is_adapter = field == "policy.adapter" or adapts_classifier(folder)
+    weights = "adapter_model.safetensors" if is_adapter else "model.safetensors"
     index = folder / f"{weights}.index.json"
     if not index.is_file():
         return [weights]
@@ -158,6 +161,12 @@ def weight_files(folder: Path, source: str, field: str) -> list[str]:
     except (ValueError, TypeError, KeyError) as error:
         remedy = "name another revision" if is_hub_id(source) else "restore the file"
         raise InputError(field, source, f"has a malformed {index.name}", remedy) from error
+
+
+def adapts_classifier(folder: Path) -> bool:
+    """Return whether a folder holds a LoRA of a classifier, as peft saves it, instead of a whole model."""
+    settings = folder / "adapter_config.json"
+    return settings.is_file() and '"SEQ_CLS"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
 def push_token(name: str) -> str:
