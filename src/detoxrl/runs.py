@@ -243,7 +243,7 @@ class Run:
         return lambda pairs: remembered([(replace(prompt, initial_response=None), text) for prompt, text in pairs])
 
     def stored_normaliser(self) -> Normaliser | None:
-        """Return the normaliser of the reward's terms; None before training has measured it."""
+        """Return the normaliser of the reward's terms; None for a reward that training has not measured."""
         if not (self.folder / NORMALISER).is_file():
             return None
         return Normaliser.from_json(self.folder.read_json(NORMALISER), self.config.reward.measured_terms)

@@ -92,6 +92,8 @@ def test_the_normaliser_is_stored_by_the_names_of_terms() -> None:
     assert Normaliser.from_json(stored, TERMS) == NORMALISER
     # As an earlier version stored it.
     assert Normaliser.from_json({"mean": 1.0, "std": 2.0}, TERMS[:1]) == Normaliser(means=(1.0,), stds=(2.0,))
+    # A reward given anew in Python has no scale from the training of another.
+    assert Normaliser.from_json(stored, TERMS[:1]) is None
 
 
 def test_shaped_scores_follow_the_terms_of_the_config() -> None:

@@ -85,7 +85,7 @@ def rerun_stage(root: Path, stage: str, reward: RewardFunctions | None = None, t
         "none" if stage == "report" else resolve_tracker(track, root)
     )  # A report needs no tracker, installed or not.
     with folder.locked():
-        current = Run(folder, config, reward)
+        current = Run(folder, with_reward_name(config, reward), reward)
         _require_earlier_stages(current, stage)
         folder.reopen(stage)
         if stage != "report":

@@ -30,10 +30,15 @@ class Normaliser:
         return {term.name: {"mean": mean, "std": std} for term, mean, std in by_name}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], terms: Sequence[Term]) -> Self:
-        """Return what `to_json` stored. Earlier versions stored the mean and std of their only term."""
+    def from_json(cls, stored: Mapping[str, Any], terms: Sequence[Term]) -> Self | None:
+        """Return what `to_json` stored of these terms; None if it was of others.
+
+        Earlier versions stored the mean and std of their only term, without its name.
+        """
         if "mean" in stored and len(terms) == 1:
             return cls(means=(stored["mean"],), stds=(stored["std"],))
+        if set(stored) != {term.name for term in terms}:
+            return None
         means = tuple(stored[term.name]["mean"] for term in terms)
         stds = tuple(stored[term.name]["std"] for term in terms)
         return cls(means=means, stds=stds)
