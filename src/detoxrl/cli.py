@@ -534,9 +534,12 @@ _SCORE = (
     Option("--column", "Column of the texts in a file with columns. Default: text.", metavar="NAME"),
     Option(
         "--judge",
-        "Judges to ask: alt-profanity-check; embedded, the small reward model of the quickstart, which knows little "
-        "more than its generated quarrels; or SOURCE=LABEL, the folder or hub id of a classifier and its toxic label. "
-        "Give several, or repeat the flag. Default: alt-profanity-check (English only).",
+        "Judges to ask: perspective-minilm, a classifier fitted to the scores of Perspective; one of its other scores, "
+        "perspective-minilm=insult, or perspective-minilm=all; alt-profanity-check, a linear model of words; embedded, "
+        "the small reward model of the quickstart, which knows little more than its generated quarrels; or "
+        "SOURCE=LABEL, the folder or hub id of a classifier and its toxic label. Give several, or repeat the flag. "
+        "Default: perspective-minilm beside alt-profanity-check where 'detoxrl[judge]' is installed, else "
+        "alt-profanity-check (English only, both).",
         metavar="NAME ...",
         nargs="+",
         action="extend",
@@ -576,6 +579,7 @@ _SCORE_DETAILS = """\
   detoxrl score --file comments.txt                  one text per line
   detoxrl score --file comments.csv --column body --jsonl > scores.jsonl
   detoxrl score "Thanks" --judge alt-profanity-check unitary/toxic-bert=toxic
+  detoxrl score "Thanks" --judge perspective-minilm=all --jsonl      eight scores, in one pass
   tail -n 100 chat.log | detoxrl score
   detoxrl score -- "-1 for this"                     a text that begins with a dash
 

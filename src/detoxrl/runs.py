@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detoxrl.config.edit import with_settings
+from detoxrl.config.judges import JUDGES, PERSPECTIVE
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import ENTAILMENT, split_label, term_labels, term_source, with_absolute_paths
 from detoxrl.config.terms import FIELD, Term
 from detoxrl.data.rows import Row, read_rows, to_prompts
 from detoxrl.evaluation.judges import Judge, JudgeSource, classifier_judge, judge_source, load_judges, memoized
+from detoxrl.evaluation.perspective import perspective_scores
 from detoxrl.evaluation.rater import load_rater
 from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.statistics import Floats
@@ -196,12 +198,16 @@ class Run:
         settings = self.config.evaluation
         primary = JudgeSource(
             source=settings.primary_judge,
-            label=settings.judge_label,
+            label="" if settings.primary_judge in JUDGES else settings.judge_label,
             field="evaluation.primary_judge",
             label_field="evaluation.judge_label",
         )
         remedy = "give the folder or hub id of a classifier, = and its toxic label"
-        others = [judge_source(named, "evaluation.other_judges", remedy) for named in settings.other_judges]
+        others = [
+            judge_source(named, "evaluation.other_judges", remedy)
+            for named in settings.other_judges
+            if named != settings.primary_judge
+        ]
         return load_judges([primary, *others])
 
     @property
@@ -222,7 +228,10 @@ class Run:
         if settings.fluency:
             fluent = self._load_probability(*split_label(settings.fluency), "evaluation.fluency")
         rate = load_rater(settings.perplexity, self.world.device) if settings.perplexity else None
-        return Readers(encode=encode, entails=entails, fluent=fluent, rate=rate)
+        scores = None
+        if PERSPECTIVE in (settings.primary_judge, *settings.other_judges):
+            scores = perspective_scores("evaluation.primary_judge")
+        return Readers(encode=encode, entails=entails, fluent=fluent, rate=rate, scores=scores)
 
     def _load_probability(self, source: str, label: str, field: str) -> Callable[[Any], Floats]:
         classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)

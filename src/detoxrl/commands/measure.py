@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, without_likelihoods
+from detoxrl.config.judges import PERSPECTIVE
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt, scored_pairs
@@ -18,6 +19,7 @@ from detoxrl.evaluation.identity import audit_judge, audit_policies, audit_rewar
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
 from detoxrl.evaluation.likelihood import likelihood_metrics
+from detoxrl.evaluation.perspective import perspective_version
 from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
@@ -80,6 +82,8 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
         "reward": _reward_audit(rows, responses["before"], readers),
         "policy": audit_policies(identity_texts, judges[measured.primary]) if identity_texts else None,
     }
+    if readers.scores:
+        result["versions"][PERSPECTIVE] = str(perspective_version())
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
     remove_path(run.folder / RESPONSES)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from detoxrl.commands.gguf_header import GgufHeader, read_header, require_all_data
+from detoxrl.config.judges import PERSPECTIVE, PROFANITY_CHECK
+from detoxrl.config.packages import is_installed
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import (
     ClassifierSource,
@@ -25,6 +27,7 @@ from detoxrl.config.terms import Term
 from detoxrl.data.layout import require_usable_source, require_usable_texts
 from detoxrl.data.stress_lines import stress_lines
 from detoxrl.errors import require
+from detoxrl.evaluation.judges import perspective_encoder
 from detoxrl.evaluation.subjects import NO_BASE, Subjects, measuring_config, with_commits
 from detoxrl.models.files import (
     ADAPTER_CONFIG,
@@ -42,7 +45,6 @@ from detoxrl.models.files import (
 from detoxrl.rewards.names import require_embedded_labels, require_function, require_labels
 from detoxrl.runtime.files import nearby_paths
 from detoxrl.runtime.hub import adapts_classifier, config_folder, fetch, is_hub_id, pin_revision, require_source
-from detoxrl.runtime.packages import is_installed
 from detoxrl.runtime.run_folder import IfExists, RunFolder
 
 PICKLES = ("adapter_model*.bin", "pytorch_model*.bin")
@@ -312,16 +314,24 @@ def _check_evaluation(config: Config, at_hub: bool) -> None:
         _check_classifier(classifier, at_hub)
 
     settings = config.evaluation
-    if settings.primary_judge == "alt-profanity-check":
-        remedy = "pip install 'detoxrl[offline]'"
-        installed = is_installed("profanity_check")
-        require(installed, "evaluation.primary_judge", settings.primary_judge, "is not installed", remedy)
+    _check_named_judge("evaluation.primary_judge", settings.primary_judge, at_hub)
+    for judge in settings.other_judges:
+        _check_named_judge("evaluation.other_judges", judge, at_hub)
 
     if settings.perplexity:
         _check_rater(settings.perplexity, at_hub)
 
     if settings.encoder:
         _check_sentence_encoder(settings.encoder, "evaluation.encoder", at_hub)
+
+
+def _check_named_judge(setting: str, judge: str, at_hub: bool) -> None:
+    """Raise InputError when a judge with a name of its own lacks its package."""
+    if judge == PROFANITY_CHECK:
+        remedy = "pip install 'detoxrl[offline]'"
+        require(is_installed("profanity_check"), setting, judge, "is not installed", remedy)
+    if judge.partition("=")[0] == PERSPECTIVE and at_hub:
+        perspective_encoder(setting, weights=False)
 
 
 def _check_sentence_encoder(source: str, setting: str, at_hub: bool) -> None:
@@ -352,12 +362,15 @@ def _check_classifier(classifier: ClassifierSource, at_hub: bool) -> None:
     if at_hub:
         return
 
-    require_model_files(folder, setting, source)
-    if adapts_classifier(folder):
-        base = adapter_base(folder, setting, source)
-        require_source(base, setting)
-        if not is_hub_id(base):
-            require_model_files(Path(base), setting, base)
+    if not adapts_classifier(folder):
+        require_model_files(folder, setting, source)
+        return
+
+    require_adapter_files(folder, setting, source)
+    base = adapter_base(folder, setting, source)
+    require_source(base, setting)
+    if not is_hub_id(base):
+        require_model_files(Path(base), setting, base)
 
 
 def _folder(source: str, setting: str, at_hub: bool) -> Path | None:

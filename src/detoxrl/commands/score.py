@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from detoxrl.config.judges import PERSPECTIVE, PERSPECTIVE_SCORES, default_other_judges, default_primary_judge
 from detoxrl.data.files import DATA_SUFFIXES, columns_of, is_data_file, read_lines, read_records, split_lines, text_of
 from detoxrl.errors import require
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import (
-    PROFANITY_CHECK,
     Judge,
     JudgeSource,
     judge_source,
@@ -32,6 +32,8 @@ _BATCH = 256
 _MAX_SHOWN = 40
 _MOST_TOXIC = 20
 _TEXT_COLUMN = "text"
+_ALL_SCORES = f"{PERSPECTIVE}=all"
+_EVERY_SCORE = [PERSPECTIVE, *(f"{PERSPECTIVE}={score}" for score in PERSPECTIVE_SCORES[1:])]
 
 
 class _Batch(NamedTuple):
@@ -43,10 +45,12 @@ class _Batch(NamedTuple):
 
 
 def named_judges(names: Sequence[str]) -> list[JudgeSource]:
-    """Return where the judges of the command line come from, the default one without names. Raises InputError."""
+    """Return where the judges of the command line come from, the default ones without names. Raises InputError."""
     remedy = "a classifier needs = and its toxic label; texts stand before --judge"
-    distinct_names = dict.fromkeys(names or [PROFANITY_CHECK])
-    return [judge_source(name, "--judge", remedy) for name in distinct_names]
+    asked: list[str] = []
+    for name in names or [default_primary_judge(), *default_other_judges()]:
+        asked += _EVERY_SCORE if name == _ALL_SCORES else [name]
+    return [judge_source(name, "--judge", remedy) for name in dict.fromkeys(asked)]
 
 
 def given_texts(words: Sequence[str], file: str | None, column: str | None) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from detoxrl.config.names import did_you_mean
+from detoxrl.config.packages import is_installed
 from detoxrl.errors import require
-from detoxrl.runtime.packages import is_installed
 from detoxrl.runtime.run_folder import RunFolder
 
 STATE = "tracker.json"

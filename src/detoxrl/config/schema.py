@@ -13,6 +13,15 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from pydantic.dataclasses import dataclass
 
 from detoxrl.config.algorithms import ALGORITHM_TRAITS, AlgorithmName, AlgorithmTraits
+from detoxrl.config.judges import (
+    JUDGES,
+    PERSPECTIVE,
+    PROFANITY_CHECK,
+    default_other_judges,
+    default_primary_judge,
+    is_named_judge,
+)
+from detoxrl.config.names import did_you_mean
 from detoxrl.config.tasks import TASKS, Task, TaskName
 from detoxrl.config.terms import TERM_KINDS, Term, parse_terms
 from detoxrl.errors import require
@@ -476,11 +485,13 @@ class RlConfig:
 class EvaluationConfig:
     """How toxicity and quality are measured, before and after training."""
 
-    primary_judge: str = "alt-profanity-check"
-    """The judge that decides the verdict: `alt-profanity-check`, or the folder or hub id of a classifier."""
+    primary_judge: str = field(default_factory=default_primary_judge)
+    """The judge that decides the verdict: `perspective-minilm` (the default where the extra `judge` is installed),
+    `alt-profanity-check` (else), or the folder or hub id of a classifier."""
 
     judge_label: str = "toxic"
-    """Label of toxic text, if the primary judge is a classifier; its probability is the toxicity."""
+    """Label of toxic text, if the primary judge is the folder or hub id of a classifier; its probability is the
+    toxicity."""
 
     prompts: AtLeastTwo = 400
     """Maximum number of held-out prompts."""
@@ -488,8 +499,9 @@ class EvaluationConfig:
     samples_per_prompt: PositiveInt = 4
     """Number of responses per held-out prompt and policy."""
 
-    other_judges: tuple[str, ...] = ()
-    """Further judges, each SOURCE=LABEL (a classifier and its toxic label). They do not affect the verdict."""
+    other_judges: tuple[str, ...] = field(default_factory=default_other_judges)
+    """Further judges: names as for the primary one, perspective-minilm=SCORE, or SOURCE=LABEL (a classifier and its
+    toxic label). They do not affect the verdict, and the primary judge may be among them."""
 
     encoder: str | None = None
     """Folder or hub id of a sentence encoder; measures similarity to the initial policy's responses. None: similarity
@@ -522,10 +534,13 @@ class EvaluationConfig:
     """Number of bootstrap resamples for each interval."""
 
     def __post_init__(self) -> None:
-        rule = "must be SOURCE=LABEL"
         for judge in self.other_judges:
-            require("=" in judge, "evaluation.other_judges", judge, rule, "add = and the toxic label")
+            known = "=" in judge or is_named_judge(judge)
+            rule = f"is neither {' nor '.join(JUDGES)} nor SOURCE=LABEL"
+            remedy = did_you_mean(judge, JUDGES, "add = and the toxic label")
+            require(known, "evaluation.other_judges", judge, rule, remedy)
 
+        rule = "must be SOURCE=LABEL"
         labelled = self.fluency is None or "=" in self.fluency
         require(labelled, "evaluation.fluency", self.fluency, rule, "add = and the label of fluent text")
 
@@ -626,6 +641,11 @@ class Config:
         read = [
             term.source or self.reward.classifier for term in self.reward.measured_terms if term.kind == "classifier"
         ]
+        for source in read:
+            only_judges = source not in (PERSPECTIVE, PROFANITY_CHECK)
+            rule = "is a judge, and what measures has no part in the reward"
+            require(only_judges, "reward.classifier", source, rule, "name the folder or hub id of a classifier")
+
         independent = without_revision(judge) not in map(without_revision, read)
         rule = "is the reward's own classifier, which cannot judge independently"
         require(independent, "evaluation.primary_judge", judge, rule, "name another judge")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detoxrl.config.edit import flatten, with_settings
+from detoxrl.config.judges import JUDGES, is_named_judge
 from detoxrl.config.schema import Config
 from detoxrl.config.terms import GUARDED, Term, parse_term
 
@@ -29,7 +30,7 @@ _TERMS = "reward.terms"
 ENTAILMENT = "entailment"
 """The label of an NLI model that is read."""
 # Values with a meaning of their own, which name no source.
-_RESERVED = ("embedded", "scratch", "none", "alt-profanity-check")
+_RESERVED = (*JUDGES, "scratch", "none")
 
 
 class ClassifierSource(NamedTuple):
@@ -170,7 +171,8 @@ def judging_classifiers(config: Config) -> list[ClassifierSource]:
     primary = "evaluation.primary_judge"
     found = [ClassifierSource(primary, settings.primary_judge, label_settings(config, primary))]
     for judge in settings.other_judges:
-        found.append(_labelled(_OTHER_JUDGES, judge))
+        if not is_named_judge(judge):
+            found.append(_labelled(_OTHER_JUDGES, judge))
     if settings.nli:
         found.append(ClassifierSource("evaluation.nli", settings.nli, {"evaluation.nli": ENTAILMENT}))
     if settings.fluency:

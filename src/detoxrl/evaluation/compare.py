@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from detoxrl.config.judges import PERSPECTIVE_SCORES
 from detoxrl.config.schema import Config, EvaluationConfig
 from detoxrl.data.rows import TOXIC_PROMPT, Row, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
@@ -143,6 +144,10 @@ def _metrics(
     if readers.score:
         metrics.update(readers.score(scored_pairs(rows, texts, initial)))
     metrics.update(_response_metrics(rows, texts))
+
+    if readers.scores:
+        by_score = readers.scores(flat).T
+        metrics.update({f"perspective/{name}": by_score[i] for i, name in enumerate(PERSPECTIVE_SCORES)})
 
     if len(initial[0]) > 1:
         others = _other_samples(texts, initial)

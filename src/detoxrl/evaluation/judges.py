@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from detoxrl.config.judges import (
+    EMBEDDED,
+    JUDGES,
+    PERSPECTIVE,
+    PERSPECTIVE_BASE,
+    PERSPECTIVE_SCORES,
+    PROFANITY_CHECK,
+    is_named_judge,
+)
 from detoxrl.config.names import did_you_mean
 from detoxrl.config.schema import without_revision
 from detoxrl.config.sources import split_label
@@ -20,27 +29,24 @@ if TYPE_CHECKING:
     from detoxrl.models.reader import Texts
     from detoxrl.rewards.classifier import Classifier
 
+PERSPECTIVE_REMEDY = "pip install 'detoxrl[judge]'"
+"""What makes perspective-minilm usable."""
+
 Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each of N texts, (N,)
 Item = TypeVar("Item", bound=Hashable)
-
-PROFANITY_CHECK = "alt-profanity-check"
-EMBEDDED = "embedded"
-JUDGES = (PROFANITY_CHECK, EMBEDDED)
-"""The judges that have a name of their own. `embedded` is the quickstart's reward model, which comes with the package.
-Every other judge is a classifier: a source and its toxic label."""
 
 
 class JudgeSource(NamedTuple):
     """Where a judge comes from, and which settings say so."""
 
     source: str  # One of JUDGES, or the folder or hub id of a classifier.
-    label: str  # The classifier's toxic label; not read for one of JUDGES.
+    label: str  # The classifier's toxic label, or a score of perspective-minilm; not read for the others in JUDGES.
     field: str
     label_field: str
 
 
 def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
-    """Return the judge that `field` names: one of JUDGES, or SOURCE=LABEL.
+    """Return the judge that `field` names: one of JUDGES, perspective-minilm=SCORE, or SOURCE=LABEL.
 
     Raises InputError for anything else, with `remedy` unless the value is close to a name in JUDGES.
     """
@@ -48,6 +54,9 @@ def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
         return JudgeSource(value, "", field, field)
 
     source, label = split_label(value)
+    is_score = source != PERSPECTIVE or is_named_judge(value)
+    scores = f"choose from {', '.join(PERSPECTIVE_SCORES)}"
+    require(is_score, field, value, f"is not a score of {PERSPECTIVE}", did_you_mean(label, PERSPECTIVE_SCORES, scores))
     rule = f"is neither {' nor '.join(JUDGES)} nor SOURCE=LABEL"
     require(bool(source and label), field, value, rule, did_you_mean(value, JUDGES, remedy))
     return JudgeSource(source, label, field, field)
@@ -67,7 +76,8 @@ def load_judges(judges: Iterable[JudgeSource]) -> dict[str, Judge]:
     by_name: dict[str, Judge] = {}
     for judge in judges:
         name = _judge_name(judge.source)
-        if name in by_name:
+        is_other_score = judge.source == PERSPECTIVE and judge.label not in ("", PERSPECTIVE_SCORES[0])
+        if name in by_name or is_other_score:
             name = f"{name} ({judge.label})"
         rule = f"is called {name} in results, as another judge is"
         require(name not in by_name, judge.field, judge.source, rule, "rename the folder, or leave one of them out")
@@ -83,6 +93,9 @@ def load_judge(judge: JudgeSource) -> Judge:
             raise InputError(judge.field, judge.source, "is not installed", "pip install 'detoxrl[offline]'")
         return profanity
 
+    if judge.source == PERSPECTIVE:
+        return _perspective_judge(judge)
+
     # Imported here because torch takes seconds and the other judges do not need it.
     from detoxrl.rewards.classifier import load_classifier
     from detoxrl.rewards.names import LABELS
@@ -94,6 +107,30 @@ def load_judge(judge: JudgeSource) -> Judge:
         source, label = str(MODELS / "reward"), LABELS[1]
     labels = {judge.label_field: label}
     return classifier_judge(load_classifier(source, judge.field, labels, current_world().device))
+
+
+def perspective_encoder(field: str, weights: bool = True) -> Path:
+    """Return the folder of the encoder under perspective-minilm: that of a package, or of a hub.
+
+    Raises InputError, naming `field`, when it is neither installed nor cached, and no hub gives it.
+    """
+    # Imported here because it takes a tenth of a second and the other judges do not need it.
+    from detoxrl.runtime.hub import fetch
+
+    try:
+        return Path(fetch(PERSPECTIVE_BASE, field, weights))
+    except InputError as error:
+        rule = f"needs {PERSPECTIVE_BASE}, which is not installed, nor could it be downloaded"
+        raise InputError(field, PERSPECTIVE, rule, PERSPECTIVE_REMEDY) from error
+
+
+def _perspective_judge(judge: JudgeSource) -> Judge:
+    # Imported here because torch takes seconds and the other judges do not need it.
+    from detoxrl.evaluation.perspective import perspective_scores
+
+    scores = perspective_scores(judge.field)
+    column = PERSPECTIVE_SCORES.index(judge.label or PERSPECTIVE_SCORES[0])
+    return lambda texts: scores(texts)[:, column]
 
 
 def _require_source(classifier: JudgeSource) -> None:

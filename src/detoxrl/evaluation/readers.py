@@ -30,6 +30,8 @@ class Readers:
     rate: Rater | None = None
     # P(fluent) in [0, 1], (N,), of texts.
     fluent: Judge | None = None
+    # The scores of perspective-minilm for N texts, (N, 8), in the order of PERSPECTIVE_SCORES.
+    scores: Callable[[Sequence[str]], Floats] | None = None
 
 
 def paired(firsts: Sequence[_First], texts: Texts) -> list[tuple[_First, str]]:

@@ -108,8 +108,12 @@ def require_model_files(folder: Path, field: str, source: str) -> None:
         remedy = f"give a folder that has it; `detoxrl convert {source} FOLDER` makes safetensors of a .bin"
         require((folder / name).is_file(), field, source, f"holds no {name}", remedy)
 
-    has_tokenizer = any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir())
-    require(has_tokenizer, field, source, "holds no tokenizer", "give a folder with its tokenizer files")
+    require(has_tokenizer(folder), field, source, "holds no tokenizer", "give a folder with its tokenizer files")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer. A LoRA may leave it to its base."""
+    return any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir())
 
 
 def require_adapter_files(folder: Path, field: str, source: str) -> None:

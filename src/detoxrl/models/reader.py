@@ -15,6 +15,7 @@ from transformers import (
 
 from detoxrl.errors import require
 from detoxrl.models.encoder import load_adapted
+from detoxrl.models.files import adapter_base, has_tokenizer
 from detoxrl.models.linear import FastLinear
 from detoxrl.models.loading import load_pretrained, require_vocabulary
 from detoxrl.models.policy import length_batches
@@ -95,14 +96,18 @@ def load_reader(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the classifier of a folder or hub id in fp32, a LoRA merged into its base, and its tokenizer.
 
-    Raises InputError, with `remedy`, when either cannot be loaded, lacks weights, or does not fit the other.
+    A LoRA without a tokenizer has that of its base. Raises InputError, with `remedy`, when either cannot be loaded,
+    lacks weights, or does not fit the other.
     """
     folder = fetch(source, field)
+    tokenizer_folder = folder
     if adapts_classifier(Path(folder)):
         model = load_adapted(Path(folder), source, field, remedy)
+        if not has_tokenizer(Path(folder)):
+            tokenizer_folder = fetch(adapter_base(Path(folder), field, source), field, weights=False)
     else:
         model = _load_whole(folder, source, field, remedy)
-    tokenizer = load_pretrained(AutoTokenizer, folder, source, field, remedy)
+    tokenizer = load_pretrained(AutoTokenizer, tokenizer_folder, source, field, remedy)
 
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
     require_vocabulary(field, source, tokenizer, model)

@@ -128,6 +128,7 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "by_prompt": words.by_prompt(evaluation),
         "joint_scale": words.joint_scale(evaluation),
         "reward_terms": words.reward_terms(evaluation),
+        "perspective": words.perspective_scores(evaluation),
         "raters": raters(evaluation),
         "answers": answers(evaluation),
         "refusals": refusals(evaluation),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from detoxrl.config.judges import PERSPECTIVE_SCORES
 from detoxrl.config.terms import TERM_KINDS
 from detoxrl.evaluation.sharpening import SHARPENED
 from detoxrl.runtime.run_folder import INITIAL_KEPT, SHARE_WITH_TEXT
@@ -328,6 +329,17 @@ def reward_terms(evaluation: dict[str, Any]) -> list[Measure]:
         metric = Metric(term["name"], f"{kind.meaning}; weight {term['weight']:g}{gate}", kind.better)
         result = evaluation["quality"][f"score/{term['name']}"]
         measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
+    return measures
+
+
+def perspective_scores(evaluation: dict[str, Any]) -> list[Measure]:
+    """Return the mean of each score of perspective-minilm; none where it was not a judge."""
+    measures = []
+    for name in PERSPECTIVE_SCORES:
+        result = evaluation["quality"].get(f"perspective/{name}")
+        if result is not None:
+            metric = Metric(name.replace("_", " ").capitalize(), "in [0, 1]", -1)
+            measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
     return measures
 
 

@@ -1,6 +1,7 @@
 """How do models and data sets travel between a hub and this machine?
 
 A hub id is `name` or `name@revision`. A run pins it to `name@commit`, so that it reads the same files when it resumes.
+A model that an installed package brings is read from there.
 """
 
 import errno
@@ -17,6 +18,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors, utils
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from detoxrl.config.packages import packaged_model
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.runtime.files import meant_path, nearby_paths
 
@@ -75,6 +77,9 @@ def config_folder(source: str, field: str) -> Path:
     if not is_hub_id(source):
         require_source(source, field)
         return Path(source)
+    packaged = packaged_model(source)
+    if packaged is not None:
+        return packaged
     with _input_errors(source, field):
         return _commit_folder(source, field)
 
@@ -82,9 +87,10 @@ def config_folder(source: str, field: str) -> Path:
 def pin_revision(source: str, field: str) -> str:
     """Return a hub id as `name@commit`, with the commit that its revision points to now. A path is returned unchanged.
 
-    Raises InputError when the commit is neither cached nor available from the hub.
+    So is a model that an installed package brings. Raises InputError when the commit is neither cached nor available
+    from the hub.
     """
-    if not is_hub_id(source):
+    if not is_hub_id(source) or packaged_model(source) is not None:
         return source
     with _input_errors(source, field):
         return _at_commit(source, _commit_folder(source, field))
@@ -99,6 +105,9 @@ def fetch(source: str, field: str, weights: bool = True) -> str:
     if not is_hub_id(source):
         require_source(source, field)
         return source
+    packaged = packaged_model(source)
+    if packaged is not None:
+        return str(packaged)
 
     with _input_errors(source, field):
         folder = _commit_folder(source, field)
@@ -133,7 +142,7 @@ def pin_policy(source: str, field: str) -> str:
 
 def download_size(source: str, field: str) -> int:
     """Return how many bytes of a model's weights are not cached yet. Raises InputError as `fetch` does."""
-    if not is_hub_id(source):
+    if not is_hub_id(source) or packaged_model(source) is not None:
         return 0
     name, _ = _split(source)
     folder = Path(fetch(source, field, weights=False))

@@ -1,4 +1,4 @@
-"""Which trained models come with the package, and do they fit the config of a run?
+"""Which trained models come with the package, are they whole, and do they fit the config of a run?
 
 The quickstart's warm start and reward model take minutes to train on a processor without AVX-512, and what they learn
 follows from the config alone. The package holds those of seed 0, in half precision, each with a key of what it was
@@ -19,7 +19,6 @@ from detoxrl.errors import StorageError
 from detoxrl.runtime.files import file_digests, replace_folder
 
 MODELS = Path(__file__).parents[1] / "data/embedded/models"
-_WEIGHTS = "model.safetensors"
 
 
 def ingredients_digest(ingredients: Iterable[str]) -> str:
@@ -38,19 +37,28 @@ def shipped_model(name: str, ingredients: Iterable[str]) -> Path | None:
     entry = manifest().get(name)
     if entry is None or entry["ingredients"] != ingredients_digest(ingredients):
         return None
+    folder, _ = shipped_folder(name)
+    return folder
 
+
+def shipped_folder(name: str) -> tuple[Path, dict[str, Any]]:
+    """Return the package's folder of a model, and what the manifest says of it.
+
+    Raises StorageError if its files are not those that were packaged.
+    """
+    entry = manifest()[name]
     folder = MODELS / name
     digests = file_digests(folder)
     if any(digests.get(file) != digest for file, digest in entry["files"].items()):
         raise StorageError(f"{folder} does not hold the files that were packaged; install detoxrl again")
-    return folder
+    return folder, entry
 
 
 def unpack(folder: Path, target: Path) -> None:
     """Copy a shipped model to `target`, with its weights in float32."""
     with replace_folder(target) as unpacked:
         for file in folder.iterdir():
-            if file.name != _WEIGHTS:
+            if file.suffix != ".safetensors":
                 (unpacked / file.name).write_bytes(file.read_bytes())
         _convert(folder, unpacked, torch.float32)
 
@@ -60,7 +68,7 @@ def pack(folder: Path, name: str, ingredients: Iterable[str], made: dict[str, An
     target = MODELS / name
     with replace_folder(target) as packed:
         for file in folder.iterdir():
-            if file.name != _WEIGHTS:
+            if file.suffix != ".safetensors":
                 (packed / file.name).write_bytes(file.read_bytes())
         _convert(folder, packed, torch.float16)
 
@@ -78,6 +86,7 @@ def manifest() -> dict[str, Any]:
 
 
 def _convert(source: Path, target: Path, dtype: torch.dtype) -> None:
-    weights = load_file(source / _WEIGHTS)
-    converted = {name: weight.to(dtype) for name, weight in weights.items()}
-    save_file(converted, target / _WEIGHTS, metadata={"format": "pt"})
+    for path in source.glob("*.safetensors"):
+        weights = load_file(path)
+        converted = {name: weight.to(dtype) for name, weight in weights.items()}
+        save_file(converted, target / path.name, metadata={"format": "pt"})

