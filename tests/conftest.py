@@ -34,6 +34,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from detoxrl.config import judges
+from detoxrl.config.judges import PROFANITY_CHECK
+from detoxrl.config.packages import MODEL_PACKAGES, is_installed
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.config.tasks import TASKS
@@ -124,6 +127,15 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let all workers share what is trained on the spot, in a cache that goes with the session."""
     root = tmp_path_factory.getbasetemp()
     os.environ["DETOXRL_CACHE"] = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def word_judge() -> Iterator[None]:
+    """Let the judge of words be the default one, as without the extra `judge`: the other one takes seconds to load."""
+    with pytest.MonkeyPatch.context() as patch:
+        without = MODEL_PACKAGES.values()
+        patch.setattr(judges, "is_installed", lambda package: package not in without and is_installed(package))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -287,12 +299,12 @@ def config() -> Config:
 
 
 def small_config() -> Config:
-    """The quickstart's shape at a size for tests, with a critic."""
+    """The quickstart's shape at a size for tests, with a critic, and a judge that is always installed."""
     quick = recipe("quickstart")
     return replace(
         quick,
         data=replace(quick.data, limit=64),
-        evaluation=replace(quick.evaluation, prompts=8),
+        evaluation=replace(quick.evaluation, prompts=8, primary_judge=PROFANITY_CHECK, other_judges=()),
         generation=replace(quick.generation, max_new_tokens=12),
         reward=replace(quick.reward, normalise_on=16),
         rl=replace(

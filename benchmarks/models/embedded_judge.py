@@ -46,7 +46,7 @@ SETTINGS: dict[str, object] = {
     "text_column": ["prompt.text", "continuation.text"],
     "label_columns": list(PERSPECTIVE_SCORES),
     "lora_rank": 16,
-    "epochs": 6,
+    "epochs": 8,
     "held_out": 0.1,
     "seed": 0,
 }
