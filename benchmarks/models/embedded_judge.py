@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
+import tempfile
 from datetime import UTC, datetime
 from hashlib import file_digest
 from importlib.metadata import version
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -35,7 +38,8 @@ from detoxrl.config.edit import fit_config
 from detoxrl.config.judges import PERSPECTIVE, PERSPECTIVE_BASE, PERSPECTIVE_SCORES
 from detoxrl.errors import DetoxrlError
 from detoxrl.evaluation.judges import perspective_encoder
-from detoxrl.runtime.files import remove_path
+from detoxrl.report.fit_words import with_interval
+from detoxrl.runtime.files import write_text
 from detoxrl.runtime.shipped import MODELS, pack
 
 NAME = "perspective"
@@ -53,7 +57,8 @@ SETTINGS: dict[str, object] = {
 DEFAULT_FOLDER = Path("runs") / PERSPECTIVE
 # How far a metric of toxicity on the test texts may differ between two processors.
 BOUNDS = {"spearman": 0.01, "auc": 0.005, "mae": 0.005}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_PACKAGED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "fit.json")
+CARD = Path(__file__).with_name("embedded_judge.md.j2")
 
 
 def main() -> None:
@@ -70,15 +75,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
     if arguments.write:
-        write(plan)
+        write(plan, result)
     sys.exit(0 if agrees(result) else 1)
 
 
-def write(plan: FitPlan) -> None:
+def write(plan: FitPlan, result: dict[str, Any]) -> None:
     """Replace the judge in the package, and its card."""
-    for name in _TOKENIZER_FILES:
-        remove_path(plan.target / name)
-
     made = {
         "by": "make judge",
         "version": VERSION,
@@ -90,7 +92,19 @@ def write(plan: FitPlan) -> None:
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
-    pack(plan.target, NAME, [plan.digest, json.dumps(SETTINGS)], made)
+    with tempfile.TemporaryDirectory() as scratch:
+        packaged = Path(scratch)
+        for name in _PACKAGED:
+            shutil.copy(plan.target / name, packaged / name)
+        write_text(packaged / "README.md", card(made, result))
+        pack(packaged, NAME, [plan.digest, json.dumps(SETTINGS)], made)
+
+
+def card(made: dict[str, Any], result: dict[str, Any]) -> str:
+    """Return the model card of the packaged judge, in Markdown."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string(CARD.read_text(encoding="utf-8"))
+    return template.render(made=made, result=result, name=PERSPECTIVE, with_interval=with_interval)
 
 
 def _base_digest() -> str:

@@ -125,9 +125,12 @@ def load_adapted(folder: Path, source: str, field: str, remedy: str) -> PreTrain
 
 def save_classifier(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a classifier that transformers loads, or its LoRA and head that peft loads on its base, to a folder."""
-    model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    if isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+    else:
+        # No embedding is ever resized; peft would ask a hub whether one was.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         classifier: Any = model.get_base_model()
         classifier.config.architectures = [type(classifier).__name__]
         classifier.config.save_pretrained(str(folder))  # It names the labels.
