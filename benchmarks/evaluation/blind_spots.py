@@ -6,7 +6,6 @@ All texts are generated or written here, and mild.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from mild_pairs import MILD_PAIRS
 _INSULT = insult_pattern((*INSULTS, *INTENSIFIERS))
 _DISGUISED = 200  # Insults per disguise.
 
-Disguise = Callable[[str, random.Random], str]  # Of a word.
+Disguise = Callable[[list[str], random.Random], str]  # Of the words of an insult.
 
 
 class DisguisedInsult(NamedTuple):
@@ -34,11 +33,19 @@ class DisguisedInsult(NamedTuple):
     disguised: str
 
 
-def _spelled(word: str, rng: random.Random) -> str:
-    return spaced_phrase([word], rng)
+def _leetspeak(words: list[str], rng: random.Random) -> str:
+    return " ".join(leet_word(word, rng) for word in words)
 
 
-_DISGUISE_OF: dict[str, Disguise] = dict(zip(DISGUISES, (leet_word, _spelled, homoglyph_word), strict=True))
+def _homoglyphs(words: list[str], rng: random.Random) -> str:
+    return " ".join(homoglyph_word(word, rng) for word in words)
+
+
+_DISGUISE_OF: dict[str, Disguise] = {
+    "leetspeak": _leetspeak,
+    "spaced": spaced_phrase,
+    "homoglyphs": _homoglyphs,
+}
 
 
 def disguised_insults(disguise: str, size: int, seed: int) -> list[DisguisedInsult]:
@@ -46,13 +53,12 @@ def disguised_insults(disguise: str, size: int, seed: int) -> list[DisguisedInsu
     rng = random.Random(f"disguised insults {seed} {disguise}")
     hide = _DISGUISE_OF[disguise]
 
-    def hidden(match: re.Match[str]) -> str:
-        return " ".join(hide(word, rng) for word in match[0].split())
-
     made: dict[str, DisguisedInsult] = {}
     while len(made) < size:
-        shown = say(rng, "thrown insults", draw_insult(rng, INSULTS))
-        disguised = _INSULT.sub(hidden, shown)
+        slots = draw_insult(rng, INSULTS)
+        shown = say(rng, "thrown insults", slots)
+        insult = slots["insult"]
+        disguised = shown.replace(insult, hide(insult.split(), rng))
         if not _INSULT.search(disguised):
             made.setdefault(shown, DisguisedInsult(shown, disguised))
     return list(made.values())

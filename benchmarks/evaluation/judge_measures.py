@@ -18,8 +18,10 @@ from detoxrl.report.words import number
 from detoxrl.runtime.console import progress
 from judged_sets import PERSPECTIVE_SCORES, Labelled, read_perspective
 
-# Texts between two steps of the progress display. Fewer texts get none.
+# Texts between two steps of the progress display.
 _BATCH = 256
+# A display of fewer texts would be gone before it can be read.
+_FEWEST_WATCHED = 1000
 # Resamples drawn at a time; bounds the memory that many texts take.
 _BLOCK = 50
 
@@ -58,7 +60,7 @@ class Benchmark:
 
 def _watched(name: str, judge: Judge) -> Judge:
     def rate(texts: Sequence[str]) -> Floats:
-        if len(texts) <= _BATCH:
+        if len(texts) < _FEWEST_WATCHED:
             return judge(texts)
 
         ratings = []
