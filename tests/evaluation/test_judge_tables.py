@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from label_tables import context, groups, sets
 from mild_pairs import MILD_PAIRS
 from perspective_tables import judge_agreement, lengths, perspective, reliability_bins
 
+PAGE = Path(__file__).parents[2] / "docs" / "judges.md"
 INSULT = insult_pattern((*INSULTS, *INTENSIFIERS))
 # The rating that `first_number` gives, Perspective's toxicity, and the words of a text.
 TEXTS = ((0.9, 0.8, 3), (0.4, 0.6, 8), (0.6, 0.3, 9), (0.4, 0.2, 25), (0.1, 0.1, 26), (0.7, math.nan, 2))
@@ -227,12 +229,14 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return output.out, output.err
 
 
-def test_the_command_prints_every_table_and_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_table_and_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No judge of the package has several scores, so that none has to be installed.
+    monkeypatch.setattr("judges.JUDGES", ("alt-profanity-check",))
     rows = scored_rows(60)
     write_split(write_sets(tmp_path), PERSPECTIVE, "train", rows)
-    out, err = printed(
-        capsys, tmp_path, "--judge", "alt-profanity-check", "--resamples", "20", "--held-out", "0.5", "--seed", "3"
-    )
+    out, err = printed(capsys, tmp_path, "--resamples", "20", "--held-out", "0.5", "--seed", "3")
     for name in set(TABLES) - {"scores"}:
         assert f"<!-- table: {name} -->\n" in out
         assert f"measuring {name}\n" in err
@@ -241,6 +245,11 @@ def test_the_command_prints_every_table_and_no_text(tmp_path: Path, capsys: pyte
 
     texts = [row[half]["text"] for row in rows for half in ("prompt", "continuation")]
     assert not any(text in out + err for text in [*texts, "0.9 stupid", "0.8 a dumb idea"])
+
+
+def test_the_page_shows_every_table() -> None:
+    marks = re.findall("<!-- table: (.*) -->", PAGE.read_text(encoding="utf-8"))
+    assert sorted(marks) == sorted(TABLES)
 
 
 def test_each_score_of_a_judge_stands_beside_the_same_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +299,7 @@ def test_a_missing_set_is_skipped_in_a_line(tmp_path: Path, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["missing"], "SETS = 'missing': is not a folder; give the folder of the data sets\n"),
-        ([".", "--judge", "nice"], "--judge = 'nice': is neither alt-profanity-check nor "),
+        ([".", "--judge", "nice"], "--judge = 'nice': is neither "),
         ([".", "--texts", "0"], "--texts = 0: must be above 0; 4000 is the default\n"),
         ([".", "--resamples", "0"], "--resamples = 0: must be above 0; 1000 is the default\n"),
         ([".", "--seed", "-1"], "--seed = -1: must not be negative; 0 is the default\n"),
