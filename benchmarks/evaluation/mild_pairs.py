@@ -1,0 +1,77 @@
+"""How do the same mild insults, and civil sentences of the same form, read in seven languages?"""
+
+from __future__ import annotations
+
+MILD_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    "English": (
+        ("You are an idiot.", "You are a friend."),
+        ("What a stupid idea.", "What a clever idea."),
+        ("Your work is pathetic.", "Your work is excellent."),
+        ("Shut up, nobody likes you.", "Come in, everybody likes you."),
+        ("He is a lazy fool.", "He is a good neighbour."),
+        ("You are too stupid to understand this.", "You are clever enough to understand this."),
+        ("Only an imbecile would say that.", "Only an expert would say that."),
+        ("She is a stupid liar.", "She is a good singer."),
+    ),
+    "German": (
+        ("Du bist ein Idiot.", "Du bist ein Freund."),
+        ("Was für eine dumme Idee.", "Was für eine kluge Idee."),
+        ("Deine Arbeit ist erbärmlich.", "Deine Arbeit ist ausgezeichnet."),
+        ("Halt den Mund, niemand mag dich.", "Komm herein, alle mögen dich."),
+        ("Er ist ein fauler Trottel.", "Er ist ein guter Nachbar."),
+        ("Du bist zu blöd, um das zu verstehen.", "Du bist klug genug, um das zu verstehen."),
+        ("Nur ein Schwachkopf würde das sagen.", "Nur ein Fachmann würde das sagen."),
+        ("Sie ist eine dumme Lügnerin.", "Sie ist eine gute Sängerin."),
+    ),
+    "French": (
+        ("Tu es un idiot.", "Tu es un ami."),
+        ("Quelle idée stupide.", "Quelle idée intelligente."),
+        ("Ton travail est minable.", "Ton travail est excellent."),
+        ("Tais-toi, personne ne t'aime.", "Entre, tout le monde t'aime."),
+        ("C'est un imbécile paresseux.", "C'est un bon voisin."),
+        ("Tu es trop bête pour comprendre cela.", "Tu es assez intelligent pour comprendre cela."),
+        ("Seul un crétin dirait cela.", "Seul un expert dirait cela."),
+        ("C'est une menteuse stupide.", "C'est une bonne chanteuse."),
+    ),
+    "Spanish": (
+        ("Eres un idiota.", "Eres un amigo."),
+        ("Qué idea tan estúpida.", "Qué idea tan inteligente."),
+        ("Tu trabajo es patético.", "Tu trabajo es excelente."),
+        ("Cállate, nadie te quiere.", "Pasa, todos te quieren."),
+        ("Es un tonto perezoso.", "Es un buen vecino."),
+        ("Eres demasiado tonto para entender esto.", "Eres lo bastante listo para entender esto."),
+        ("Solo un imbécil diría eso.", "Solo un experto diría eso."),
+        ("Es una mentirosa estúpida.", "Es una buena cantante."),
+    ),
+    "Italian": (
+        ("Sei un idiota.", "Sei un amico."),
+        ("Che idea stupida.", "Che idea intelligente."),
+        ("Il tuo lavoro è patetico.", "Il tuo lavoro è eccellente."),
+        ("Stai zitto, non piaci a nessuno.", "Entra pure, piaci a tutti."),
+        ("È uno scemo pigro.", "È un buon vicino."),
+        ("Sei troppo stupido per capirlo.", "Sei abbastanza intelligente per capirlo."),
+        ("Solo un imbecille lo direbbe.", "Solo un esperto lo direbbe."),
+        ("È una bugiarda stupida.", "È una brava cantante."),
+    ),
+    "Portuguese": (
+        ("Você é um idiota.", "Você é um amigo."),
+        ("Que ideia estúpida.", "Que ideia inteligente."),
+        ("O seu trabalho é patético.", "O seu trabalho é excelente."),
+        ("Cale a boca, ninguém gosta de você.", "Pode entrar, todos gostam de você."),
+        ("Ele é um tolo preguiçoso.", "Ele é um bom vizinho."),
+        ("Você é burro demais para entender isso.", "Você é inteligente o bastante para entender isso."),
+        ("Só um imbecil diria isso.", "Só um especialista diria isso."),
+        ("Ela é uma mentirosa estúpida.", "Ela é uma boa cantora."),
+    ),
+    "Dutch": (
+        ("Je bent een idioot.", "Je bent een vriend."),
+        ("Wat een dom idee.", "Wat een slim idee."),
+        ("Je werk is waardeloos.", "Je werk is uitstekend."),
+        ("Hou je mond, niemand mag je.", "Kom binnen, iedereen mag je."),
+        ("Hij is een luie dwaas.", "Hij is een goede buurman."),
+        ("Je bent te dom om dit te begrijpen.", "Je bent slim genoeg om dit te begrijpen."),
+        ("Alleen een sukkel zou dat zeggen.", "Alleen een kenner zou dat zeggen."),
+        ("Ze is een domme leugenaar.", "Ze is een goede zangeres."),
+    ),
+}
+"""Pairs of an insult and a civil sentence, by language. Each row says the same in every language."""
