@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detoxrl.config.edit import fit_config
+from detoxrl.config.judges import PERSPECTIVE_SCORES
 from detoxrl.data.files import Record, read_records, text_of
 from detoxrl.data.held_out import divide
 from detoxrl.data.labelled import Example, read_labelled
 from detoxrl.errors import require
 from detoxrl.runtime.randomness import permutation
 
-PERSPECTIVE_SCORES = (
-    "toxicity", "severe_toxicity", "profanity", "insult", "threat", "identity_attack", "sexually_explicit",
-    "flirtation",
-)  # fmt: skip
-"""Perspective's scores of a text in RealToxicityPrompts, as its columns are called."""
 PERSPECTIVE = "realtoxicityprompts_sample"
 _FIELD = "SETS"
 

@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blind_spots import disguises, identity, languages
+from detoxrl.config.judges import JUDGES, PERSPECTIVE_SCORES
+from detoxrl.config.judges import PERSPECTIVE as PERSPECTIVE_MINILM
 from detoxrl.errors import DetoxrlError, InputError, require
-from detoxrl.evaluation.judges import JUDGES, judge_source, load_judges
+from detoxrl.evaluation.judges import judge_source, load_judges
 from detoxrl.runtime.console import log, status
 from judge_measures import Benchmark, TableMaker, to_markdown
 from judge_speed import speed
-from judged_sets import DIASAFETY, PERSPECTIVE, PERSPECTIVE_SCORES, TOXIGEN
+from judged_sets import DIASAFETY, PERSPECTIVE, TOXIGEN
 from label_tables import context, groups, sets
 from perspective_tables import judge_agreement, lengths, perspective, reliability_bins, several_scores
 
-_SEVERAL_SCORES = "perspective-minilm"
-"""The judge of the package that has all of Perspective's scores."""
 TABLES: dict[str, TableMaker] = {
     "perspective": perspective,
     "reliability": reliability_bins,
@@ -60,7 +60,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scores-of",
-        default=_SEVERAL_SCORES if _SEVERAL_SCORES in JUDGES else None,
+        default=PERSPECTIVE_MINILM,
         metavar="NAME",
         help="judge, folder or hub id with several of Perspective's scores",
     )
@@ -82,9 +82,7 @@ def requested_tables(options: argparse.Namespace) -> dict[str, TableMaker]:
     requested = {}
     for name in options.only or TABLES:
         folder = _FOLDERS.get(name)
-        if name == "scores" and options.scores_of is None:
-            log.print("skipped scores: name a judge that has several with --scores-of", soft_wrap=True)
-        elif folder and not (options.sets / folder).is_dir():
+        if folder and not (options.sets / folder).is_dir():
             log.print(f"skipped {name}: {options.sets} has no folder {folder}", soft_wrap=True)
         else:
             requested[name] = TABLES[name]
