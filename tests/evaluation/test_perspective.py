@@ -18,6 +18,7 @@ from detoxrl.config.packages import MODEL_PACKAGES, is_installed, packaged_model
 from detoxrl.config.schema import Config
 from detoxrl.config.sources import judging_classifiers, sources
 from detoxrl.errors import InputError
+from detoxrl.evaluation import perspective
 from detoxrl.evaluation.judges import JudgeSource, judge_source, load_judge, load_judges
 from detoxrl.evaluation.perspective import perspective_scores, perspective_version
 from detoxrl.rewards.classifier import Classifier
@@ -33,7 +34,7 @@ needs_encoder = pytest.mark.skipif(packaged_model(PERSPECTIVE_BASE) is None, rea
 
 @pytest.fixture(autouse=True)
 def _loaded_anew() -> None:
-    perspective_scores.cache_clear()
+    perspective._loaded.clear()
 
 
 # What it says
@@ -62,7 +63,8 @@ def test_each_distinct_text_is_read_once_for_all_scores(monkeypatch: pytest.Monk
     monkeypatch.setattr(Classifier, "probabilities", counted)
     scores = perspective_scores("--judge")
     read.clear()  # Loading tries it on two sentences.
-    by_name = load_judges([judge_source(f"{PERSPECTIVE}={name}", "--judge", "") for name in PERSPECTIVE_SCORES])
+    monkeypatch.setattr(perspective, "_load", pytest.fail)  # Whoever asks, it is loaded already.
+    by_name = load_judges([judge_source(f"{PERSPECTIVE}={name}", f"judge {name}", "") for name in PERSPECTIVE_SCORES])
     all_scores = scores([RUDE, CIVIL, RUDE])
     for column, (name, judge) in enumerate(by_name.items()):
         assert name == (PERSPECTIVE if column == 0 else f"{PERSPECTIVE} ({PERSPECTIVE_SCORES[column]})")

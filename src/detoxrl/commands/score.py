@@ -79,7 +79,7 @@ def score(texts: Sequence[str], sources: Sequence[JudgeSource], jsonl: bool, sho
 
     Words that are toxic alone are masked unless `show`. Raises InputError for a judge that cannot be loaded.
     """
-    with status(f"loading {', '.join(judge.source for judge in sources)}"):
+    with status(f"loading {', '.join(dict.fromkeys(judge.source for judge in sources))}"):
         loaded = load_judges(sources)
     for key in ("index", "text"):
         rule = "is the name of another key of the JSON lines"

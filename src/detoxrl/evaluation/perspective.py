@@ -5,7 +5,6 @@ is a LoRA of MiniLM fitted to them, and comes with the package. docs/judges.md s
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from hashlib import file_digest
 
 import numpy as np
@@ -22,13 +21,23 @@ Scores = Callable[[Sequence[str]], Floats]  # scores in [0, 1] of N texts, (N, 8
 _FOLDER = "perspective"
 
 
-@cache
+_loaded: dict[str, Scores] = {}
+"""The judge by the device that it is on: all who ask for it share its memory of texts."""
+
+
 def perspective_scores(field: str) -> Scores:
     """Return what rates texts by all scores of perspective-minilm at once, each distinct text in one pass.
 
     It is loaded once, and remembers its texts. Raises InputError, naming `field`, when its encoder is neither installed
     nor available from the hub, or is another one, StorageError when the package's files are corrupted.
     """
+    device = str(current_world().device)
+    if device not in _loaded:
+        _loaded[device] = _load(field)
+    return _loaded[device]
+
+
+def _load(field: str) -> Scores:
     folder, entry = shipped_folder(_FOLDER)
     _require_base(field, entry["made"]["base_sha256"])
     classifier = load_classifier(str(folder), field, {field: PERSPECTIVE_SCORES[0]}, current_world().device)
