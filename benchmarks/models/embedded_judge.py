@@ -27,7 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Column, Table
@@ -81,6 +80,8 @@ def main() -> None:
 
 def write(plan: FitPlan, result: dict[str, Any]) -> None:
     """Replace the judge in the package, and its card."""
+    import torch  # Only now: detoxrl tells its threads not to spin, which they ask once.
+
     made = {
         "by": "make judge",
         "version": VERSION,
