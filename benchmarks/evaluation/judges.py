@@ -14,9 +14,11 @@ A judge that `detoxrl fit` made of RealToxicityPrompts has to be measured on the
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from blind_spots import disguises, identity, languages
 from detoxrl.config.judges import JUDGES, PERSPECTIVE_SCORES
@@ -24,6 +26,7 @@ from detoxrl.config.judges import PERSPECTIVE as PERSPECTIVE_MINILM
 from detoxrl.errors import DetoxrlError, InputError, require
 from detoxrl.evaluation.judges import judge_source, load_judges
 from detoxrl.runtime.console import log, status
+from detoxrl.runtime.shipped import MODELS
 from judge_measures import Benchmark, TableMaker, to_markdown
 from judge_speed import speed
 from judged_sets import DIASAFETY, PERSPECTIVE, TOXIGEN
@@ -52,6 +55,12 @@ _FOLDERS = {
 """The set that a table needs."""
 
 
+def packaged_fit() -> dict[str, Any]:
+    """Return the settings by which perspective-minilm was fitted."""
+    settings: dict[str, Any] = json.loads((MODELS / "perspective/fit.json").read_text(encoding="utf-8"))["settings"]
+    return settings
+
+
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", metavar="SETS", type=Path, help="folder of data sets")
@@ -71,9 +80,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=TABLES, metavar="TABLE", help=f"print only these: {', '.join(TABLES)}"
     )
     parser.add_argument("--texts", type=int, default=4000, help="maximum number of texts of a set")
-    parser.add_argument("--held-out", type=float, default=0.1, help="as in the fit of a judge; half of it is measured")
+    packaged = packaged_fit()
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=packaged["held_out"],
+        help="as in the fit of a judge; half of it is measured (default: that of perspective-minilm)",
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out texts and of all draws")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=packaged["seed"],
+        help="of the held-out texts, as in the fit of a judge, and of all draws (default: that of perspective-minilm)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,7 +114,7 @@ def print_tables(options: argparse.Namespace) -> None:
     require(options.sets.is_dir(), "SETS", str(options.sets), "is not a folder", "give the folder of the data sets")
     require(options.texts > 0, "--texts", options.texts, "must be above 0", "4000 is the default")
     require(options.resamples > 0, "--resamples", options.resamples, "must be above 0", "1000 is the default")
-    require(options.seed >= 0, "--seed", options.seed, "must not be negative", "0 is the default")
+    require(options.seed >= 0, "--seed", options.seed, "must not be negative", "give 0 or more")
 
     remedy = "a classifier needs = and its toxic label"
     sources = [judge_source(name, "--judge", remedy) for name in dict.fromkeys(options.judge)]

@@ -51,7 +51,7 @@ SETTINGS: dict[str, object] = {
     "lora_rank": 16,
     "epochs": 8,
     "held_out": 0.1,
-    "seed": 0,
+    "seed": 1,  # Of 0 and 1 the one that agrees better with people on other sets (docs/log.md).
 }
 DEFAULT_FOLDER = Path("runs") / PERSPECTIVE
 # How far a metric of toxicity on the test texts may differ between two processors.
