@@ -69,9 +69,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scores-of",
-        default=PERSPECTIVE_MINILM,
         metavar="NAME",
-        help="judge, folder or hub id with several of Perspective's scores",
+        help="judge, folder or hub id with several of Perspective's scores (default: perspective-minilm, if asked)",
     )
     parser.add_argument(
         "--score-labels", nargs="+", choices=PERSPECTIVE_SCORES, default=PERSPECTIVE_SCORES, help="which of its scores"
@@ -94,7 +93,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=packaged["seed"],
         help="of the held-out texts, as in the fit of a judge, and of all draws (default: that of perspective-minilm)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.scores_of is None and PERSPECTIVE_MINILM in options.judge:
+        options.scores_of = PERSPECTIVE_MINILM
+    return options
 
 
 def requested_tables(options: argparse.Namespace) -> dict[str, TableMaker]:
@@ -102,7 +104,9 @@ def requested_tables(options: argparse.Namespace) -> dict[str, TableMaker]:
     requested = {}
     for name in options.only or TABLES:
         folder = _FOLDERS.get(name)
-        if folder and not (options.sets / folder).is_dir():
+        if name == "scores" and options.scores_of is None:
+            log.print("skipped scores: name a judge that has several with --scores-of", soft_wrap=True)
+        elif folder and not (options.sets / folder).is_dir():
             log.print(f"skipped {name}: {options.sets} has no folder {folder}", soft_wrap=True)
         else:
             requested[name] = TABLES[name]
