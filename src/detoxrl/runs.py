@@ -147,7 +147,7 @@ class Run:
     def _function_score(self, term: Term) -> Score:
         if term.name not in self._functions:
             name = str(term.source or self.config.reward.function)
-            function = function_of(term.name, self._reward_functions) or load_function(name)
+            function = function_of(term, self._reward_functions) or load_function(name)
             score = validated_reward(function, name)
             first, second, *_ = to_prompts(self.rows("test")[:2])
             score([first, second, first], [CIVIL_PROBE, TOXIC_PROBE, ""])

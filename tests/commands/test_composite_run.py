@@ -10,6 +10,8 @@ import pytest
 import detoxrl
 from detoxrl.config.edit import config_from_json
 from detoxrl.config.recipes import recipe
+from detoxrl.config.terms import parse_terms
+from detoxrl.rewards.function import function_of
 from detoxrl.runs import with_reward_name
 from small_runs import detoxrl as command
 from small_runs import make_place, own, without_timings
@@ -91,9 +93,6 @@ def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place:
 
 
 def test_functions_given_in_python_are_terms_by_their_names(place: Path) -> None:
-    def loud(prompts: list[str], responses: list[str]) -> list[float]:
-        return [float(response.count("!")) for response in responses]
-
     config = recipe("own", {"reward.terms": ["copy", "function,name=loud,weight=3"]})
     named = with_reward_name(config, {"loud": loud, "quiet": lambda prompts, responses: [0.0 for _ in responses]})
     terms = named.reward.measured_terms
@@ -101,6 +100,18 @@ def test_functions_given_in_python_are_terms_by_their_names(place: Path) -> None
     assert terms[1].source is not None
     with pytest.raises(detoxrl.InputError, match="reward = 'copy': has the name of a copy"):
         with_reward_name(config, {"copy": loud})
+
+
+def loud(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(response.count("!")) for response in responses]
+
+
+def test_one_function_serves_the_terms_without_a_source_of_their_own() -> None:
+    terms = ["function", "function,name=brief,source=rewards.py:brevity", f"function,name=same,source={__file__}:loud"]
+    with_source = [function_of(term, loud) for term in parse_terms(terms)]
+    assert with_source == [loud, None, loud]
+    assert [function_of(term, {"brief": loud}) for term in parse_terms(terms)] == [None, loud, None]
+    assert function_of(parse_terms(terms)[0], None) is None
 
 
 @pytest.mark.parametrize(

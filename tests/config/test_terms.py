@@ -26,6 +26,10 @@ def test_a_term_is_a_kind_and_what_is_set_of_it() -> None:
         kind="classifier", name="classifier", source="a/b", toxic_label="toxic", plain=True, score="log_odds"
     )
 
+    assert parse_term("classifier,source=scorer,good_label=score") == Term(
+        kind="classifier", name="classifier", source="scorer", good_label="score"
+    )
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -42,7 +46,7 @@ def test_a_term_is_a_kind_and_what_is_set_of_it() -> None:
         ("copy,gate=much", "sets gate to much, which is not a number"),
         ("classifier,plain=maybe", "sets plain to maybe, which is neither true nor false"),
         ("classifier,score=loud", "sets score to loud, which is not one of logit, log_odds"),
-        ("classifier,source=a/b", "names a classifier without its toxic label; add toxic_label=LABEL"),
+        ("classifier,source=a/b", "names a classifier without a label; add toxic_label=LABEL or good_label=LABEL"),
         ("classifier,toxic_label=toxic", "names a label without a source"),
         ("length", "has no bounds; add minimum=WORDS or maximum=WORDS"),
         ("length,minimum=5,maximum=2", "ends below its minimum of 5"),

@@ -212,8 +212,9 @@ def _require_possible(term: Term, text: str) -> None:
         ordered = term.maximum is None or term.minimum <= term.maximum
         require(ordered, FIELD, text, f"ends below its minimum of {term.minimum}", "raise maximum or lower minimum")
 
-    labelled = term.source is None or term.kind != "classifier" or term.toxic_label is not None
-    require(labelled, FIELD, text, "names a classifier without its toxic label", "add toxic_label=LABEL")
-    owned = term.source is not None or (term.toxic_label is None and term.good_label is None)
+    has_label = term.toxic_label is not None or term.good_label is not None
+    labelled = term.source is None or term.kind != "classifier" or has_label
+    require(labelled, FIELD, text, "names a classifier without a label", "add toxic_label=LABEL or good_label=LABEL")
+    owned = term.source is not None or not has_label
     rule = "names a label without a source; those of reward.classifier are settings of their own"
     require(owned, FIELD, text, rule, "add source=SOURCE, or set reward.toxic_label")

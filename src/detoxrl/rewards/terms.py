@@ -112,7 +112,7 @@ def _initial_response(prompt: Prompt) -> str:
 
 
 def _row_text(prompt: Prompt) -> str:
-    return str(prompt.columns["text"])
+    return prompt.row_text
 
 
 def outside(words: int, minimum: int, maximum: int | None) -> float:
