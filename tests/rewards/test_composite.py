@@ -18,7 +18,7 @@ from detoxrl.errors import InputError
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.overlap import repeated
 from detoxrl.rewards.shaping import Normaliser, combined, fit_normaliser, gates_shut, overall, shape_scores
-from detoxrl.rewards.terms import Reward, ScoredTerm, also_plain, lexicon_score, outside, text_score
+from detoxrl.rewards.terms import Reward, ScoredTerm, lexicon_score, outside, text_score, worse_of_plain
 
 PROMPT = Prompt(id="a", text="Summarize: Tom lost the key.", row_text="Tom lost the key of the house.")
 TERMS = parse_terms(["classifier,weight=2", "copy,gate=0.7,weight=0.5"])
@@ -160,7 +160,7 @@ def test_a_disguised_text_is_read_in_plain_letters_too_and_the_worse_score_count
         read.extend(responses)
         return torch.tensor([-1.0 if "idiot" in response else 1.0 for response in responses])
 
-    found = also_plain(classifier)([PROMPT] * 3, ["You 1d1ot.", "Fine.", "An idiot."])
+    found = worse_of_plain(classifier)([PROMPT] * 3, ["You 1d1ot.", "Fine.", "An idiot."])
     assert found.tolist() == [-1.0, 1.0, -1.0]
     # Only what was disguised is read again.
     assert read == ["You 1d1ot.", "Fine.", "An idiot.", "You idiot."]

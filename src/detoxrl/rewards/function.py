@@ -71,6 +71,11 @@ def function_of(term: Term, functions: RewardFunctions | None) -> RewardFunction
     return functions if term.source in (None, function_name(functions)) else None
 
 
+def is_given(term: Term, functions: RewardFunctions | None) -> bool:
+    """Return whether the function for a term is among those that were given in Python."""
+    return function_of(term, functions) is not None
+
+
 def named_functions(reward: RewardConfig, functions: RewardFunctions) -> dict[str, Any]:
     """Return the settings that name functions given in Python.
 
