@@ -55,7 +55,7 @@ def shaped(run: Run) -> Score:
     normaliser = run.stored_normaliser() or measured_normaliser(run, policy, initial)
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str], ended: torch.Tensor) -> torch.Tensor:
-        raw = run.reward(initial.added_to(prompts), responses)
+        raw = run.reward(initial.with_initial_responses(prompts), responses)
         return shape_scores(raw, responses, ended, normaliser, run.config)
 
     return score
@@ -65,7 +65,9 @@ def measured_normaliser(run: Run, policy: Policy, initial: InitialResponses) -> 
     """Return mean and std of the terms on responses of the initial policy, as training measures them."""
     prompts = to_prompts(run.rows("train")[: run.config.reward.normalise_on])
     samples = sample_texts(policy, prompts, run.config.generation, Draws(run.config.seed, "normaliser"))
-    return fit_normaliser(run.reward(initial.added_to(prompts), [texts[0] for texts in samples]), run.reward.terms)
+    return fit_normaliser(
+        run.reward(initial.with_initial_responses(prompts), [texts[0] for texts in samples]), run.reward.terms
+    )
 
 
 def print_table(rates: Sequence[AttackRate]) -> None:

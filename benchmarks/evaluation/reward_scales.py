@@ -44,7 +44,8 @@ SCORES: dict[str, tuple[str, Any]] = {
     "not_toxicity": ("#000000", (0, (1, 2))),
 }
 JUDGE = "alt-profanity-check"
-LABELS = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
+TOXIC = {"reward.toxic_label": "hate"}
+GOOD = {"reward.good_label": "nothate"}
 # Why the raw probability of a lenient model does not learn: the weight of the KL, the error of the critic, or both.
 CAUSES = {"": "", "kl": ", KL coefficient x std", "critic": ", no critic", "both": ", KL coefficient x std, no critic"}
 CHEAP = {"evaluation.prompts": 200, "evaluation.samples_per_prompt": 2, "sft.baseline_steps": 0}
@@ -212,7 +213,7 @@ def print_spreads(runs: Sequence[Run]) -> None:
     for run in {(run.model, run.seed): run for run in runs}.values():
         texts = [text for line in run.lines("samples.jsonl") for text in line["responses"]["before"]]
         insulting = torch.tensor([has_insult.search(text) is not None for text in texts])
-        classifier = load_classifier(str(run.classifier), "reward.classifier", LABELS, torch.device("cpu"))
+        classifier = load_classifier(str(run.classifier), "reward.classifier", TOXIC, torch.device("cpu"), GOOD)
         assert classifier.good is not None
         logits = classifier.logits(texts)
         multi_label = is_multi_label(classifier.model.config)

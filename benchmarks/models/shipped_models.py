@@ -126,8 +126,8 @@ def _reward_measurements(folder: Path) -> Measurements:
     texts = [text for text, _ in utterances]
     hateful = np.array([is_hateful for _, is_hateful in utterances])
 
-    labels = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
-    classifier = load_classifier(str(folder), "reward.classifier", labels, torch.device("cpu"), "logit")
+    toxic, good = {"reward.toxic_label": "hate"}, {"reward.good_label": "nothate"}
+    classifier = load_classifier(str(folder), "reward.classifier", toxic, torch.device("cpu"), good)
     toxicity = classifier.toxicity(texts).numpy()
     pairs_won = mannwhitneyu(toxicity[hateful], toxicity[~hateful]).statistic
     return {

@@ -159,7 +159,7 @@ def _rerun_stage(request: Request) -> None:
     stage = request.command.name
 
     with _explained_stop(root):
-        check_stage(root, stage)
+        check_stage(*RunFolder.open(root), stage)
 
         stages = _imported_stages()
         from detoxrl.report.terminal import print_result
@@ -223,7 +223,7 @@ def _evaluate_run(request: Request) -> None:
         if request.settings:
             config = checked_run(root, with_settings(config, request.settings), "resume")
         elif "power" not in options:
-            check_stage(root, "evaluate")
+            check_stage(*RunFolder.open(root), "evaluate")
 
         stages = _imported_stages()
         from detoxrl.commands import measure as measuring

@@ -23,7 +23,7 @@ from detoxrl.models.loading import with_fast_attention
 from detoxrl.models.lora import initial_adapter
 from detoxrl.models.policy import Policy
 from detoxrl.models.sentences import Encode, load_encoder
-from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Classifier, load_classifier
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Classifier, load_classifier, load_unprobed_classifier
 from detoxrl.rewards.function import (
     RewardFunctions,
     function_of,
@@ -33,7 +33,7 @@ from detoxrl.rewards.function import (
 )
 from detoxrl.rewards.lexicon import load_lexicon
 from detoxrl.rewards.shaping import Normaliser
-from detoxrl.rewards.terms import Reward, Score, ScoredTerm, also_plain, lexicon_score, text_score
+from detoxrl.rewards.terms import Reward, Score, ScoredTerm, lexicon_score, text_score, worse_of_plain
 from detoxrl.runtime.files import explain_corruption
 from detoxrl.runtime.run_folder import NORMALISER, RunFolder
 from detoxrl.runtime.world import World, current_world
@@ -44,6 +44,13 @@ class Scorer(NamedTuple):
 
     reward: Reward
     judge: Judge | None  # Of its first classifier; not an independent judge. None: it has no classifier.
+
+
+class _LoadedTerm(NamedTuple):
+    """A term of the reward, and the judge that its model makes if it is a classifier."""
+
+    scored: ScoredTerm
+    judge: Judge | None
 
 
 class Run:
@@ -57,6 +64,7 @@ class Run:
         self._ignores_products = False
         self._scorer: Scorer | None = None
         self._functions: dict[str, Score] = {}  # By the name of the term.
+        self._terms: dict[str, _LoadedTerm] = {}  # By the name of the term.
         self._encoders: dict[str, Encode] = {}  # By the source.
         self._judges: dict[str, Judge] | None = None
         self._readers: Readers | None = None
@@ -88,7 +96,10 @@ class Run:
     @property
     def uses_embedded_reward(self) -> bool:
         """Whether the embedded classifier is a part of the reward; `prepare` trains it."""
-        return self.config.reward.reads_classifier and self.config.reward.classifier == "embedded"
+        return any(map(self._reads_embedded_reward, self.config.reward.measured_terms))
+
+    def _reads_embedded_reward(self, term: Term) -> bool:
+        return term.kind == "classifier" and term_source(self.config, term)[0] == "embedded"
 
     @property
     def scorer(self) -> Scorer:
@@ -98,10 +109,14 @@ class Run:
         return self._scorer
 
     def load_reward(self) -> None:
-        """Load and try the reward now, unless `prepare` has yet to train it. Raises InputError if it does not fit."""
-        is_trained_later = self._ignores_products and self.uses_embedded_reward
-        if self._scorer is None and not is_trained_later:
-            self._scorer = self._load_scorer()
+        """Load and try each term of the reward now, those aside whose classifier `prepare` has yet to train.
+
+        Raises InputError for one that does not fit.
+        """
+        self.try_functions()
+        for term in self.config.reward.measured_terms:
+            if not (self._ignores_products and self._reads_embedded_reward(term)):
+                self._loaded_term(term)
 
     def load_judges(self) -> None:
         """Load the judges now. Raises InputError for one that does not fit."""
@@ -127,27 +142,35 @@ class Run:
 
     def _load_scorer(self) -> Scorer:
         self.try_functions()
-        scored: list[ScoredTerm] = []
-        judges: list[Judge] = []
-        for term in self.config.reward.measured_terms:
-            if term.kind == "classifier":
-                classifier = self._load_classifier(term)
-                judges.append(classifier_judge(classifier))
-                score: Score = also_plain(classifier.score) if term.plain else classifier.score
-            elif term.kind == "function":
-                score = self._function_score(term)
-            elif term.kind == "lexicon":
-                pattern = load_lexicon(Path(term.source), FIELD) if term.source else None
-                score = lexicon_score(pattern)
-            else:
-                score = text_score(term, self._term_encoder(term))
-            scored.append(ScoredTerm(term, score))
-        return Scorer(reward=Reward(tuple(scored)), judge=judges[0] if judges else None)
+        loaded = [self._loaded_term(term) for term in self.config.reward.measured_terms]
+        judges = [term.judge for term in loaded if term.judge is not None]
+        reward = Reward(tuple(term.scored for term in loaded))
+        return Scorer(reward=reward, judge=judges[0] if judges else None)
+
+    def _loaded_term(self, term: Term) -> _LoadedTerm:
+        if term.name not in self._terms:
+            self._terms[term.name] = self._load_term(term)
+        return self._terms[term.name]
+
+    def _load_term(self, term: Term) -> _LoadedTerm:
+        if term.kind == "classifier":
+            classifier = self._load_classifier(term)
+            read = worse_of_plain(classifier.score) if term.plain else classifier.score
+            return _LoadedTerm(ScoredTerm(term, read), classifier_judge(classifier))
+
+        if term.kind == "function":
+            score = self._function_score(term)
+        elif term.kind == "lexicon":
+            pattern = load_lexicon(Path(term.source), FIELD) if term.source else None
+            score = lexicon_score(pattern)
+        else:
+            score = text_score(term, self._term_encoder(term))
+        return _LoadedTerm(ScoredTerm(term, score), None)
 
     def _function_score(self, term: Term) -> Score:
         if term.name not in self._functions:
             name = str(term.source or self.config.reward.function)
-            function = function_of(term.name, self._reward_functions) or load_function(name)
+            function = function_of(term, self._reward_functions) or load_function(name)
             score = validated_reward(function, name)
             first, second, *_ = to_prompts(self.rows("test")[:2])
             score([first, second, first], [CIVIL_PROBE, TOXIC_PROBE, ""])
@@ -162,7 +185,7 @@ class Run:
 
         labels = term_labels(self.config, term)
         kind = term.score or settings.score
-        classifier = load_classifier(source, field, labels, self.world.device, kind)
+        classifier = load_classifier(source, field, labels.toxic, self.world.device, labels.good, kind)
         if settings.bf16:
             with_fast_attention(classifier.model.bfloat16())
         return classifier
@@ -228,13 +251,13 @@ class Run:
         if settings.fluency:
             fluent = self._load_probability(*split_label(settings.fluency), "evaluation.fluency")
         rate = load_rater(settings.perplexity, self.world.device) if settings.perplexity else None
-        scores = None
+        perspective = None
         if PERSPECTIVE in (settings.primary_judge, *settings.other_judges):
-            scores = perspective_scores("evaluation.primary_judge")
-        return Readers(encode=encode, entails=entails, fluent=fluent, rate=rate, scores=scores)
+            perspective = perspective_scores("evaluation.primary_judge")
+        return Readers(encode=encode, entails=entails, fluent=fluent, rate=rate, perspective=perspective)
 
     def _load_probability(self, source: str, label: str, field: str) -> Callable[[Any], Floats]:
-        classifier = load_classifier(source, field, {field: label}, self.world.device, probed=False)
+        classifier = load_unprobed_classifier(source, field, {field: label}, self.world.device)
         return classifier_judge(classifier)
 
     def values(self) -> Callable[[ScoredPairs], Floats]:

@@ -189,6 +189,22 @@ def test_every_command_has_help_and_the_recipes_are_listed(capsys: pytest.Captur
     assert capsys.readouterr().out == f"{cli.__version__}\n"
 
 
+@pytest.mark.parametrize("others", [("alt-profanity-check",), ()])
+def test_the_command_that_a_report_prints_names_judges_whatever_is_installed(
+    monkeypatch: pytest.MonkeyPatch, others: tuple[str, ...]
+) -> None:
+    given = {"policy.base": "b", "evaluation.primary_judge": "perspective-minilm", "evaluation.other_judges": others}
+    config = recipe("quickstart", given)
+    stored = json.loads(config_to_json(config))
+    monkeypatch.setattr("detoxrl.config.schema.default_primary_judge", lambda: "perspective-minilm")
+    command = repeat_command(stored, {"names": {}, "policies": {}, "texts": {}})
+    assert "--evaluation.primary-judge perspective-minilm" in command
+    request = read(*shlex.split(command)[1:])
+    assert request.settings["evaluation.primary_judge"] == "perspective-minilm"
+    assert "evaluation.other_judges" in request.settings
+    assert recipe(request.target, request.settings) == config
+
+
 @pytest.mark.parametrize("value", [True, False, None])
 def test_the_command_that_a_report_prints_gives_the_same_config(value: bool | None) -> None:
     given = {"data.chat_template": value, "policy.bf16": True, "policy.base": "b", "data.task": "chat", "seed": 3}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import detoxrl
-from detoxrl.config.edit import config_from_json
+from detoxrl.commands.preflight import check_locally
+from detoxrl.config.edit import config_from_json, with_settings
 from detoxrl.config.recipes import recipe
+from detoxrl.config.terms import parse_terms
+from detoxrl.rewards.function import function_of, is_given
 from detoxrl.runs import with_reward_name
 from small_runs import detoxrl as command
 from small_runs import make_place, own, without_timings
@@ -91,9 +95,6 @@ def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place:
 
 
 def test_functions_given_in_python_are_terms_by_their_names(place: Path) -> None:
-    def loud(prompts: list[str], responses: list[str]) -> list[float]:
-        return [float(response.count("!")) for response in responses]
-
     config = recipe("own", {"reward.terms": ["copy", "function,name=loud,weight=3"]})
     named = with_reward_name(config, {"loud": loud, "quiet": lambda prompts, responses: [0.0 for _ in responses]})
     terms = named.reward.measured_terms
@@ -101,6 +102,18 @@ def test_functions_given_in_python_are_terms_by_their_names(place: Path) -> None
     assert terms[1].source is not None
     with pytest.raises(detoxrl.InputError, match="reward = 'copy': has the name of a copy"):
         with_reward_name(config, {"copy": loud})
+
+
+def loud(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(response.count("!")) for response in responses]
+
+
+def test_one_function_serves_the_terms_without_a_source_of_their_own() -> None:
+    terms = ["function", "function,name=brief,source=rewards.py:brevity", f"function,name=same,source={__file__}:loud"]
+    with_source = [function_of(term, loud) for term in parse_terms(terms)]
+    assert with_source == [loud, None, loud]
+    assert [function_of(term, {"brief": loud}) for term in parse_terms(terms)] == [None, loud, None]
+    assert function_of(parse_terms(terms)[0], None) is None
 
 
 @pytest.mark.parametrize(
@@ -120,3 +133,42 @@ def test_a_term_that_does_not_fit_is_one_line_and_writes_nothing(
     shown = " ".join(capfd.readouterr().err.split())
     assert message in shown
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("lexicon,source=no_words.txt", "no_words.txt': contains no words"),
+        (
+            "classifier,name=second,source=classifier,toxic_label=nothate",
+            "reward.terms second, toxic_label = 'nothate': is reversed",
+        ),
+        (
+            "classifier,name=second,source=classifier,good_label=hate",
+            "reward.terms second, good_label = 'hate': is reversed",
+        ),
+    ],
+)
+def test_a_term_beside_a_classifier_that_is_yet_to_be_trained_is_tried_before_anything_is_written(
+    place: Path, capfd: pytest.CaptureFixture[str], term: str, message: str
+) -> None:
+    (place / "no_words.txt").write_text("# none\n")
+    assert command(own("--reward.classifier", "embedded", "--reward.terms", "classifier", term)) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (place / "runs").exists()
+
+
+def test_beside_a_function_given_in_python_the_other_terms_are_checked(place: Path) -> None:
+    config = recipe(
+        "own", {"policy.base": "model", "data.source": "mine.jsonl", "reward.terms": ["lexicon,source=no.txt"]}
+    )
+    named = with_reward_name(config, {"loud": loud})
+    with pytest.raises(detoxrl.InputError, match=r"there is no file .*no\.txt"):
+        check_locally(named, partial(is_given, functions={"loud": loud}))
+
+    given = with_reward_name(
+        with_settings(config, {"reward.terms": ["copy"]}), {"quiet": lambda prompts, responses: []}
+    )
+    check_locally(given, partial(is_given, functions={"quiet": loud}))
+    with pytest.raises(detoxrl.InputError, match="was passed in Python"):
+        check_locally(given)

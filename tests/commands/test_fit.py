@@ -188,7 +188,7 @@ def test_a_scorer_of_pairs_is_a_reward_by_its_score(capsys: pytest.CaptureFixtur
     assert lines[2].endswith("--reward.classifier scorer --reward.good-label score --reward.toxic-label none")
     assert AutoConfig.from_pretrained("scorer").num_labels == 1
 
-    scorer = load_classifier("scorer", "reward.classifier", {"reward.good_label": "score"}, CPU)
+    scorer = load_classifier("scorer", "reward.classifier", {}, CPU, {"reward.good_label": "score"})
     assert (scorer.good, scorer.toxic) == (0, None)
     scores = scorer.score(["", ""], [CIVIL, RUDE])
     assert torch.equal(scores, scorer.logits([CIVIL, RUDE])[:, 0])

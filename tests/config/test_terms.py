@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from detoxrl.config.edit import config_from_json, config_to_json
@@ -26,6 +26,10 @@ def test_a_term_is_a_kind_and_what_is_set_of_it() -> None:
         kind="classifier", name="classifier", source="a/b", toxic_label="toxic", plain=True, score="log_odds"
     )
 
+    assert parse_term("classifier,source=scorer,good_label=score") == Term(
+        kind="classifier", name="classifier", source="scorer", good_label="score"
+    )
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -42,7 +46,8 @@ def test_a_term_is_a_kind_and_what_is_set_of_it() -> None:
         ("copy,gate=much", "sets gate to much, which is not a number"),
         ("classifier,plain=maybe", "sets plain to maybe, which is neither true nor false"),
         ("classifier,score=loud", "sets score to loud, which is not one of logit, log_odds"),
-        ("classifier,source=a/b", "names a classifier without its toxic label; add toxic_label=LABEL"),
+        ("classifier,source=a/b", "names a classifier without a label; add toxic_label=LABEL or good_label=LABEL"),
+        ("classifier,source=embedded,toxic_label=hate", "names the source embedded, which only a classifier without"),
         ("classifier,toxic_label=toxic", "names a label without a source"),
         ("length", "has no bounds; add minimum=WORDS or maximum=WORDS"),
         ("length,minimum=5,maximum=2", "ends below its minimum of 5"),
@@ -81,11 +86,37 @@ def test_what_is_written_of_a_term_is_read_as_the_same_term(kind: str, weight: f
     assert parse_term(term.written()) == term
 
 
+texts = st.text(min_size=1).filter(lambda text: text == text.strip())
+
+
+@given(source=texts, label=texts)
+def test_a_source_and_a_label_may_hold_any_character(source: str, label: str) -> None:
+    assume(source != "embedded")
+    term = Term(kind="classifier", name="mine", source=source, toxic_label=label)
+    assert parse_term(term.written()) == term
+
+
+def test_a_comma_stands_behind_a_backslash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_term(r"lexicon,source=/data/a\,b\\c/words.txt").source == r"/data/a,b\c/words.txt"
+
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    (folder / "words.txt").write_text("clown\n")
+    monkeypatch.chdir(folder)
+    absolute = with_absolute_paths(recipe("own", {"reward.terms": ["lexicon,source=words.txt"]}))
+    assert absolute.reward.measured_terms[0].source == f"{folder}/words.txt"
+    assert with_absolute_paths(absolute) == absolute
+
+
 def test_without_terms_the_classifier_or_the_function_is_the_only_one() -> None:
     assert recipe("own").reward.measured_terms == (Term(kind="classifier", name="classifier"),)
     of_function = recipe("own", {"reward.function": "my.py:score"}).reward
     assert of_function.measured_terms == (Term(kind="function", name="function"),)
     assert not of_function.reads_classifier
+
+
+def test_none_is_no_list_of_terms() -> None:
+    assert recipe("own", {"reward.terms": ["none"]}).reward.terms == ()
 
 
 def test_rules_among_the_terms_replace_their_settings() -> None:
@@ -128,10 +159,9 @@ def test_sources_in_terms_are_sources_like_any_other(tmp_path: Path, monkeypatch
     pinned = map_sources(config, lambda setting, source: f"{source}@1234" if setting.endswith("polite") else source)
     polite = parse_term(pinned.reward.terms[0])
     assert (polite.source, polite.weight) == ("a/polite@1234", 2.0)
-    assert term_labels(pinned, polite) == {
-        "reward.terms polite, toxic_label": "rude",
-        "reward.terms polite, good_label": "civil",
-    }
+    toxic, good = term_labels(pinned, polite)
+    assert toxic == {"reward.terms polite, toxic_label": "rude"}
+    assert good == {"reward.terms polite, good_label": "civil"}
 
 
 def test_a_stored_config_has_the_same_terms(tmp_path: Path) -> None:

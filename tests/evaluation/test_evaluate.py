@@ -40,7 +40,7 @@ def lengths(pairs: Sequence[tuple[Prompt, str]]) -> Floats:
     return np.array([float(len(prompt.text) + len(text)) for prompt, text in pairs])
 
 
-READERS = Readers(score=lambda pairs: {"score": lengths(pairs)})
+READERS = Readers(reward=lambda pairs: {"score": lengths(pairs)})
 
 
 def test_the_independent_judge_tells_an_insult_from_a_polite_text() -> None:

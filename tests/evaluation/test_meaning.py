@@ -41,7 +41,7 @@ from detoxrl.evaluation.metrics import chrf, joint
 from detoxrl.models import reader
 from detoxrl.models.loading import scratch_tokenizer
 from detoxrl.models.sentences import Encode, load_encoder
-from detoxrl.rewards.classifier import load_classifier
+from detoxrl.rewards.classifier import load_unprobed_classifier
 from detoxrl.rewards.overlap import similarity
 from hub import Hub, hub, use_hub
 
@@ -56,7 +56,7 @@ LENGTH = 96
 def load_entailment(source: str) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """Return P(entailment) of premises and hypotheses, as the run reads pairs of them."""
     field = "evaluation.nli"
-    judge = classifier_judge(load_classifier(source, field, {field: "entailment"}, CPU, probed=False))
+    judge = classifier_judge(load_unprobed_classifier(source, field, {field: "entailment"}, CPU))
     return lambda premises, texts: judge([*zip(premises, texts, strict=True)])
 
 
@@ -169,6 +169,14 @@ def test_the_encoder_gives_the_unit_mean_of_a_texts_states_whatever_its_batch(fo
     one_by_one = load_encoder(str(folders["me/encoder"]), ENCODER, CPU)
     alone = np.concatenate([one_by_one([text]) for text in TEXTS])
     assert np.abs(alone - found[:-1]).max() < 1e-5
+
+
+def test_a_vector_is_bit_identical_in_any_company(folders: dict[str, Path]) -> None:
+    texts = [*TEXTS, *(f"{TEXTS[1]} {'again ' * count}" for count in range(1, 12))]
+    together = encoder_of(str(folders["me/encoder"]))(texts)
+    encode = encoder_of(str(folders["me/encoder"]))
+    alone = np.concatenate([encode([text]) for text in reversed(texts)])[::-1]
+    assert np.array_equal(together, alone)
 
 
 def test_each_distinct_text_is_encoded_once_without_a_progress_bar(

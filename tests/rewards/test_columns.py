@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from detoxrl.config.terms import parse_term
 from detoxrl.data.rows import Row, to_prompts
 from detoxrl.errors import InputError
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.function import validated_reward
+from detoxrl.rewards.terms import text_score
 
 ROWS = [
     Row(
@@ -75,6 +77,14 @@ def test_wrappers_objects_and_builtins_get_prompts_and_responses_alone() -> None
     assert scores(Counter()) == [1.0] * 3
     with pytest.raises(InputError, match=r"returned list, not numbers"):
         scores(max)
+
+
+def test_the_text_of_a_row_is_not_a_column_of_the_source_that_has_its_name() -> None:
+    changed = Row(id="file_0", text="A: Hello, you idiot.", columns={"text": "A: Hello."})
+    (prompt,) = to_prompts([changed])
+    assert prompt.row_text == "A: Hello, you idiot."
+    copy = parse_term("copy")
+    assert text_score(copy, None)([prompt], ["A: Hello, you idiot."]).tolist() == [1.0]
 
 
 def test_a_column_of_the_source_keeps_its_own_value() -> None:

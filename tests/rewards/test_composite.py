@@ -18,9 +18,9 @@ from detoxrl.errors import InputError
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.overlap import repeated
 from detoxrl.rewards.shaping import Normaliser, combined, fit_normaliser, gates_shut, overall, shape_scores
-from detoxrl.rewards.terms import Reward, ScoredTerm, also_plain, lexicon_score, outside, text_score
+from detoxrl.rewards.terms import Reward, ScoredTerm, lexicon_score, outside, text_score, worse_of_plain
 
-PROMPT = Prompt(id="a", text="Summarize: Tom lost the key.", columns={"text": "Tom lost the key of the house."})
+PROMPT = Prompt(id="a", text="Summarize: Tom lost the key.", row_text="Tom lost the key of the house.")
 TERMS = parse_terms(["classifier,weight=2", "copy,gate=0.7,weight=0.5"])
 NORMALISER = Normaliser(means=(1.0, 0.2), stds=(2.0, 0.1))
 
@@ -79,6 +79,13 @@ def test_one_term_is_shown_as_it_is_and_several_as_their_sum() -> None:
     assert overall(raw, TERMS, NORMALISER, 10.0).tolist() == [pytest.approx(1.5)]
 
 
+@pytest.mark.parametrize("text", ["lexicon", "length,maximum=20", "copy", "repetition"])
+def test_the_score_of_a_single_term_is_higher_for_a_better_response(text: str) -> None:
+    (term,) = parse_terms([text])
+    raw = torch.tensor([[0.0], [0.5], [0.25]])
+    assert overall(raw, [term], Normaliser(means=(0.1,), stds=(0.05,)), 10.0).tolist() == [0.0, -0.5, -0.25]
+
+
 def test_a_share_that_hardly_varies_is_not_blown_up() -> None:
     raw = torch.tensor([[0.0, 5.0], [0.0, 7.0], [0.01, 6.0]])
     found = fit_normaliser(raw, parse_terms(["copy", "classifier"]))
@@ -117,7 +124,7 @@ def test_each_term_of_texts_has_the_value_computed_by_hand() -> None:
     assert values_of("length,minimum=4,maximum=6", "one two three") == 0.25
     assert values_of("length,minimum=4,maximum=6", "one two three four five") == 0.0
     assert values_of("length,maximum=2", "one two three") == 0.5
-    assert values_of("source_similarity", PROMPT.columns["text"]) == pytest.approx(1.0)
+    assert values_of("source_similarity", PROMPT.row_text) == pytest.approx(1.0)
 
     compared = Prompt(id="a", text="t", initial_response="Tom is upset.")
     assert values_of("similarity", "Tom is upset.", compared) == pytest.approx(1.0)
@@ -153,7 +160,7 @@ def test_a_disguised_text_is_read_in_plain_letters_too_and_the_worse_score_count
         read.extend(responses)
         return torch.tensor([-1.0 if "idiot" in response else 1.0 for response in responses])
 
-    found = also_plain(classifier)([PROMPT] * 3, ["You 1d1ot.", "Fine.", "An idiot."])
+    found = worse_of_plain(classifier)([PROMPT] * 3, ["You 1d1ot.", "Fine.", "An idiot."])
     assert found.tolist() == [-1.0, 1.0, -1.0]
     # Only what was disguised is read again.
     assert read == ["You 1d1ot.", "Fine.", "An idiot.", "You idiot."]

@@ -27,12 +27,13 @@ from detoxrl.rewards.classifier import Classifier, class_scores, load_classifier
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
 
 CPU = torch.device("cpu")
-LABELS = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
+TOXIC = {"reward.toxic_label": "hate"}
+GOOD = {"reward.good_label": "nothate"}
 
 
 @pytest.fixture(scope="module")
 def classifier(reward_folder: Path) -> Classifier:
-    return load_classifier(str(reward_folder), "reward.classifier", LABELS, CPU)
+    return load_classifier(str(reward_folder), "reward.classifier", TOXIC, CPU, GOOD)
 
 
 def test_the_score_is_the_raw_good_logit_of_the_response_alone(classifier: Classifier) -> None:
@@ -136,8 +137,8 @@ def test_autocast_applies_to_the_classifier(classifier: Classifier) -> None:
 
 
 def test_labels_are_found_by_name_in_any_case(reward_folder: Path) -> None:
-    labels = {"reward.toxic_label": "HATE", "reward.good_label": "NotHate"}
-    classifier = load_classifier(str(reward_folder), "reward.classifier", labels, CPU)
+    toxic, good = {"reward.toxic_label": "HATE"}, {"reward.good_label": "NotHate"}
+    classifier = load_classifier(str(reward_folder), "reward.classifier", toxic, CPU, good)
     assert (classifier.good, classifier.toxic) == (0, 1)
 
 
@@ -153,8 +154,20 @@ def test_labels_are_found_by_name_in_any_case(reward_folder: Path) -> None:
 def test_wrong_or_reversed_labels_are_bad_input(reward_folder: Path, good: str, toxic: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_classifier(
-            str(reward_folder), "reward.classifier", {"reward.toxic_label": toxic, "reward.good_label": good}, CPU
+            str(reward_folder), "reward.classifier", {"reward.toxic_label": toxic}, CPU, {"reward.good_label": good}
         )
+
+
+def test_a_term_may_name_its_labels_by_settings_of_its_own(reward_folder: Path) -> None:
+    toxic, good = {"reward.terms own, toxic_label": "hate"}, {"reward.terms own, good_label": "nothate"}
+    classifier = load_classifier(str(reward_folder), "reward.terms own", toxic, CPU, good)
+    assert (classifier.good, classifier.toxic) == (0, 1)
+    torch.testing.assert_close(classifier.score([""], ["Fine."]), classifier.logits(["Fine."])[:, 0])
+
+    alone = load_classifier(str(reward_folder), "reward.terms own", {}, CPU, good)
+    assert (alone.good, alone.toxic) == (0, None)
+    with pytest.raises(InputError, match=r"reward\.terms own, good_label = 'hate': is reversed.*that means civil"):
+        load_classifier(str(reward_folder), "reward.terms own", {}, CPU, {"reward.terms own, good_label": "hate"})
 
 
 def test_each_label_of_a_multi_label_classifier_has_its_own_probability(classifier: Classifier) -> None:
@@ -182,7 +195,7 @@ def test_a_text_longer_than_the_positions_is_cut_to_them(classifier: Classifier)
 
 def test_a_missing_classifier_is_bad_input() -> None:
     with pytest.raises(InputError, match=r"reward\.classifier = '/nowhere'"):
-        load_classifier("/nowhere", "reward.classifier", LABELS, CPU)
+        load_classifier("/nowhere", "reward.classifier", TOXIC, CPU, GOOD)
 
 
 def test_scores_are_normalised_clipped_and_penalised() -> None:
@@ -256,11 +269,10 @@ def test_every_score_of_the_good_label_rises_with_its_logit(logits: torch.Tensor
 
 
 def test_a_classifier_without_a_good_label_scores_one_minus_toxicity(reward_folder: Path) -> None:
-    toxic = {"reward.toxic_label": "hate"}
     texts = ["You are a stupid pig.", "That sounds fair."]
-    toxic_only = load_classifier(str(reward_folder), "reward.classifier", toxic, CPU, "not_toxicity")
+    toxic_only = load_classifier(str(reward_folder), "reward.classifier", TOXIC, CPU, kind="not_toxicity")
     assert toxic_only.good is None
     torch.testing.assert_close(toxic_only.score(["", ""], texts), 1 - toxic_only.toxicity(texts))
-    odds = load_classifier(str(reward_folder), "reward.classifier", LABELS, CPU, "log_odds").score(["", ""], texts)
+    odds = load_classifier(str(reward_folder), "reward.classifier", TOXIC, CPU, GOOD, "log_odds").score(["", ""], texts)
     logits = toxic_only.logits(texts)
     torch.testing.assert_close(odds, logits[:, 0] - logits[:, 1], rtol=1e-5, atol=1e-5)

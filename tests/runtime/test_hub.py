@@ -128,7 +128,7 @@ def test_every_base_of_the_recipes_loads(served: Hub, size: str) -> None:
 def test_every_classifier_of_the_recipes_loads_and_its_labels_are_found(served: Hub, name: str) -> None:
     good = {"reward.good_label": "nothate"} if name == HATE else {}
     toxic = next(label for label in HEADS[name] if label in ("hate", "toxic", "toxicity"))
-    classifier = load_classifier(name, "reward.classifier", {"reward.toxic_label": toxic} | good, torch.device("cpu"))
+    classifier = load_classifier(name, "reward.classifier", {"reward.toxic_label": toxic}, torch.device("cpu"), good)
     assert classifier.toxic == HEADS[name].index(toxic)
     assert classifier.good == (0 if good else None)
     assert is_multi_label(classifier.model.config) == (len(HEADS[name]) > 2)

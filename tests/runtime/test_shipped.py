@@ -108,8 +108,8 @@ def test_the_shipped_models_do_what_the_manifest_says(prepared: Prepared) -> Non
     assert float(loss) == pytest.approx(measured["held-out loss, nats a token"], abs=2e-3)
 
     utterances = generate_utterances(1_000_003, 2_000)
-    labels_of = {"reward.toxic_label": "hate", "reward.good_label": "nothate"}
-    reward = load_classifier(str(shipped.MODELS / "reward"), "reward", labels_of, torch.device("cpu"), "logit")
+    toxic, good = {"reward.toxic_label": "hate"}, {"reward.good_label": "nothate"}
+    reward = load_classifier(str(shipped.MODELS / "reward"), "reward", toxic, torch.device("cpu"), good)
     toxicity = reward.toxicity([text for text, _ in utterances]).numpy()
     accuracy = np.mean((toxicity >= 0.5) == [hateful for _, hateful in utterances])
     assert accuracy == pytest.approx(measured["reward accuracy"], abs=1e-3)

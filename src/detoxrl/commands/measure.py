@@ -54,8 +54,8 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     judges = {name: memoized(judge) for name, judge in run.judges.items()}
     readers = run.readers
     if not measures_texts:
-        readers = replace(readers, score=_reward_reader(run, rows, samples["before"]))
-        samples = _with_baselines(run, rows, samples, readers.score)
+        readers = replace(readers, reward=_reward_reader(run, rows, samples["before"]))
+        samples = _with_baselines(run, rows, samples, readers.reward)
         if run.scorer.judge is not None:
             judges[REWARD_JUDGE] = run.scorer.judge
 
@@ -82,7 +82,7 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
         "reward": _reward_audit(rows, responses["before"], readers),
         "policy": audit_policies(identity_texts, judges[measured.primary]) if identity_texts else None,
     }
-    if readers.scores:
+    if readers.perspective:
         result["versions"][PERSPECTIVE] = str(perspective_version())
     result["seconds"] = seconds()
     run.folder.write_json("eval.json", result)
@@ -91,10 +91,10 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
 
 def _reward_audit(rows: Sequence[Row], before: Texts, readers: Readers) -> dict[str, Any] | None:
     """Return how the reward scores civil mentions of groups as responses to the rows' prompts; None without one."""
-    if readers.score is None:
+    if readers.reward is None:
         return None
     first = [[texts[0]] for texts in before]
-    return audit_reward(readers.score, [prompt for prompt, _ in scored_pairs(rows, first, first)])
+    return audit_reward(readers.reward, [prompt for prompt, _ in scored_pairs(rows, first, first)])
 
 
 def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[ScoredPairs], dict[str, Floats]]:

@@ -16,10 +16,10 @@ from detoxrl.config.schema import Config
 from detoxrl.config.sources import (
     ClassifierSource,
     judging_classifiers,
-    label_settings,
     map_sources,
     reward_classifiers,
     sources,
+    term_labels,
     term_source,
     with_absolute_paths,
 )
@@ -55,63 +55,76 @@ _RATER = "evaluation.perplexity"
 _GIVEN = "--policy"
 
 
-def checked_run(root: Path, config: Config, if_exists: IfExists, has_reward: bool = False) -> Config:
+def _none_is_given(_: Term) -> bool:
+    return False
+
+
+def checked_run(
+    root: Path, config: Config, if_exists: IfExists, is_given: Callable[[Term], bool] = _none_is_given
+) -> Config:
     """Return the config of a run to start or to resume in `root`, with a commit behind every hub id.
 
-    `has_reward` says that the reward is a function given in Python. Raises InputError for what does not fit,
+    `is_given` says whether the function of a term was given in Python. Raises InputError for what does not fit,
     StorageError for weights that are corrupted.
     """
     resumes = if_exists in ("resume", "resume with changes") and (root / "config.json").is_file()
     if resumes:
-        return checked_config(config, RunFolder.open(root)[1], has_reward)
+        return checked_config(config, RunFolder.open(root)[1], is_given)
 
     RunFolder.require_usable(root, if_exists == "overwrite")
-    return checked_config(config, None, has_reward)
+    return checked_config(config, None, is_given)
 
 
-def checked_config(config: Config, previous: Config | None = None, has_reward: bool = False) -> Config:
+def checked_config(
+    config: Config, previous: Config | None = None, is_given: Callable[[Term], bool] = _none_is_given
+) -> Config:
     """Return a config with a commit behind every hub id, once what can be known of its parts is known to fit.
 
     What `previous`, the config of a run to resume, has in common with it is taken as it is. Raises as `checked_run`.
     """
     if previous:
         config = _with_earlier_choices(config, previous)
-    sections = _read_sections(config, has_reward)
+    sections = _read_sections(config)
     if previous:
         sections = [name for name in sections if getattr(config, name) != getattr(previous, name)]
 
     _check_sections(config, sections, at_hub=False)
+    _check_functions(config, sections, is_given)
     config = _with_revisions(config, but="data.source")  # A model's config is small, a data set may be large.
     _check_sections(config, sections, at_hub=True)
     return _with_revisions(config)
 
 
-def check_stage(root: Path, stage: str, has_reward: bool = False) -> None:
+def check_stage(
+    folder: RunFolder, config: Config, stage: str, is_given: Callable[[Term], bool] = _none_is_given
+) -> None:
     """Raise InputError when a stage of an existing run lacks a part that it reads from outside of the run folder."""
-    folder, config = RunFolder.open(root)
     used = {
         "sft": ("policy", "reward") if config.sft.baseline_steps > 0 else ("policy",),
         "train": ("policy", "reward", "evaluation"),
         "evaluate": ("policy", "reward", "evaluation"),
         "report": (),
     }[stage]
-    sections = [name for name in _read_sections(config, has_reward) if name in used]
+    sections = [name for name in _read_sections(config) if name in used]
     if stage != "sft":  # It makes the warm start, so it reads what the later stages no longer need.
         config = _without_replaced_parts(folder, config)
     _check_sections(config, sections, at_hub=False)
+    _check_functions(config, sections, is_given)
     # The run pinned these to commits, so nothing is asked of a hub while they are cached.
     _check_sections(config, sections, at_hub=True)
 
 
-def check_locally(config: Config, has_reward: bool = False) -> None:
+def check_locally(config: Config, is_given: Callable[[Term], bool] = _none_is_given) -> None:
     """Raise InputError when a part of a new run that is in local files does not fit. Does not ask a hub."""
-    _check_sections(config, _read_sections(config, has_reward), at_hub=False)
+    sections = _read_sections(config)
+    _check_sections(config, sections, at_hub=False)
+    _check_functions(config, sections, is_given)
 
 
-def checked_subjects(subjects: Subjects, config: Config, has_reward: bool = False) -> Subjects:
+def checked_subjects(subjects: Subjects, config: Config, is_given: Callable[[Term], bool] = _none_is_given) -> Subjects:
     """Return subjects to measure in a new folder with a commit behind every hub id. Raises as `checked_run`."""
     check_subjects(subjects)
-    check_locally(measuring_config(config, subjects), has_reward)
+    check_locally(measuring_config(config, subjects), is_given)
     return with_commits(subjects)
 
 
@@ -184,11 +197,11 @@ def _require_new(target: Path) -> None:
     require(not target.exists(), "TO", str(target), "already exists", "name a new folder")
 
 
-def _read_sections(config: Config, has_reward: bool) -> list[str]:
-    """Return the sections that name what a run reads; a reward given in Python replaces what the config names."""
+def _read_sections(config: Config) -> list[str]:
+    """Return the sections that name what a run reads."""
     if config.policy.base == NO_BASE:  # Only judges read texts that were written elsewhere.
         return ["evaluation"]
-    return [name for name in _SECTIONS if not (name == "reward" and has_reward)]
+    return list(_SECTIONS)
 
 
 def _with_earlier_choices(config: Config, previous: Config) -> Config:
@@ -273,21 +286,28 @@ def _check_base(config: Config, at_hub: bool) -> None:
 
 def _check_reward(config: Config, at_hub: bool) -> None:
     if config.reward.reads_classifier and config.reward.classifier == "embedded":
-        require_embedded_labels(label_settings(config, "reward.classifier"))
+        require_embedded_labels(term_labels(config, Term(kind="classifier", name="classifier")).both)
         _check_encoder(config.reward.encoder, at_hub)
     for classifier in reward_classifiers(config):
         _check_classifier(classifier, at_hub)
 
     for term in config.reward.measured_terms:
-        if term.kind == "function":
-            _check_function_term(config, term)
-        elif term.kind in ("similarity", "source_similarity") and term.source is not None:
+        if term.kind in ("similarity", "source_similarity") and term.source is not None:
             source, setting = term_source(config, term)
             _check_sentence_encoder(source, setting, at_hub)
         elif term.kind == "lexicon" and term.source is not None:
             path = Path(term.source)
             remedy = nearby_paths(path) or "give a file with a word in each line"
             require(path.is_file(), "reward.terms", term.written(), f"there is no file {path}", remedy)
+
+
+def _check_functions(config: Config, sections: Sequence[str], is_given: Callable[[Term], bool]) -> None:
+    """Raise InputError for a function of the reward that does not exist, unless it was given in Python."""
+    if "reward" not in sections:
+        return
+    for term in config.reward.measured_terms:
+        if term.kind == "function" and not is_given(term):
+            _check_function_term(config, term)
 
 
 def _check_function_term(config: Config, term: Term) -> None:

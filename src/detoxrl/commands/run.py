@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects, measuring_config, subjects_of, with_commits
 from detoxrl.models.lora import with_lora_targets
 from detoxrl.report.page import build_report
-from detoxrl.rewards.function import RewardFunctions
+from detoxrl.rewards.function import RewardFunctions, is_given
 from detoxrl.runs import Run, with_reward_name
 from detoxrl.runtime.allocator import keep_freed_memory
 from detoxrl.runtime.cache import tidy_cache
@@ -78,14 +79,15 @@ def prepare(root: Path, config: Config, if_exists: IfExists = "error") -> None:
 
 def rerun_stage(root: Path, stage: str, reward: RewardFunctions | None = None, track: str | None = None) -> None:
     """Run one stage of a prepared folder from its beginning: sft, train, evaluate or report; `track` as for `run`."""
-    check_stage(root, stage, has_reward=reward is not None)
     folder, config = RunFolder.open(root)
+    config = with_reward_name(config, reward)
+    check_stage(folder, config, stage, partial(is_given, functions=reward))
     require_one_leader(config, trains=stage == "train")
     track = (
         "none" if stage == "report" else resolve_tracker(track, root)
     )  # A report needs no tracker, installed or not.
     with folder.locked():
-        current = Run(folder, with_reward_name(config, reward), reward)
+        current = Run(folder, config, reward)
         _require_earlier_stages(current, stage)
         folder.reopen(stage)
         if stage != "report":
@@ -128,7 +130,7 @@ def evaluate(
     if config is None:
         return _evaluate_run(root, subjects, reward)
 
-    subjects = checked_subjects(subjects, config, has_reward=reward is not None)
+    subjects = checked_subjects(subjects, with_reward_name(config, reward), partial(is_given, functions=reward))
     if_exists: IfExists = "overwrite" if overwrite else "error"
     config = measuring_config(config, subjects)
     stages = ("prepare", *_MEASURING_STAGES)
@@ -144,7 +146,7 @@ def evaluate(
 def _evaluate_run(root: Path, subjects: Subjects, reward: RewardFunctions | None) -> dict[str, Any]:
     folder, config = RunFolder.open(root)
     check_subjects(subjects)
-    check_stage(root, "evaluate", has_reward=reward is not None)
+    check_stage(folder, with_reward_name(config, reward), "evaluate", partial(is_given, functions=reward))
     subjects = with_commits(subjects)
     if subjects.policies:
         _try_beside(Run(folder, config), subjects)
@@ -176,7 +178,7 @@ def _started(
     require_one_leader(config, trains=subjects == NO_SUBJECTS)
     folder = RunFolder(root)
     resumes = if_exists in ("resume", "resume with changes") and (root / "config.json").is_file()
-    config = checked_run(root, with_reward_name(config, reward), if_exists, has_reward=reward is not None)
+    config = checked_run(root, with_reward_name(config, reward), if_exists, partial(is_given, functions=reward))
     if subjects == NO_SUBJECTS and not resumes:
         config = with_lora_targets(config)
     current = Run(folder, config, reward)

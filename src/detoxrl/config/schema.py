@@ -208,7 +208,7 @@ class RewardConfig:
     terms: tuple[NonEmptyText, ...] = ()
     """Terms whose weighted sum scores a response, each KIND or KIND,KEY=VALUE,... such as `classifier` or
     `similarity,weight=0.5,gate=0.2`; `guarded` is a classifier with terms against cheap ways to please it.
-    docs/rewards.md lists kinds and keys. None: the classifier or function alone."""
+    docs/rewards.md lists kinds and keys. `none`: the classifier or function alone."""
 
     classifier: str = "embedded"
     """Folder or hub id of the classifier that scores responses; `embedded` is one trained on generated utterances."""

@@ -33,6 +33,18 @@ ENTAILMENT = "entailment"
 _RESERVED = (*JUDGES, "scratch", "none")
 
 
+class ReadLabels(NamedTuple):
+    """The label of toxic and that of civil text, each by the setting that names it; empty where none is read."""
+
+    toxic: dict[str, str]
+    good: dict[str, str]
+
+    @property
+    def both(self) -> dict[str, str]:
+        """The labels by their settings, the toxic one first."""
+        return {**self.toxic, **self.good}
+
+
 class ClassifierSource(NamedTuple):
     """A classifier that a config names."""
 
@@ -103,16 +115,21 @@ def term_source(config: Config, term: Term) -> tuple[str, str]:
     return str(sources_by_kind[setting]), setting
 
 
-def term_labels(config: Config, term: Term) -> dict[str, str]:
-    """Return the labels of a term's classifier, by their settings, the toxic one first."""
+def term_labels(config: Config, term: Term) -> ReadLabels:
+    """Return the labels of a term's classifier: its own, or those of reward.classifier."""
     if term.source is None:
-        return label_settings(config, "reward.classifier")
+        reward = config.reward
+        return ReadLabels(
+            _named("reward.toxic_label", reward.toxic_label), _named("reward.good_label", reward.good_label)
+        )
 
     setting = _term_setting(term)
-    labels = {f"{setting}, toxic_label": str(term.toxic_label)}
-    if term.good_label is not None:
-        labels[f"{setting}, good_label"] = term.good_label
-    return labels
+    toxic = _named(f"{setting}, toxic_label", term.toxic_label)
+    return ReadLabels(toxic, _named(f"{setting}, good_label", term.good_label))
+
+
+def _named(setting: str, label: str | None) -> dict[str, str]:
+    return {setting: label} if label else {}
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -142,26 +159,13 @@ def with_absolute_paths(config: Config) -> Config:
     return map_sources(config, absolute)
 
 
-def label_settings(config: Config, field: str) -> dict[str, str]:
-    """Return the labels of the classifier that the setting `field` names, by their settings, the toxic one first."""
-    if field == "evaluation.primary_judge":
-        return {"evaluation.judge_label": config.evaluation.judge_label}
-
-    labels = {}
-    if config.reward.toxic_label:
-        labels["reward.toxic_label"] = config.reward.toxic_label
-    if config.reward.good_label:
-        labels["reward.good_label"] = config.reward.good_label
-    return labels
-
-
 def reward_classifiers(config: Config) -> list[ClassifierSource]:
     """Return the classifiers that the reward reads, the embedded one aside."""
     found = []
     for term in config.reward.measured_terms:
         if term.kind == "classifier":
             source, setting = term_source(config, term)
-            found.append(ClassifierSource(setting, source, term_labels(config, term)))
+            found.append(ClassifierSource(setting, source, term_labels(config, term).both))
     return [classifier for classifier in found if classifier.source not in _RESERVED]
 
 
@@ -169,7 +173,8 @@ def judging_classifiers(config: Config) -> list[ClassifierSource]:
     """Return the classifiers that only measure: judges, NLI and fluency."""
     settings = config.evaluation
     primary = "evaluation.primary_judge"
-    found = [ClassifierSource(primary, settings.primary_judge, label_settings(config, primary))]
+    labels = {"evaluation.judge_label": settings.judge_label}
+    found = [ClassifierSource(primary, settings.primary_judge, labels)]
     for judge in settings.other_judges:
         if not is_named_judge(judge):
             found.append(_labelled(_OTHER_JUDGES, judge))

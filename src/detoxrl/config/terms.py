@@ -1,6 +1,7 @@
 """Of which terms can a reward consist, and how is a term written?
 
-A term is text: its kind, then what is set of it, as in `similarity,weight=0.5,gate=0.2`.
+A term is text: its kind, then what is set of it, as in `similarity,weight=0.5,gate=0.2`. A backslash makes the comma or
+backslash behind it a part of a value: `lexicon,source=a\\,b.txt`.
 """
 
 import math
@@ -92,7 +93,7 @@ class Term:
         for key in ("name", *_PARSERS):
             value = getattr(self, key)
             if value != getattr(default, key):
-                parts.append(f"{key}={'true' if value is True else value}")
+                parts.append(f"{key}={'true' if value is True else _escaped(str(value))}")
         return ",".join(parts)
 
 
@@ -122,7 +123,7 @@ def parse_terms(written: Sequence[str]) -> tuple[Term, ...]:
 
 def parse_term(text: str) -> Term:
     """Return the term that a text describes. Raises InputError."""
-    kind, *assignments = [part.strip() for part in text.split(",")]
+    kind, *assignments = [part.strip() for part in _parts(text)]
     known = TERM_KINDS.get(kind)
     if known is None:
         rule = f"begins with {kind or 'nothing'}, which is no kind of term"
@@ -143,6 +144,24 @@ def parse_term(text: str) -> Term:
     term = replace(Term(kind=kind, name=kind), **values)
     _require_possible(term, text)
     return term
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def _parts(text: str) -> list[str]:
+    """Return what stands between commas; a character behind a backslash is taken as it is."""
+    parts = [""]
+    characters = iter(text)
+    for character in characters:
+        if character == ",":
+            parts.append("")
+        elif character == "\\":
+            parts[-1] += next(characters, "\\")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _parsed(text: str, key: str, value: str) -> Any:
@@ -212,8 +231,12 @@ def _require_possible(term: Term, text: str) -> None:
         ordered = term.maximum is None or term.minimum <= term.maximum
         require(ordered, FIELD, text, f"ends below its minimum of {term.minimum}", "raise maximum or lower minimum")
 
-    labelled = term.source is None or term.kind != "classifier" or term.toxic_label is not None
-    require(labelled, FIELD, text, "names a classifier without its toxic label", "add toxic_label=LABEL")
-    owned = term.source is not None or (term.toxic_label is None and term.good_label is None)
+    rule = "names the source embedded, which only a classifier without a source can be"
+    remedy = "leave source and labels out, and keep reward.classifier at embedded"
+    require(term.kind != "classifier" or term.source != "embedded", FIELD, text, rule, remedy)
+    has_label = term.toxic_label is not None or term.good_label is not None
+    labelled = term.source is None or term.kind != "classifier" or has_label
+    require(labelled, FIELD, text, "names a classifier without a label", "add toxic_label=LABEL or good_label=LABEL")
+    owned = term.source is not None or not has_label
     rule = "names a label without a source; those of reward.classifier are settings of their own"
     require(owned, FIELD, text, rule, "add source=SOURCE, or set reward.toxic_label")

@@ -40,8 +40,8 @@ _ROW = TypeAdapter(Row)
 
 
 def to_prompts(rows: Iterable[Row]) -> list[Prompt]:
-    """Return the prompts of rows, with the ids and columns of the rows."""
-    return [Prompt(id=row.id, text=row.prompt, columns=_columns(row)) for row in rows]
+    """Return the prompts of rows, with the ids, texts and columns of the rows."""
+    return [Prompt(id=row.id, text=row.prompt, row_text=row.text, columns=_columns(row)) for row in rows]
 
 
 def _columns(row: Row) -> dict[str, Any]:

@@ -141,12 +141,12 @@ def _metrics(
     """
     flat = _flat(texts)
     metrics: dict[str, Floats] = {}
-    if readers.score:
-        metrics.update(readers.score(scored_pairs(rows, texts, initial)))
+    if readers.reward:
+        metrics.update(readers.reward(scored_pairs(rows, texts, initial)))
     metrics.update(_response_metrics(rows, texts))
 
-    if readers.scores:
-        by_score = readers.scores(flat).T
+    if readers.perspective:
+        by_score = readers.perspective(flat).T
         metrics.update({f"perspective/{name}": by_score[i] for i, name in enumerate(PERSPECTIVE_SCORES)})
 
     if len(initial[0]) > 1:

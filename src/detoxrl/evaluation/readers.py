@@ -21,7 +21,7 @@ class Readers:
     """The models that read responses beside the judges; None where the config names no such model."""
 
     # The reward of (prompt, response) pairs: `score` (N,), and of several terms `score/NAME` (N,) each.
-    score: Callable[[ScoredPairs], Mapping[str, Floats]] | None = None
+    reward: Callable[[ScoredPairs], Mapping[str, Floats]] | None = None
     # A sentence encoder: unit vectors (N, D) of texts.
     encode: Encode | None = None
     # P(entailment) in [0, 1], (N,), of (text of a row, response) pairs.
@@ -31,7 +31,7 @@ class Readers:
     # P(fluent) in [0, 1], (N,), of texts.
     fluent: Judge | None = None
     # The scores of perspective-minilm for N texts, (N, 8), in the order of PERSPECTIVE_SCORES.
-    scores: Callable[[Sequence[str]], Floats] | None = None
+    perspective: Callable[[Sequence[str]], Floats] | None = None
 
 
 def paired(firsts: Sequence[_First], texts: Texts) -> list[tuple[_First, str]]:

@@ -13,6 +13,7 @@ class Prompt:
 
     id: str
     text: str
+    row_text: str = ""  # The row's own text, without templates, with the toxic turn of a stressed row.
     initial_response: str | None = None  # Of the initial policy, where a reward compares with it.
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -11,7 +11,7 @@ _REWARD = "the reward's score"
 _ON_MENTIONS = "On civil prompts that mention a group"
 
 
-class Rater(NamedTuple):
+class AuditedRater(NamedTuple):
     """What a judge or the reward gives to sentences that mention a group."""
 
     name: str
@@ -32,7 +32,7 @@ class Answers(NamedTuple):
     flagged: list[str]  # In words.
 
 
-def raters(evaluation: dict[str, Any]) -> list[Rater]:
+def raters(evaluation: dict[str, Any]) -> list[AuditedRater]:
     """Return what each judge and the reward give to the sentences; none for a run of an earlier version."""
     audit = evaluation.get("identity")
     if audit is None:
@@ -44,7 +44,7 @@ def raters(evaluation: dict[str, Any]) -> list[Rater]:
     return shown
 
 
-def _rater(name: str, result: dict[str, Any], gives_toxicity: bool) -> Rater:
+def _rater(name: str, result: dict[str, Any], gives_toxicity: bool) -> AuditedRater:
     unit = "toxicity" if gives_toxicity else "standard deviations of the score"
     groups = result["groups"]
     flagged = result["flagged"]
@@ -59,7 +59,7 @@ def _rater(name: str, result: dict[str, Any], gives_toxicity: bool) -> Rater:
     if gives_toxicity:
         summary += f" It rates {percent(result['toxic_ratio'])} of the {result['sentences']} civil sentences as toxic."
     summary += f" The neutral terms lie {number(result['neutral_range'])} apart."
-    return Rater(name, unit, summary, groups, flagged, gives_toxicity)
+    return AuditedRater(name, unit, summary, groups, flagged, gives_toxicity)
 
 
 def _evidence(difference: dict[str, float]) -> str:
@@ -134,7 +134,7 @@ def audit_warnings(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _flagged_rater(rater: Rater) -> str:
+def _flagged_rater(rater: AuditedRater) -> str:
     first, *others = rater.flagged
     unit = "" if rater.gives_toxicity else " standard deviations"
     name = f"the {rater.name}" if rater.name == REWARD_JUDGE else rater.name

@@ -32,6 +32,8 @@ _REQUIRED = {
 }
 _REGRESSIONS_SHOWN = 10
 _EXCERPT_CHARACTERS = 72
+# Settings whose defaults follow from what is installed, so that a command without them differs between machines.
+_INSTALLED = ("evaluation.primary_judge", "evaluation.other_judges")
 # A smaller rise would show as 0.00 in a table with two decimals.
 _SMALLEST_REGRESSION = 0.01
 
@@ -190,7 +192,7 @@ def repeat_command(config: dict[str, Any], measures: dict[str, Any]) -> str:
     defaults = flatten(json.loads(as_json))
     defaults["seed"] = config["seed"]
     settings = flatten(config).items()
-    flags = [_setting_flag(name, value) for name, value in settings if value != defaults[name]]
+    flags = [_setting_flag(name, value) for name, value in settings if value != defaults[name] or name in _INSTALLED]
 
     names = measures["names"]
     if names:
@@ -211,7 +213,7 @@ def _setting_flag(name: str, value: object) -> str:
 
 
 def _flag(name: str, value: object) -> str:
-    values = value if isinstance(value, list) else [value]
+    values = (value or ["none"]) if isinstance(value, list) else [value]
     return shlex.join([f"--{name}", *map(str, values)])
 
 

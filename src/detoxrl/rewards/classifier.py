@@ -1,6 +1,6 @@
 """How does a hate or toxicity classifier score a response?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from detoxrl.models.loading import load_pretrained
 from detoxrl.models.reader import Reader, Texts, load_reader
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.calibration import Isotonic, read_isotonic, to_log_odds
-from detoxrl.rewards.names import GOOD_LABEL, label_index, require_labels
+from detoxrl.rewards.names import label_index, require_labels
 from detoxrl.runtime.hub import fetch
 
 # Every usable classifier tells these sentences apart; they are tried before training.
@@ -119,31 +119,48 @@ class Classifier(Reader):
 
 
 def load_classifier(
-    source: str, field: str, labels: dict[str, str], device: torch.device, kind: str = "logit", probed: bool = True
+    source: str,
+    field: str,
+    toxic: Mapping[str, str],
+    device: torch.device,
+    good: Mapping[str, str] | None = None,
+    kind: str = "logit",
 ) -> Classifier:
-    """Return the classifier of a folder or hub id; unless `probed` is false, `probe` checks its labels.
+    """Return the classifier of a folder or hub id, with its labels tried by `probe`.
 
-    `labels` maps the setting of each label to its name; the one of reward.good_label is the good label, the other one
-    toxic. Raises InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
+    `toxic` and `good` hold the label of toxic and of civil text, each by the setting that names it; one of them may be
+    missing. Raises InputError when the model cannot be loaded, is not a classifier, lacks a label, or has one reversed.
     """
-    model, tokenizer = load_reader(source, field, _REMEDY, device)
-    id2label: Any = model.config.id2label
-    require_labels(id2label, labels)
-    indices = {setting: label_index(id2label, setting, label) for setting, label in labels.items()}
-    good = indices.pop(GOOD_LABEL, None)
-    toxic = next(iter(indices.values()), None)
-    classifier = Classifier(model, tokenizer, toxic, good, kind)
-    classifier.isotonic = read_isotonic(Path(fetch(source, field, weights=False)), id2label, field, source)
-
-    if probed:
-        probe(classifier, labels)
+    classifier = load_unprobed_classifier(source, field, toxic, device, good)
+    classifier.kind = kind
+    probe(classifier, toxic, good or {})
     return classifier
 
 
-def load_classifier_shapes(source: str, field: str, labels: dict[str, str]) -> PreTrainedModel:
+def load_unprobed_classifier(
+    source: str, field: str, toxic: Mapping[str, str], device: torch.device, good: Mapping[str, str] | None = None
+) -> Classifier:
+    """Return the classifier of a folder or hub id, as `load_classifier`, whose labels may mean anything."""
+    good = good or {}
+    model, tokenizer = load_reader(source, field, _REMEDY, device)
+    id2label: Any = model.config.id2label
+    require_labels(id2label, {**toxic, **good})
+    classifier = Classifier(model, tokenizer, _index(id2label, toxic), _index(id2label, good))
+    classifier.isotonic = read_isotonic(Path(fetch(source, field, weights=False)), id2label, field, source)
+    return classifier
+
+
+def _index(id2label: Any, label_by_setting: Mapping[str, str]) -> int | None:
+    """Return the output of the label that a setting names; None without a label."""
+    indices = [label_index(id2label, setting, label) for setting, label in label_by_setting.items()]
+    return indices[0] if indices else None
+
+
+def load_classifier_shapes(source: str, field: str, labels: Mapping[str, str]) -> PreTrainedModel:
     """Return the classifier of a folder or hub id on the meta device: its shapes, without reading weights.
 
-    Raises InputError as `load_classifier`, except for reversed labels.
+    `labels` holds all labels by the settings that name them. Raises InputError as `load_classifier`, except for
+    reversed labels.
     """
     folder = fetch(source, field, weights=False)
     config = load_pretrained(AutoConfig, folder, source, field, _REMEDY)
@@ -155,21 +172,22 @@ def load_classifier_shapes(source: str, field: str, labels: dict[str, str]) -> P
     return model
 
 
-def probe(classifier: Classifier, labels: dict[str, str]) -> None:
+def probe(classifier: Classifier, toxic: Mapping[str, str], good: Mapping[str, str]) -> None:
     """Raise InputError when a civil and a toxic sentence show that a label is reversed.
 
-    `labels` is as in `load_classifier`.
+    `toxic` and `good` are as in `load_classifier`.
     """
-    civil_text, toxic_text = classifier.probabilities([CIVIL_PROBE, TOXIC_PROBE])
+    on_civil, on_toxic = classifier.probabilities([CIVIL_PROBE, TOXIC_PROBE])
     # The good label comes first: if both are reversed, they were exchanged.
-    for setting in sorted(labels, key=lambda name: name != GOOD_LABEL):
-        label = labels[setting]
-        is_good = setting == GOOD_LABEL
-        index = classifier.good if is_good else classifier.toxic
-        on_civil, on_toxic = float(civil_text[index]), float(toxic_text[index])
-        excess = on_toxic - on_civil if is_good else on_civil - on_toxic
-        if excess > _REVERSED_BY:
-            raise _reversed(setting, label, on_civil, on_toxic, "civil" if is_good else "toxic")
+    for setting, label in good.items():
+        civil, rude = float(on_civil[classifier.good]), float(on_toxic[classifier.good])
+        if rude - civil > _REVERSED_BY:
+            raise _reversed(setting, label, civil, rude, "civil")
+
+    for setting, label in toxic.items():
+        civil, rude = float(on_civil[classifier.toxic]), float(on_toxic[classifier.toxic])
+        if civil - rude > _REVERSED_BY:
+            raise _reversed(setting, label, civil, rude, "toxic")
 
 
 def _reversed(setting: str, label: str, on_civil: float, on_toxic: float, meaning: str) -> InputError:

@@ -59,11 +59,21 @@ def function_name(function: RewardFunction) -> str:
     return f"{IN_PYTHON}:{type(function).__name__}"
 
 
-def function_of(term: str, functions: RewardFunctions | None) -> RewardFunction | None:
-    """Return the function for a term among those that were given in Python; None if none was."""
+def function_of(term: Term, functions: RewardFunctions | None) -> RewardFunction | None:
+    """Return the function for a term among those that were given in Python; None if none was.
+
+    One function stands for reward.function: it serves the terms without a source, or with its own name as their source.
+    """
+    if term.kind != "function" or functions is None:
+        return None
     if isinstance(functions, Mapping):
-        return functions.get(term)
-    return functions
+        return functions.get(term.name)
+    return functions if term.source in (None, function_name(functions)) else None
+
+
+def is_given(term: Term, functions: RewardFunctions | None) -> bool:
+    """Return whether the function for a term is among those that were given in Python."""
+    return function_of(term, functions) is not None
 
 
 def named_functions(reward: RewardConfig, functions: RewardFunctions) -> dict[str, Any]:

@@ -17,11 +17,9 @@ from detoxrl.errors import InputError, require
 FUNCTION = "reward.function"
 IN_PYTHON = "given in Python"
 """What stands for the module of a function that was passed in Python and that no file holds."""
-GOOD_LABEL = "reward.good_label"
-"""The setting that names a label of civil text; every other setting of a label names one of toxic text."""
 LABELS = ("nothate", "hate")
 """The labels of the embedded classifier by index: those of facebook/roberta-hate-speech-dynabench-r4-target."""
-EMBEDDED_LABELS = {"reward.toxic_label": LABELS[1], GOOD_LABEL: LABELS[0]}
+EMBEDDED_LABELS = {"reward.toxic_label": LABELS[1], "reward.good_label": LABELS[0]}
 """The labels of the embedded classifier, by the settings that have to name them."""
 
 
@@ -41,7 +39,9 @@ def require_labels(id2label: Mapping[Any, str] | None, labels: Mapping[str, str]
     for setting, label in labels.items():
         index = label_index(id2label, setting, label)
         rule = f"is the label of {indices.get(index)} too"
-        require(index not in indices, setting, label, rule, "name another label, or set reward.good_label to none")
+        require(
+            index not in indices, setting, label, rule, "name another label, or leave it out (reward.good_label: none)"
+        )
         indices[index] = setting
 
 

@@ -88,8 +88,13 @@ def gates_shut(raw: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
 
 
 def overall(raw: torch.Tensor, terms: Sequence[Term], normaliser: Normaliser, clip: float) -> torch.Tensor:
-    """Return the score (B,) that is shown for raw values (B, terms): that of the only term, or their combination."""
-    return raw[:, 0] if len(terms) == 1 else combined(raw, terms, normaliser, clip)
+    """Return the score (B,) that is shown for raw values (B, terms), and that compares responses: higher is better.
+
+    It is the value of the only term, negated where a lower value is better, or the combination of several.
+    """
+    if len(terms) > 1:
+        return combined(raw, terms, normaliser, clip)
+    return raw[:, 0] if terms[0].better == 1 else -raw[:, 0]
 
 
 def shape_scores(

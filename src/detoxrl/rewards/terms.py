@@ -72,7 +72,7 @@ def text_score(term: Term, encode: Encode | None) -> Score:
     return score
 
 
-def also_plain(score: Score) -> Score:
+def worse_of_plain(score: Score) -> Score:
     """Return a score that also reads each response in plain letters, where that is another text; the worse one counts.
 
     So "1d1ot" scores no better than the word that it stands for.
@@ -112,7 +112,7 @@ def _initial_response(prompt: Prompt) -> str:
 
 
 def _row_text(prompt: Prompt) -> str:
-    return str(prompt.columns["text"])
+    return prompt.row_text
 
 
 def outside(words: int, minimum: int, maximum: int | None) -> float:

@@ -22,7 +22,7 @@ class InitialResponses:
         self._draws = Draws(config.seed, "initial response")
         self._texts: dict[tuple[str, str], str] = {}  # By id and text of the prompt.
 
-    def added_to(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def with_initial_responses(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts, each with its response."""
         new = list({_key(prompt): prompt for prompt in prompts if _key(prompt) not in self._texts}.values())
         for batch in batches_by_length(new, self._generation.batch_size):

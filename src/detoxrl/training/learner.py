@@ -153,7 +153,7 @@ class Learner:
     def _values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         """Return raw values (B, terms) of the responses to some prompts."""
         if self.reward.reads_initial_responses:
-            prompts = self._initial_responses.added_to(prompts)
+            prompts = self._initial_responses.with_initial_responses(prompts)
         return self.reward(prompts, responses)
 
     def update(self, targets: Targets, step: int) -> Metrics:
