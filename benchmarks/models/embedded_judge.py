@@ -36,7 +36,7 @@ from detoxrl.commands.fit_check import FitPlan, planned_fit
 from detoxrl.config.edit import fit_config
 from detoxrl.config.judges import PERSPECTIVE, PERSPECTIVE_BASE, PERSPECTIVE_SCORES
 from detoxrl.errors import DetoxrlError
-from detoxrl.evaluation.judges import perspective_encoder
+from detoxrl.evaluation.perspective_encoder import perspective_encoder
 from detoxrl.report.fit_words import with_interval
 from detoxrl.runtime.files import write_text
 from detoxrl.runtime.shipped import MODELS, pack

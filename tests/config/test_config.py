@@ -56,7 +56,7 @@ from detoxrl.errors import InputError
          r"policy\.bf16 = True: cannot be combined with policy\.full_weights"),
         ({"policy.base": "b", "policy.full_weights": True, "policy.adapter": "a"},
          r"policy\.adapter = 'a': cannot be combined with policy\.full_weights; merge the adapter into the base"),
-        ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': must be SOURCE=LABEL"),
+        ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': is neither .* nor SOURCE=LABEL; add ="),
         ({"evaluation.fluency": "c"}, r"evaluation\.fluency = 'c': must be SOURCE=LABEL"),
         ({"evaluation.identity_prompts": 30},
          r"evaluation\.identity_prompts = 30: must be 0 or at least 138: .*; ask for all with 253"),
@@ -243,7 +243,7 @@ def test_none_is_a_word_like_any_other_where_a_value_is_required() -> None:
     assert recipe("own", {"data.template": "None {dialogue}"}).data.template == "None {dialogue}"
     with pytest.raises(InputError, match=r"rl\.lr = 'none': must be a number"):
         recipe("own", {"rl.lr": "none"})
-    with pytest.raises(InputError, match=r"evaluation\.other_judges = 'none': must be SOURCE=LABEL"):
+    with pytest.raises(InputError, match=r"evaluation\.other_judges = 'none': is neither .* nor SOURCE=LABEL"):
         recipe("own", {"evaluation.other_judges": ["a=b", "none"]})
 
 

@@ -27,7 +27,7 @@ from detoxrl.config.terms import Term
 from detoxrl.data.layout import require_usable_source, require_usable_texts
 from detoxrl.data.stress_lines import stress_lines
 from detoxrl.errors import require
-from detoxrl.evaluation.judges import perspective_encoder
+from detoxrl.evaluation.perspective_encoder import perspective_encoder
 from detoxrl.evaluation.subjects import NO_BASE, Subjects, measuring_config, with_commits
 from detoxrl.models.files import (
     ADAPTER_CONFIG,

@@ -500,8 +500,8 @@ class EvaluationConfig:
     """Number of responses per held-out prompt and policy."""
 
     other_judges: tuple[str, ...] = field(default_factory=default_other_judges)
-    """Further judges: names as for the primary one, perspective-minilm=SCORE, or SOURCE=LABEL (a classifier and its
-    toxic label). They do not affect the verdict, and the primary judge may be among them."""
+    """Further judges: a name as for the primary one, NAME=SCORE for another of its scores, or SOURCE=LABEL (a
+    classifier and its toxic label). They do not affect the verdict, and the primary judge may be among them."""
 
     encoder: str | None = None
     """Folder or hub id of a sentence encoder; measures similarity to the initial policy's responses. None: similarity

@@ -14,7 +14,6 @@ from detoxrl.config.judges import (
     EMBEDDED,
     JUDGES,
     PERSPECTIVE,
-    PERSPECTIVE_BASE,
     PERSPECTIVE_SCORES,
     PROFANITY_CHECK,
     is_named_judge,
@@ -28,9 +27,6 @@ from detoxrl.evaluation.statistics import Floats
 if TYPE_CHECKING:
     from detoxrl.models.reader import Texts
     from detoxrl.rewards.classifier import Classifier
-
-PERSPECTIVE_REMEDY = "pip install 'detoxrl[judge]'"
-"""What makes perspective-minilm usable."""
 
 Judge = Callable[[Sequence[str]], Floats]  # toxicity in [0, 1] of each of N texts, (N,)
 Item = TypeVar("Item", bound=Hashable)
@@ -107,21 +103,6 @@ def load_judge(judge: JudgeSource) -> Judge:
         source, label = str(MODELS / "reward"), LABELS[1]
     labels = {judge.label_field: label}
     return classifier_judge(load_classifier(source, judge.field, labels, current_world().device))
-
-
-def perspective_encoder(field: str, weights: bool = True) -> Path:
-    """Return the folder of the encoder under perspective-minilm: that of a package, or of a hub.
-
-    Raises InputError, naming `field`, when it is neither installed nor cached, and no hub gives it.
-    """
-    # Imported here because it takes a tenth of a second and the other judges do not need it.
-    from detoxrl.runtime.hub import fetch
-
-    try:
-        return Path(fetch(PERSPECTIVE_BASE, field, weights))
-    except InputError as error:
-        rule = f"needs {PERSPECTIVE_BASE}, which is not installed, nor could it be downloaded"
-        raise InputError(field, PERSPECTIVE, rule, PERSPECTIVE_REMEDY) from error
 
 
 def _perspective_judge(judge: JudgeSource) -> Judge:

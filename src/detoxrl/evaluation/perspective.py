@@ -11,7 +11,8 @@ import numpy as np
 
 from detoxrl.config.judges import PERSPECTIVE, PERSPECTIVE_BASE, PERSPECTIVE_SCORES
 from detoxrl.errors import require
-from detoxrl.evaluation.judges import PERSPECTIVE_REMEDY, memoized, perspective_encoder
+from detoxrl.evaluation.judges import memoized
+from detoxrl.evaluation.perspective_encoder import PERSPECTIVE_REMEDY, perspective_encoder
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.rewards.classifier import load_classifier
 from detoxrl.runtime.shipped import manifest, shipped_folder
