@@ -56,7 +56,7 @@ from detoxrl.errors import InputError
          r"policy\.bf16 = True: cannot be combined with policy\.full_weights"),
         ({"policy.base": "b", "policy.full_weights": True, "policy.adapter": "a"},
          r"policy\.adapter = 'a': cannot be combined with policy\.full_weights; merge the adapter into the base"),
-        ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': is neither .* nor SOURCE=LABEL; add ="),
+        ({"evaluation.other_judges": ["a=b", "c"]}, r"evaluation\.other_judges = 'c': is neither .* nor SOURCE=LABEL"),
         ({"evaluation.fluency": "c"}, r"evaluation\.fluency = 'c': must be SOURCE=LABEL"),
         ({"evaluation.identity_prompts": 30},
          r"evaluation\.identity_prompts = 30: must be 0 or at least 138: .*; ask for all with 253"),
