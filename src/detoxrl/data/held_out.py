@@ -35,8 +35,8 @@ def divide(labelled: Labelled, config: FitConfig) -> Division:
     """Return the examples by role: by the splits of the source, and by seed where it lacks one.
 
     A row's examples stay together. Held-out examples with a text that is a near-duplicate of one in an earlier role
-    are removed. Raises InputError when too few are left, when too few held-out ones have a label, or when a label is the
-    same in every training example.
+    are removed. Raises InputError when too few are left, when too few held-out ones have a label, or when a label is
+    the same in every training example.
     """
     by_role = _by_role(labelled.examples, config)
     unused = len(labelled.examples) - sum(map(len, by_role.values()))
