@@ -18,7 +18,7 @@ from detoxrl.errors import require
 from detoxrl.models.encoder import load_adapted
 from detoxrl.models.files import adapter_base, has_tokenizer
 from detoxrl.models.linear import FastLinear
-from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.models.loading import load_pretrained, name_padding, require_vocabulary
 from detoxrl.models.policy import length_batches
 from detoxrl.runtime.hub import adapts_classifier, fetch
 
@@ -36,8 +36,8 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 class Reader:
     """A model that reads texts or pairs of texts, each distinct one once, in batches of similar length.
 
-    Texts are cut at `max_length` tokens, the limit that the tokenizer states, unless the model has fewer positions; of a
-    pair, the longer text is cut first.
+    Texts are cut at `max_length` tokens, the limit that the tokenizer states, unless the model has fewer positions. Of
+    a pair, the longer text is cut first.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,7 +85,7 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def _stated_limit(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokenizer's limit of a text, in tokens; a number above LARGE_INTEGER is transformers' word for none."""
+    """Return the tokenizer's limit of a text, in tokens. One above LARGE_INTEGER means none in transformers."""
     stated: int = tokenizer.model_max_length
     return stated if stated <= LARGE_INTEGER else _MAX_LENGTH
 
@@ -119,6 +119,7 @@ def load_reader(
 
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
     require_vocabulary(field, source, tokenizer, model)
+    name_padding(model, tokenizer)
     return model.requires_grad_(False).to(device), tokenizer  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def _mean_auc(aucs: dict[str, float | None]) -> str:
     return f"mean AUC of {len(defined)} labels {mean} ({spread})"
 
 
-def losses(result: dict[str, Any]) -> list[str]:
+def left_out_notes(result: dict[str, Any]) -> list[str]:
     """Return what was left out of training and test and why, and what contradicts itself, each in a few words."""
     examples = result["examples"]
     said = [f"{count:,} left out: {reason}" for reason, count in examples["left_out"].items()]
@@ -110,7 +110,7 @@ def ending(target: Path, result: dict[str, Any]) -> list[str]:
 
     made = "LoRA adapter" if result["settings"]["lora_rank"] else "Classifier"
     second = f"{made}: {target}; read {target / 'README.md'}"
-    said = losses(result)
+    said = left_out_notes(result)
     if said:
         second += f". Of the examples: {'; '.join(said)}"
 
