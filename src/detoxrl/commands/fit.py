@@ -12,7 +12,16 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from detoxrl.commands.fit_check import RESULT, SETTINGS, FitPlan, planned_fit, resumed_fit, settings_to_json
+from detoxrl.commands.fit_check import (
+    RESULT,
+    SETTINGS,
+    FitPlan,
+    is_state_of,
+    planned_fit,
+    require_still_usable,
+    resumed_fit,
+    settings_to_json,
+)
 from detoxrl.config.edit import fit_config
 from detoxrl.config.fit import FitConfig
 from detoxrl.data.labelled import LabelKind
@@ -45,7 +54,7 @@ from detoxrl.rewards.fitting import (
     total_steps,
 )
 from detoxrl.runtime.console import progress, status
-from detoxrl.runtime.files import remove_leftovers, remove_path, replace_folder, write_text
+from detoxrl.runtime.files import remove_leftovers, remove_leftovers_of, remove_path, replace_folder, write_text
 from detoxrl.runtime.hub import is_hub_id
 from detoxrl.runtime.randomness import torch_seed
 from detoxrl.runtime.world import current_world
@@ -92,10 +101,10 @@ def resume_fit(out: Path | str) -> Json:
 
 def run_fit(plan: FitPlan) -> Json:
     """Fit, calibrate and measure the classifier of a plan, write its folder, and return its fit.json."""
-    with _locked(plan.work):
-        if not _is_state_of(plan):
+    with _locked(plan):
+        model, encoder = _load(plan)  # Before an old state goes: an encoder that cannot be loaded costs nothing.
+        if not is_state_of(plan):
             _discard_state(plan.work)
-        model, encoder = _load(plan)
         write_text(plan.work / SETTINGS, settings_to_json(plan))
 
         result = _fitted(plan, model, encoder)
@@ -130,8 +139,9 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(plan: FitPlan) -> Iterator[None]:
     """Hold the folder with the state of a fit for this process; creates it, and leaves no empty one behind."""
+    work = plan.work
     work.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(work / ".lock").acquire(timeout=0)
@@ -140,17 +150,12 @@ def _locked(work: Path) -> Iterator[None]:
 
     with lock:
         remove_leftovers(work)
+        remove_leftovers_of(plan.target)
         try:
             yield
         finally:
             if not (work / SETTINGS).is_file():
                 remove_path(work)
-
-
-def _is_state_of(plan: FitPlan) -> bool:
-    """Return whether the state in the work folder belongs to this plan, so that a plan that resumes keeps it."""
-    path = plan.work / SETTINGS
-    return path.is_file() and path.read_text(encoding="utf-8") == settings_to_json(plan)
 
 
 def _discard_state(work: Path) -> None:
@@ -272,7 +277,10 @@ def _result(plan: FitPlan, encoder: Encoder, trained: Trained, cut: int) -> Json
 
 
 def _write(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | Isotonic | None, result: Json) -> None:
-    """Write the classifier's folder, once what was written has been read again and gives the same logits."""
+    """Write the classifier's folder, once what was written has been read again and gives the same logits.
+
+    Raises InputError, and leaves the fit's state, if its place was taken meanwhile.
+    """
     labels = plan.labelled.labels
     with replace_folder(plan.target) as folder:
         save_classifier(model, encoder.tokenizer, folder)
@@ -284,6 +292,7 @@ def _write(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | 
         write_text(folder / "README.md", fit_card(result, plan.target.resolve().name, plot.note))
         write_text(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         _require_same_logits(folder, plan, model, encoder)
+        require_still_usable(plan)
 
 
 def _reliability(test: Json) -> dict[str, list[Json]]:
