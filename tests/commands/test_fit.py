@@ -23,7 +23,7 @@ from detoxrl.commands.preflight import check_locally
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
 from detoxrl.rewards import fitting
-from detoxrl.rewards.classifier import load_classifier
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from encoders import labelled_rows, make_encoder, pair_rows, write_rows
 from small_runs import contents, detoxrl
 
@@ -148,7 +148,12 @@ def test_a_lora_of_several_scores_is_a_judge_and_a_reward(capsys: pytest.Capture
     assert len(lines) == 3
     assert re.fullmatch(r"Fitted to \d+ texts \(best of step \d+\)\. Mean AUC of 2 labels .* test texts\.", lines[0])
     assert lines[1].startswith("LoRA adapter: lora; read lora/README.md")
-    assert lines[2].startswith('next: detoxrl score "You are an idiot" --judge lora=toxicity; detoxrl run own')
+    assert lines[2].startswith(
+        'next: detoxrl score "You are an idiot" --judge lora=toxicity; with the label that means'
+    )
+    assert lines[2].endswith("--reward.classifier lora --reward.toxic-label LABEL --reward.good-label none")
+    assert result_of("lora")["meaning"]["toxic_label"] is None
+    assert "Put the label that means toxic text in place of LABEL" in Path("lora/README.md").read_text()
 
     settings = json.loads(Path("lora/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(studio / "encoder")
@@ -210,11 +215,32 @@ def test_thumbs_and_classes_are_labels(capsys: pytest.CaptureFixture[str]) -> No
     assert result_of("liked")["labels"] == ["thumb"]
     assert judged(capsys, "liked=thumb", RUDE)[0] < 1
 
-    lines = fit(capsys, "texts.jsonl", "--out", "tone", "--label-columns", "tone", *few)
+    lines = fit(capsys, "texts.jsonl", "--out", "tone", "--label-columns", "tone", *FAST, "--epochs", "4")
     assert lines[0].count("accuracy") + lines[0].count("Accuracy") == 1
+    assert lines[2].startswith('next: detoxrl score "You are an idiot" --judge tone=rude; detoxrl run own')
+    flags = "--reward.classifier tone --reward.toxic-label rude --reward.good-label civil"
+    assert lines[2].endswith(flags)
+    card = Path("tone/README.md").read_text()
+    assert f"detoxrl run own {flags}" in card
+    assert '--judge "tone=rude"' in card
+    seen = result_of("tone")["meaning"]["probabilities"]["rude"]
+    read = load_classifier(
+        "tone", "reward.classifier", {"reward.toxic_label": "rude", "reward.good_label": "civil"}, CPU
+    )
+    assert [seen["civil"], seen["toxic"]] == pytest.approx(read.toxicity([CIVIL_PROBE, TOXIC_PROBE]).tolist(), abs=1e-4)
+    assert f"The probability of rude is {seen['civil']:.3f} for a civil sentence" in card
     assert AutoConfig.from_pretrained("tone").id2label == {0: "civil", 1: "rude"}
-    civil, rude = judged(capsys, "tone=civil", RUDE)[0], judged(capsys, "tone=rude", RUDE)[0]
-    assert civil + rude == pytest.approx(1, abs=1e-5)
+    assert judged(capsys, "tone=rude", RUDE) == pytest.approx(read.toxicity([RUDE]).tolist(), abs=1e-5)
+
+    # A label that falls on toxic text means civil text: no judge of toxicity, but a reward.
+    polite = [{"text": row["text"], "liked": 1 - row["rude"]} for row in labelled_rows(600)]
+    write_rows(Path("polite.jsonl"), polite)
+    lines = fit(capsys, "polite.jsonl", "--out", "likes", "--label-columns", "liked", *FAST, "--epochs", "4")
+    flags = "--reward.classifier likes --reward.good-label liked --reward.toxic-label none"
+    assert lines[2] == f"next: detoxrl run own --data.source my.jsonl {flags}"
+    card = Path("likes/README.md").read_text()
+    assert flags in card
+    assert "--judge" not in card
 
 
 @pytest.mark.parametrize("rank", ["none", "4"])

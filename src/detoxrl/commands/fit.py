@@ -24,9 +24,16 @@ from detoxrl.commands.fit_check import (
 )
 from detoxrl.config.edit import fit_config
 from detoxrl.config.fit import FitConfig
-from detoxrl.data.labelled import LabelKind
+from detoxrl.data.labelled import Example, LabelKind
 from detoxrl.errors import InputError, require
-from detoxrl.evaluation.fitted import class_accuracy, group_tables, measure_labels, measure_pairs, to_probabilities
+from detoxrl.evaluation.fitted import (
+    class_accuracy,
+    group_tables,
+    meaning,
+    measure_labels,
+    measure_pairs,
+    to_probabilities,
+)
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.encoder import load_under_new_head, output_layer, save_classifier, with_lora
 from detoxrl.models.reader import load_reader
@@ -42,6 +49,7 @@ from detoxrl.rewards.calibration import (
     isotonic_to_json,
     to_log_odds,
 )
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE
 from detoxrl.rewards.fitting import (
     Encoded,
     Encoder,
@@ -121,6 +129,7 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
         validation = _rated(model, encoder, data.validation, kind)
         calibration = _calibration(plan.config, validation, kind)
         rated = _rated(model, encoder, test, kind)
+        labels = _meaning(plan, model, encoder, calibration)
         if isinstance(calibration, Affine):
             layer = output_layer(model)
             assert layer is not None
@@ -130,6 +139,7 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
         result = _result(plan, encoder, trained, cut) | {
             "calibration": _calibration_account(calibration),
             "test": _measured(plan, rated, calibration),
+            "meaning": labels,
         }
         _write(plan, model, encoder, calibration, result)
     return result
@@ -249,6 +259,19 @@ def _measured(plan: FitPlan, rated: _Rated, calibration: Affine | Isotonic | Non
         groups = [example.group for example in plan.division.test]
         result["groups"] = group_tables(labels, probabilities, rated.targets, groups)
     return result
+
+
+def _meaning(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | Isotonic | None) -> Json:
+    """Return by which labels a reward reads the classifier. The model is not calibrated yet."""
+    labels, kind = plan.labelled.labels, plan.labelled.kind
+    if kind == "pairs":
+        return {"toxic_label": None, "good_label": labels[0]}
+
+    targets = (0.0,) * len(labels)
+    sentences = [Example((text,), targets, None, "probe", row) for row, text in enumerate((CIVIL_PROBE, TOXIC_PROBE))]
+    logits = _rated(model, encoder, encoder.encode(sentences), kind).logits
+    civil, toxic = to_probabilities(logits, kind, calibration)
+    return meaning(labels, kind, civil, toxic)
 
 
 def _result(plan: FitPlan, encoder: Encoder, trained: Trained, cut: int) -> Json:
