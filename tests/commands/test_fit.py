@@ -23,7 +23,7 @@ from detoxrl.commands.preflight import check_locally
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
 from detoxrl.rewards import fitting
-from detoxrl.rewards.classifier import load_classifier
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, load_classifier
 from encoders import labelled_rows, make_encoder, pair_rows, write_rows
 from small_runs import contents, detoxrl
 
@@ -148,7 +148,12 @@ def test_a_lora_of_several_scores_is_a_judge_and_a_reward(capsys: pytest.Capture
     assert len(lines) == 3
     assert re.fullmatch(r"Fitted to \d+ texts \(best of step \d+\)\. Mean AUC of 2 labels .* test texts\.", lines[0])
     assert lines[1].startswith("LoRA adapter: lora; read lora/README.md")
-    assert lines[2].startswith('next: detoxrl score "You are an idiot" --judge lora=toxicity; detoxrl run own')
+    assert lines[2].startswith(
+        'next: detoxrl score "You are an idiot" --judge lora=toxicity; with the label that means'
+    )
+    assert lines[2].endswith("--reward.classifier lora --reward.toxic-label LABEL --reward.good-label none")
+    assert result_of("lora")["meaning"]["toxic_label"] is None
+    assert "Put the label that means toxic text in place of LABEL" in Path("lora/README.md").read_text()
 
     settings = json.loads(Path("lora/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(studio / "encoder")
@@ -210,11 +215,32 @@ def test_thumbs_and_classes_are_labels(capsys: pytest.CaptureFixture[str]) -> No
     assert result_of("liked")["labels"] == ["thumb"]
     assert judged(capsys, "liked=thumb", RUDE)[0] < 1
 
-    lines = fit(capsys, "texts.jsonl", "--out", "tone", "--label-columns", "tone", *few)
+    lines = fit(capsys, "texts.jsonl", "--out", "tone", "--label-columns", "tone", *FAST, "--epochs", "4")
     assert lines[0].count("accuracy") + lines[0].count("Accuracy") == 1
+    assert lines[2].startswith('next: detoxrl score "You are an idiot" --judge tone=rude; detoxrl run own')
+    flags = "--reward.classifier tone --reward.toxic-label rude --reward.good-label civil"
+    assert lines[2].endswith(flags)
+    card = Path("tone/README.md").read_text()
+    assert f"detoxrl run own {flags}" in card
+    assert '--judge "tone=rude"' in card
+    seen = result_of("tone")["meaning"]["probabilities"]["rude"]
+    read = load_classifier(
+        "tone", "reward.classifier", {"reward.toxic_label": "rude", "reward.good_label": "civil"}, CPU
+    )
+    assert [seen["civil"], seen["toxic"]] == pytest.approx(read.toxicity([CIVIL_PROBE, TOXIC_PROBE]).tolist(), abs=1e-4)
+    assert f"The probability of rude is {seen['civil']:.3f} for a civil sentence" in card
     assert AutoConfig.from_pretrained("tone").id2label == {0: "civil", 1: "rude"}
-    civil, rude = judged(capsys, "tone=civil", RUDE)[0], judged(capsys, "tone=rude", RUDE)[0]
-    assert civil + rude == pytest.approx(1, abs=1e-5)
+    assert judged(capsys, "tone=rude", RUDE) == pytest.approx(read.toxicity([RUDE]).tolist(), abs=1e-5)
+
+    # A label that falls on toxic text means civil text: no judge of toxicity, but a reward.
+    polite = [{"text": row["text"], "liked": 1 - row["rude"]} for row in labelled_rows(600)]
+    write_rows(Path("polite.jsonl"), polite)
+    lines = fit(capsys, "polite.jsonl", "--out", "likes", "--label-columns", "liked", *FAST, "--epochs", "4")
+    flags = "--reward.classifier likes --reward.good-label liked --reward.toxic-label none"
+    assert lines[2] == f"next: detoxrl run own --data.source my.jsonl {flags}"
+    card = Path("likes/README.md").read_text()
+    assert flags in card
+    assert "--judge" not in card
 
 
 @pytest.mark.parametrize("rank", ["none", "4"])
@@ -329,6 +355,125 @@ def test_labels_are_checked_without_torch() -> None:
     run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "label_columns = 'who': contains 'a' in row 1 of file, and labels lie in [0, 1]" in run.stderr
+
+
+SMALL_FIT = ["texts.jsonl", "--label-columns", "rude", *FAST, "--epochs", "1"]
+
+
+def stopped_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: str, *words: str
+) -> dict[Path, bytes]:
+    """Stop a fit after a step, and return the state that it leaves."""
+    with monkeypatch.context() as patch:
+        rate = fitting._learning_rate
+
+        def stop(step: int, planned: int, config: Any) -> float:
+            if step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return rate(step, planned, config)
+
+        patch.setattr(fitting, "_learning_rate", stop)
+        assert detoxrl(["fit", *SMALL_FIT, "--out", out, *words]) == 130
+    capsys.readouterr()
+    return contents(Path(f"{out}.unfinished"))
+
+
+@pytest.fixture
+def small(tmp_path: Path, studio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own with an encoder and few texts."""
+    copytree(studio / "encoder", tmp_path / "encoder")
+    write_rows(tmp_path / "texts.jsonl", labelled_rows(160))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_was_made_after_the_fit_began_is_never_replaced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_fit(capsys, monkeypatch, "judge")
+    state = contents(Path("judge.unfinished"))
+    Path("judge").mkdir()
+    Path("judge/notes.txt").write_text("mine")
+    remedy = "move it away and run `detoxrl fit --resume --out judge`; the fit keeps its state"
+    assert detoxrl(["fit", "--resume", "--out", "judge"]) == 2
+    assert f"--out = 'judge': already exists and is not a fitted classifier; {remedy}" in capsys.readouterr().err
+    assert contents(Path("judge.unfinished")) == state
+
+    # A folder may also appear while the fit trains.
+    Path("judge").rename("aside")
+    total = fitting.fit_classifier
+
+    def train(*given: Any) -> Any:
+        trained = total(*given)
+        Path("aside").rename("judge")
+        return trained
+
+    with monkeypatch.context() as patch:
+        patch.setattr("detoxrl.commands.fit.fit_classifier", train)
+        assert detoxrl(["fit", "--resume", "--out", "judge"]) == 2
+    assert remedy in capsys.readouterr().err
+    assert [path.name for path in Path("judge").iterdir()] == ["notes.txt"]
+    assert not list(Path().glob(".judge*"))
+
+    Path("judge").rename("aside")
+    fit(capsys, "--resume", "--out", "judge")
+    assert not Path("judge.unfinished").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_neither_encoder_nor_source_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("encoder/fit.json").write_text("{}")
+    write_rows(Path("encoder/inside.jsonl"), labelled_rows(160))
+    copytree("encoder", "encoder/deeper")
+    before = contents(Path())
+    rest = ["--label-columns", "rude", "--overwrite", "--out", "encoder"]
+    other = ["--encoder", "encoder/deeper"]
+    for words, message in (
+        (["texts.jsonl", "--encoder", "./encoder", "--lora-rank", "4"], "would replace encoder = './encoder'; name"),
+        (["texts.jsonl", *other], "would replace encoder = 'encoder/deeper'"),
+    ):
+        assert detoxrl(["fit", *words, *rest]) == 2
+        assert f"--out = 'encoder': {message}" in capsys.readouterr().err
+    Path("encoder/deeper").rename("other")
+    assert detoxrl(["fit", "encoder/inside.jsonl", "--encoder", "other", *rest]) == 2
+    assert "--out = 'encoder': would replace source = 'encoder/inside.jsonl'" in capsys.readouterr().err
+    Path("other").rename("encoder/deeper")
+    assert contents(Path()) == before
+
+
+@pytest.mark.usefixtures("small")
+def test_an_old_state_is_kept_until_the_new_encoder_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = stopped_fit(capsys, monkeypatch, "judge")
+    config = json.loads(Path("encoder/config.json").read_text())
+    folder = make_encoder("bert", Path("broken"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "t5", "architectures": ["T5"]}))
+    assert detoxrl(["fit", *SMALL_FIT, "--encoder", "broken", "--out", "judge", "--overwrite"]) == 2
+    assert "encoder = 'broken': " in capsys.readouterr().err
+    assert contents(Path("judge.unfinished")) == state
+
+    # A setting that this version knows and the one that began did not.
+    path = Path("judge.unfinished/settings.json")
+    stored = json.loads(path.read_text())
+    del stored["settings"]["balance"]
+    path.write_text(json.dumps(stored))
+    state = contents(Path("judge.unfinished"))
+    assert detoxrl(["fit", "--resume", "--out", "judge"]) == 2
+    assert "--out = 'judge': has an unfinished fit whose settings.json has other settings" in capsys.readouterr().err
+    assert contents(Path("judge.unfinished")) == state
+
+
+@pytest.mark.usefixtures("small")
+def test_what_a_killed_fit_left_beside_its_folder_is_removed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_fit(capsys, monkeypatch, "judge")
+    for name in (".judge.new123", ".judge.gone123", ".judged.new123"):
+        Path(name).mkdir()
+        Path(name, "model.safetensors").write_text("half")
+    fit(capsys, "--resume", "--out", "judge")
+    assert [path.name for path in Path().glob(".*")] == [".judged.new123"]
 
 
 def test_an_encoder_that_does_not_fit_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,6 +262,25 @@ def test_a_class_that_no_training_text_has_is_bad_input(tmp_path: Path) -> None:
         division_of(rows, tmp_path, labels=["civil", "rude", "mixed"])
 
 
+@pytest.mark.parametrize(("role", "other"), [("validation", "test"), ("test", "validation")])
+def test_an_output_with_few_held_out_labels_is_bad_input(tmp_path: Path, role: str, other: str) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    known = {"train": 40, other: 10, role: 5}
+    for place, (split, count) in enumerate(known.items()):
+        rows = [row | {"threat": row["label"]} for row in distinct(max(count, 10), start=100 * place)]
+        for row in rows[count:]:
+            row["threat"] = None
+        write_rows(source / f"{split}.jsonl", rows)
+    config = fit_config({"source": source, "label_columns": ["label", "threat"]})
+    assert len(getattr(divide(read_labelled(config), config), role)) == 10
+
+    write_rows(source / f"{role}.jsonl", [*rows[1:], {"text": "a b c", "label": 1, "threat": None}])
+    message = f"label_columns = 'threat': is known for 4 examples for {role}, and at least 5 are needed; give more rows"
+    with pytest.raises(InputError, match=message):
+        divide(read_labelled(config), config)
+
+
 def test_a_folder_needs_a_training_split(tmp_path: Path) -> None:
     source = tmp_path / "data"
     source.mkdir()

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn import metrics as sklearn
 
+from detoxrl.data.labelled import LabelKind
 from detoxrl.evaluation.classifier_metrics import METRICS, Rated, by_group, measured, reliability, share_correct
-from detoxrl.evaluation.fitted import measure_labels, measure_pairs, to_probabilities
+from detoxrl.evaluation.fitted import meaning, measure_labels, measure_pairs, to_probabilities
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.rewards.calibration import Affine
 
@@ -175,3 +176,24 @@ def test_examples_without_a_label_are_left_out_of_its_metrics_alone() -> None:
     result = measure_labels(("a", "b"), probabilities, probabilities, targets, seed=0)
     assert (result["a"]["examples"], result["b"]["examples"]) == (4, 2)
     assert result["a"]["metrics"]["auc"]["value"] == result["b"]["metrics"]["auc"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "civil", "toxic", "expected"),
+    [
+        ("classes", [0.9, 0.1], [0.2, 0.8], ("b", "a")),
+        ("classes", [0.1, 0.9], [0.8, 0.2], ("a", "b")),
+        ("classes", [0.55, 0.45], [0.5, 0.5], (None, None)),
+        ("classes", [0.1, 0.1, 0.8], [0.3, 0.6, 0.1], ("a", None)),
+        ("scores", [0.1, 0.1], [0.15, 0.9], ("b", None)),
+        ("scores", [0.9, 0.1], [0.1, 0.9], ("b", None)),
+        ("scores", [0.1, 0.9], [0.1, 0.2], (None, "b")),
+    ],
+)
+def test_a_label_means_what_two_sentences_show(
+    kind: LabelKind, civil: list[float], toxic: list[float], expected: tuple[str | None, str | None]
+) -> None:
+    labels = "abc"[: len(civil)]
+    result = meaning(labels, kind, np.array(civil), np.array(toxic))
+    assert (result["toxic_label"], result["good_label"]) == expected
+    assert result["probabilities"]["b"] == {"civil": civil[1], "toxic": toxic[1]}

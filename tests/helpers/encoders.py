@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from tokenizers import processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from detoxrl.data.embedded.corpus import generate_utterances
 
@@ -17,7 +25,9 @@ TOKENIZER = Path(__file__).parent / "tokenizer.json"
 
 
 def make_encoder(kind: str, folder: Path) -> Path:
-    """Write a BERT or RoBERTa of 2 layers with random weights, as an encoder without a head."""
+    """Write a model of 2 layers with random weights, without a head: bert, roberta, or a causal qwen2 without a
+    padding token in its config.
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(TOKENIZER), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
@@ -28,7 +38,13 @@ def make_encoder(kind: str, folder: Path) -> Path:
         "intermediate_size": 64, "pad_token_id": 0, "max_position_embeddings": 130,
     }  # fmt: skip
     torch.manual_seed(5)
-    model: Any = BertModel(BertConfig(**shape)) if kind == "bert" else RobertaModel(RobertaConfig(**shape))
+    if kind == "qwen2":
+        shape |= {"pad_token_id": None, "num_key_value_heads": 4}
+    kinds: dict[str, Any] = {
+        "bert": (BertModel, BertConfig), "roberta": (RobertaModel, RobertaConfig), "qwen2": (Qwen2Model, Qwen2Config),
+    }  # fmt: skip
+    of_model, of_config = kinds[kind]
+    model = of_model(of_config(**shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

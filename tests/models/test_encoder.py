@@ -139,3 +139,31 @@ def test_a_head_for_other_labels_is_replaced(encoder: Path, tmp_path: Path) -> N
     same, _ = load_under_new_head(str(tmp_path / "three"), "encoder", ("x", "y", "z"), 9)
     for (name, weight), (_, other) in zip(model.named_parameters(), same.named_parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_causal_model_whose_config_names_no_padding_reads_several_texts(tmp_path: Path, rank: int | None) -> None:
+    folder = make_encoder("qwen2", tmp_path / "base")
+    assert AutoConfig.from_pretrained(folder).pad_token_id is None
+    model, tokenizer = load_under_new_head(str(folder), "encoder", ("a", "b"), 3)
+    adapted = model if rank is None else with_lora(model, rank, str(folder), 4)
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        logits = adapted.eval()(**inputs).logits
+    save_classifier(adapted, tokenizer, tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").pad_token_id == tokenizer.pad_token_id
+
+    read, _ = load_reader(str(tmp_path / "saved"), "field", "remedy", CPU)
+    torch.testing.assert_close(read.eval()(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
+    alone = tokenizer(TEXTS[1], return_tensors="pt")
+    torch.testing.assert_close(read(**alone).logits, logits[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_classifier_whose_config_names_no_padding_is_read(tmp_path: Path) -> None:
+    folder = make_encoder("qwen2", tmp_path / "base")
+    model, tokenizer = load_under_new_head(str(folder), "encoder", ("a", "b"), 3)
+    model.config.pad_token_id = None
+    save_classifier(model, tokenizer, tmp_path / "saved")
+    read, _ = load_reader(str(tmp_path / "saved"), "field", "remedy", CPU)
+    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    assert read(**inputs).logits.shape == (2, 2)

@@ -181,15 +181,29 @@ def test_each_label_of_a_multi_label_classifier_has_its_own_probability(classifi
         classifier.model.config.problem_type = None
 
 
+def limit_of(classifier: Classifier, positions: int, stated: float = 1e30) -> int:
+    """Return the limit of texts for a model of so many positions and a tokenizer that states a limit."""
+    config, tokenizer = classifier.model.config, classifier.tokenizer
+    before = config.max_position_embeddings, tokenizer.model_max_length
+    config.max_position_embeddings, tokenizer.model_max_length = positions, int(stated)
+    try:
+        return Classifier(classifier.model, tokenizer, 1, 0).max_length
+    finally:
+        config.max_position_embeddings, tokenizer.model_max_length = before
+
+
+def test_a_limit_that_the_tokenizer_states_is_honoured(classifier: Classifier) -> None:
+    assert limit_of(classifier, positions=2048, stated=1024) == 1024
+    assert limit_of(classifier, positions=2048, stated=64) == 64
+    assert limit_of(classifier, positions=514, stated=1024) == 513
+    assert limit_of(classifier, positions=2048) == 512
+
+
 def test_a_text_longer_than_the_positions_is_cut_to_them(classifier: Classifier) -> None:
     # RoBERTa's 514 positions start after the padding id 0 and the tokenizer has no limit of its own, so 513 are left;
     # the classifier reads at most 512.
     assert classifier.max_length == 512
-    classifier.model.config.max_position_embeddings = 20
-    try:
-        assert Classifier(classifier.model, classifier.tokenizer, 1, 0).max_length == 19
-    finally:
-        classifier.model.config.max_position_embeddings = 514
+    assert limit_of(classifier, positions=20) == 19
     assert classifier.logits(["pig " * 2000]).isfinite().all()
 
 

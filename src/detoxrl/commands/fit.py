@@ -12,12 +12,28 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from detoxrl.commands.fit_check import RESULT, SETTINGS, FitPlan, planned_fit, resumed_fit, settings_to_json
+from detoxrl.commands.fit_check import (
+    RESULT,
+    SETTINGS,
+    FitPlan,
+    is_state_of,
+    planned_fit,
+    require_still_usable,
+    resumed_fit,
+    settings_to_json,
+)
 from detoxrl.config.edit import fit_config
 from detoxrl.config.fit import FitConfig
-from detoxrl.data.labelled import LabelKind
+from detoxrl.data.labelled import Example, LabelKind
 from detoxrl.errors import InputError, require
-from detoxrl.evaluation.fitted import class_accuracy, group_tables, measure_labels, measure_pairs, to_probabilities
+from detoxrl.evaluation.fitted import (
+    class_accuracy,
+    group_tables,
+    meaning,
+    measure_labels,
+    measure_pairs,
+    to_probabilities,
+)
 from detoxrl.evaluation.statistics import Floats
 from detoxrl.models.encoder import load_under_new_head, output_layer, save_classifier, with_lora
 from detoxrl.models.reader import load_reader
@@ -33,6 +49,7 @@ from detoxrl.rewards.calibration import (
     isotonic_to_json,
     to_log_odds,
 )
+from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE
 from detoxrl.rewards.fitting import (
     Encoded,
     Encoder,
@@ -45,7 +62,7 @@ from detoxrl.rewards.fitting import (
     total_steps,
 )
 from detoxrl.runtime.console import progress, status
-from detoxrl.runtime.files import remove_leftovers, remove_path, replace_folder, write_text
+from detoxrl.runtime.files import remove_leftovers, remove_leftovers_of, remove_path, replace_folder, write_text
 from detoxrl.runtime.hub import is_hub_id
 from detoxrl.runtime.randomness import torch_seed
 from detoxrl.runtime.world import current_world
@@ -92,10 +109,10 @@ def resume_fit(out: Path | str) -> Json:
 
 def run_fit(plan: FitPlan) -> Json:
     """Fit, calibrate and measure the classifier of a plan, write its folder, and return its fit.json."""
-    with _locked(plan.work):
-        if not _is_state_of(plan):
+    with _locked(plan):
+        model, encoder = _load(plan)  # Before an old state goes: an encoder that cannot be loaded costs nothing.
+        if not is_state_of(plan):
             _discard_state(plan.work)
-        model, encoder = _load(plan)
         write_text(plan.work / SETTINGS, settings_to_json(plan))
 
         result = _fitted(plan, model, encoder)
@@ -112,6 +129,7 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
         validation = _rated(model, encoder, data.validation, kind)
         calibration = _calibration(plan.config, validation, kind)
         rated = _rated(model, encoder, test, kind)
+        labels = _meaning(plan, model, encoder, calibration)
         if isinstance(calibration, Affine):
             layer = output_layer(model)
             assert layer is not None
@@ -121,6 +139,7 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
         result = _result(plan, encoder, trained, cut) | {
             "calibration": _calibration_account(calibration),
             "test": _measured(plan, rated, calibration),
+            "meaning": labels,
         }
         _write(plan, model, encoder, calibration, result)
     return result
@@ -130,8 +149,9 @@ def _fitted(plan: FitPlan, model: Model, encoder: Encoder) -> Json:
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(plan: FitPlan) -> Iterator[None]:
     """Hold the folder with the state of a fit for this process; creates it, and leaves no empty one behind."""
+    work = plan.work
     work.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(work / ".lock").acquire(timeout=0)
@@ -140,17 +160,12 @@ def _locked(work: Path) -> Iterator[None]:
 
     with lock:
         remove_leftovers(work)
+        remove_leftovers_of(plan.target)
         try:
             yield
         finally:
             if not (work / SETTINGS).is_file():
                 remove_path(work)
-
-
-def _is_state_of(plan: FitPlan) -> bool:
-    """Return whether the state in the work folder belongs to this plan, so that a plan that resumes keeps it."""
-    path = plan.work / SETTINGS
-    return path.is_file() and path.read_text(encoding="utf-8") == settings_to_json(plan)
 
 
 def _discard_state(work: Path) -> None:
@@ -246,6 +261,19 @@ def _measured(plan: FitPlan, rated: _Rated, calibration: Affine | Isotonic | Non
     return result
 
 
+def _meaning(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | Isotonic | None) -> Json:
+    """Return by which labels a reward reads the classifier. The model is not calibrated yet."""
+    labels, kind = plan.labelled.labels, plan.labelled.kind
+    if kind == "pairs":
+        return {"toxic_label": None, "good_label": labels[0]}
+
+    targets = (0.0,) * len(labels)
+    sentences = [Example((text,), targets, None, "probe", row) for row, text in enumerate((CIVIL_PROBE, TOXIC_PROBE))]
+    logits = _rated(model, encoder, encoder.encode(sentences), kind).logits
+    civil, toxic = to_probabilities(logits, kind, calibration)
+    return meaning(labels, kind, civil, toxic)
+
+
 def _result(plan: FitPlan, encoder: Encoder, trained: Trained, cut: int) -> Json:
     """Return what fit.json says beside the measurement; it names no path of this machine."""
     config, division = plan.config, plan.division
@@ -272,7 +300,10 @@ def _result(plan: FitPlan, encoder: Encoder, trained: Trained, cut: int) -> Json
 
 
 def _write(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | Isotonic | None, result: Json) -> None:
-    """Write the classifier's folder, once what was written has been read again and gives the same logits."""
+    """Write the classifier's folder, once what was written has been read again and gives the same logits.
+
+    Raises InputError, and leaves the fit's state, if its place was taken meanwhile.
+    """
     labels = plan.labelled.labels
     with replace_folder(plan.target) as folder:
         save_classifier(model, encoder.tokenizer, folder)
@@ -284,6 +315,7 @@ def _write(plan: FitPlan, model: Model, encoder: Encoder, calibration: Affine | 
         write_text(folder / "README.md", fit_card(result, plan.target.resolve().name, plot.note))
         write_text(folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         _require_same_logits(folder, plan, model, encoder)
+        require_still_usable(plan)
 
 
 def _reliability(test: Json) -> dict[str, list[Json]]:

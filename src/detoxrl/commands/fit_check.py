@@ -61,20 +61,39 @@ def planned_fit(config: FitConfig, target: Path, overwrite: bool) -> FitPlan:
     require(overwrite or not has_state, _OUT, str(target), "has an unfinished fit", remedy)
 
     config = _with_commits(config)
+    _require_apart(config, target)
     return _read(config, target, overwrite)
 
 
 def resumed_fit(target: Path) -> FitPlan:
-    """Return the plan of the unfinished fit of `target`. Raises InputError when there is none, or its texts changed."""
+    """Return the plan of the unfinished fit of `target`.
+
+    Raises InputError when there is none, when its texts or settings changed, and when its folder was made meanwhile.
+    """
     path = unfinished_folder(target) / SETTINGS
     require(path.is_file(), _OUT, str(target), "has no unfinished fit", "leave --resume out to start one")
 
     stored = json.loads(path.read_text(encoding="utf-8"))
+    _require_usable(target, stored["overwrite"], _how_to_go_on(target))
     config = fit_config(stored["settings"], f"correct it in {path}")
     plan = _read(_with_commits(config), target, stored["overwrite"])
     rule = "has changed since the fit was stopped"
     require(plan.digest == stored["digest"], "source", config.source, rule, "restore it, or start anew: --overwrite")
+
+    rule = f"has an unfinished fit whose {SETTINGS} has other settings than this version of detoxrl reads"
+    require(is_state_of(plan), _OUT, str(target), rule, "resume it with the version that began it, or start anew")
     return plan
+
+
+def require_still_usable(plan: FitPlan) -> None:
+    """Raise InputError, which says how to go on, if what the plan may not replace was put at its target meanwhile."""
+    _require_usable(plan.target, plan.overwrite, _how_to_go_on(plan.target))
+
+
+def is_state_of(plan: FitPlan) -> bool:
+    """Return whether the state in the work folder belongs to this plan, so that a plan that resumes keeps it."""
+    path = plan.work / SETTINGS
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == json.loads(settings_to_json(plan))
 
 
 def settings_to_json(plan: FitPlan) -> str:
@@ -99,6 +118,10 @@ def how_to_resume(target: Path) -> str:
 
 def _resume_command(target: Path) -> str:
     return f"detoxrl fit --resume --out {shlex.quote(str(target))}"
+
+
+def _how_to_go_on(target: Path) -> str:
+    return f"move it away and run `{_resume_command(target)}`; the fit keeps its state"
 
 
 def _read(config: FitConfig, target: Path, overwrite: bool) -> FitPlan:
@@ -128,14 +151,27 @@ def _require_encoder(source: str) -> None:
         require_model_files(folder, _ENCODER, source)
 
 
-def _require_usable(target: Path, overwrite: bool) -> None:
-    """Raise InputError unless `target` can be created, or is a fitted classifier that may be replaced."""
+def _require_apart(config: FitConfig, target: Path) -> None:
+    """Raise InputError if the new folder would replace the encoder or the source, of which a LoRA needs the first."""
+    folder = target.resolve()
+    for field, source in ((_ENCODER, config.encoder), ("source", config.source)):
+        path = Path(source).resolve()
+        is_inside = Path(source).exists() and (path == folder or folder in path.parents)
+        require(not is_inside, _OUT, str(target), f"would replace {field} = {source!r}", "name another folder")
+
+
+def _require_usable(target: Path, overwrite: bool, remedy: str | None = None) -> None:
+    """Raise InputError unless `target` can be created, or is a fitted classifier that may be replaced.
+
+    `remedy` is what helps against a folder that exists, if not another name or --overwrite.
+    """
     require(target.name not in ("", ".."), _OUT, str(target), "names no folder of its own", "name a new folder")
     if target.exists():
         is_fit = (target / RESULT).is_file()
-        remedy = "name a new folder; nothing was deleted"
-        require(is_fit, _OUT, str(target), "already exists and is not a fitted classifier", remedy)
-        require(overwrite, _OUT, str(target), "already exists", "add --overwrite, or name another folder")
+        rename = remedy or "name a new folder; nothing was deleted"
+        require(is_fit, _OUT, str(target), "already exists and is not a fitted classifier", rename)
+        allow = remedy or "add --overwrite, or name another folder"
+        require(overwrite, _OUT, str(target), "already exists", allow)
 
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):

@@ -68,7 +68,8 @@ class FitConfig:
     """Number of texts, or pairs, per optimizer step."""
 
     max_length: PositiveInt = 256
-    """Maximum length of a text, in tokens; longer ones lose their end. The classifier keeps this limit."""
+    """Maximum length of a text, in tokens, at most as many as the encoder reads; longer ones lose their end. The
+    classifier keeps this limit."""
 
     balance: bool = False
     """Weigh texts so that the two sides of each label, or all classes, have the same weight in the loss. Calibration

@@ -5,7 +5,7 @@ This needs no torch.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from detoxrl.config.fit import FitConfig
@@ -35,7 +35,8 @@ def divide(labelled: Labelled, config: FitConfig) -> Division:
     """Return the examples by role: by the splits of the source, and by seed where it lacks one.
 
     A row's examples stay together. Held-out examples with a text that is a near-duplicate of one in an earlier role
-    are removed. Raises InputError when too few are left, or when a label is the same in every training example.
+    are removed. Raises InputError when too few are left, when too few held-out ones have a label, or when a label is
+    the same in every training example.
     """
     by_role = _by_role(labelled.examples, config)
     unused = len(labelled.examples) - sum(map(len, by_role.values()))
@@ -44,7 +45,8 @@ def divide(labelled: Labelled, config: FitConfig) -> Division:
 
     for role, fewest in _FEWEST.items():
         _require_enough(by_role[role], role, fewest, leaks.get(role, 0), config)
-    _require_contrast(by_role["train"], labelled, config)
+    _require_contrast(by_role["train"], labelled)
+    _require_held_out_labels(by_role, labelled)
     return Division(**by_role, leaks=leaks, conflicts=conflicts, unused=unused)
 
 
@@ -128,7 +130,7 @@ def _require_enough(examples: Sequence[Example], role: str, fewest: int, leaks: 
     require(len(examples) >= fewest, "source", config.source, rule, "give more rows, or change --held-out")
 
 
-def _require_contrast(examples: Sequence[Example], labelled: Labelled, config: FitConfig) -> None:
+def _require_contrast(examples: Sequence[Example], labelled: Labelled) -> None:
     """Raise InputError when an output has the same label in every training example."""
     if labelled.kind == "pairs":
         return
@@ -141,3 +143,13 @@ def _require_contrast(examples: Sequence[Example], labelled: Labelled, config: F
             rule = f"is the class of {'every' if constant == 1 else 'no'} training example"
         remedy = "give rows with other labels"
         require(len(values) > 1, "label_columns", label, rule, remedy)
+
+
+def _require_held_out_labels(by_role: Mapping[str, Sequence[Example]], labelled: Labelled) -> None:
+    """Raise InputError when an output has too few labels to be calibrated or measured."""
+    remedy = "give more rows with it, split the rows otherwise, or leave the column out"
+    for role in ("validation", "test"):
+        for number, label in enumerate(labelled.labels):
+            count = sum(not math.isnan(example.targets[number]) for example in by_role[role])
+            rule = f"is known for {count} examples for {role}, and at least {_FEWEST[role]} are needed"
+            require(count >= _FEWEST[role], "label_columns", label, rule, remedy)

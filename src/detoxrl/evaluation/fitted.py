@@ -21,6 +21,9 @@ from detoxrl.rewards.calibration import Affine, Isotonic, to_log_odds
 Json = dict[str, Any]  # A part of fit.json.
 # Resamples of the bootstrap intervals.
 _RESAMPLES = 1000
+# A label means toxic or civil text only where the probabilities of two such sentences differ by more than this: a run
+# refuses labels that are reversed by as much.
+_CLEARLY = 0.1
 
 
 def to_probabilities(logits: Floats, kind: LabelKind, calibration: Affine | Isotonic | None) -> Floats:
@@ -53,6 +56,24 @@ def measure_labels(
         result["reliability"] = reliability(rated)
         results[label] = result
     return results
+
+
+def meaning(labels: Sequence[str], kind: LabelKind, civil: Floats, toxic: Floats) -> Json:
+    """Return the labels by which a reward reads the classifier, None where that is not clear, and why.
+
+    `civil` and `toxic` (L,) are the probabilities of the labels for a civil and for a toxic sentence. The toxic label
+    is the first one that rises clearly from the one to the other. The good label is the other of two classes; where
+    none rises, the first one that falls.
+    """
+    rises = [label for label, rise in zip(labels, toxic - civil, strict=True) if rise > _CLEARLY]
+    falls = [label for label, rise in zip(labels, toxic - civil, strict=True) if rise < -_CLEARLY]
+    has_good = not rises or (kind == "classes" and len(labels) == 2)
+    probabilities = zip(labels, civil.tolist(), toxic.tolist(), strict=True)
+    return {
+        "toxic_label": next(iter(rises), None),
+        "good_label": next(iter(falls), None) if has_good else None,
+        "probabilities": {label: {"civil": on_civil, "toxic": on_toxic} for label, on_civil, on_toxic in probabilities},
+    }
 
 
 def group_tables(

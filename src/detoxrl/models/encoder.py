@@ -18,7 +18,7 @@ from transformers import (
 
 from detoxrl.errors import require
 from detoxrl.models.files import ADAPTER_CONFIG, adapter_base
-from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.models.loading import load_pretrained, name_padding, require_vocabulary
 from detoxrl.models.weights import POLICY, loading_adapter, require_layers
 from detoxrl.runtime.files import write_text
 from detoxrl.runtime.hub import fetch
@@ -58,6 +58,7 @@ def load_under_new_head(
         )
     _require_body(model, info["missing_keys"], source, field)
     require_vocabulary(field, source, tokenizer, model)
+    name_padding(model, tokenizer)
     return model, tokenizer
 
 

@@ -198,6 +198,16 @@ def require_vocabulary(field: str, source: str, tokenizer: PreTrainedTokenizerBa
     require(len(tokenizer) <= embeddings, field, source, rule, _TRAINED_WITH)
 
 
+def name_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a classifier's config the padding token of its tokenizer, if it names none.
+
+    A causal model finds the last token of a text by it, and reads a single text at a time without it.
+    """
+    config = model.config.get_text_config()
+    if config.to_dict().get("pad_token_id") is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
 def require_positions(settings: PreTrainedConfig, config: Config, longest_target: int) -> None:
     """Raise InputError when a text may be longer than the number of positions that the model has.
 

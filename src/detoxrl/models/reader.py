@@ -12,19 +12,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from detoxrl.errors import require
 from detoxrl.models.encoder import load_adapted
 from detoxrl.models.files import adapter_base, has_tokenizer
 from detoxrl.models.linear import FastLinear
-from detoxrl.models.loading import load_pretrained, require_vocabulary
+from detoxrl.models.loading import load_pretrained, name_padding, require_vocabulary
 from detoxrl.models.policy import length_batches
 from detoxrl.runtime.hub import adapts_classifier, fetch
 
 TOKENS = 512
 """Maximum number of tokens, padding included, in a batch on a CPU: a larger one is not faster and pads more."""
 _ACCELERATOR_FACTOR = 32  # Batches on an accelerator are this many times larger.
-_MAX_LENGTH = 512  # Tokens of a text are cut here, unless the model allows fewer.
+_MAX_LENGTH = 512  # The limit of a text in tokens where tokenizer or model state none.
 # These models number positions from the padding id + 1 on, so the first positions are never used.
 _OFFSET_POSITIONS = {"roberta", "mpnet", "camembert"}
 
@@ -35,13 +36,14 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 class Reader:
     """A model that reads texts or pairs of texts, each distinct one once, in batches of similar length.
 
-    Texts are cut at `max_length` tokens; of a pair, the longer text is cut first.
+    Texts are cut at `max_length` tokens, the limit that the tokenizer states, unless the model has fewer positions. Of
+    a pair, the longer text is cut first.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.max_length = min(tokenizer.model_max_length, positions_of(model.config), limit or _MAX_LENGTH)
+        self.max_length = min(_stated_limit(tokenizer), positions_of(model.config))
         self._truncation: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding_side": "right"}
 
     @torch.no_grad()
@@ -82,6 +84,12 @@ def tokens_at_once(device: torch.device) -> int:
     return TOKENS if device.type == "cpu" else _ACCELERATOR_FACTOR * TOKENS
 
 
+def _stated_limit(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokenizer's limit of a text, in tokens. One above LARGE_INTEGER means none in transformers."""
+    stated: int = tokenizer.model_max_length
+    return stated if stated <= LARGE_INTEGER else _MAX_LENGTH
+
+
 def positions_of(config: PreTrainedConfig) -> int:
     """Return how many tokens the model has positions for."""
     positions: int = config.to_dict().get("max_position_embeddings", _MAX_LENGTH)
@@ -111,6 +119,7 @@ def load_reader(
 
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
     require_vocabulary(field, source, tokenizer, model)
+    name_padding(model, tokenizer)
     return model.requires_grad_(False).to(device), tokenizer  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def _mean_auc(aucs: dict[str, float | None]) -> str:
     return f"mean AUC of {len(defined)} labels {mean} ({spread})"
 
 
-def losses(result: dict[str, Any]) -> list[str]:
+def left_out_notes(result: dict[str, Any]) -> list[str]:
     """Return what was left out of training and test and why, and what contradicts itself, each in a few words."""
     examples = result["examples"]
     said = [f"{count:,} left out: {reason}" for reason, count in examples["left_out"].items()]
@@ -90,11 +90,24 @@ def losses(result: dict[str, Any]) -> list[str]:
 
 
 def reward_flags(result: dict[str, Any]) -> str:
-    """Return the flags by which a run reads the classifier as its reward."""
-    label = shlex.quote(result["labels"][0])
-    if result["kind"] == "pairs":
-        return f"--reward.good-label {label} --reward.toxic-label none"
-    return f"--reward.toxic-label {label} --reward.good-label none"
+    """Return the flags by which a run reads the classifier as its reward; LABEL stands where none is known."""
+    toxic, good = result["meaning"]["toxic_label"], result["meaning"]["good_label"]
+    of_good = f"--reward.good-label {shlex.quote(good or 'none')}"
+    if toxic is None and good is not None:
+        return f"{of_good} --reward.toxic-label none"
+    return f"--reward.toxic-label {shlex.quote(toxic or 'LABEL')} {of_good}"
+
+
+def known_label(result: dict[str, Any]) -> str | None:
+    """Return the label that means toxic text, else the one that means civil text; None where neither is known."""
+    label: str | None = result["meaning"]["toxic_label"] or result["meaning"]["good_label"]
+    return label
+
+
+def judged_label(result: dict[str, Any]) -> str | None:
+    """Return the label that a judge may ask for: the toxic one, or the first; None where only a good one is known."""
+    label: str | None = result["meaning"]["toxic_label"] if known_label(result) else result["labels"][0]
+    return label
 
 
 def ending(target: Path, result: dict[str, Any]) -> list[str]:
@@ -110,13 +123,16 @@ def ending(target: Path, result: dict[str, Any]) -> list[str]:
 
     made = "LoRA adapter" if result["settings"]["lora_rank"] else "Classifier"
     second = f"{made}: {target}; read {target / 'README.md'}"
-    said = losses(result)
+    said = left_out_notes(result)
     if said:
         second += f". Of the examples: {'; '.join(said)}"
 
     folder = shlex.quote(str(target))
     run = f"detoxrl run own {_OWN_DATA} --reward.classifier {folder} {reward_flags(result)}"
-    if result["kind"] == "pairs":
+    label = judged_label(result)
+    if label is None:
         return [first, second, f"next: {run}"]
-    judge = shlex.quote(f"{target}={result['labels'][0]}")
+    if known_label(result) is None:
+        run = f"with the label that means toxic text in place of LABEL, {run}"
+    judge = shlex.quote(f"{target}={label}")
     return [first, second, f'next: detoxrl score "You are an idiot" --judge {judge}; {run}']

@@ -113,14 +113,27 @@ def remove_leftovers(folder: Path) -> None:
     """
     for path in sorted(folder.rglob(".*")):
         match = _TEMPORARY.fullmatch(path.name)
-        if match is None or not path.exists():  # deleted together with a folder above it
-            continue
+        if match is not None and path.exists():  # It may have been deleted together with a folder above it.
+            _remove_leftover(path, match)
 
-        target = path.with_name(match["target"])
-        if match["kind"] == "old" and not target.exists():
-            os.replace(path, target)
-        else:
-            remove_path(path)
+
+def remove_leftovers_of(target: Path) -> None:
+    """Delete what killed processes left beside `target` while they replaced it, as `remove_leftovers` does.
+
+    The caller holds a lock without which nobody writes `target`.
+    """
+    for path in sorted(target.absolute().parent.glob(".*")):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is not None and match["target"] == target.name:
+            _remove_leftover(path, match)
+
+
+def _remove_leftover(path: Path, match: re.Match[str]) -> None:
+    target = path.with_name(match["target"])
+    if match["kind"] == "old" and not target.exists():
+        os.replace(path, target)
+    else:
+        remove_path(path)
 
 
 def file_digests(path: Path) -> dict[str, str]:
