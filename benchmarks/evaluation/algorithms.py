@@ -48,7 +48,7 @@ RECIPES: dict[str, list[str]] = {
     "quickstart": ["--rl.validate-every", "5"],
     "smollm2": [
         *("--rl.validate-every", "5"),
-        *("--policy.base", "models/SmolLM2-135M-Instruct", "--reward.encoder", "models/all-MiniLM-L6-v2"),
+        *("--policy.base", "models/SmolLM2-135M-Instruct"),
     ],
 }
 QUALITY = {"quickstart": "facts", "smollm2": "distinct_2"}
