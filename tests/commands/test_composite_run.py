@@ -172,3 +172,8 @@ def test_beside_a_function_given_in_python_the_other_terms_are_checked(place: Pa
     check_locally(given, partial(is_given, functions={"quiet": loud}))
     with pytest.raises(detoxrl.InputError, match="was passed in Python"):
         check_locally(given)
+
+
+def test_the_doctor_tries_a_similarity(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["doctor", *own("--reward.terms", "classifier", "similarity")[1:]]) == 0
+    assert "ready: detoxrl run own" in capsys.readouterr().out

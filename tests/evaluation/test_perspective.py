@@ -217,3 +217,10 @@ def test_a_run_reports_all_scores(
     page = (run / "report.html").read_text()
     assert "All scores of perspective-minilm" in page
     assert "Sexually explicit" in page
+
+
+def test_the_same_judge_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perspective, "_load", lambda field: lambda texts: np.zeros((len(texts), 8)))
+    same = [judge_source(name, "--judge", "") for name in (PERSPECTIVE, f"{PERSPECTIVE}=toxicity")]
+    with pytest.raises(InputError, match="is called perspective-minilm in results, as another judge is"):
+        load_judges(same)

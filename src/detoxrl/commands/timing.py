@@ -183,7 +183,8 @@ def _draws(config: Config) -> Draws:
 
 def _timed_scoring(reward: Reward, prompts: list[Prompt], texts: list[str]) -> float:
     started = time.perf_counter()
-    reward(prompts, texts)
+    # What a similarity compares with is a response too.
+    reward([replace(prompt, initial_response=text) for prompt, text in zip(prompts, texts, strict=True)], texts)
     return time.perf_counter() - started
 
 

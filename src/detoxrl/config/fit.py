@@ -6,7 +6,7 @@ As in `schema`, the docstring below a field is its help text.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from detoxrl.config.schema import PYDANTIC, NonEmptyText
@@ -54,7 +54,7 @@ class FitConfig:
     encoder: NonEmptyText = "sentence-transformers/all-MiniLM-L6-v2"
     """Folder or hub id of the pretrained model that is fitted."""
 
-    lora_rank: PositiveInt | None = None
+    lora_rank: Annotated[int, Field(gt=0, le=1024)] | None = None
     """Rank of a LoRA on every linear layer; the head trains too. None: all weights train."""
 
     lr: PositiveFloat | None = None
@@ -67,7 +67,7 @@ class FitConfig:
     batch_size: PositiveInt = 32
     """Number of texts, or pairs, per optimizer step."""
 
-    max_length: PositiveInt = 256
+    max_length: Annotated[int, Field(ge=3)] = 256
     """Maximum length of a text, in tokens, at most as many as the encoder reads; longer ones lose their end. The
     classifier keeps this limit."""
 
@@ -91,7 +91,7 @@ class FitConfig:
     """Fraction of the rows that do not train where the source has no such splits: one half for validation, the other
     for the test."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the splits, the new head, the order of the texts, and dropout."""
 
     def __post_init__(self) -> None:

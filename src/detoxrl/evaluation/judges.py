@@ -55,6 +55,8 @@ def judge_source(value: str, field: str, remedy: str) -> JudgeSource:
     require(is_score, field, value, f"is not a score of {PERSPECTIVE}", did_you_mean(label, PERSPECTIVE_SCORES, scores))
     rule = f"is neither {' nor '.join(JUDGES)} nor SOURCE=LABEL"
     require(bool(source and label), field, value, rule, did_you_mean(value, JUDGES, remedy))
+    if value == f"{PERSPECTIVE}={PERSPECTIVE_SCORES[0]}":
+        label = ""  # What it is without a label.
     return JudgeSource(source, label, field, field)
 
 
@@ -72,8 +74,8 @@ def load_judges(judges: Iterable[JudgeSource]) -> dict[str, Judge]:
     by_name: dict[str, Judge] = {}
     for judge in judges:
         name = _judge_name(judge.source)
-        is_other_score = judge.source == PERSPECTIVE and judge.label not in ("", PERSPECTIVE_SCORES[0])
-        if name in by_name or is_other_score:
+        is_other_score = judge.source == PERSPECTIVE and judge.label
+        if is_other_score or (judge.label and name in by_name):
             name = f"{name} ({judge.label})"
         rule = f"is called {name} in results, as another judge is"
         require(name not in by_name, judge.field, judge.source, rule, "rename the folder, or leave one of them out")
