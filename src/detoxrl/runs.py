@@ -113,6 +113,8 @@ class Run:
 
         Raises InputError for one that does not fit.
         """
+        if self._scorer is not None:
+            return
         self.try_functions()
         for term in self.config.reward.measured_terms:
             if not (self._ignores_products and self._reads_embedded_reward(term)):

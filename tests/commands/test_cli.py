@@ -33,6 +33,7 @@ SMALL = [
     "--generation.max-new-tokens", "12", "--reward.normalise-on", "16",
     "--rl.steps", "2", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
     "--rl.validate-every", "1", "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200",
+    "--evaluation.primary-judge", "alt-profanity-check", "--evaluation.other-judges", "none",
 ]  # fmt: skip
 
 

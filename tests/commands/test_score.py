@@ -67,7 +67,7 @@ def judge_by(rate: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
 # Without torch
 
 
-def test_the_default_judge_imports_neither_torch_nor_transformers_nor_peft(tmp_path: Path) -> None:
+def test_the_judge_of_words_imports_neither_torch_nor_transformers_nor_peft(tmp_path: Path) -> None:
     Path("mine.csv").write_text(f"text\n{RUDE}\n{CIVIL}\n")
     code = (
         "import sys\n"
@@ -76,6 +76,7 @@ def test_the_default_judge_imports_neither_torch_nor_transformers_nor_peft(tmp_p
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
     )
     for words in (["--file", "mine.csv"], ["--jsonl", RUDE, CIVIL]):
+        words += ["--judge", JUDGE]
         run = subprocess.run([sys.executable, "-c", code, "score", *words], capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         assert "You are an i****." in run.stdout
@@ -336,7 +337,7 @@ def test_without_a_text_in_a_terminal_one_line_says_what_to_type(
         (["caf\udce9"], r"TEXT = 'caf\udce9': is not UTF-8; encode it as UTF-8"),
         (["-x"], "flag = '-x': is not known to `detoxrl score`; put -- before a TEXT that begins with a dash"),
         (["text", "--judge", "alt-profanity-chek"], "nor SOURCE=LABEL; did you mean alt-profanity-check?"),
-        (["--judge", JUDGE, "text"], "--judge = 'text': is neither alt-profanity-check nor embedded nor SOURCE="),
+        (["--judge", JUDGE, "text"], "--judge = 'text': is neither perspective-minilm nor alt-profanity-check nor SOURCE="),
         (["text", "--judge", "embeded"], "did you mean embedded?"),
         (["text", "--judge", "=toxic"], "--judge = '=toxic': is neither"),
         (["text", "--judge", "folder="], "--judge = 'folder=': is neither"),

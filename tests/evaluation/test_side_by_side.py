@@ -211,7 +211,7 @@ def test_a_lora_stands_beside_a_run_of_full_weights(
         (["--texts", "a=rude.jsonl", "a=civil.jsonl"], r"--texts = 'a=civil.jsonl': repeats the name a"),
         (["--texts"], r"--texts = '': expected at least one argument"),
         (["--texts", "rude.jsonl", "civil.jsonl", "--policy", "lora"], r"or texts are required, and not both"),
-        (["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.other-judges", "classifier"], "must be SOURCE=LABEL"),
+        (["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.other-judges", "classifier"], "nor SOURCE=LABEL"),
         (["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.other-judges", "classifier=bad"], "is not a label"),
         (
             ["--texts", "rude.jsonl", "civil.jsonl", "--evaluation.fluency", "nothing=x"],

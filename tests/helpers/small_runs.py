@@ -40,7 +40,8 @@ SMALL = [
     "--rl.steps", "3", "--rl.batch-size", "8", "--rl.minibatch-size", "4", "--rl.microbatch-size", "4",
     "--rl.validate-every", "1", "--rl.lr", "1e-2", "--rl.validation-prompts", "5", "--evaluation.prompts", "8",
     "--evaluation.samples-per-prompt", "2", "--evaluation.bootstrap", "200", "--generation.max-new-tokens", "12",
-    "--reward.normalise-on", "16", "--evaluation.primary-judge", "alt-profanity-check", "--evaluation.other-judges",
+    "--reward.normalise-on", "16", "--evaluation.primary-judge", "alt-profanity-check",
+    "--evaluation.other-judges", "none",
 ]  # fmt: skip
 
 

@@ -474,7 +474,8 @@ def test_a_recipe_runs_from_the_hub_names_its_commits_and_is_resumed_by_its_plai
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     sizes = ["--rl.steps", "2", "--data.limit", "64", "--evaluation.prompts", "8", "--sft.steps", "2"]
-    words = [sys.executable, "-m", "detoxrl", "run", "dialogsum", *SMALL, *sizes, "--run-dir", "D"]
+    judge = ["--evaluation.primary-judge", "s-nlp/roberta_toxicity_classifier"]
+    words = [sys.executable, "-m", "detoxrl", "run", "dialogsum", *SMALL, *sizes, *judge, "--run-dir", "D"]
     with hub(folders) as served:
         environment = {**os.environ, "HF_ENDPOINT": served.address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
 
