@@ -406,7 +406,7 @@ def test_three_judges_leave_the_text_its_room(
     shown = table_of(capsys, *words)
     assert "[bold]b" in "\n".join(shown)
     row = next(line for line in shown if line.startswith("1 "))
-    assert "Words Words Words Words Words Wor…" in row
+    assert "Words Words Words Words Words …" in row
     assert row.count("0.500 ██") == 3
 
 

@@ -19,7 +19,7 @@ _DOUBTFUL = 0.25  # Shown in yellow from here on.
 
 _NUMBER_COLUMNS = len("0.123")
 _LONGEST_BAR = 14
-_TEXT_COLUMNS = 40  # Bars become shorter before texts get fewer columns than this.
+_TEXT_COLUMNS = 38  # Bars become shorter before texts get fewer columns than this.
 _GAP = 3  # Columns between two columns of the table.
 _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
