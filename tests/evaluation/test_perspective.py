@@ -167,6 +167,8 @@ def test_it_is_no_source_of_files(config: Config) -> None:
 def test_a_judge_has_no_part_in_the_reward(config: Config, judge: str) -> None:
     with pytest.raises(InputError, match=r"reward\.classifier.*is a judge"):
         with_settings(config, {"reward.classifier": judge})
+    with pytest.raises(InputError, match=r"reward\.terms.*is a judge"):
+        with_settings(config, {"reward.terms": [f"classifier,source={judge},toxic_label=toxicity"]})
 
 
 def test_a_score_that_it_lacks_is_refused_with_the_one_that_is_meant() -> None:

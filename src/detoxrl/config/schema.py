@@ -638,13 +638,16 @@ class Config:
 
     def _require_an_independent_judge(self) -> None:
         judge = self.evaluation.primary_judge
-        read = [
-            term.source or self.reward.classifier for term in self.reward.measured_terms if term.kind == "classifier"
-        ]
-        for source in read:
-            only_judges = source not in (PERSPECTIVE, PROFANITY_CHECK)
+        read = []
+        for term in self.reward.measured_terms:
+            if term.kind != "classifier":
+                continue
+            source = term.source or self.reward.classifier
+            field = "reward.classifier" if term.source is None else "reward.terms"
+            only_measures = source.partition("=")[0] in (PERSPECTIVE, PROFANITY_CHECK)
             rule = "is a judge, and what measures has no part in the reward"
-            require(only_judges, "reward.classifier", source, rule, "name the folder or hub id of a classifier")
+            require(not only_measures, field, source, rule, "name the folder or hub id of a classifier")
+            read.append(source)
 
         independent = without_revision(judge) not in map(without_revision, read)
         rule = "is the reward's own classifier, which cannot judge independently"
