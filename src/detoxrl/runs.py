@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from detoxrl.config.edit import with_settings
 from detoxrl.config.judges import JUDGES, PERSPECTIVE
 from detoxrl.config.schema import Config
@@ -23,6 +25,7 @@ from detoxrl.models.loading import with_fast_attention
 from detoxrl.models.lora import initial_adapter
 from detoxrl.models.policy import Policy
 from detoxrl.models.sentences import Encode, load_encoder
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.classifier import CIVIL_PROBE, TOXIC_PROBE, Classifier, load_classifier, load_unprobed_classifier
 from detoxrl.rewards.function import (
     RewardFunctions,
@@ -263,18 +266,24 @@ class Run:
         return classifier_judge(classifier)
 
     def values(self) -> Callable[[ScoredPairs], Floats]:
-        """Return the reward as a reader: raw values (N, terms) of (prompt, response) pairs, each pair scored once."""
+        """Return the reward as a reader: raw values (N, terms) of the (prompt, response) pairs of one policy.
 
-        def score(pairs: ScoredPairs) -> Floats:
-            prompts = [prompt for prompt, _ in pairs]
-            responses = [response for _, response in pairs]
-            return self.reward(prompts, responses).double().numpy()
+        Each pair is read once, over all calls; only what compares the responses of a policy is computed in each call.
+        """
+        reward = self.reward
 
-        remembered = memoized(score)
-        if self.reward.reads_initial_responses:
-            return remembered
-        # Pairs that differ only in what the reward does not read are one pair.
-        return lambda pairs: remembered([(replace(prompt, initial_response=None), text) for prompt, text in pairs])
+        def score_alone(pairs: ScoredPairs) -> Floats:
+            return reward.alone(*_unzipped(pairs)).double().numpy()
+
+        alone = memoized(score_alone)
+
+        def values(pairs: ScoredPairs) -> Floats:
+            if not reward.reads_initial_responses:
+                # Pairs that differ only in what the reward does not read are one pair.
+                pairs = [(replace(prompt, initial_response=None), text) for prompt, text in pairs]
+            return reward.with_shared(torch.from_numpy(alone(pairs)), *_unzipped(pairs)).numpy()
+
+        return values
 
     def stored_normaliser(self) -> Normaliser | None:
         """Return the normaliser of the reward's terms; None for a reward that training has not measured."""
@@ -331,6 +340,12 @@ class Run:
         base = self.base(self.config.policy.bf16)
         policy = base.policy(self.adapter, self.config.policy, self.config.seed)
         return policy.for_prompts_of(self.config.data)
+
+
+def _unzipped(pairs: ScoredPairs) -> tuple[list[Prompt], list[str]]:
+    prompts = [prompt for prompt, _ in pairs]
+    responses = [response for _, response in pairs]
+    return prompts, responses
 
 
 @lru_cache(maxsize=1)

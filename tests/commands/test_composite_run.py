@@ -13,8 +13,11 @@ from detoxrl.commands.preflight import check_locally
 from detoxrl.config.edit import config_from_json, with_settings
 from detoxrl.config.recipes import recipe
 from detoxrl.config.terms import parse_terms
+from detoxrl.data.rows import Row
+from detoxrl.models.types import Prompt
 from detoxrl.rewards.function import function_of, is_given
-from detoxrl.runs import with_reward_name
+from detoxrl.runs import Run, with_reward_name
+from detoxrl.runtime.run_folder import RunFolder
 from small_runs import detoxrl as command
 from small_runs import make_place, own, without_timings
 
@@ -37,6 +40,7 @@ TERMS = [
     "similarity,weight=0.5",
     "copy,gate=0.9",
     "function,name=brief,source=rewards.py:brevity",
+    "sameness,weight=0.5",
 ]
 
 
@@ -53,7 +57,7 @@ def lines(path: Path) -> list[dict[str, float]]:
 def test_terms_are_trained_on_logged_measured_and_shown(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert command(own("--reward.terms", *TERMS)) == 0
     run = place / "runs/own"
-    names = ["classifier", "similarity", "copy", "brief"]
+    names = ["classifier", "similarity", "copy", "brief", "sameness"]
     assert list(json.loads((run / "normaliser.json").read_text())) == names
     for line in lines(run / "metrics.jsonl"):
         assert {f"score/{name}" for name in names} <= line.keys()
@@ -78,6 +82,26 @@ def test_terms_are_trained_on_logged_measured_and_shown(place: Path, capfd: pyte
     assert command(["evaluate", "runs/own"]) == 0
     again = json.loads((run / "eval.json").read_text())
     assert again["quality"]["score"] == found["quality"]["score"]
+
+
+def test_the_responses_of_a_policy_are_compared_with_each_other_and_read_once(place: Path) -> None:
+    read: list[str] = []
+
+    def length(prompts: list[str], responses: list[str]) -> list[float]:
+        read.extend(responses)
+        return [float(len(response)) for response in responses]
+
+    config = with_reward_name(recipe("own", {"reward.terms": ["function", "sameness"]}), length)
+    run = Run(RunFolder(place / "none"), config, reward=length)
+    run.use_rows({"test": [Row(id="a", text="a"), Row(id="b", text="b")]})
+    values = run.values()
+    read.clear()  # What the function was tried with.
+
+    prompts = [Prompt(id=name, text=name) for name in "abc"]
+    assert values(list(zip(prompts, ["I see."] * 3, strict=True))).tolist() == [[6.0, 1.0]] * 3
+    varied = list(zip(prompts, ["I see.", "Why?", "No."], strict=True))
+    assert values(varied).tolist() == [[6.0, 0.0], [4.0, 0.0], [3.0, 0.0]]
+    assert read == ["I see.", "I see.", "I see.", "Why?", "No."]
 
 
 def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place: Path) -> None:

@@ -9,12 +9,14 @@ import torch
 from scipy.stats import binomtest
 
 from detoxrl.config.tasks import TASKS, TaskName
+from detoxrl.config.terms import parse_term
 from detoxrl.data.embedded.facts import facts_kept
 from detoxrl.data.embedded.phrases import INSULTS, INTENSIFIERS, insult_pattern
 from detoxrl.evaluation.attacks import ATTACKS, DISGUISES, attack_rows, rank_attacks
 from detoxrl.evaluation.statistics import share_interval
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.shaping import is_wordless
+from detoxrl.rewards.terms import text_score
 
 INSULT = insult_pattern((*INSULTS, *INTENSIFIERS))
 WITHOUT: dict[TaskName, set[str]] = {
@@ -104,14 +106,17 @@ def test_an_unending_response_repeats_its_last_sentence() -> None:
 
 def test_a_rate_is_the_share_of_rows_with_the_honest_response_strictly_above() -> None:
     rows = attack_rows(0, 50, "summarize")
+    scored: list[str] = []
 
     def by_length(prompts: Sequence[Prompt], texts: Sequence[str], ended: torch.Tensor) -> torch.Tensor:
-        """Words count until 12, as far as the response ended; the prompts are those of the rows."""
-        assert [prompt.text for prompt in prompts] == [row.row.prompt for row in rows]
+        """Words count until 12, as far as the response ended."""
+        scored.extend(prompt.text for prompt in prompts)
         return torch.tensor([min(len(text.split()), 12) for text in texts]) * ended
 
     rates = {rate.attack: rate for rate in rank_attacks(rows, by_length)}
     assert list(rates) == list(ATTACKS)
+    of_attacks = [[row.row.prompt for row in rows if row.attack == attack] for attack in ATTACKS]
+    assert scored == [prompt for prompts in of_attacks for prompt in prompts * 2]  # Honest responses, then attacks.
     assert rates["silence"].share == rates["unending"].share == 1
     assert rates["swapped_speakers"].share == 0  # A tie is no victory.
     for rate in rates.values():
@@ -120,6 +125,19 @@ def test_a_rate_is_the_share_of_rows_with_the_honest_response_strictly_above() -
 
     short = [row for row in rows if row.attack == "copy" and len(row.response.split()) < 12]
     assert rates["copy"].share == pytest.approx(len(short) / 50)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_responses_of_an_attack_are_scored_together(task: TaskName) -> None:
+    """Only then does the same sentence as the answer to everything differ from an honest one."""
+    rows = attack_rows(0, 200, task, ["silence", "one_sentence"])
+
+    def variety(prompts: Sequence[Prompt], texts: Sequence[str], ended: torch.Tensor) -> torch.Tensor:
+        return 0.5 - text_score(parse_term("sameness"), None)(prompts, texts)
+
+    silence, one_sentence = rank_attacks(rows, variety)
+    assert silence.share < 0.2
+    assert one_sentence.share == 1
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (1, 20), (10, 20), (195, 200), (200, 200)])

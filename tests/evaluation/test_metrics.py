@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 import sacrebleu
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import prompted_rows
 from detoxrl.evaluation.metrics import chrf, copied, distinct, response_metrics
+from detoxrl.rewards.overlap import sameness
 
 ROWS = prompted_rows({"test": 40})["test"]
 PAIRS = [
@@ -92,6 +94,43 @@ def test_copied_by_hand() -> None:
     assert copied(dialogue, "clown late") == 0.0
     assert copied(dialogue, "...") == copied(dialogue, "") == copied("", "") == 0.0
     assert copied("a b c d", "a b c d x a b c d") == pytest.approx(2 / 6)  # each time it occurs
+
+
+def test_sameness_by_hand() -> None:
+    # "a b c d" stands in one of two others, "b c d e" in none.
+    assert sameness(["p", "q", "r"], ["A b c d e.", "a b c d", "x y z"]) == [pytest.approx(1 / 4), 0.5, 0.0]
+    # Responses to the same prompt may be alike.
+    assert sameness(["p", "p", "q"], ["a b c d"] * 2 + ["e"]) == [0.0, 0.0, 0.0]
+    assert sameness(["p", "p", "q", "q"], ["a b", "c d", "a b", "e"]) == [0.5, 0.0, 0.5, 0.0]
+    # One sentence for every prompt, or four that take turns.
+    prompts = [str(number) for number in range(40)]
+    assert sameness(prompts, ["Thank you, that is kind."] * 40) == [1.0] * 40
+    turns = sameness(prompts, ["so it is", "be well", "oh", "I see what you mean here"] * 10)
+    assert turns == pytest.approx([9 / 39] * 40)
+    assert sameness(["p"], ["a b c d"]) == [0.0]
+    assert sameness(["p", "q"], ["", "..."]) == [0.0, 0.0]
+    assert sameness([], []) == []
+
+
+prompted = st.tuples(st.sampled_from("pqr"), texts)
+
+
+@given(st.lists(prompted, max_size=6), st.randoms(use_true_random=False))
+@quick
+def test_sameness_is_the_mean_of_what_is_copied_from_responses_to_other_prompts(
+    responses: list[tuple[str, str]], rng: Random
+) -> None:
+    expected = []
+    for prompt, text in responses:
+        others = [copied_by_definition(other, text) for of, other in responses if of != prompt]
+        expected.append(sum(others) / len(others) if others else 0.0)
+
+    found = sameness([prompt for prompt, _ in responses], [text for _, text in responses])
+    assert found == pytest.approx(expected, abs=1e-12)
+    order = rng.sample(range(len(responses)), len(responses))
+    shuffled = [responses[index] for index in order]
+    again = sameness([prompt for prompt, _ in shuffled], [text for _, text in shuffled])
+    assert again == [found[index] for index in order]
 
 
 def test_distinct_by_hand() -> None:

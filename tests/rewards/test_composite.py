@@ -153,6 +153,27 @@ def test_a_reward_returns_a_column_for_each_term() -> None:
     assert Reward((ScoredTerm(similar, text_score(similar, None)),)).reads_initial_responses
 
 
+def test_a_term_that_compares_responses_sees_all_of_a_batch() -> None:
+    read: list[int] = []
+
+    def length(_: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        read.append(len(responses))
+        return torch.tensor([float(len(response)) for response in responses])
+
+    same = parse_term("sameness")
+    reward = Reward((ScoredTerm(parse_term("function"), length), ScoredTerm(same, text_score(same, None))))
+    prompts = [Prompt(id=text, text=text) for text in "abc"]
+    responses = ["I see.", "I see.", "Why?"]
+    whole = [[6.0, 0.5], [6.0, 0.5], [4.0, 0.0]]
+    assert reward(prompts, responses).tolist() == whole
+
+    # In parts, as several processes score, and together at the end.
+    parts = [reward.alone(prompts[rows], responses[rows]) for rows in (slice(0, 1), slice(1, 3))]
+    assert torch.cat(parts).tolist() == [[6.0, 0.0], [6.0, 0.0], [4.0, 0.0]]
+    assert reward.with_shared(torch.cat(parts), prompts, responses).tolist() == whole
+    assert read == [3, 1, 2]
+
+
 def test_a_disguised_text_is_read_in_plain_letters_too_and_the_worse_score_counts() -> None:
     read: list[str] = []
 
@@ -174,7 +195,8 @@ def test_the_lexicon_of_a_reward_leaves_out_the_insults_that_are_kept_from_it() 
 
 def test_guarded_stands_for_its_terms_and_mixes_with_others() -> None:
     terms = parse_terms(["guarded", "length,maximum=40"])
-    assert [term.kind for term in terms] == ["classifier", "lexicon", "similarity", "copy", "repetition", "length"]
-    assert terms[:5] == parse_terms(GUARDED_TERMS)
+    guard = ["classifier", "lexicon", "similarity", "copy", "repetition", "sameness"]
+    assert [term.kind for term in terms] == [*guard, "length"]
+    assert terms[:6] == parse_terms(GUARDED_TERMS)
     with pytest.raises(InputError, match="has the name classifier, as another term has"):
         parse_terms(["guarded", "classifier"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from conftest import ENCODER_DECODERS, Make, disturb, policy_config, prompted_rows, small_config
 from detoxrl.config.schema import Config, RewardConfig
+from detoxrl.config.terms import parse_term
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import TrainingError
 from detoxrl.models.loading import load_base, scratch_base, scratch_tokenizer
@@ -22,7 +24,7 @@ from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, sample_all
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.shaping import Normaliser
-from detoxrl.rewards.terms import single_term
+from detoxrl.rewards.terms import Reward, ScoredTerm, single_term, text_score
 from detoxrl.rl import algorithm
 from detoxrl.runtime import cache as cache_module
 from detoxrl.runtime.cache import cached, tidy_cache
@@ -35,6 +37,7 @@ from detoxrl.training.rollout import collect_rollout
 from detoxrl.training.train import train
 from learning import metrics_of, run_of
 
+T = TypeVar("T")
 ROWS = prompted_rows({"train": 64, "validation": 8})
 
 
@@ -176,6 +179,33 @@ def test_the_policy_goes_where_accelerate_says(
     monkeypatch.setattr(Policy, "to", note)
     Learner(run_of(make_policy("t5", "fresh"), tmp_path, small_config(), rows=ROWS))
     assert moved == [torch.device("meta")]
+
+
+class _InTurn(World):
+    """Two processes that do their shares one after the other."""
+
+    def announce(self, method: str, arguments: tuple[object, ...]) -> None:
+        pass
+
+    def gather_results(self, compute: Callable[[], T]) -> list[T]:
+        results = []
+        for rank in range(self.size):
+            self.rank = rank
+            results.append(compute())
+        return results
+
+
+def test_processes_score_their_shares_and_compare_all_responses(make_policy: Make, tmp_path: Path) -> None:
+    same = parse_term("sameness")
+    terms = (ScoredTerm(parse_term("function"), share_of_e), ScoredTerm(same, text_score(same, None)))
+    learner = Learner(run_of(make_policy("t5", "fresh"), tmp_path, small_config(), Reward(terms), no_judge, ROWS))
+    prompts = to_prompts(ROWS["train"][:5])
+    responses = ["Eels.", "I see.", "Eels.", "Why?", "I see."]
+    # Eels are in the share of the first process alone.
+    expected = [[1 / 5, 1 / 4], [2 / 6, 1 / 4], [1 / 5, 1 / 4], [0, 0], [2 / 6, 1 / 4]]
+    for world in (World(), _InTurn(size=2)):
+        learner.world = world
+        assert np.allclose(learner._score(prompts, responses), expected)
 
 
 def test_validation_draws_the_same_uniforms_at_every_step(bases: dict[str, Path], tmp_path: Path) -> None:

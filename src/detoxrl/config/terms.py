@@ -23,6 +23,7 @@ GUARDED_TERMS = (
     "similarity,weight=0.25",
     "copy,weight=0,gate=0.8",
     "repetition,weight=0,gate=0.4",
+    "sameness,weight=0.25,gate=0.5",
 )
 """A classifier, and what makes cheap ways to please it cost more than they gain (docs/attacks.md).
 
@@ -42,6 +43,7 @@ class TermKind(NamedTuple):
     # responses: without a bound, a repeated word would outweigh every insult.
     least_std: float = 0.0
     is_measured: bool = True  # Whether texts alone give the value; else it is a rule with a cost of its own.
+    is_shared: bool = False  # Whether a value depends on the responses to other prompts too.
 
 
 TERM_KINDS: dict[str, TermKind] = {
@@ -54,6 +56,9 @@ TERM_KINDS: dict[str, TermKind] = {
     "length": TermKind("share of words missing or too many", -1, ("gate", "minimum", "maximum"), 0.05),
     "repetition": TermKind("share of words in triples that occurred before", -1, ("gate",), 0.05),
     "copy": TermKind("share of word 4-grams copied from the row's text", -1, ("gate",), 0.05),
+    "sameness": TermKind(
+        "share of word 4-grams that a response to another prompt has too", -1, ("gate",), 0.05, is_shared=True
+    ),
     "lexicon": TermKind("share of words on a list of insults", -1, ("gate", "source"), 0.05),
     "missing_eos": TermKind("responses that did not end by themselves", -1, is_measured=False),
     "empty": TermKind("responses without a letter or digit", -1, is_measured=False),

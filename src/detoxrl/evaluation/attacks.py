@@ -245,18 +245,24 @@ _NEVER_ENDING = ("unending",)
 def rank_attacks(rows: Sequence[AttackRow], score: Score) -> list[AttackRate]:
     """Return for each attack how often `score` ranks the honest response strictly above it.
 
-    A tie counts for the attack.
+    A tie counts for the attack. The responses of an attack are scored together, as those of a policy that makes it,
+    and so are the honest ones beside them.
     """
+    by_attack: dict[str, list[AttackRow]] = {}
+    for row in rows:
+        by_attack.setdefault(row.attack, []).append(row)
+
+    rates = []
+    for attack, attacked in by_attack.items():
+        above = int(_honest_above(attacked, score).sum())
+        low, high = share_interval(above, len(attacked))
+        rates.append(AttackRate(attack, len(attacked), above / len(attacked), low, high))
+    return rates
+
+
+def _honest_above(rows: Sequence[AttackRow], score: Score) -> torch.Tensor:
+    """Return in which rows the honest response scores strictly above the attack, (N,) bool."""
     prompts = to_prompts(row.row for row in rows)
     honest = score(prompts, [row.honest for row in rows], torch.ones(len(rows), dtype=torch.bool))
     attacked = score(prompts, [row.response for row in rows], torch.tensor([row.ended for row in rows]))
-
-    above: dict[str, list[bool]] = {}
-    for row, is_above in zip(rows, (honest > attacked).tolist(), strict=True):
-        above.setdefault(row.attack, []).append(is_above)
-
-    rates = []
-    for attack, outcomes in above.items():
-        low, high = share_interval(sum(outcomes), len(outcomes))
-        rates.append(AttackRate(attack, len(outcomes), sum(outcomes) / len(outcomes), low, high))
-    return rates
+    return honest > attacked

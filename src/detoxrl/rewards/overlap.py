@@ -1,12 +1,15 @@
 """How much do two texts have in common, and how much does a text repeat itself?"""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from sacrebleu.metrics.chrf import CHRF
 
 from detoxrl.models.sentences import Encode, Vectors
+
+_Gram = tuple[str, ...]
 
 
 class WordTokenizer:
@@ -35,14 +38,49 @@ def copied(text: str, response: str) -> float:
     It is 1 - the share of novel 4-grams (See et al. 2017, section 7.2); a 4-gram counts each time it occurs. A response
     of fewer than four words is one n-gram; an empty one has 0.
     """
-    words = WordTokenizer.tokenize(response)
-    if not words:
+    grams = _four_grams(response)
+    if not grams:
         return 0.0
 
-    length = min(4, len(words))
-    grams = word_grams(words, length)
-    text_grams = set(word_grams(WordTokenizer.tokenize(text), length))
+    text_grams = set(word_grams(WordTokenizer.tokenize(text), len(grams[0])))
     return sum(gram in text_grams for gram in grams) / len(grams)
+
+
+def sameness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return for each response which share of it the response to another prompt has too, on average, in [0, 1].
+
+    It is the mean of `copied(other, response)` over the responses to other prompts: 1 if all say the same, 1 / k if k
+    sentences take turns, whatever the number of responses. Without another prompt it is 0. Self-BLEU (Zhu et al. 2018)
+    compares each text with all others too, by BLEU.
+    """
+    grams = [_four_grams(response) for response in responses]
+    lengths = {len(of_response[0]) for of_response in grams if of_response}
+    by_prompt = Counter(prompts)
+
+    # In how many responses an n-gram occurs, and in how many to the same prompt.
+    in_all: Counter[_Gram] = Counter()
+    in_own: Counter[tuple[str, _Gram]] = Counter()
+    for prompt, response in zip(prompts, responses, strict=True):
+        words = WordTokenizer.tokenize(response)
+        found = {gram for length in lengths for gram in word_grams(words, length)}
+        in_all.update(found)
+        in_own.update((prompt, gram) for gram in found)
+
+    values = []
+    for prompt, of_response in zip(prompts, grams, strict=True):
+        others = len(prompts) - by_prompt[prompt]
+        elsewhere = sum(in_all[gram] - in_own[prompt, gram] for gram in of_response)
+        pairs = others * len(of_response)
+        values.append(elsewhere / pairs if pairs else 0.0)
+    return values
+
+
+def _four_grams(text: str) -> list[_Gram]:
+    """Return the word 4-grams of a text: one n-gram for fewer than four words, none for an empty text."""
+    words = WordTokenizer.tokenize(text)
+    if not words:
+        return []
+    return word_grams(words, min(4, len(words)))
 
 
 def repeated(text: str) -> float:
@@ -56,7 +94,7 @@ def repeated(text: str) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def word_grams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
+def word_grams(words: Sequence[str], length: int) -> list[_Gram]:
     """Return all n-grams of `length` words, in order."""
     return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from detoxrl.config.terms import Term
+from detoxrl.config.terms import TERM_KINDS, Term
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, insult_pattern
 from detoxrl.models.sentences import Encode
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.lexicon import lexicon_rate
 from detoxrl.rewards.obfuscation import plain
-from detoxrl.rewards.overlap import copied, repeated, similarity
+from detoxrl.rewards.overlap import copied, repeated, sameness, similarity
 
 Score = Callable[[Sequence[Prompt], Sequence[str]], torch.Tensor]
 """(prompts, responses) -> values (B,)."""
@@ -27,13 +27,32 @@ class ScoredTerm(NamedTuple):
 
 
 class Reward(NamedTuple):
-    """The terms of a reward. Called with B prompts and their responses, it returns raw values (B, terms)."""
+    """The terms of a reward. Called with B prompts and their responses, it returns raw values (B, terms).
+
+    Most terms read each response by itself, and their values may be computed in parts or kept. Others compare the
+    responses to different prompts, so they need all of a batch at once.
+    """
 
     scored: tuple[ScoredTerm, ...]
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
-        columns = [scored.score(prompts, responses).float() for scored in self.scored]
+        return self.with_shared(self.alone(prompts, responses), prompts, responses)
+
+    def alone(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """Return the values (B, terms) of the terms that read each response by itself, and 0 for the others."""
+        columns = [
+            torch.zeros(len(responses)) if _is_shared(scored) else scored.score(prompts, responses).float()
+            for scored in self.scored
+        ]
         return torch.stack(columns, 1)
+
+    def with_shared(self, alone: torch.Tensor, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        """Return values (B, terms) of `alone` with those of the terms that compare all B responses."""
+        values = alone.clone()
+        for column, scored in enumerate(self.scored):
+            if _is_shared(scored):
+                values[:, column] = scored.score(prompts, responses).to(values)
+        return values
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -44,6 +63,10 @@ class Reward(NamedTuple):
     def reads_initial_responses(self) -> bool:
         """Whether prompts must come with a response of the initial policy."""
         return any(term.kind == "similarity" for term in self.terms)
+
+
+def _is_shared(scored: ScoredTerm) -> bool:
+    return TERM_KINDS[scored.term.kind].is_shared
 
 
 def single_term(score: Score) -> Reward:
@@ -57,6 +80,8 @@ def text_score(term: Term, encode: Encode | None) -> Score:
         return _of_texts(_initial_response, encode)
     if term.kind == "source_similarity":
         return _of_texts(_row_text, encode)
+    if term.kind == "sameness":
+        return _sameness
 
     measures: dict[str, Callable[[Prompt, str], float]] = {
         "length": lambda _, response: outside(len(response.split()), term.minimum, term.maximum),
@@ -96,6 +121,10 @@ def lexicon_score(pattern: re.Pattern[str] | None) -> Score:
     """Return the share of a response's words that a pattern finds; None: insults that the embedded classifier knows."""
     words = insult_pattern(SEEN_INSULTS) if pattern is None else pattern
     return lambda _, responses: lexicon_rate(responses, words)
+
+
+def _sameness(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+    return torch.tensor(sameness([prompt.text for prompt in prompts], responses), dtype=torch.float32)
 
 
 def _of_texts(other: Callable[[Prompt], str], encode: Encode | None) -> Score:

@@ -139,7 +139,7 @@ class Learner:
     @together
     def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         if self.world.size == 1:
-            return self._values(prompts, responses)
+            return self.reward.with_shared(self._values(prompts, responses), prompts, responses)
 
         def score_share() -> torch.Tensor:
             return self._values(self.world.share(prompts), self.world.share(responses)).cpu()
@@ -148,13 +148,13 @@ class Learner:
         for rank, part in enumerate(self.world.gather_results(score_share)):
             rows = values[rank :: self.world.size]
             rows.copy_(part[: len(rows)])
-        return values
+        return self.reward.with_shared(values, prompts, responses)
 
     def _values(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
-        """Return raw values (B, terms) of the responses to some prompts."""
+        """Return raw values (B, terms) of the terms that read each of some responses by itself."""
         if self.reward.reads_initial_responses:
             prompts = self._initial_responses.with_initial_responses(prompts)
-        return self.reward(prompts, responses)
+        return self.reward.alone(prompts, responses)
 
     def update(self, targets: Targets, step: int) -> Metrics:
         """Make up to `rl.epochs` passes of clipped updates over the last rollout; return metrics of all minibatches.
