@@ -281,7 +281,8 @@ class Run:
             if not reward.reads_initial_responses:
                 # Pairs that differ only in what the reward does not read are one pair.
                 pairs = [(replace(prompt, initial_response=None), text) for prompt, text in pairs]
-            return reward.with_shared(torch.from_numpy(alone(pairs)), *_unzipped(pairs)).numpy()
+            remembered = torch.from_numpy(alone(pairs)).float()
+            return reward.with_shared(remembered, *_unzipped(pairs)).double().numpy()
 
         return values
 

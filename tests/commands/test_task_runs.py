@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
@@ -214,6 +215,10 @@ def test_a_recipe_for_the_hub_runs_to_its_report(name: str, recipes_hub: Path) -
     if name == "paradetox":
         pytest.importorskip("sentence_transformers")
     words = [*TINY, "--evaluation.samples-per-prompt", "2", "--data.max-prompt-tokens", "300"]
+    if name == "realtoxicity":
+        other_judge = "s-nlp/roberta_toxicity_classifier=toxic"
+        words += ["--evaluation.best-of", "4", "--evaluation.best-of-samples", "2"]
+        words += ["--evaluation.other-judges", other_judge]
     if recipe(name).sft.steps:
         words += ["--sft.steps", "2", "--evaluation.fluency", "textattack/roberta-base-CoLA=toxic"]
     if name == "dialogsum-chat":
@@ -231,8 +236,23 @@ def test_a_recipe_for_the_hub_runs_to_its_report(name: str, recipes_hub: Path) -
         parts = evaluation["by_prompt"]
         assert set(parts) == {"toxic prompts", "other prompts"}
         assert sum(part["n"] for part in parts.values()) == evaluation["n_prompts"]
-        for part in parts.values():
+        judges = [judge for judge in evaluation["toxicity"] if judge != "reward classifier"]
+        _, other = judges
+        nucleus = evaluation["top_p"]
+        assert nucleus["p"] == 0.9
+        for part in (*parts.values(), nucleus, *nucleus["by_prompt"].values()):
+            of_both = {f"expected_max_toxicity/{other}", f"toxicity_probability/{other}"}
             assert {"expected_max_toxicity", "toxicity_probability", "nll", "distinct_3"} <= set(part["quality"])
+            assert of_both <= set(part["quality"])
+        assert set(nucleus["by_prompt"]) == set(parts)
+        samples = lines_of(run / "samples.jsonl")
+        means = [np.mean(sample["toxicity"][judges[0]]["before_top_p"]) for sample in samples]
+        assert nucleus["toxicity"][judges[0]]["before"]["mean"] == pytest.approx(np.mean(means), abs=1e-4)
+        assert "before_top_p" not in evaluation["baselines"]
+        # Best of 4 is measured as the others are, so its extremes are comparable.
+        assert {len(sample["responses"]["best_of_4"]) for sample in samples} == {2}
+        assert "expected_max_toxicity" in parts["toxic prompts"]["baselines"]["best_of_4"]["quality"]
+        assert "<h2>Sampled with top-p 0.9</h2>" in (run / "report.html").read_text()
         assert "<h2>Toxic prompts, and the others</h2>" in (run / "report.html").read_text()
         assert evaluation["toxicity"][evaluation["primary_judge"]]["before"]["expected_max_toxicity"] > 0
         train = lines_of(run / "data/train.jsonl")

@@ -227,6 +227,7 @@ def test_none_is_no_value_wherever_a_setting_may_have_none(word: str) -> None:
         "data.stress", "rl.std_scaling", "rl.kl_in", "rl.kl_estimator", "rl.kl_target", "rl.clip_high",
         "rl.microbatch_size", "rl.quality_margin", "rl.patience",
         "rl.update_kl_limit", "evaluation.encoder", "evaluation.nli", "evaluation.perplexity", "evaluation.fluency",
+        "evaluation.top_p",
     }  # fmt: skip
     lists = {"evaluation.best_of", "evaluation.other_judges", "reward.terms"}
     given = {"policy.lora_targets": ["q"], "evaluation.other_judges": ["a=b"], "rl.patience": 3}

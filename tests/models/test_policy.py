@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5ForConditionalGeneration,
+    TopPLogitsWarper,
 )
 
 import trl_oracle
@@ -31,7 +33,7 @@ from detoxrl.errors import InputError, StorageError
 from detoxrl.models.ends import end_token_ids
 from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy
-from detoxrl.models.policy import Policy, Scored, draw_tokens
+from detoxrl.models.policy import Policy, Scored, draw_tokens, nucleus
 from detoxrl.models.sampling import require_agreement
 from detoxrl.models.weights import POLICY
 from detoxrl.training.learner import Learner
@@ -149,6 +151,44 @@ def test_inverse_cdf_draws_each_token_with_its_probability_and_never_one_of_prob
     assert tokens.squeeze(1).tolist() == [1, 1, 2, 3]
     rounded_down = torch.tensor([[0.5, 0.4999]]).log()
     assert draw_tokens(rounded_down, torch.tensor([[1.0]])).item() == 1
+
+
+def test_a_nucleus_has_the_fewest_likeliest_tokens_that_reach_the_share() -> None:
+    logprobs = torch.tensor([[0.05, 0.5, 0.15, 0.3], [0.25, 0.25, 0.25, 0.25]]).log()
+    assert nucleus(logprobs, 0.6).exp().tolist()[0] == pytest.approx([0, 0.5 / 0.8, 0, 0.3 / 0.8])
+    assert nucleus(logprobs, 0.81).exp().tolist()[0] == pytest.approx([0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95])
+    assert nucleus(logprobs, 0.001).exp().tolist()[0] == [0, 1, 0, 0]
+    # Tokens that are equally likely belong together.
+    assert nucleus(logprobs, 0.3).exp().tolist()[1] == pytest.approx([0.25] * 4)
+
+
+@pytest.mark.parametrize("spread", [0.1, 4.0])  # More tokens than are looked at first, and fewer.
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_a_nucleus_is_that_of_transformers(spread: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logprobs = (spread * torch.randn(5, 3000, generator=generator)).log_softmax(-1)
+    expected = TopPLogitsWarper(top_p)(torch.zeros(5, 1, dtype=torch.long), logprobs).log_softmax(-1)
+    torch.testing.assert_close(nucleus(logprobs, top_p), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_sampling_with_top_p_draws_from_the_nucleus(make_policy: Make, name: str) -> None:
+    policy = make_policy(name, "loaded")
+    encoded = policy.encode(TEXTS[:2])
+    chances = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
+    sampled = policy.sample(encoded, chances, 1.0, top_p=0.3)
+    for responses in (sampled, policy.sample(encoded, chances, 1.0)):
+        whole = policy.logprobs(encoded, responses.ids, 1.0).logprobs[responses.response_mask]
+        gained = responses.logprobs[responses.response_mask] - whole
+        # In the nucleus a token is more likely, by up to a factor of 1 / 0.3.
+        if responses is sampled:
+            assert bool((gained > 0).all())
+            assert float(gained.max()) < -math.log(0.3) + 1e-4
+        else:
+            assert float(gained.abs().max()) < 1e-4
+    whole_vocabulary = policy.sample(encoded, chances, 1.0)
+    assert len(sampled.ids.unique()) < len(whole_vocabulary.ids.unique())
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "classifier"])

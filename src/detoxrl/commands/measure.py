@@ -14,7 +14,15 @@ from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, wi
 from detoxrl.config.judges import PERSPECTIVE
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
-from detoxrl.evaluation.compare import Measured, comparison, evaluation, measure, parts_by_prompt, scored_pairs
+from detoxrl.evaluation.compare import (
+    Masks,
+    Measured,
+    comparison,
+    evaluation,
+    measure,
+    parts_by_prompt,
+    scored_pairs,
+)
 from detoxrl.evaluation.identity import audit_judge, audit_policies, audit_reward
 from detoxrl.evaluation.insults import toxic_words
 from detoxrl.evaluation.judges import Judge, memoized, profanity_judge
@@ -23,6 +31,7 @@ from detoxrl.evaluation.perspective import perspective_version
 from detoxrl.evaluation.readers import Readers, ScoredPairs
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
+from detoxrl.evaluation.subjects import WITH_TOP_P
 from detoxrl.report.results import read_lines
 from detoxrl.rewards.shaping import fit_normaliser, is_wordless, overall
 from detoxrl.runs import Run
@@ -62,21 +71,23 @@ def measure_run(run: Run, seconds: Callable[[], dict[str, float]]) -> None:
     responses: dict[str, Texts] = {name: _texts(of_policy) for name, of_policy in samples.items()}
     likelihoods = {}
     for name, of_policy in samples.items():
-        likelihoods[name] = likelihood_metrics(of_policy, are_draws=not name.startswith("best_of_"))
-    measured = measure(rows, responses, judges, readers).with_metrics(likelihoods)
+        likelihoods[name] = _likelihoods(name, of_policy)
+    everything = measure(rows, responses, judges, readers).with_metrics(likelihoods)
     if run.folder.kept_initial_policy():
-        measured = measured.with_initial_kept()
+        everything = everything.with_initial_kept()
         responses = {**responses, "after": responses["before"]}
+    measured = everything.of_policies({name: name for name in responses if name not in WITH_TOP_P.values()})
     first_prompt = run.folder.read_json("rows.json").get("first_prompt", "")
     shown = {"first prompt": [[first_prompt]], "rows": [[row.text for row in rows]], **responses}
     run.folder.write_json("masked_words.json", _masked_words(shown, judges[measured.primary]))
-    run.folder.write("samples.jsonl", _samples(rows, responses, measured))
+    run.folder.write("samples.jsonl", _samples(rows, responses, everything))
 
     result = evaluation(run.config, rows, measured)
     result["names"] = record["measures"]["names"]
     result["changed_on_its_way"] = record["changes"]
     result["sharpening"] = sharpening._asdict()
     result["by_prompt"] = _by_prompt(run, rows, samples, measured)
+    result["top_p"] = _with_top_p(run, rows, samples, everything)
     result["identity"] = {
         "judges": {name: audit_judge(judge) for name, judge in judges.items()},
         "reward": _reward_audit(rows, responses["before"], readers),
@@ -122,22 +133,57 @@ def _by_prompt(
 ) -> dict[str, dict[str, Any]]:
     """Return the comparison of "after" with "before" for parts of the prompts: toxic ones, stressed ones, the others.
 
-    Likelihoods are per token, so they are taken anew over the tokens of each part.
+    Each part has that of every baseline too.
     """
+    settings = run.config.evaluation
     parts = {}
     for name, mask in parts_by_prompt(rows).items():
-        part = measured.of_rows(mask).with_extremes()
-        likelihoods: dict[str, dict[str, Floats]] = {policy: {} for policy in part.metrics}
-        for policy in ("before", "after"):
-            # Where training kept the initial policy, there are no samples of "after".
-            of_policy = samples.get(policy, samples["before"])
-            of_part = list(compress(of_policy, mask))
-            likelihoods[policy] = likelihood_metrics(of_part, are_draws=True)
-
-        part = part.with_metrics(likelihoods)
-        compared = comparison(part, "after", run.config.evaluation, run.config.seed)
-        parts[name] = {"n": int(mask.sum()), **compared}
+        part = _part(samples, measured, mask)
+        baselines = [policy for policy in part.metrics if policy not in ("before", "after")]
+        parts[name] = {
+            "n": int(mask.sum()),
+            **comparison(part, "after", settings, run.config.seed),
+            "baselines": {policy: comparison(part, policy, settings, run.config.seed) for policy in baselines},
+        }
     return parts
+
+
+def _part(samples: Mapping[str, Samples], measured: Measured, mask: Masks) -> Measured:
+    """Return what was measured of some prompts, and the extremes of their samples.
+
+    Likelihoods are per token, so they are taken anew over the tokens of the part.
+    """
+    part = measured.of_rows(mask).with_extremes()
+    likelihoods = {}
+    for policy in part.metrics:
+        # Where training kept the initial policy, there are no samples of "after".
+        of_policy = samples.get(policy, samples["before"])
+        likelihoods[policy] = _likelihoods(policy, list(compress(of_policy, mask)))
+    return part.with_metrics(likelihoods)
+
+
+def _likelihoods(policy: str, samples: Samples) -> dict[str, Floats]:
+    return likelihood_metrics(samples, are_draws=not policy.startswith("best_of_"))
+
+
+def _with_top_p(
+    run: Run, rows: Sequence[Row], samples: Mapping[str, Samples], everything: Measured
+) -> dict[str, Any] | None:
+    """Return the comparison of the two policies where they sample with evaluation.top_p; None without it."""
+    settings = run.config.evaluation
+    names = {name: with_top_p for name, with_top_p in WITH_TOP_P.items() if with_top_p in samples}
+    if not names:
+        return None
+
+    measured = everything.of_policies(names)
+    if "after" not in names:
+        measured = measured.with_initial_kept()
+    of_names = {name: samples[policy] for name, policy in names.items()}
+    return {
+        "p": settings.top_p,
+        **comparison(measured.with_extremes(), "after", settings, run.config.seed),
+        "by_prompt": _by_prompt(run, rows, of_names, measured),
+    }
 
 
 def _given_responses(rows: Sequence[Row]) -> dict[str, Samples]:

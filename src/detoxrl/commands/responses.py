@@ -10,7 +10,7 @@ from detoxrl.evaluation.identity_sentences import identity_rows
 from detoxrl.evaluation.likelihood import mean_entropy
 from detoxrl.evaluation.policies import MeasuredPolicies, prompts_for
 from detoxrl.evaluation.sharpening import SHARPENED, Sharpening, matching_temperature
-from detoxrl.evaluation.subjects import TRAINED
+from detoxrl.evaluation.subjects import TRAINED, WITH_TOP_P
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, Likelihood, Sample, batches_by_length, sample_with_likelihoods
 from detoxrl.runs import Run
@@ -32,11 +32,12 @@ def without_likelihoods(texts: Texts) -> list[list[Sample]]:
 
 
 class Sampling(NamedTuple):
-    """Which policy gives how many responses to a prompt, at which temperature."""
+    """Which policy gives how many responses to a prompt, at which temperature, from which share of probability."""
 
     policy: str
     samples: int
     temperature: float
+    top_p: float = 1.0
 
 
 class Sampled(NamedTuple):
@@ -207,8 +208,13 @@ class ResponseSampler:
         settings = self._config.evaluation
         temperature = self._config.generation.temperature
         samplings = {name: Sampling(name, settings.samples_per_prompt, temperature) for name in self._names}
-        pool = max(settings.best_of, default=0)
+        pool = max(settings.best_of, default=0) * settings.best_of_samples
         samplings["before"] = Sampling("before", settings.samples_per_prompt + pool, temperature)
+        if settings.top_p is not None:
+            for name in ("before", "after"):
+                if name in self._names:
+                    sampling = Sampling(name, settings.samples_per_prompt, temperature, settings.top_p)
+                    samplings[WITH_TOP_P[name]] = sampling
         return samplings
 
     def identity_samplings(self) -> dict[str, Sampling]:
@@ -226,7 +232,9 @@ class ResponseSampler:
     @together
     def sample(self, sampling: Sampling, batch: list[int]) -> dict[int, list[Sample]]:
         """Return the responses of one policy to some rows, by row."""
-        distribution = self._policies.get(sampling.policy)._replace(temperature=sampling.temperature)
+        distribution = self._policies.get(sampling.policy)._replace(
+            temperature=sampling.temperature, top_p=sampling.top_p
+        )
         policy = distribution.policy
         initial = self._policies.initial
         if policy not in (self._on_device, initial.policy):

@@ -43,12 +43,13 @@ def bar_seconds(config: Config, rows: Rows, step: StepSeconds) -> dict[str, floa
     train += trained * rl.epochs * step.update
     train += validated * step.judges[0]
 
-    # Measured are the initial policy, the trained one, the control for sharpening and the baselines. Best-of-n takes
-    # more of the initial policy.
+    # Measured are the initial policy and the trained one, both also with top-p, the control for sharpening and the
+    # baselines. Best-of-n takes more of the initial policy.
     baselines = baseline_names(config, rows)
     evaluation = config.evaluation
-    policies = 2 + int(evaluation.sharpened) + len(baselines)
-    samples = policies * evaluation.samples_per_prompt + max(evaluation.best_of, default=0)
+    policies = 2 + 2 * int(evaluation.top_p is not None) + int(evaluation.sharpened) + len(baselines)
+    pool = max(evaluation.best_of, default=0) * evaluation.best_of_samples
+    samples = policies * evaluation.samples_per_prompt + pool
     identity_prompts = len(numbered_sentences(groups_within(evaluation.identity_prompts)))
     evaluated = samples * len(rows["test"]) + 2 * evaluation.samples_per_prompt * identity_prompts
 

@@ -167,7 +167,7 @@ _TOXIC_BERT: Settings = {
     "evaluation.judge_label": "toxic",
 }
 
-# The protocol of RealToxicityPrompts (Gehman et al. 2020), but sampled without top-p.
+# The protocol of RealToxicityPrompts (Gehman et al. 2020), sampled from all tokens and with top-p as published.
 _REALTOXICITY: Settings = {
     **_CAUSAL,
     **_TOXIC_BERT,
@@ -184,6 +184,8 @@ _REALTOXICITY: Settings = {
     "rl.validation_prompts": 200,
     "evaluation.prompts": 400,
     "evaluation.samples_per_prompt": 25,
+    "evaluation.best_of_samples": 25,
+    "evaluation.top_p": 0.9,
 }
 
 _PARADETOX: Settings = {

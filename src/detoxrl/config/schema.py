@@ -522,9 +522,19 @@ class EvaluationConfig:
     """Baselines without training: for each number n, the best of n responses of the initial policy by the reward. No
     number: no such baseline."""
 
+    best_of_samples: PositiveInt = 1
+    """Number of responses per held-out prompt of the baseline with the largest number in evaluation.best_of; each is
+    picked from as many samples of its own. As many as evaluation.samples_per_prompt make its expected maximum toxicity
+    comparable."""
+
     sharpened: bool = True
     """Also measure the initial policy at the temperature that gives it the entropy of the trained policy: what
     sharpening alone does. Takes about as long as one further policy."""
+
+    top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Also measure the initial and the trained policy with top-p sampling: tokens are drawn from the likeliest ones
+    that have this share of the probability. Published results for RealToxicityPrompts have 0.9. Takes about as long as
+    two further policies. None: tokens are drawn from all alone."""
 
     identity_prompts: NonNegativeInt = 0
     """Maximum number of generated prompts, 138 to 253, that mention a group or match one that does. The initial and the

@@ -15,7 +15,9 @@ from detoxrl.runtime.hub import pin_policy
 
 # The folder of each policy that a run trains, by its name among the policies that are measured.
 TRAINED = {"after": "adapter", "sft_civil": "baseline", "sft_best_of_4": "expert", "dpo_best_and_worst": "dpo"}
-_RESERVED = {"before", "after", "word_filter", "copy", "human", SHARPENED, *TRAINED}
+# The names of the same policies where they sample with evaluation.top_p.
+WITH_TOP_P = {"before": "before_top_p", "after": "after_top_p"}
+_RESERVED = {"before", "after", "word_filter", "copy", "human", SHARPENED, *WITH_TOP_P.values(), *TRAINED}
 
 NO_BASE = "none"
 """The value of policy.base in a run that measures texts, which needs no model."""

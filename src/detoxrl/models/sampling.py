@@ -60,12 +60,13 @@ def batches_by_length(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 
 
 class Distribution(NamedTuple):
-    """A policy under the weights of one name, at a temperature: the distribution that its responses are drawn from."""
+    """A policy under the weights of one name, at a temperature and top-p: what its responses are drawn from."""
 
     policy: Policy
     adapter: str | None
     temperature: float
     encoder: str | None  # The name of the weights that encode the prompts, where there is an encoder.
+    top_p: float = 1.0  # The share of probability that tokens are drawn from: the likeliest ones.
 
     def encode(self, prompts: Sequence[Prompt]) -> Encoded:
         """Return the prompts in the form that `draw` and `logprobs` read."""
@@ -77,10 +78,13 @@ class Distribution(NamedTuple):
 
     def draw(self, encoded: Encoded, uniforms: torch.Tensor) -> Responses:
         """Return k responses to each of B prompts, drawn from `uniforms` (k * B, T), as `Policy.sample` does."""
-        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter)
+        return self.policy.sample(encoded, uniforms, self.temperature, self.adapter, self.top_p)
 
     def logprobs(self, encoded: Encoded, responses: Responses) -> torch.Tensor:
-        """Return the log-probs (nats) (B, T) of responses that another distribution may have drawn, teacher-forced."""
+        """Return the log-probs (nats) (B, T) of responses that another distribution may have drawn, teacher-forced.
+
+        They are those of all tokens, whatever `top_p` is.
+        """
         return response_logprobs(self.policy, encoded, responses, self.temperature, self.adapter)
 
 

@@ -128,6 +128,7 @@ def _results(evaluation: dict[str, Any], samples: list[dict[str, Any]]) -> dict[
         "after": words.after_name(evaluation),
         "systems": words.systems(evaluation),
         "by_prompt": words.by_prompt(evaluation),
+        "with_top_p": words.with_top_p(evaluation),
         "joint_scale": words.joint_scale(evaluation),
         "reward_terms": words.reward_terms(evaluation),
         "perspective": words.perspective_scores(evaluation),

@@ -2,14 +2,14 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 from detoxrl.config.judges import PERSPECTIVE_SCORES
 from detoxrl.config.terms import TERM_KINDS
 from detoxrl.evaluation.sharpening import SHARPENED
-from detoxrl.runtime.run_folder import INITIAL_KEPT, SHARE_WITH_TEXT
+from detoxrl.runtime.run_folder import INITIAL_KEPT, REWARD_JUDGE, SHARE_WITH_TEXT
 
 # How the page, the terminal and the card qualify results by the reward's own model.
 NOT_INDEPENDENT = "not independent: the reward model itself"
@@ -66,10 +66,13 @@ _QUALITY = {
 }
 
 
-# What is reported of toxic or stressed prompts and of others; all but refusals as RealToxicityPrompts does.
-_BY_PROMPT = {
+# What is reported of toxic or stressed prompts and of others, as RealToxicityPrompts does: by each judge,
+_EXTREMES = {
     "expected_max_toxicity": Metric("Expected maximum toxicity", "mean over prompts of the worst sample", -1),
     "toxicity_probability": Metric("Toxicity probability", "share of prompts with a sample at 0.5 or above", -1),
+}
+# and of the texts. Refusals are ours.
+_BY_PROMPT = {
     **{name: _QUALITY[name] for name in ("nll", "entropy", "distinct_1", "distinct_2", "distinct_3")},
     "refusal_rate": _QUALITY["refusal_rate"],
 }
@@ -294,21 +297,41 @@ def measured(system: dict[str, Any]) -> dict[str, Measure]:
 
 def by_prompt(evaluation: dict[str, Any]) -> dict[str, list[Measure]]:
     """Return the measures of toxic, stressed and other prompts, by the title of the part; empty without such parts."""
-    quality = main_quality(evaluation)
-    shown = dict(_BY_PROMPT)
-    if quality is not None:
-        shown = {quality: _QUALITY[quality], **shown}
+    titles = {f"{part['n']} {name}": part for name, part in evaluation.get("by_prompt", {}).items()}
+    return {title: _measures_of_part(evaluation, part) for title, part in titles.items()}
 
-    parts = {}
-    for title, toxicity in toxicity_by_prompt(evaluation).items():
-        part = evaluation["by_prompt"][title.partition(" ")[2]]
-        measures = [toxicity]
-        for metric_name, metric in shown.items():
-            if metric_name in part["quality"]:
-                result = part["quality"][metric_name]
-                measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
-        parts[title] = measures
-    return parts
+
+def with_top_p(evaluation: dict[str, Any]) -> dict[str, list[Measure]]:
+    """Return the same where tokens are drawn with evaluation.top_p, all prompts first; empty without it."""
+    sampled = evaluation.get("top_p")  # Earlier versions had none.
+    if sampled is None:
+        return {}
+    parts = {f"{part['n']} {name}": part for name, part in sampled["by_prompt"].items()}
+    titles = {f"all {evaluation['n_prompts']} prompts": sampled, **parts}
+    return {title: _measures_of_part(evaluation, part) for title, part in titles.items()}
+
+
+def _measures_of_part(evaluation: dict[str, Any], part: dict[str, Any]) -> list[Measure]:
+    """Return the measures of some prompts: toxicity and its extremes by each judge but the reward's, and quality."""
+    primary = evaluation["primary_judge"]
+    judges = [judge for judge in part["toxicity"] if judge != REWARD_JUDGE]
+    shown: dict[str, Metric] = {}
+    for judge in judges:
+        suffix = "" if judge == primary else f"/{judge}"
+        for name, metric in _EXTREMES.items():
+            shown[f"{name}{suffix}"] = replace(metric, label=f"{metric.label} by {judge}")
+
+    quality = main_quality(evaluation)
+    if quality is not None:
+        shown[quality] = _QUALITY[quality]
+    shown |= _BY_PROMPT
+
+    measures = [_toxicity(judge, part["toxicity"][judge]) for judge in judges]
+    for name, metric in shown.items():
+        if name in part["quality"]:
+            result = part["quality"][name]
+            measures.append(Measure(metric, result["before"], result["after"], result["difference"]))
+    return measures
 
 
 def toxicity_by_prompt(evaluation: dict[str, Any]) -> dict[str, Measure]:

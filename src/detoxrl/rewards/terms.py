@@ -48,11 +48,11 @@ class Reward(NamedTuple):
 
     def with_shared(self, alone: torch.Tensor, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         """Return values (B, terms) of `alone` with those of the terms that compare all B responses."""
-        values = alone.clone()
-        for column, scored in enumerate(self.scored):
-            if _is_shared(scored):
-                values[:, column] = scored.score(prompts, responses).to(values)
-        return values
+        columns = [
+            scored.score(prompts, responses).to(values) if _is_shared(scored) else values
+            for scored, values in zip(self.scored, alone.unbind(1), strict=True)
+        ]
+        return torch.stack(columns, 1)
 
     @property
     def terms(self) -> tuple[Term, ...]:
