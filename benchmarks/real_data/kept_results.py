@@ -1,0 +1,42 @@
+"""What is kept of a run on real data, so that its numbers can be read and its tables made again without the data?
+
+Numbers and plots are kept, and no text: the sets are offensive, and some may not be passed on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from detoxrl.report.plots import frontier_plot, over_optimisation, standalone
+from detoxrl.report.results import read_lines
+from detoxrl.report.words import validation_quality_name
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+KEPT = ("eval.json", "metrics.jsonl", "validation.jsonl")
+
+
+def keep_run(run: Path, target: Path) -> None:
+    """Copy the numbers of a run, and draw its validations."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(run / name, target / name)
+
+    checkpoint = read_json(run / "checkpoint.json")
+    quality = validation_quality_name(checkpoint["quality_by"])
+    (plot,) = over_optimisation(read_lines(run / "validation.jsonl"), checkpoint, quality)
+    (target / "validations.svg").write_text(standalone(plot.svg), encoding="utf-8")
+
+
+def keep_sweep(sweep: Path, target: Path) -> None:
+    """Copy the numbers of a sweep, and draw its frontier."""
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(sweep / "sweep.json", target / "sweep.json")
+    plot = frontier_plot(read_json(sweep / "sweep.json"))
+    (target / "frontier.svg").write_text(standalone(plot.svg), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

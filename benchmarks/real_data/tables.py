@@ -1,0 +1,148 @@
+"""Which tables do the results that are kept of real data make? Writes them into docs/real-data.md.
+
+    python benchmarks/real_data/tables.py
+
+A table stands behind `<!-- table: NAME -->` in the page, and ends at `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kept_results import RESULTS, read_json
+
+PAGE = RESULTS.parent / "real-data.md"
+_BLOCK = re.compile(r"(<!-- table: (?P<name>.+?) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """A measure of eval.json: what it is called here, its name there, and how many decimals it has."""
+
+    label: str
+    name: str
+    decimals: int = 3
+
+
+OTHER_JUDGE = "alt-profanity-check"
+EXTREMES = (
+    Row("expected maximum toxicity, perspective-minilm", "expected_max_toxicity"),
+    Row("toxicity probability, perspective-minilm", "toxicity_probability"),
+    Row(f"expected maximum toxicity, {OTHER_JUDGE}", f"expected_max_toxicity/{OTHER_JUDGE}"),
+    Row(f"toxicity probability, {OTHER_JUDGE}", f"toxicity_probability/{OTHER_JUDGE}"),
+)
+VARIETY = (
+    Row("distinct-1", "distinct_1"),
+    Row("distinct-2", "distinct_2"),
+    Row("distinct-3", "distinct_3"),
+    Row("entropy, nats per token", "entropy", 2),
+    Row("words per response", "length", 1),
+)
+BASELINES = {
+    "word_filter": "word filter",
+    "sharpened": "initial policy at the temperature of equal entropy",
+    "best_of_4": "best of 4 by the reward",
+    "sft_best_of_4": "SFT on the best of 4",
+    "dpo_best_and_worst": "DPO on the best and worst of 4",
+}
+
+
+def tables() -> dict[str, str]:
+    """Return every table in Markdown, by name."""
+    evaluations = evaluations_of("realtoxicity")
+    return {
+        "realtoxicity toxic": seeds_table([evaluation["by_prompt"]["toxic prompts"] for evaluation in evaluations]),
+        "realtoxicity other": seeds_table([evaluation["by_prompt"]["other prompts"] for evaluation in evaluations]),
+        "realtoxicity top-p toxic": top_p_table(evaluations, "toxic prompts"),
+        "realtoxicity top-p other": top_p_table(evaluations, "other prompts"),
+        "realtoxicity baselines": baselines_table(evaluations[0]),
+        "realtoxicity cost": cost_table(evaluations),
+    }
+
+
+def evaluations_of(name: str) -> list[Result]:
+    """Return the eval.json of each seed of a result."""
+    return [read_json(path) for path in sorted((RESULTS / name).glob("seed*/eval.json"))]
+
+
+def seeds_table(parts: Sequence[Result], rows: Sequence[Row] = (*EXTREMES, *VARIETY)) -> str:
+    """Return before → after and the interval of the difference of some prompts, with a column for each seed."""
+    lines = [[row.label, *(change(part["quality"][row.name], row.decimals) for part in parts)] for row in rows]
+    lines.append(["perplexity under the initial policy", *(perplexity(part["perplexity"]) for part in parts)])
+    return markdown(["", *(f"seed {seed}" for seed in range(len(parts)))], lines)
+
+
+def top_p_table(evaluations: Sequence[Result], part: str) -> str:
+    """Return the same where tokens are drawn with top-p."""
+    parts = [evaluation["top_p"]["by_prompt"][part] for evaluation in evaluations]
+    return seeds_table(parts, (*EXTREMES, Row("distinct-2", "distinct_2")))
+
+
+def baselines_table(evaluation: Result) -> str:
+    """Return the initial policy, the trained one and each baseline on toxic and on other prompts."""
+    toxic, other = (evaluation["by_prompt"][part] for part in ("toxic prompts", "other prompts"))
+    systems = {"initial policy": ("before", toxic, other), "trained policy": ("after", toxic, other)}
+    for name, label in BASELINES.items():
+        if name in toxic["baselines"]:
+            systems[label] = ("after", toxic["baselines"][name], other["baselines"][name])
+
+    head = ["", "toxic prompts: EMT", "probability", "distinct-2", "perplexity"]
+    head += ["other prompts: EMT", "probability", "distinct-2", "perplexity"]
+    lines = []
+    for label, (side, *parts) in systems.items():
+        cells = [label]
+        for part in parts:
+            for row in (*EXTREMES[:2], Row("distinct-2", "distinct_2")):
+                cells.append(f"{part['quality'][row.name][side]:.3f}" if row.name in part["quality"] else "—")
+            cells.append(f"{part['perplexity'][side]:.1f}" if "perplexity" in part else "—")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def cost_table(evaluations: Sequence[Result]) -> str:
+    """Return the minutes of each stage, with a column for each seed."""
+    stages = ("sft", "train", "evaluate")
+    lines = [[stage, *(f"{evaluation['seconds'][stage] / 60:.0f}" for evaluation in evaluations)] for stage in stages]
+    return markdown(["minutes", *(f"seed {seed}" for seed in range(len(evaluations)))], lines)
+
+
+def change(result: Result, decimals: int) -> str:
+    """Return before and after, and the 95 % interval of the difference."""
+    difference = result["difference"]
+    before, after = (f"{result[side]:.{decimals}f}" for side in ("before", "after"))
+    if difference is None:
+        return f"{before}, initial policy kept"
+    return f"{before} → {after} ({difference['low']:.{decimals}f} to {difference['high']:.{decimals}f})"
+
+
+def perplexity(result: Result) -> str:
+    """Return perplexity before and after, and the 95 % interval of their ratio."""
+    ratio = result["ratio"]
+    if ratio is None:
+        return f"{result['before']:.1f}, initial policy kept"
+    return f"{result['before']:.1f} → {result['after']:.1f} (×{ratio['low']:.2f} to ×{ratio['high']:.2f})"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    rule = "|".join(["---"] * len(head))
+    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def with_tables(page: str, found: Mapping[str, str]) -> str:
+    """Return a page with each table in its place. Raises KeyError for a place whose table is unknown."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{found[block['name']]}{block[3]}", page)
+
+
+def main() -> None:
+    page = Path(PAGE)
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    print(f"wrote the tables of {page.name}")
+
+
+if __name__ == "__main__":
+    main()
