@@ -16,13 +16,19 @@ from detoxrl.report.words import validation_quality_name
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 KEPT = ("eval.json", "metrics.jsonl", "validation.jsonl")
+# Its entries are settings, which may be paths.
+_LEFT_OUT = "changed_on_its_way"
 
 
 def keep_run(run: Path, target: Path) -> None:
     """Copy the numbers of a run, and draw its validations."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
+    for name in KEPT[1:]:
         shutil.copyfile(run / name, target / name)
+
+    evaluation = read_json(run / "eval.json")
+    del evaluation[_LEFT_OUT]
+    (target / KEPT[0]).write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
 
     checkpoint = read_json(run / "checkpoint.json")
     quality = validation_quality_name(checkpoint["quality_by"])

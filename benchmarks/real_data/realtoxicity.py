@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import detoxrl
+from detoxrl.commands.fit import resume_fit
+from detoxrl.commands.fit_check import SETTINGS, unfinished_folder
 from detoxrl.commands.sweep import sweep
 from detoxrl.commands.sweep_plan import SweepPlan
 from detoxrl.config.schema import Config
@@ -43,8 +45,10 @@ BRIEFLY: dict[str, Any] = {**NO_BASELINES, "evaluation.samples_per_prompt": 10, 
 
 
 def fitted(pairs: str, folder: Path) -> Path:
-    """Return the folder of the scorer, which is fitted unless it is there."""
-    if not (folder / "fit.json").is_file():
+    """Return the folder of the scorer, which is fitted unless it is there; a fit that was stopped is finished."""
+    if (unfinished_folder(folder) / SETTINGS).is_file():
+        resume_fit(folder)
+    elif not folder.is_dir():
         detoxrl.fit(pairs, folder, SCORER)
     return folder
 

@@ -35,9 +35,10 @@ EXTREMES = (
     Row(f"expected maximum toxicity, {OTHER_JUDGE}", f"expected_max_toxicity/{OTHER_JUDGE}"),
     Row(f"toxicity probability, {OTHER_JUDGE}", f"toxicity_probability/{OTHER_JUDGE}"),
 )
+DISTINCT_PAIRS = Row("distinct-2", "distinct_2")
 VARIETY = (
     Row("distinct-1", "distinct_1"),
-    Row("distinct-2", "distinct_2"),
+    DISTINCT_PAIRS,
     Row("distinct-3", "distinct_3"),
     Row("entropy, nats per token", "entropy", 2),
     Row("words per response", "length", 1),
@@ -53,39 +54,40 @@ BASELINES = {
 
 def tables() -> dict[str, str]:
     """Return every table in Markdown, by name."""
-    evaluations = evaluations_of("realtoxicity")
-    return {
-        "realtoxicity toxic": seeds_table([evaluation["by_prompt"]["toxic prompts"] for evaluation in evaluations]),
-        "realtoxicity other": seeds_table([evaluation["by_prompt"]["other prompts"] for evaluation in evaluations]),
-        "realtoxicity top-p toxic": top_p_table(evaluations, "toxic prompts"),
-        "realtoxicity top-p other": top_p_table(evaluations, "other prompts"),
-        "realtoxicity baselines": baselines_table(evaluations[0]),
-        "realtoxicity cost": cost_table(evaluations),
-    }
+    runs = evaluations_of("realtoxicity")
+    found = {"realtoxicity cost": cost_table(runs)}
+    for part in ("toxic prompts", "other prompts"):
+        plain = {seed: evaluation["by_prompt"][part] for seed, evaluation in runs.items()}
+        nucleus = {seed: evaluation["top_p"]["by_prompt"][part] for seed, evaluation in runs.items()}
+        found[f"realtoxicity, {part}"] = seeds_table(plain, (*EXTREMES, *VARIETY))
+        found[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
+
+    with_baselines = [evaluation for evaluation in runs.values() if "best_of_4" in evaluation["baselines"]]
+    found["realtoxicity, baselines"] = baselines_table(with_baselines[0])
+    return found
 
 
-def evaluations_of(name: str) -> list[Result]:
-    """Return the eval.json of each seed of a result."""
-    return [read_json(path) for path in sorted((RESULTS / name).glob("seed*/eval.json"))]
+def evaluations_of(name: str) -> dict[int, Result]:
+    """Return the eval.json of each run of a result, by its seed."""
+    paths = {int(path.parent.name.removeprefix("seed")): path for path in (RESULTS / name).glob("seed*/eval.json")}
+    return {seed: read_json(paths[seed]) for seed in sorted(paths)}
 
 
-def seeds_table(parts: Sequence[Result], rows: Sequence[Row] = (*EXTREMES, *VARIETY)) -> str:
+def seeds_table(parts: Mapping[int, Result], rows: Sequence[Row]) -> str:
     """Return before → after and the interval of the difference of some prompts, with a column for each seed."""
-    lines = [[row.label, *(change(part["quality"][row.name], row.decimals) for part in parts)] for row in rows]
-    lines.append(["perplexity under the initial policy", *(perplexity(part["perplexity"]) for part in parts)])
-    return markdown(["", *(f"seed {seed}" for seed in range(len(parts)))], lines)
-
-
-def top_p_table(evaluations: Sequence[Result], part: str) -> str:
-    """Return the same where tokens are drawn with top-p."""
-    parts = [evaluation["top_p"]["by_prompt"][part] for evaluation in evaluations]
-    return seeds_table(parts, (*EXTREMES, Row("distinct-2", "distinct_2")))
+    lines = []
+    for row in rows:
+        lines.append([row.label, *(change(part["quality"][row.name], row.decimals) for part in parts.values())])
+    lines.append(["perplexity under the initial policy", *(perplexity(part["perplexity"]) for part in parts.values())])
+    return markdown(["", *(f"seed {seed}" for seed in parts)], lines)
 
 
 def baselines_table(evaluation: Result) -> str:
     """Return the initial policy, the trained one and each baseline on toxic and on other prompts."""
     toxic, other = (evaluation["by_prompt"][part] for part in ("toxic prompts", "other prompts"))
-    systems = {"initial policy": ("before", toxic, other), "trained policy": ("after", toxic, other)}
+    systems = {"initial policy": ("before", toxic, other)}
+    if toxic["quality"]["distinct_2"]["difference"] is not None:  # Else training kept the initial policy.
+        systems["trained policy"] = ("after", toxic, other)
     for name, label in BASELINES.items():
         if name in toxic["baselines"]:
             systems[label] = ("after", toxic["baselines"][name], other["baselines"][name])
@@ -96,18 +98,19 @@ def baselines_table(evaluation: Result) -> str:
     for label, (side, *parts) in systems.items():
         cells = [label]
         for part in parts:
-            for row in (*EXTREMES[:2], Row("distinct-2", "distinct_2")):
+            for row in (*EXTREMES[:2], DISTINCT_PAIRS):
                 cells.append(f"{part['quality'][row.name][side]:.3f}" if row.name in part["quality"] else "—")
             cells.append(f"{part['perplexity'][side]:.1f}" if "perplexity" in part else "—")
         lines.append(cells)
     return markdown(head, lines)
 
 
-def cost_table(evaluations: Sequence[Result]) -> str:
+def cost_table(runs: Mapping[int, Result]) -> str:
     """Return the minutes of each stage, with a column for each seed."""
-    stages = ("sft", "train", "evaluate")
-    lines = [[stage, *(f"{evaluation['seconds'][stage] / 60:.0f}" for evaluation in evaluations)] for stage in stages]
-    return markdown(["minutes", *(f"seed {seed}" for seed in range(len(evaluations)))], lines)
+    lines = []
+    for stage in ("sft", "train", "evaluate"):
+        lines.append([stage, *(f"{evaluation['seconds'][stage] / 60:.0f}" for evaluation in runs.values())])
+    return markdown(["minutes", *(f"seed {seed}" for seed in runs)], lines)
 
 
 def change(result: Result, decimals: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import realtoxicity
+import tables
 from detoxrl.commands.sweep_plan import SweepPlan
 from encoders import make_encoder
 from kept_results import KEPT
@@ -33,7 +34,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def texts_in(value: object) -> Iterator[str]:
     """Yield every text within a value of JSON."""
     if isinstance(value, dict):
-        for inner in value.values():
+        for name, inner in value.items():
+            yield name
             yield from texts_in(inner)
     elif isinstance(value, list):
         for inner in value:
@@ -82,8 +84,24 @@ def test_runs_and_sweep_are_kept_as_numbers_and_plots(
             json.loads(path.read_text())
         ]  # fmt: skip
         for text in texts_in(values):
+            assert len(text) < 60
             assert not any(word in text for word in WORDS)
             assert str(tmp_path) not in text
+
+    monkeypatch.setattr(tables, "EXTREMES", tables.EXTREMES[:2])  # There is one judge here.
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "realtoxicity").symlink_to(results)
+    found = tables.tables()
+    head, _, *lines = found["realtoxicity, toxic prompts"].splitlines()
+    assert head == "|  | seed 0 | seed 1 |"
+    part = json.loads((results / "seed1/eval.json").read_text())["by_prompt"]["toxic prompts"]["quality"]
+    assert f"{part['expected_max_toxicity']['before']:.3f}" in lines[0].split(" | ")[2]
+    places = "".join(f"<!-- table: {name} -->\nold\n<!-- end of table -->\n" for name in found)
+    written = tables.with_tables(f"# Page\n{places}End.\n", found)
+    assert all(table in written for table in found.values())
+    assert "old" not in written
+    assert tables.with_tables(written, found) == written
+    assert written.endswith("<!-- end of table -->\nEnd.\n")
 
     # What is finished is not made again.
     made = (tmp_path / "runs/realtoxicity/seed0/eval.json").stat().st_mtime_ns

@@ -106,7 +106,7 @@ def test_the_responses_of_a_policy_are_compared_with_each_other_and_read_once(pl
 
 def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place: Path) -> None:
     (place / "stops.py").write_text(STOPS)
-    terms = ["function,source=stops.py:brevity", "similarity,weight=0.5"]
+    terms = ["function,source=stops.py:brevity", "similarity,weight=0.5", "sameness"]
     assert command(own("--reward.terms", *terms, "--run-dir", "whole")) == 0
 
     (place / "stop").touch()

@@ -132,6 +132,13 @@ def test_a_function_that_no_term_reads_is_refused() -> None:
         recipe("own", {"reward.function": "my.py:score", "reward.terms": ["copy"]})
 
 
+def test_a_term_that_compares_responses_needs_two_prompts_a_step() -> None:
+    one_prompt = {"rl.batch_size": 4, "rl.minibatch_size": 4, "rl.group_size": 4}
+    assert recipe("own", {**one_prompt, "reward.terms": ["copy"]}).rl.prompts_per_step == 1
+    with pytest.raises(InputError, match=r"rl\.batch_size = 4: leaves one prompt a step, so the term sameness"):
+        recipe("own", {**one_prompt, "reward.terms": ["guarded"]})
+
+
 def test_a_term_that_reads_the_primary_judge_is_refused() -> None:
     terms = ["classifier,source=a/judge@main,toxic_label=toxic"]
     with pytest.raises(InputError, match="is the reward's own classifier, which cannot judge independently"):

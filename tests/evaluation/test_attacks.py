@@ -131,13 +131,16 @@ def test_a_rate_is_the_share_of_rows_with_the_honest_response_strictly_above() -
 def test_the_responses_of_an_attack_are_scored_together(task: TaskName) -> None:
     """Only then does the same sentence as the answer to everything differ from an honest one."""
     rows = attack_rows(0, 200, task, ["silence", "one_sentence"])
+    of_batches: list[torch.Tensor] = []
 
     def variety(prompts: Sequence[Prompt], texts: Sequence[str], ended: torch.Tensor) -> torch.Tensor:
-        return 0.5 - text_score(parse_term("sameness"), None)(prompts, texts)
+        of_batches.append(-text_score(parse_term("sameness"), None)(prompts, texts))
+        return of_batches[-1]
 
-    silence, one_sentence = rank_attacks(rows, variety)
-    assert silence.share < 0.2
+    _, one_sentence = rank_attacks(rows, variety)
     assert one_sentence.share == 1
+    # Beside silence in one batch it would be half of that.
+    assert of_batches[-1].tolist() == [-1.0] * 200
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (1, 20), (10, 20), (195, 200), (200, 200)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import prompted_rows
 from detoxrl.evaluation.metrics import chrf, copied, distinct, response_metrics
-from detoxrl.rewards.overlap import sameness
+from detoxrl.rewards.overlap import linear_sameness, sameness
 
 ROWS = prompted_rows({"test": 40})["test"]
 PAIRS = [
@@ -131,6 +132,44 @@ def test_sameness_is_the_mean_of_what_is_copied_from_responses_to_other_prompts(
     shuffled = [responses[index] for index in order]
     again = sameness([prompt for prompt, _ in shuffled], [text for _, text in shuffled])
     assert again == [found[index] for index in order]
+
+
+def test_linear_sameness_has_the_mean_of_sameness_and_the_spread_of_that_mean() -> None:
+    # Sameness 1/4, 1/2 and 0; the first adds 1/2 to the second, the second 1/4 to the first; the mean is 1/4.
+    responses = ["A b c d e.", "a b c d", "x y z"]
+    assert linear_sameness(["p", "q", "r"], responses) == [pytest.approx(value) for value in (0.5, 0.5, -0.25)]
+    assert linear_sameness([], []) == []
+    assert linear_sameness(["p"], ["a b c d"]) == [0.0]
+
+    # The standard error of the mean of 60 prompts, against the spread of such means themselves.
+    rng = Random(0)
+    means = []
+    errors = []
+    for _ in range(400):
+        drawn = [rng.choice(["I see.", "I see.", "Thank you.", f"No {rng.random()}"]) for _ in range(60)]
+        values = linear_sameness([str(number) for number in range(60)], drawn)
+        means.append(statistics.fmean(values))
+        errors.append(statistics.stdev(values) / 60**0.5)
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(means), rel=0.1)
+
+
+@given(st.lists(prompted, min_size=1, max_size=6))
+@quick
+def test_linear_sameness_equals_its_definition(responses: list[tuple[str, str]]) -> None:
+    def pair(one: int, other: int) -> float:
+        """What the first response has of the second, over the number of responses to other prompts than the first's."""
+        others = sum(prompt != responses[one][0] for prompt, _ in responses)
+        if responses[one][0] == responses[other][0]:
+            return 0.0
+        return copied_by_definition(responses[other][1], responses[one][1]) / others
+
+    rows = range(len(responses))
+    own = [sum(pair(row, other) for other in rows) for row in rows]
+    added = [sum(pair(other, row) for other in rows) for row in rows]
+    expected = [own[row] + added[row] - sum(own) / len(own) for row in rows]
+    found = linear_sameness([prompt for prompt, _ in responses], [text for _, text in responses])
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert sum(found) == pytest.approx(sum(own), abs=1e-12)
 
 
 def test_distinct_by_hand() -> None:

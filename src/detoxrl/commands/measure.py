@@ -1,7 +1,7 @@
 """How are policies measured on held-out prompts?"""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, compress, cycle, islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from detoxrl.commands.responses import RESPONSES, Samples, sampled_responses, without_likelihoods
 from detoxrl.config.judges import PERSPECTIVE
+from detoxrl.config.terms import TERM_KINDS, Term
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.baselines import Texts, best_of, word_filter
 from detoxrl.evaluation.compare import (
@@ -33,6 +34,7 @@ from detoxrl.evaluation.sharpening import SHARPENED, Sharpening
 from detoxrl.evaluation.statistics import Floats, prompts_needed
 from detoxrl.evaluation.subjects import WITH_TOP_P
 from detoxrl.report.results import read_lines
+from detoxrl.rewards.overlap import linear_sameness
 from detoxrl.rewards.shaping import fit_normaliser, is_wordless, overall
 from detoxrl.runs import Run
 from detoxrl.runtime.files import remove_path
@@ -121,11 +123,18 @@ def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[
     def score(pairs: ScoredPairs) -> dict[str, Floats]:
         raw = torch.from_numpy(values(pairs))
         scores = {"score": overall(raw, terms, normaliser, run.config.reward.clip).numpy()}
-        if len(terms) > 1:
-            scores.update({f"score/{term.name}": raw[:, column].numpy() for column, term in enumerate(terms)})
+        for column, term in enumerate(terms if len(terms) > 1 else ()):
+            scores[f"score/{term.name}"] = _of_intervals(term, raw[:, column], pairs)
         return scores
 
     return score
+
+
+def _of_intervals(term: Term, values: torch.Tensor, pairs: ScoredPairs) -> Floats:
+    """Return values (N,) of a term with the same mean, whose spread over prompts is that of the mean."""
+    if not TERM_KINDS[term.kind].is_shared:
+        return values.numpy()
+    return np.array(linear_sameness([prompt.text for prompt, _ in pairs], [text for _, text in pairs]))
 
 
 def _by_prompt(
@@ -136,9 +145,11 @@ def _by_prompt(
     Each part has that of every baseline too.
     """
     settings = run.config.evaluation
+    terms = run.config.reward.measured_terms
+    shared = {f"score/{term.name}" for term in terms if TERM_KINDS[term.kind].is_shared}
     parts = {}
     for name, mask in parts_by_prompt(rows).items():
-        part = _part(samples, measured, mask)
+        part = _part(samples, measured, mask, shared)
         baselines = [policy for policy in part.metrics if policy not in ("before", "after")]
         parts[name] = {
             "n": int(mask.sum()),
@@ -148,12 +159,13 @@ def _by_prompt(
     return parts
 
 
-def _part(samples: Mapping[str, Samples], measured: Measured, mask: Masks) -> Measured:
+def _part(samples: Mapping[str, Samples], measured: Measured, mask: Masks, shared: Collection[str]) -> Measured:
     """Return what was measured of some prompts, and the extremes of their samples.
 
-    Likelihoods are per token, so they are taken anew over the tokens of the part.
+    Likelihoods are per token, so they are taken anew over the tokens of the part. Left out is what compares the
+    responses of all parts with each other.
     """
-    part = measured.of_rows(mask).with_extremes()
+    part = measured.of_rows(mask).without_metrics(shared).with_extremes()
     likelihoods = {}
     for policy in part.metrics:
         # Where training kept the initial policy, there are no samples of "after".

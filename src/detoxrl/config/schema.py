@@ -523,8 +523,8 @@ class EvaluationConfig:
     number: no such baseline."""
 
     best_of_samples: PositiveInt = 1
-    """Number of responses per held-out prompt of the baseline with the largest number in evaluation.best_of; each is
-    picked from as many samples of its own. As many as evaluation.samples_per_prompt make its expected maximum toxicity
+    """Number of responses per held-out prompt of the baseline with the largest number n in evaluation.best_of; each is
+    the best of n samples of its own. As many as evaluation.samples_per_prompt make its expected maximum toxicity
     comparable."""
 
     sharpened: bool = True
@@ -591,6 +591,11 @@ class Config:
         at_once = self.generation.batch_size
         rule = f"exceeds generation.batch_size = {at_once}, and a prompt is read once for its whole group"
         require(group_size <= at_once, "rl.group_size", group_size, rule, "lower it or raise generation.batch_size")
+
+        shared = [term.name for term in self.reward.measured_terms if TERM_KINDS[term.kind].is_shared]
+        comparable = needed > 1 or not shared
+        rule = f"leaves one prompt a step, so the term {' '.join(shared)} has no other response to compare with"
+        require(comparable, "rl.batch_size", self.rl.batch_size, rule, "raise it, or leave the term out")
 
         self._require_an_independent_judge()
 

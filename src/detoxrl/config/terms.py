@@ -28,6 +28,7 @@ GUARDED_TERMS = (
 """A classifier, and what makes cheap ways to please it cost more than they gain (docs/attacks.md).
 
 Copying and repetition only shut gates: a little of both is normal, so their amounts must not outweigh an insult.
+Sameness also has a small weight, so that a few sentences in turn cost something before the gate shuts.
 """
 # Names that mean something else in metrics.jsonl, behind score/.
 _RESERVED_NAMES = ("mean", "std", "shaped", "tail")

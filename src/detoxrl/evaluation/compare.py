@@ -1,7 +1,7 @@
 """What do judges and metrics say of policies on the same prompts?"""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -59,6 +59,14 @@ class Measured(NamedTuple):
     def with_metrics(self, more: Mapping[str, Mapping[str, Floats]]) -> "Measured":
         """Return the same with further metrics, by policy and then by name."""
         metrics = {policy: {**by_name, **more[policy]} for policy, by_name in self.metrics.items()}
+        return self._replace(metrics=metrics)
+
+    def without_metrics(self, names: Collection[str]) -> "Measured":
+        """Return the same without some metrics."""
+        metrics = {
+            policy: {name: values for name, values in by_name.items() if name not in names}
+            for policy, by_name in self.metrics.items()
+        }
         return self._replace(metrics=metrics)
 
     def of_rows(self, mask: Masks) -> "Measured":

@@ -1,7 +1,7 @@
 """How much do two texts have in common, and how much does a text repeat itself?"""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,15 +54,12 @@ def sameness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     compares each text with all others too, by BLEU.
     """
     grams = [_four_grams(response) for response in responses]
-    lengths = {len(of_response[0]) for of_response in grams if of_response}
     by_prompt = Counter(prompts)
 
     # In how many responses an n-gram occurs, and in how many to the same prompt.
     in_all: Counter[_Gram] = Counter()
     in_own: Counter[tuple[str, _Gram]] = Counter()
-    for prompt, response in zip(prompts, responses, strict=True):
-        words = WordTokenizer.tokenize(response)
-        found = {gram for length in lengths for gram in word_grams(words, length)}
+    for prompt, found in zip(prompts, _comparable_grams(responses, grams), strict=True):
         in_all.update(found)
         in_own.update((prompt, gram) for gram in found)
 
@@ -73,6 +70,44 @@ def sameness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         pairs = others * len(of_response)
         values.append(elsewhere / pairs if pairs else 0.0)
     return values
+
+
+def linear_sameness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return values with the mean of `sameness`, and with the spread over prompts that this mean has.
+
+    A response is compared with all others, so its own sameness varies less than the mean depends on it. The value is
+    its sameness, plus what it adds to that of the others, minus the mean: the linear term of a U-statistic (Hoeffding
+    1948, section 5), by which intervals over prompts are right.
+    """
+    grams = [_four_grams(response) for response in responses]
+    by_prompt = Counter(prompts)
+
+    # What it costs the responses that have an n-gram if another one has it too.
+    cost: defaultdict[_Gram, float] = defaultdict(float)
+    own_cost: defaultdict[tuple[str, _Gram], float] = defaultdict(float)
+    for prompt, of_response in zip(prompts, grams, strict=True):
+        pairs = (len(prompts) - by_prompt[prompt]) * len(of_response)
+        for gram in of_response if pairs else ():
+            cost[gram] += 1 / pairs
+            own_cost[prompt, gram] += 1 / pairs
+
+    values = sameness(prompts, responses)
+    mean = sum(values) / max(len(values), 1)
+    linear = []
+    for prompt, value, found in zip(prompts, values, _comparable_grams(responses, grams), strict=True):
+        added = sum(cost[gram] - own_cost[prompt, gram] for gram in found if gram in cost)
+        linear.append(value + added - mean)
+    return linear
+
+
+def _comparable_grams(responses: Sequence[str], grams: Sequence[Sequence[_Gram]]) -> list[list[_Gram]]:
+    """Return the distinct n-grams of each response, of all lengths that occur in `grams`, in a fixed order."""
+    lengths = sorted({len(of_response[0]) for of_response in grams if of_response})
+    comparable = []
+    for response in responses:
+        words = WordTokenizer.tokenize(response)
+        comparable.append(list(dict.fromkeys(gram for length in lengths for gram in word_grams(words, length))))
+    return comparable
 
 
 def _four_grams(text: str) -> list[_Gram]:
