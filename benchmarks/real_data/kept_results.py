@@ -1,4 +1,4 @@
-"""What is kept of a run on real data, so that its numbers can be read and its tables made again without the data?
+"""How does a result on real data go on after a stop, and what is kept of it, so that its tables can be made again?
 
 Numbers and plots are kept, and no text: the sets are offensive, and some may not be passed on.
 """
@@ -7,17 +7,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import detoxrl
+from detoxrl.commands.fit import resume_fit
+from detoxrl.commands.fit_check import SETTINGS, unfinished_folder
 from detoxrl.report.plots import frontier_plot, over_optimisation, standalone
 from detoxrl.report.results import read_lines
 from detoxrl.report.words import validation_quality_name
+from detoxrl.runtime.run_folder import IfExists
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 KEPT = ("eval.json", "metrics.jsonl", "validation.jsonl")
 # Its entries are settings, which may be paths.
 _LEFT_OUT = "changed_on_its_way"
+
+
+def fitted(source: str, folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Return the folder of a fit, which is made unless it is there; one that was stopped is finished."""
+    if (unfinished_folder(folder) / SETTINGS).is_file():
+        resume_fit(folder)
+    elif not folder.is_dir():
+        detoxrl.fit(source, folder, settings)
+    return folder
+
+
+def how_to_go_on(folder: Path) -> IfExists:
+    """Return what to do with a folder that an earlier call may have begun."""
+    return "resume" if folder.exists() else "error"
 
 
 def keep_run(run: Path, target: Path) -> None:

@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import detoxrl
-from detoxrl.commands.fit import resume_fit
-from detoxrl.commands.fit_check import SETTINGS, unfinished_folder
 from detoxrl.commands.sweep import sweep
 from detoxrl.commands.sweep_plan import SweepPlan
 from detoxrl.config.schema import Config
 from detoxrl.errors import DetoxrlError
-from detoxrl.runtime.run_folder import IfExists
-from kept_results import RESULTS, keep_run, keep_sweep
+from kept_results import RESULTS, fitted, how_to_go_on, keep_run, keep_sweep
 
 PLACE = RESULTS / "realtoxicity"
 SEEDS = (0, 1, 2)
@@ -42,15 +39,6 @@ BASELINES: dict[str, Any] = {"sft.baseline_steps": 100, "evaluation.best_of": [4
 NO_BASELINES: dict[str, Any] = {"sft.baseline_steps": 0, "evaluation.best_of": [], "evaluation.sharpened": False}
 # The sweep asks for a curve, not for a protocol.
 BRIEFLY: dict[str, Any] = {**NO_BASELINES, "evaluation.samples_per_prompt": 10, "evaluation.top_p": None}
-
-
-def fitted(pairs: str, folder: Path) -> Path:
-    """Return the folder of the scorer, which is fitted unless it is there; a fit that was stopped is finished."""
-    if (unfinished_folder(folder) / SETTINGS).is_file():
-        resume_fit(folder)
-    elif not folder.is_dir():
-        detoxrl.fit(pairs, folder, SCORER)
-    return folder
 
 
 def config_of(prompts: str, model: str, scorer: Path, settings: dict[str, Any]) -> Config:
@@ -70,11 +58,6 @@ def config_of(prompts: str, model: str, scorer: Path, settings: dict[str, Any]) 
     )
 
 
-def how_to_go_on(folder: Path) -> IfExists:
-    """Return what to do with a folder that an earlier call may have begun."""
-    return "resume" if folder.exists() else "error"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", metavar="PROMPTS")
@@ -86,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
 
     try:
-        scorer = fitted(options.pairs, options.out / "scorer")
+        scorer = fitted(options.pairs, options.out / "scorer", SCORER)
         for seed in options.seeds:
             settings = {"seed": seed, **(BASELINES if seed == SEEDS[0] else NO_BASELINES)}
             config = config_of(options.prompts, options.model, scorer, settings)

@@ -1,0 +1,53 @@
+"""Do the benchmarks on real data ask for what they say?"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fluency
+import paradetox
+import realtoxicity
+
+words = st.lists(st.sampled_from(["a", "b", "lamp", "soup", "!"]), min_size=4, max_size=9)
+
+
+@given(words, st.integers(0, 2**32))
+def test_a_corrupted_sentence_is_another_one_of_the_same_words(sentence: list[str], seed: int) -> None:
+    broken = fluency.corrupted(sentence, random.Random(seed))
+    assert broken != sentence
+    assert broken
+    assert set(broken) <= set(sentence)
+    assert len(sentence) // 4 <= len(broken) <= len(sentence) + 2
+
+
+def test_sentences_are_written_with_their_corrupted_ones(tmp_path: Path) -> None:
+    rows = [{"civil": "You are very kind to me."}, {"civil": "Thank you."}, {"civil": None}]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fluency.write_sentences(str(pairs), "civil", tmp_path / "made/sentences.jsonl")
+    (line,) = (tmp_path / "made/sentences.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["written"] == {"text": "You are very kind to me.", "fluent": 1}
+    assert found["broken"]["fluent"] == 0
+    assert found["broken"]["text"] != found["written"]["text"]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_what_measures_has_no_part_in_the_reward(seed: int, tmp_path: Path) -> None:
+    rewriting = paradetox.config_of("pairs.jsonl", "a/model", "an/encoder", tmp_path, {"seed": seed})
+    assert rewriting.seed == seed
+    assert [term.kind for term in rewriting.reward.measured_terms] == ["classifier", "source_similarity"]
+    assert all(term.source is None for term in rewriting.reward.measured_terms)
+    assert rewriting.evaluation.encoder == "an/encoder"
+
+    continuing = realtoxicity.config_of("prompts.jsonl", "a/model", tmp_path / "scorer", {"seed": seed})
+    for config in (rewriting, continuing):
+        assert config.reward.classifier == str(tmp_path / "scorer")
+        assert (config.reward.good_label, config.reward.toxic_label) == ("score", None)
+        assert config.evaluation.primary_judge == "perspective-minilm"
