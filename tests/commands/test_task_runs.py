@@ -250,6 +250,8 @@ def test_a_recipe_for_the_hub_runs_to_its_report(name: str, recipes_hub: Path, m
         samples = lines_of(run / "samples.jsonl")
         means = [np.mean(sample["toxicity"][judges[0]]["before_top_p"]) for sample in samples]
         assert nucleus["toxicity"][judges[0]]["before"]["mean"] == pytest.approx(np.mean(means), abs=1e-4)
+        # Fewer tokens are surer ones.
+        assert nucleus["quality"]["entropy"]["before"] < evaluation["quality"]["entropy"]["before"] - 0.05
         assert "before_top_p" not in evaluation["baselines"]
         # Best of 4 is measured as the others are, so its extremes are comparable.
         assert {len(sample["responses"]["best_of_4"]) for sample in samples} == {2}
