@@ -4,8 +4,9 @@
 
 PROMPTS are rows of RealToxicityPrompts and PAIRS those of ParaDetox: files, or allenai/real-toxicity-prompts and
 s-nlp/paradetox of the hub. MODEL is a folder or hub id of SmolLM2-135M. First `detoxrl fit` makes the reward, a scorer
-of the pairs; no judge of the results has a part in it. Then come the runs, of which the first also measures the
-baselines, and a sweep over the weight of the KL penalty.
+of the pairs; no judge of the results has a part in it. (One of them, perspective-minilm, was fitted to Perspective's
+scores of this set: to the prompts and to what people wrote, not to what a model writes.) Then come the runs, of which
+the first also measures the baselines, and a sweep over the weight of the KL penalty.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
 results, without any text of the sets, go to docs/results/realtoxicity.

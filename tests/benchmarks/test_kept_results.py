@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import kept_results
 import realtoxicity
 import tables
 from detoxrl.commands.sweep_plan import SweepPlan
@@ -76,7 +77,9 @@ def test_runs_and_sweep_are_kept_as_numbers_and_plots(
     of_runs = {f"seed{seed}/{name}" for seed in (0, 1) for name in (*KEPT, "validations.svg")}
     assert found == of_runs | {"sweep/sweep.json", "sweep/frontier.svg"}
 
-    baselines = json.loads((results / "seed0/eval.json").read_text())["baselines"]
+    kept = json.loads((results / "seed0/eval.json").read_text())
+    assert "changed_on_its_way" not in kept  # Its settings may be paths.
+    baselines = kept["baselines"]
     assert {"word_filter", "best_of_4", "sft_best_of_4"} <= set(baselines)
     assert set(json.loads((results / "seed1/eval.json").read_text())["baselines"]) == {"word_filter"}
     for path in results.rglob("*.json*"):
@@ -107,3 +110,15 @@ def test_runs_and_sweep_are_kept_as_numbers_and_plots(
     made = (tmp_path / "runs/realtoxicity/seed0/eval.json").stat().st_mtime_ns
     realtoxicity.main()
     assert (tmp_path / "runs/realtoxicity/seed0/eval.json").stat().st_mtime_ns == made
+
+
+def test_a_fit_is_made_once_and_finished_if_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(kept_results, "resume_fit", lambda folder: calls.append(f"resume {folder.name}"))
+    monkeypatch.setattr("detoxrl.fit", lambda source, folder, settings: calls.append(f"fit {folder.name} to {source}"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "stopped.unfinished").mkdir()
+    (tmp_path / "stopped.unfinished/settings.json").write_text("{}")
+    for name in ("there", "stopped", "new"):
+        assert kept_results.fitted("pairs.jsonl", tmp_path / name, {}) == tmp_path / name
+    assert calls == ["resume stopped", "fit new to pairs.jsonl"]

@@ -6,14 +6,19 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import detoxrl
+from detoxrl.commands import measure
 from detoxrl.commands.preflight import check_locally
+from detoxrl.commands.responses import without_likelihoods
 from detoxrl.config.edit import config_from_json, with_settings
 from detoxrl.config.recipes import recipe
-from detoxrl.config.terms import parse_terms
+from detoxrl.config.terms import parse_term, parse_terms
 from detoxrl.data.rows import Row
+from detoxrl.evaluation.compare import Measured
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.function import function_of, is_given
 from detoxrl.runs import Run, with_reward_name
@@ -102,6 +107,22 @@ def test_the_responses_of_a_policy_are_compared_with_each_other_and_read_once(pl
     varied = list(zip(prompts, ["I see.", "Why?", "No."], strict=True))
     assert values(varied).tolist() == [[6.0, 0.0], [4.0, 0.0], [3.0, 0.0]]
     assert read == ["I see.", "I see.", "I see.", "Why?", "No."]
+
+
+def test_what_compares_all_responses_has_the_spread_of_its_mean_and_no_value_in_parts() -> None:
+    texts = ["I see.", "I see.", "Why?"]
+    pairs = [(Prompt(id=name, text=name), text) for name, text in zip("abc", texts, strict=True)]
+    values = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    spread = measure._with_spread_of_mean(parse_term("sameness"), values, pairs)
+    assert spread.tolist() == pytest.approx([2 / 3, 2 / 3, -1 / 3])
+    assert measure._with_spread_of_mean(parse_term("copy"), values, pairs).tolist() == values.tolist()
+
+    column = np.array([[0.5], [0.5], [0.0]])
+    measured = Measured({"judge": {"before": column}}, {"before": {"score/sameness": column, "length": column}}, {})
+    samples = {"before": without_likelihoods([[text] for text in texts])}
+    part = measure._part(samples, measured, np.array([True, False, True]), {"score/sameness"})
+    assert set(part.metrics["before"]) == {"length", "expected_max_toxicity", "toxicity_probability"}
+    assert part.metrics["before"]["length"].tolist() == [[0.5], [0.0]]
 
 
 def test_a_stopped_run_with_several_terms_ends_as_if_it_had_never_stopped(place: Path) -> None:

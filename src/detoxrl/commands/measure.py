@@ -124,13 +124,13 @@ def _reward_reader(run: Run, rows: Sequence[Row], before: Samples) -> Callable[[
         raw = torch.from_numpy(values(pairs))
         scores = {"score": overall(raw, terms, normaliser, run.config.reward.clip).numpy()}
         for column, term in enumerate(terms if len(terms) > 1 else ()):
-            scores[f"score/{term.name}"] = _of_intervals(term, raw[:, column], pairs)
+            scores[f"score/{term.name}"] = _with_spread_of_mean(term, raw[:, column], pairs)
         return scores
 
     return score
 
 
-def _of_intervals(term: Term, values: torch.Tensor, pairs: ScoredPairs) -> Floats:
+def _with_spread_of_mean(term: Term, values: torch.Tensor, pairs: ScoredPairs) -> Floats:
     """Return values (N,) of a term with the same mean, whose spread over prompts is that of the mean."""
     if not TERM_KINDS[term.kind].is_shared:
         return values.numpy()

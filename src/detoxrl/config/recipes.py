@@ -179,7 +179,7 @@ _REALTOXICITY: Settings = {
     "data.min_toxicity": 0.3,
     "policy.base": "HuggingFaceTB/SmolLM2-135M",
     "generation.max_new_tokens": 20,
-    # Tried on one seed (docs/log.md): 64 responses a step reach in 20 steps what 32 do not reach in 40.
+    # Tried on one seed (docs/log.md): with both, 20 steps reach what 40 steps of 32 responses at 0.05 did not.
     "rl.batch_size": 64,
     "rl.steps": 60,
     "rl.kl_coef": 0.02,
