@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import FastLinear
-from detoxrl.models.prefix import kept_prefix, new_prefix, release
+from detoxrl.models.prefix import growing_prefix, kept_prefix, new_prefix, release
 from detoxrl.models.recompute import recomputing_layers
 from detoxrl.models.token_logprobs import MAX_LOGITS, entropies_of, place_tokens, select_tokens
 from detoxrl.models.types import Encoded
@@ -159,8 +159,8 @@ class PlainNetwork:
         return select_tokens(chosen, mask), select_tokens(entropy, mask), select_tokens(states, mask)
 
     def steps(self, encoded: Encoded, length: int, group_size: int) -> "PlainSteps":
-        """Return an object that decodes responses to the prompts token by token. Its cache grows with the length."""
-        return PlainSteps(self, encoded, group_size)
+        """Return an object that decodes responses to the prompts token by token, `length` at most."""
+        return PlainSteps(self, encoded, length, group_size)
 
 
 def _scored(
@@ -176,13 +176,14 @@ def _scored(
 
 
 class PlainSteps:
-    """Decodes a batch token by token with the cache of transformers."""
+    """Decodes a batch token by token. What was read stays in the cache of transformers, or in one of ours."""
 
-    def __init__(self, network: PlainNetwork, encoded: Encoded, group_size: int) -> None:
+    def __init__(self, network: PlainNetwork, encoded: Encoded, length: int, group_size: int) -> None:
         self.network = network
         self.encoded = encoded
+        self.length = length
         self.group_size = group_size
-        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if network.has_encoder else DynamicCache()
+        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if network.has_encoder else new_prefix()
 
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits (B, V) and hidden states (B, D) that predict the token after `tokens` (B,).
@@ -201,9 +202,12 @@ class PlainSteps:
         logits, states = self.network.predicted(self.encoded, mask.new_empty(len(mask), 0), self._cache)
         logits = logits[:, -1]
         states = states[:, -1]
+        if not self.network.has_encoder:
+            self._cache = growing_prefix(self._cache, self.group_size, self.length)
+        elif self.group_size > 1:
+            self._cache.batch_repeat_interleave(self.group_size)
         if self.group_size > 1:
             self.encoded = self.encoded.repeated(self.group_size)
-            self._cache.batch_repeat_interleave(self.group_size)
             logits = logits.repeat_interleave(self.group_size, 0)
             states = states.repeat_interleave(self.group_size, 0)
         return logits, states

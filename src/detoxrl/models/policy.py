@@ -201,7 +201,9 @@ class Policy:
 
         for t in range(length):
             logits, states = steps.next(tokens)
-            logprobs = (logits.float() / temperature).log_softmax(-1)
+            logits = logits.float()
+            logits = logits if temperature == 1 else logits / temperature
+            logprobs = logits.log_softmax(-1)
             if top_p < 1:
                 logprobs = nucleus(logprobs, top_p)
             drawn = draw_tokens(logprobs, uniforms[rows, t, None])
