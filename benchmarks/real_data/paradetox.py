@@ -4,9 +4,9 @@
 
 PAIRS is a file of ParaDetox, MODEL a folder or hub id of SmolLM2-135M-Instruct, ENCODER one of a sentence encoder.
 First `detoxrl fit` makes a scorer of the pairs, and a classifier of fluent sentences. The reward is the scorer and
-character n-grams in common with the source; what measures civility, similarity and fluency has no part in it. Each seed
-is fine-tuned on the pairs, then trained by RL; "before" is the fine-tuned model. Copies of the sources, deleted words
-and the rewrites of people are measured beside it.
+character n-grams in common with the source; what measures civility, similarity and fluency has no part in it. The model
+is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by RL, and "before" is the fine-tuned
+model. Copies of the sources, deleted words and the rewrites of people are measured beside it.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
 results, without any text of the set, go to docs/results/paradetox.
@@ -29,11 +29,11 @@ from realtoxicity import SCORER
 PLACE = RESULTS / "paradetox"
 SEEDS = (0, 1, 2)
 CIVIL = "en_neutral_comment"
-# One pass over 12,000 pairs, then RL.
+SFT_STEPS = 750
+"""One pass over 12,000 pairs."""
 TRAINING: dict[str, Any] = {
     "policy.lora_rank": 16,
     "policy.lora_alpha": 16,
-    "sft.steps": 750,
     "sft.baseline_steps": 0,
     "generation.batch_size": 64,
     "rl.algorithm": "rloo",
@@ -71,6 +71,14 @@ def config_of(pairs: str, model: str, encoder: str, folder: Path, settings: dict
     )
 
 
+def of_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """Return the settings in which a seed's run differs: the first one fine-tunes, the others start from its LoRA."""
+    if seed == SEEDS[0]:
+        return {"seed": seed, "sft.steps": SFT_STEPS}
+    start = folder / f"seed{SEEDS[0]}" / "start"
+    return {"seed": seed, "sft.steps": 0, "policy.adapter": str(start.resolve())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", metavar="PAIRS")
@@ -88,7 +96,8 @@ def main() -> None:
         fitted(str(sentences), options.out / "fluency", fluency.SETTINGS)
 
         for seed in options.seeds:
-            config = config_of(options.pairs, options.model, options.encoder, options.out, {"seed": seed})
+            settings = of_seed(seed, options.out)
+            config = config_of(options.pairs, options.model, options.encoder, options.out, settings)
             folder = options.out / f"seed{seed}"
             detoxrl.run(folder, config, if_exists=how_to_go_on(folder))
             keep_run(folder, PLACE / folder.name)

@@ -40,8 +40,11 @@ def test_sentences_are_written_with_their_corrupted_ones(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_what_measures_has_no_part_in_the_reward(seed: int, tmp_path: Path) -> None:
-    rewriting = paradetox.config_of("pairs.jsonl", "a/model", "an/encoder", tmp_path, {"seed": seed})
+    settings = paradetox.of_seed(seed, tmp_path)
+    rewriting = paradetox.config_of("pairs.jsonl", "a/model", "an/encoder", tmp_path, settings)
     assert rewriting.seed == seed
+    start = None if seed == 0 else str(tmp_path / "seed0/start")
+    assert (rewriting.sft.steps > 0, rewriting.policy.adapter) == (seed == 0, start)  # Fine-tuned once.
     assert [term.kind for term in rewriting.reward.measured_terms] == ["classifier", "source_similarity"]
     assert all(term.source is None for term in rewriting.reward.measured_terms)
     assert rewriting.evaluation.encoder == "an/encoder"

@@ -31,7 +31,7 @@ from detoxrl.runtime.cache import cached, tidy_cache
 from detoxrl.runtime.world import World
 from detoxrl.training import sft as sft_module
 from detoxrl.training import train as train_module
-from detoxrl.training.finetune import examples, fine_tune, pad_batch
+from detoxrl.training.finetune import examples, fine_tune, loss_of, pad_batch
 from detoxrl.training.learner import Learner
 from detoxrl.training.rollout import collect_rollout
 from detoxrl.training.train import train
@@ -299,7 +299,17 @@ def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fres
         fresh.logprobs(fresh.encode([prompt]), target, 1.0)[0].flatten()
         for (prompt, _), target in zip(pairs, targets, strict=True)
     ]
-    torch.testing.assert_close(fresh.model(**batch).loss, -torch.cat(found).mean(), rtol=1e-5, atol=1e-6)
+    sizes: list[int] = []
+    head = fresh.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, logits: sizes.append(logits.shape[1]))
+    loss = loss_of(fresh.model, batch, bf16=False)
+    hook.remove()
+    torch.testing.assert_close(loss, -torch.cat(found).mean(), rtol=1e-5, atol=1e-6)
+    columns = (batch["labels"] >= 0).any(0)
+    first = int(columns.nonzero()[0])
+    # A causal model has one more behind the last label.
+    expected = len(columns) if architecture in ENCODER_DECODERS else len(columns) - first + 1
+    assert sizes == [expected]
     assert fresh.tokenizer.decode(targets[0][0], skip_special_tokens=True).strip() == pairs[0][1]
 
 

@@ -27,7 +27,7 @@ from detoxrl.rewards.terms import Reward, single_term
 from detoxrl.rl.algorithm import Targets
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import trainable
-from detoxrl.training.finetune import bf16_capable, examples, pad_batch
+from detoxrl.training.finetune import bf16_capable, examples, loss_of, pad_batch
 from detoxrl.training.learner import Learner
 from detoxrl.training.rollout import collect_rollout
 
@@ -232,8 +232,7 @@ def _timed_finetuning(model: Model, pairs: list[tuple[str, str]], config: Config
     bf16 = config.sft.bf16 and bf16_capable(first.device)
 
     started = time.perf_counter()
-    with torch.autocast(first.device.type, torch.bfloat16, enabled=bf16):
-        loss = model(**batch).loss
+    loss = loss_of(model, batch, bf16)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     optimizer.step()

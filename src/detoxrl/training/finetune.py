@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -56,8 +57,7 @@ def fine_tune(
             batch = pad_batch(tokenizer.pad_token_id, batch_inputs, batch_labels, device)
 
             torch.manual_seed(torch_seed(config.seed, f"sft dropout {step}"))
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-                loss = model(**batch, use_cache=False).loss
+            loss = loss_of(model, batch, use_bf16)
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
 
@@ -122,6 +122,27 @@ def pad_batch(
 
     mask = padded([[1] * len(row) for row in inputs], 0)
     return {"input_ids": padded(inputs, pad_id), "attention_mask": mask, "labels": padded(labels, _IGNORED)}
+
+
+def loss_of(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], bf16: bool) -> torch.Tensor:
+    """Return the mean cross-entropy (nats) of the labels of a batch that `pad_batch` made.
+
+    A causal model computes no logits before the first label of the batch: prompts are longer than targets, and logits
+    are the largest tensors.
+    """
+    arguments: dict[str, Any] = {**batch, "use_cache": False}
+    if not model.config.is_encoder_decoder:
+        has_label = (batch["labels"] != _IGNORED).any(0)
+        first = int(has_label.nonzero()[0])
+        # The token before it predicts it.
+        predicting = batch["labels"].shape[1] - first + 1
+        arguments["logits_to_keep"] = predicting
+        arguments["labels"] = batch["labels"][:, -predicting:]
+
+    device = batch["labels"].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        loss: torch.Tensor = model(**arguments).loss
+    return loss
 
 
 def bf16_capable(device: torch.device) -> bool:
