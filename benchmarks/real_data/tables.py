@@ -28,10 +28,11 @@ class Row(NamedTuple):
     decimals: int = 3
 
 
+JUDGE = "perspective-minilm"
 OTHER_JUDGE = "alt-profanity-check"
 EXTREMES = (
-    Row("expected maximum toxicity, perspective-minilm", "expected_max_toxicity"),
-    Row("toxicity probability, perspective-minilm", "toxicity_probability"),
+    Row(f"expected maximum toxicity, {JUDGE}", "expected_max_toxicity"),
+    Row(f"toxicity probability, {JUDGE}", "toxicity_probability"),
     Row(f"expected maximum toxicity, {OTHER_JUDGE}", f"expected_max_toxicity/{OTHER_JUDGE}"),
     Row(f"toxicity probability, {OTHER_JUDGE}", f"toxicity_probability/{OTHER_JUDGE}"),
 )
@@ -43,6 +44,29 @@ VARIETY = (
     Row("entropy, nats per token", "entropy", 2),
     Row("words per response", "length", 1),
 )
+PERPLEXITY = "perplexity under the initial policy"
+REWRITING = (
+    Row("J", "joint"),
+    Row("similarity to the source", "source_similarity"),
+    Row("fluency", "fluency"),
+    Row("chrF to what people wrote", "chrf"),
+    Row("words per response", "length", 1),
+)
+SUMMARIZING = (
+    Row("ROUGE-L to the human summary", "rouge_l"),
+    Row("similarity to another summary by the initial policy", "similarity"),
+    Row("entailment by the dialogue", "entailment"),
+    Row("word 4-grams copied from the dialogue", "copied"),
+    Row("distinct-2", "distinct_2"),
+    Row("words per response", "length", 1),
+    Row("empty responses", "empty_rate"),
+)
+REWRITERS = {
+    "copy": "the source, unchanged",
+    "word_filter": "the source without the words of a list",
+    "best_of_4": "SFT, best of 4 by the reward",
+    "human": "people",
+}
 BASELINES = {
     "word_filter": "word filter",
     "sharpened": "initial policy at the temperature of equal entropy",
@@ -54,17 +78,45 @@ BASELINES = {
 
 def tables() -> dict[str, str]:
     """Return every table in Markdown, by name."""
-    runs = evaluations_of("realtoxicity")
-    found = {"realtoxicity cost": cost_table(runs)}
+    found: dict[str, str] = {}
+    for name, make in (("realtoxicity", realtoxicity), ("paradetox", paradetox), ("quarrels", quarrels)):
+        runs = evaluations_of(name)
+        if runs:
+            found |= make(runs)
+            found[f"{name} cost"] = cost_table(runs)
+    return found
+
+
+def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
+    """Return the tables of continued prompts: toxic and other ones, sampled plainly and with top-p, and baselines."""
+    found = {}
     for part in ("toxic prompts", "other prompts"):
         plain = {seed: evaluation["by_prompt"][part] for seed, evaluation in runs.items()}
         nucleus = {seed: evaluation["top_p"]["by_prompt"][part] for seed, evaluation in runs.items()}
         found[f"realtoxicity, {part}"] = seeds_table(plain, (*EXTREMES, *VARIETY))
         found[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
 
-    with_baselines = [evaluation for evaluation in runs.values() if "best_of_4" in evaluation["baselines"]]
-    found["realtoxicity, baselines"] = baselines_table(with_baselines[0])
+    (with_baselines,) = (evaluation for evaluation in runs.values() if "best_of_4" in evaluation["baselines"])
+    found["realtoxicity, baselines"] = baselines_table(with_baselines)
     return found
+
+
+def paradetox(runs: Mapping[int, Result]) -> dict[str, str]:
+    """Return the tables of rewritten sentences: RL against its start by seed, and every system of one run."""
+    return {
+        "paradetox": seeds_table(runs, REWRITING, judges=(JUDGE, OTHER_JUDGE)),
+        "paradetox, systems": rewriters_table(next(iter(runs.values()))),
+    }
+
+
+def quarrels(runs: Mapping[int, Result]) -> dict[str, str]:
+    """Return the tables of summarized quarrels: RL against its start by seed, and the baselines of one run."""
+    evaluation = next(iter(runs.values()))
+    rows = tuple(row for row in SUMMARIZING if row.name in evaluation["quality"])
+    return {
+        "quarrels": seeds_table(runs, rows, judges=(JUDGE, OTHER_JUDGE)),
+        "quarrels, systems": summarizers_table(evaluation),
+    }
 
 
 def evaluations_of(name: str) -> dict[int, Result]:
@@ -73,13 +125,65 @@ def evaluations_of(name: str) -> dict[int, Result]:
     return {seed: read_json(paths[seed]) for seed in sorted(paths)}
 
 
-def seeds_table(parts: Mapping[int, Result], rows: Sequence[Row]) -> str:
-    """Return before → after and the interval of the difference of some prompts, with a column for each seed."""
+def seeds_table(parts: Mapping[int, Result], rows: Sequence[Row], judges: Sequence[str] = ()) -> str:
+    """Return before → after and the interval of the difference of some prompts, with a column for each seed.
+
+    The mean toxicity by each of `judges` comes first.
+    """
     lines = []
+    for judge in judges:
+        cells = []
+        for part in parts.values():
+            toxicity = part["toxicity"][judge]
+            means = {side: toxicity[side]["mean"] for side in ("before", "after")}
+            cells.append(change({**means, "difference": toxicity["difference"]}, 3))
+        lines.append([f"mean toxicity, {judge}", *cells])
+
     for row in rows:
         lines.append([row.label, *(change(part["quality"][row.name], row.decimals) for part in parts.values())])
-    lines.append(["perplexity under the initial policy", *(perplexity(part["perplexity"]) for part in parts.values())])
+    lines.append([PERPLEXITY, *(perplexity(part["perplexity"]) for part in parts.values())])
     return markdown(["", *(f"seed {seed}" for seed in parts)], lines)
+
+
+def rewriters_table(evaluation: Result) -> str:
+    """Return what J is made of, and J between copying and people, of each system of a run."""
+    systems = [("SFT", "before", evaluation)]
+    if evaluation["quality"]["joint"]["difference"] is not None:  # Else training kept the initial policy.
+        systems.append(("RL after SFT", "after", evaluation))
+    for name, label in REWRITERS.items():
+        systems.append((label, "after", evaluation["baselines"][name]))
+
+    scale = evaluation["joint_scale"]
+    lines = []
+    for label, side, measured in systems:
+        civil = 1 - measured["toxicity"][JUDGE][side]["toxic_ratio"]
+        similar, fluent, joint = (measured["quality"][name][side] for name in ("source_similarity", "fluency", "joint"))
+        placed = (joint - scale["copy"]) / (scale["human"] - scale["copy"])
+        lines.append([label, *(f"{number:.3f}" for number in (civil, similar, fluent, joint, placed))])
+    head = ["", "civil (STA)", "similar to the source (SIM)", "fluent (FL)", "J", "(J - copy) / (people - copy)"]
+    return markdown(head, lines)
+
+
+def summarizers_table(evaluation: Result) -> str:
+    """Return toxicity, and what was kept, of each system of a run; below them the floor, which people reach."""
+    systems = [("initial policy", "before", evaluation)]
+    if evaluation["quality"]["rouge_l"]["difference"] is not None:  # Else training kept the initial policy.
+        systems.append(("trained policy", "after", evaluation))
+    for name, label in BASELINES.items():
+        if name in evaluation["baselines"]:
+            systems.append((label, "after", evaluation["baselines"][name]))
+
+    lines = []
+    for label, side, measured in systems:
+        toxicities = [measured["toxicity"][judge][side]["mean"] for judge in (JUDGE, OTHER_JUDGE)]
+        kept = [measured["quality"][name][side] for name in ("rouge_l", "similarity")]
+        words = measured["quality"]["length"][side]
+        lines.append([label, *(f"{number:.3f}" for number in (*toxicities, *kept)), f"{words:.1f}"])
+
+    floors = [f"{evaluation['toxicity'][judge]['floor']:.3f}" for judge in (JUDGE, OTHER_JUDGE)]
+    lines.append(["people (the floor)", *floors, "—", "—", "—"])
+    head = ["", f"mean toxicity, {JUDGE}", OTHER_JUDGE, "ROUGE-L", "similarity to the initial policy", "words"]
+    return markdown(head, lines)
 
 
 def baselines_table(evaluation: Result) -> str:

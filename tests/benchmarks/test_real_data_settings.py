@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import fluency
 import paradetox
+import quarrels
 import realtoxicity
 
 words = st.lists(st.sampled_from(["a", "b", "lamp", "soup", "!"]), min_size=4, max_size=9)
@@ -50,7 +52,28 @@ def test_what_measures_has_no_part_in_the_reward(seed: int, tmp_path: Path) -> N
     assert rewriting.evaluation.encoder == "an/encoder"
 
     continuing = realtoxicity.config_of("prompts.jsonl", "a/model", tmp_path / "scorer", {"seed": seed})
-    for config in (rewriting, continuing):
+    options = Namespace(out=tmp_path, model="a/model", encoder="an/encoder", nli=None)
+    summarizing = quarrels.config_of(options, seed)
+    assert (summarizing.seed, summarizing.sft.steps) == (seed, 0)
+    assert summarizing.evaluation.encoder == "an/encoder"
+    for config in (continuing, summarizing):
+        assert [term.kind for term in config.reward.measured_terms] == ["classifier"]
+    for config in (rewriting, continuing, summarizing):
         assert config.reward.classifier == str(tmp_path / "scorer")
         assert (config.reward.good_label, config.reward.toxic_label) == ("score", None)
         assert config.evaluation.primary_judge == "perspective-minilm"
+
+
+def test_quarrels_are_the_dialogues_with_the_rudest_turns(tmp_path: Path) -> None:
+    turns = [
+        "A: Hello!\r\nB: Hi, how are you?",
+        "A: You idiot!\nB: Sorry.",
+        "A: Fine.\nB: Shut up, you moron.",
+        "A: Ok.",
+    ]
+    rows = [{"id": number, "dialogue": text, "summary": f"s{number}"} for number, text in enumerate(turns)]
+    path = tmp_path / "dialogues.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = quarrels.quarrels_of(str(path), most=2)
+    # In the order of the file.
+    assert found == [{"dialogue": turns[number], "summary": f"s{number}"} for number in (1, 2)]
