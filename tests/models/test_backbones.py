@@ -30,10 +30,11 @@ from detoxrl.config.schema import PolicyConfig
 from detoxrl.errors import InputError
 from detoxrl.models import loading, lora
 from detoxrl.models.files import ARCHITECTURES, FURTHER_TARGETS, adapted_part, layers_in_files
+from detoxrl.models.llama import LlamaNetwork
 from detoxrl.models.loading import load_base, load_shapes
 from detoxrl.models.lora import load_policy
 from detoxrl.models.plain import PlainNetwork
-from detoxrl.models.policy import Policy
+from detoxrl.models.policy import Network, Policy
 from detoxrl.models.sampling import Draws, require_agreement
 from detoxrl.models.t5 import T5Network
 from detoxrl.rl.kl import k1
@@ -41,7 +42,10 @@ from detoxrl.training.finetune import examples
 from learning import LENGTH, PROMPTS, TEXTS, loop_config, rollout_of, run_update
 from small_runs import detoxrl, own
 
-FAST = ("t5", "mt5")
+FAST: dict[str, type[Network]] = {
+    **dict.fromkeys(("t5", "mt5"), T5Network),
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), LlamaNetwork),
+}
 FORCED = 7  # A token of the tiny tokenizer.
 END = ("</s>", 1)
 Folders = Callable[[str], Path]
@@ -79,7 +83,7 @@ def test_kl_is_zero_and_ratios_are_one_at_first_and_only_then_the_policy_moves(
     folder_of: Folders, name: str, full: bool
 ) -> None:
     policy = policy_of(folder_of(name), full)
-    assert policy._network_class is (T5Network if name in FAST else PlainNetwork)
+    assert policy._network_class is FAST.get(name, PlainNetwork)
     before = [weight.detach().clone() for weight in policy.parameters()]
     config = loop_config(lr=1e-2, update_kl_limit=None)
 

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from conftest import KINDS, Make, disturb, policy_config, small_config
-from detoxrl.models import linear, t5, token_logprobs
+from detoxrl.models import linear, matrices, t5, token_logprobs
 from detoxrl.models import policy as policy_module
+from detoxrl.models.llama import LlamaNetwork
 from detoxrl.models.loading import load_base, save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.plain import PlainNetwork, PlainSteps
-from detoxrl.models.policy import Policy
+from detoxrl.models.policy import Network, Policy
 from detoxrl.models.sampling import Draws, require_agreement
 from detoxrl.models.t5 import T5Network, T5Steps
 from detoxrl.models.types import Encoded, Rollout
@@ -255,9 +256,10 @@ def test_a_t5_under_more_than_plain_loras_uses_the_plain_network(
     assert_all_close(actual, scored(policy, policy.encode(TEXTS, "other"), 1.0, "other"))
 
 
-def test_only_a_plain_t5_uses_the_fast_network(policy: Policy, request: pytest.FixtureRequest) -> None:
+def test_a_plain_t5_and_a_plain_llama_use_a_fast_network(policy: Policy, request: pytest.FixtureRequest) -> None:
     name, _ = request.node.callspec.params["policy"]
-    assert policy._network_class is (T5Network if name == "t5" else PlainNetwork)
+    fast: dict[str, type[Network]] = {"t5": T5Network, "llama": LlamaNetwork}
+    assert policy._network_class is fast.get(name, PlainNetwork)
 
 
 # Shared keys and values of cross-attention
@@ -441,7 +443,8 @@ def test_a_frozen_base_is_packed_once_and_again_after_it_moves(make: Make, monke
         calls.append(rows)
         return pack_weights(weights, rows)
 
-    monkeypatch.setattr(t5, "pack_weights", counting)
+    for module in (t5, matrices):
+        monkeypatch.setattr(module, "pack_weights", counting)
     policy = make("loaded")
     assert isinstance(policy.weights, LoraWeights)
     before = {name: weight.clone() for name, weight in policy.model.named_parameters() if not weight.requires_grad}

@@ -92,11 +92,8 @@ def test_a_group_of_single_tokens_needs_the_prompt_alone(policy: Policy) -> None
     assert_same(gradients(policy, TEXTS, first), gradients(policy, REPEATED, first))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_causal_model_reads_each_prompt_once_a_pass(
-    name: str, make_policy: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = make_policy(name, "fresh")
+def test_a_causal_model_reads_each_prompt_once_a_pass(make_policy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("gpt2", "fresh")
     passes: list[tuple[int, int]] = []
     forward = PlainNetwork.predicted
 
@@ -146,7 +143,7 @@ def test_an_encoder_reads_each_prompt_once_and_a_t5_projects_it_once(
 def test_nothing_of_a_pass_stays_in_memory(
     fails: bool, checkpointing: bool, make_policy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = make_policy("llama", "fresh")
+    policy = make_policy("gpt2", "fresh")
     responses = sampled(policy, TEXTS)
     policy.checkpointing = checkpointing
     read: list[weakref.ref[torch.Tensor]] = []

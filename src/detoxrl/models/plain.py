@@ -20,7 +20,7 @@ from detoxrl.models.weights import Weights
 class PlainNetwork:
     """A model under the weights of one name, with the methods that `Policy` calls, for every architecture.
 
-    `T5Network` has the same methods and is faster, but knows T5 only.
+    `T5Network` and `LlamaNetwork` have the same methods and are faster, but each knows one family only.
     """
 
     def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:

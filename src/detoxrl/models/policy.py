@@ -10,11 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from detoxrl.config.schema import DataConfig
 from detoxrl.models.chat import uses_chat_template
 from detoxrl.models.ends import end_token_ids
+from detoxrl.models.llama import LlamaNetwork, is_plain_llama
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.t5 import T5Network, is_plain_t5
 from detoxrl.models.token_logprobs import place_tokens
 from detoxrl.models.types import Encoded, Responses
 from detoxrl.models.weights import POLICY, LoraWeights, Weights
+
+Network = T5Network | LlamaNetwork | PlainNetwork
 
 # Maximum number of tokens, padding included, that an encoder reads at once on a CPU: larger batches are no faster there
 # and waste more on padding. A GPU reads 32 times as many.
@@ -130,6 +133,7 @@ class Policy:
             return Encoded(states=ids, mask=mask)
 
         network = self._network(adapter)
+        assert not isinstance(network, LlamaNetwork)  # It has no encoder.
         states = []
         tokens = _ENCODER_TOKENS if self.device.type == "cpu" else 32 * _ENCODER_TOKENS
         for rows in length_batches(lengths, tokens):
@@ -235,7 +239,7 @@ class Policy:
         """Return the texts of the responses without special tokens."""
         return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
 
-    def _network(self, adapter: str | None) -> T5Network | PlainNetwork:
+    def _network(self, adapter: str | None) -> Network:
         return self._network_class(self.weights, adapter, self.checkpointing)
 
     def _empty_responses(self, uniforms: torch.Tensor) -> Responses:
@@ -255,9 +259,11 @@ class Policy:
         return values.squeeze(-1)
 
 
-def _network_class(weights: Weights) -> type[T5Network] | type[PlainNetwork]:
-    """Return the fast network if it knows every module of the model, with all adapters, and the general one if not."""
-    return T5Network if is_plain_t5(weights) else PlainNetwork
+def _network_class(weights: Weights) -> type[Network]:
+    """Return a fast network if it knows every module of the model, with all adapters, and the general one if not."""
+    if is_plain_t5(weights):
+        return T5Network
+    return LlamaNetwork if is_plain_llama(weights) else PlainNetwork
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[slice]:

@@ -4,8 +4,7 @@ This is the forward pass of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.1
 functions of tensors, gated as in FLAN-T5 or not, under full weights or with a LoRA on any of its matrices. It computes
 what transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
 
-- **Thin LoRA products.** A LoRA changes a weight W by scale * B A, of rank r. Adding that to W would copy every matrix
-  for every adapter. Instead A and then B are applied to the input: two products with a side of only r.
+- **Thin LoRA products**, which change no weight (detoxrl.models.matrices).
 - **Shared cross-attention.** The keys and values of cross-attention are products of the encoder's states and the base
   weights. If neither changes in training, they are computed once (`T5Network.with_shared_cross`) for sampling, the
   reference and every epoch of the update. A pass under an adapter adds only what its LoRA changes.
@@ -21,25 +20,21 @@ d the width of a head, L the number of decoder layers and V the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.linear import linear, pack_weights
+from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import LoraWeights, Weights
-
-_Function = Callable[[torch.Tensor], torch.Tensor]
 
 _CLASSES = (T5ForConditionalGeneration, MT5ForConditionalGeneration)
 # Names of the linear layers inside T5's blocks, on which a LoRA may lie.
@@ -50,37 +45,6 @@ _SHARED_BLOCK = 2048
 
 
 # The weights
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The factors of a LoRA (Hu et al. 2021, section 4.1): W x becomes W x + scale * B A x."""
-
-    a: torch.Tensor  # (r, in)
-    b: torch.Tensor  # (out, r)
-    scale: float
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return B A x (..., out) for x (..., in), unscaled.
-
-        The factors and their gradients are float32. The products are computed in the precision of x.
-        """
-        return linear(linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight (out, in) of the base model and the LoRA on it, if there is one."""
-
-    weight: torch.Tensor
-    lora: Lora | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product (..., out) with x (..., in)."""
-        product = linear(x, self.weight)
-        if self.lora is None:
-            return product
-        return torch.add(product, self.lora.product(x), alpha=self.lora.scale)
 
 
 class Attention(NamedTuple):
@@ -99,7 +63,7 @@ class FeedForward(NamedTuple):
     norm: torch.Tensor  # (D,)
     wide: tuple[Matrix, ...]  # One matrix, or two where the second gates the activation of the first.
     narrow: Matrix
-    activation: _Function
+    activation: Function
 
 
 class EncoderLayer(NamedTuple):
@@ -129,40 +93,16 @@ def is_plain_t5(weights: Weights) -> bool:
         return False
 
     modules = (*model.encoder.named_modules(), *model.decoder.named_modules())
-    return all(_is_plain(name, module) for name, module in modules)
-
-
-def _is_plain(path: str, module: Any) -> bool:
-    name = path.rpartition(".")[2]
-    if name not in _LINEAR_LAYERS:
-        return not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-
-    # A variant is DoRA, for example, which is more than two factors.
-    is_plain_lora = type(module) is LoraLinear and not module.lora_variant and not any(module.lora_bias.values())
-    return is_plain_lora or type(module) is torch.nn.Linear
-
-
-def _matrix(module: Any, adapter: str | None) -> Matrix:
-    """Return the weight of a linear layer under an adapter; None is the bare base."""
-    if type(module) is not LoraLinear:
-        return Matrix(module.weight)
-
-    layer: Any = module
-    weight = layer.base_layer.weight
-    if adapter not in layer.lora_A:
-        return Matrix(weight)
-
-    lora = Lora(a=layer.lora_A[adapter].weight, b=layer.lora_B[adapter].weight, scale=layer.scaling[adapter])
-    return Matrix(weight, lora)
+    return all(is_plain(module, name.rpartition(".")[2] in _LINEAR_LAYERS) for name, module in modules)
 
 
 def _attention(norm: Any, attention: Any, adapter: str | None) -> Attention:
     return Attention(
         norm=norm.weight,
-        q=_matrix(attention.q, adapter),
-        k=_matrix(attention.k, adapter),
-        v=_matrix(attention.v, adapter),
-        o=_matrix(attention.o, adapter),
+        q=matrix_of(attention.q, adapter),
+        k=matrix_of(attention.k, adapter),
+        v=matrix_of(attention.v, adapter),
+        o=matrix_of(attention.o, adapter),
     )
 
 
@@ -172,8 +112,8 @@ def _feed_forward(sublayer: Any, adapter: str | None) -> FeedForward:
     wide = (dense.wi_0, dense.wi_1) if is_gated else (dense.wi,)
     return FeedForward(
         norm=sublayer.layer_norm.weight,
-        wide=tuple(_matrix(module, adapter) for module in wide),
-        narrow=_matrix(dense.wo, adapter),
+        wide=tuple(matrix_of(module, adapter) for module in wide),
+        narrow=matrix_of(dense.wo, adapter),
         activation=dense.act,
     )
 
@@ -238,7 +178,7 @@ def _padding_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None
     return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
 
 
-def _narrowed(wide: Sequence[torch.Tensor], narrow: _Function, activation: _Function) -> torch.Tensor:
+def _narrowed(wide: Sequence[torch.Tensor], narrow: Function, activation: Function) -> torch.Tensor:
     """Return the output (..., D) of a feed-forward sublayer from its one or two widened states (..., F)."""
     activated = activation(wide[0])
     if len(wide) == 2:
@@ -345,7 +285,7 @@ class T5Network:
         chosen, entropy = token_logprobs(states * self.scale, self.head, chosen_ids, temperature, entropy_gradient)
         return chosen, entropy, states
 
-    def _computed(self, layer: _Function, x: torch.Tensor) -> torch.Tensor:
+    def _computed(self, layer: Function, x: torch.Tensor) -> torch.Tensor:
         """Return layer(x), which a backward pass recomputes if that is asked for."""
         output: torch.Tensor = recomputed(layer, x) if self.checkpointing else layer(x)
         return output
@@ -444,16 +384,16 @@ class T5Network:
 class _LayerProducts(NamedTuple):
     """The products of one decoder layer in sampling. Matrices with the same input are stacked into one product."""
 
-    qkv: _Function
-    self_o: _Function
-    cross_q: _Function
-    cross_o: _Function
-    wide: _Function
-    narrow: _Function
+    qkv: Function
+    self_o: Function
+    cross_q: Function
+    cross_o: Function
+    wide: Function
+    narrow: Function
 
 
 class _PackedWeights(NamedTuple):
-    head: _Function
+    head: Function
     layers: list[_LayerProducts]
 
 
@@ -464,40 +404,11 @@ def _stacks(layer: DecoderLayer) -> tuple[tuple[Matrix, ...], ...]:
 
 
 def _packed_layer(layer: DecoderLayer, rows: int) -> _LayerProducts:
-    return _LayerProducts(*(_packed_stack(matrices, rows) for matrices in _stacks(layer)))
-
-
-def _packed_stack(matrices: tuple[Matrix, ...], rows: int) -> _Function:
-    return pack_weights([matrix.weight for matrix in matrices], rows)
+    return _LayerProducts(*(packed_stack(matrices, rows) for matrices in _stacks(layer)))
 
 
 def _with_loras(products: _LayerProducts, layer: DecoderLayer) -> _LayerProducts:
-    return _LayerProducts(*map(_with_lora, products, _stacks(layer)))
-
-
-def _with_lora(product: _Function, matrices: tuple[Matrix, ...]) -> _Function:
-    """Return a product of stacked matrices plus what their LoRAs add, in the precision of the weights.
-
-    The LoRAs of a stack also have the same input x, so they need two thin products together instead of two each. Their
-    A are stacked, and their B, times the scales, are the blocks of a block-diagonal matrix: each B meets its own A x
-    alone. A matrix without a LoRA has a block of zero columns. Gradients do not flow through the result.
-    """
-    dtype = matrices[0].weight.dtype
-    loras = [matrix.lora for matrix in matrices if matrix.lora is not None]
-    if not loras:
-        return product
-
-    blocks = []
-    for matrix in matrices:
-        if matrix.lora is None:
-            blocks.append(loras[0].a.new_zeros(len(matrix.weight), 0))
-        else:
-            blocks.append(matrix.lora.b * matrix.lora.scale)
-
-    # Transposed and made contiguous once here, instead of in every product: a (in, R), b (R, sum of out).
-    a = torch.cat([lora.a for lora in loras]).t().to(dtype).contiguous()
-    b = torch.block_diag(*blocks).t().to(dtype).contiguous()
-    return lambda x: torch.addmm(product(x), x @ a, b)
+    return _LayerProducts(*map(with_lora, products, _stacks(layer)))
 
 
 class T5Steps:

@@ -1,0 +1,546 @@
+"""How does a Llama, or a decoder built like it, run as fast as its matrix products allow?
+
+This is the forward pass of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) written out as plain functions
+of tensors, with what Qwen 2, Qwen 3, Mistral and Gemma do otherwise: biases, norms of queries and keys, scaled
+embeddings. It computes what transformers computes and is tested against it. It is faster for five reasons
+(measurements: docs/performance.md):
+
+- **No padding.** All tokens of a pass, those of the prompts and those of the responses, are the rows of one matrix, so
+  that no product has a row for padding. Only attention sees them as padded sequences.
+- **Prompts read once.** The responses to a prompt attend to the same keys and values, in place: no response has a copy.
+- **Thin LoRA products and packed weights** (detoxrl.models.matrices).
+- **A chunked head.** Log-probs are computed from the hidden states a chunk of tokens at a time, and for no token of a
+  prompt (detoxrl.models.token_logprobs).
+- **A cache in place.** Sampling has room for the keys and values of whole responses, and writes those of a token there.
+
+In comments, U is the number of prompts, P their length, k the number of responses to each, B = k * U, T the length of
+responses, N the number of tokens of a pass, D the model's width, H the number of heads with keys and values of their
+own, r the number of queries that share each of them, d the width of a head and V the vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
+from transformers import (
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from detoxrl.models.linear import pack_weights
+from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
+from detoxrl.models.recompute import recomputed
+from detoxrl.models.token_logprobs import token_logprobs
+from detoxrl.models.types import Encoded
+from detoxrl.models.weights import LoraWeights, Weights
+
+_CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, GemmaForCausalLM)
+_LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Rotary embeddings whose frequencies depend on the length of the sequences in a pass.
+_ROTARY_BY_LENGTH = {"dynamic", "longrope"}
+
+
+# The weights
+
+
+class Layer(NamedTuple):
+    """The weights of a block of the decoder."""
+
+    attention_norm: torch.Tensor  # (D,)
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    q_norm: torch.Tensor | None  # (d,) in Qwen 3.
+    k_norm: torch.Tensor | None
+    o: Matrix
+    feed_forward_norm: torch.Tensor  # (D,)
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    activation: Function
+
+
+def is_plain_llama(weights: Weights) -> bool:
+    """Return whether `LlamaNetwork` can compute the model: a decoder of its family with nothing added but LoRAs."""
+    model = weights.active
+    if type(model) not in _CLASSES or type(model.lm_head) is not torch.nn.Linear:
+        return False
+    if _sees_a_window(model.config) or model.config.rope_parameters["rope_type"] in _ROTARY_BY_LENGTH:
+        return False
+
+    modules = model.model.named_modules()
+    return all(is_plain(module, name.rpartition(".")[2] in _LINEAR_LAYERS) for name, module in modules)
+
+
+def _sees_a_window(config: Any) -> bool:
+    """Return whether some layer attends to the latest tokens alone."""
+    if config.model_type == "mistral":
+        return bool(config.sliding_window is not None)
+    # A Llama and a Gemma have one kind of layer, which sees everything.
+    return bool(config.model_type.startswith("qwen") and "sliding_attention" in config.layer_types)
+
+
+def _layer(block: Any, adapter: str | None, norm_of: Any) -> Layer:
+    attention = block.self_attn
+    has_norms = "q_norm" in dict(attention.named_children())
+    return Layer(
+        attention_norm=norm_of(block.input_layernorm),
+        q=matrix_of(attention.q_proj, adapter),
+        k=matrix_of(attention.k_proj, adapter),
+        v=matrix_of(attention.v_proj, adapter),
+        q_norm=norm_of(attention.q_norm) if has_norms else None,
+        k_norm=norm_of(attention.k_norm) if has_norms else None,
+        o=matrix_of(attention.o_proj, adapter),
+        feed_forward_norm=norm_of(block.post_attention_layernorm),
+        gate=matrix_of(block.mlp.gate_proj, adapter),
+        up=matrix_of(block.mlp.up_proj, adapter),
+        down=matrix_of(block.mlp.down_proj, adapter),
+        activation=block.mlp.act_fn,
+    )
+
+
+# Which row is which token
+
+
+class _Sequences:
+    """Where the tokens of S sequences of up to L tokens stand: as the rows of a matrix, or padded on the right."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask  # (S, L) bool: True first, then False.
+        self._is_full = bool(mask.all())
+        self._index = mask.flatten().nonzero().squeeze(1)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The place of each row's token in its sequence (n,)."""
+        return self._index % self.mask.shape[1]
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows (n, ...) as (S, L, ...), 0 where there is no token."""
+        shape = self.mask.shape
+        if self._is_full:
+            full: torch.Tensor = rows.unflatten(0, shape)
+            return full
+        places = rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, self._index, rows)
+        padded: torch.Tensor = places.unflatten(0, shape)
+        return padded
+
+    def rows(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return (S, L, ...) as rows (n, ...) of the tokens."""
+        flat = padded.flatten(0, 1)
+        return flat if self._is_full else flat.index_select(0, self._index)
+
+    def padding_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a bias (S, 1, 1, L) that is -inf where there is no token, None if there are tokens everywhere."""
+        if self._is_full:
+            return None
+        return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, -torch.inf)[:, None, None]
+
+
+class _Pass(NamedTuple):
+    """What every layer of a teacher-forced pass needs of its rows: those of the prompts first, then the responses'."""
+
+    prompts: _Sequences
+    responses: _Sequences
+    cos: torch.Tensor  # (N, 1, d)
+    sin: torch.Tensor
+
+
+def _prompts_on_the_left(encoded: Encoded) -> tuple[torch.Tensor, _Sequences]:
+    """Return the token ids (n,) of prompts, which are padded on the left, as rows, and where they stand."""
+    mask = encoded.mask.bool()
+    lengths = mask.sum(1)
+    columns = torch.arange(int(lengths.max()), device=mask.device)
+    return encoded.states[mask], _Sequences(columns < lengths[:, None])
+
+
+# Attention
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x (..., d) turned by its position (Su et al. 2021, section 3.4.2, in the order of Llama's halves)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _attend_within(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return attention (S, L, H * r, d) of queries of this shape to the keys and values (S, L, H, d) up to their own.
+
+    Padding on the right is behind every token that counts.
+    """
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True).transpose(1, 2)
+
+
+def _attend_to_prompts_too(
+    q: torch.Tensor,
+    prompt: tuple[torch.Tensor, torch.Tensor],
+    own: tuple[torch.Tensor, torch.Tensor],
+    padding_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return attention (B, T, H * r, d) of responses' queries to their prompts and to their own earlier tokens.
+
+    Keys and values are (U, P, H, d) of the prompts and (B, T, H, d) of the responses. One softmax spans both, while
+    each is multiplied where it lies. Queries that share keys, of r heads and k responses, are rows of one product.
+    """
+    batch, length, queries, width = q.shape
+    keys, values = (part.transpose(1, 2) for part in prompt)  # (U, H, P, d)
+    number, heads, prompt_length, _ = keys.shape
+    group_size = batch // number
+    shared = queries // heads
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, T, H * s, d) as (U, H, k, s, T, d)."""
+        return x.view(number, group_size, length, heads, -1, width).permute(0, 3, 1, 4, 2, 5)
+
+    grouped_q = grouped(q).reshape(number, heads, group_size, shared * length, width)
+    own_keys, own_values = (grouped(part).squeeze(3) for part in own)  # (U, H, k, T, d)
+
+    to_prompt = grouped_q.flatten(2, 3) @ keys.transpose(-2, -1)
+    if padding_bias is not None:
+        to_prompt = to_prompt + padding_bias
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1).repeat(shared, 1)
+    to_own = (grouped_q @ own_keys.transpose(-2, -1)).masked_fill(future, -torch.inf)
+
+    to_prompt = to_prompt.unflatten(2, (group_size, shared * length))
+    weights = torch.cat((to_prompt, to_own), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    of_prompt, of_own = weights.split((prompt_length, length), -1)
+    attended = (of_prompt.flatten(2, 3) @ values).view(grouped_q.shape) + of_own @ own_values
+
+    by_head = attended.view(number, heads, group_size, shared, length, width)
+    by_token: torch.Tensor = by_head.permute(0, 2, 4, 1, 3, 5).reshape(batch, length, queries, width)
+    return by_token
+
+
+# Whole sequences
+
+
+class LlamaNetwork:
+    """A decoder of Llama's family under the weights of one name, with the methods that `Policy` calls.
+
+    It is the fast twin of `PlainNetwork`, and reads the factors of an adapter by their name, so no adapter has to be
+    activated in peft for a pass.
+    """
+
+    def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:
+        self.checkpointing = checkpointing
+        self._packs: list[Any] | None
+        if isinstance(weights, LoraWeights):
+            model = weights.active
+            self._packs = weights.packs
+        else:
+            model = weights.models[adapter]
+            adapter = None
+            self._packs = None
+
+        body = model.model
+        is_gemma = type(model) is GemmaForCausalLM
+        self.config = model.config
+        self.embedding = body.embed_tokens.weight
+        self.embedding_scale: float = self.config.hidden_size**0.5 if is_gemma else 1.0
+        norm_of = _weight_above_one if is_gemma else _weight
+        self.layers = [_layer(block, adapter, norm_of) for block in body.layers]
+        self.norm = norm_of(body.norm)
+        self.head = model.lm_head.weight
+        self.rotary = body.rotary_emb
+        self.width: int = body.layers[0].self_attn.head_dim
+
+    @staticmethod
+    def max_tokens_per_pass(config: Any) -> int:
+        """Return how many response tokens a pass without gradients should read: larger passes are no faster."""
+        return 2048
+
+    def with_shared_cross(self, encoded: Encoded) -> Encoded:
+        """Return the prompts unchanged: every layer that reads them may train."""
+        return encoded
+
+    def logprobs(
+        self,
+        encoded: Encoded,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        temperature: float,
+        entropy_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return log-probs and entropies (N,) of the N tokens of ids (B, T) under the mask, and hidden states (N, D).
+
+        Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
+        """
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        # A token is read if a later one counts.
+        is_read = mask[:, 1:].flip(1).cummax(1).values.flip(1)
+        responses = _Sequences(is_read)
+        prompt_ids, prompts = _prompts_on_the_left(encoded)
+        states = self._states(prompt_ids, prompts, ids[:, :-1][is_read], responses)
+
+        before = self._rows_before(prompts, responses, len(ids))
+        predicting = states.index_select(0, before[mask])
+        chosen, entropy = token_logprobs(predicting, self.head, ids[mask], temperature, entropy_gradient)
+        return chosen, entropy, predicting
+
+    def _states(
+        self, prompt_ids: torch.Tensor, prompts: _Sequences, response_ids: torch.Tensor, responses: _Sequences
+    ) -> torch.Tensor:
+        """Return the hidden states (N, D) of the tokens of prompts and responses."""
+        x = self.embedded(torch.cat((prompt_ids, response_ids)))
+        group_size = len(responses.mask) // len(prompts.mask)
+        lengths = prompts.mask.sum(1).repeat_interleave(group_size)
+        positions = responses.positions + responses.rows(lengths[:, None].expand(responses.mask.shape))
+        cos, sin = self.turns(x, torch.cat((prompts.positions, positions)))
+        rows = _Pass(prompts, responses, cos, sin)
+
+        for layer in self.layers:
+            function = partial(self._through, layer, rows)
+            x = recomputed(function, x) if self.checkpointing else function(x)
+        return self.normed(x, self.norm)
+
+    def _rows_before(self, prompts: _Sequences, responses: _Sequences, batch: int) -> torch.Tensor:
+        """Return the row of the token before each token of the responses (B, T), undefined where it was not read."""
+        last = prompts.mask.sum(1).cumsum(0) - 1
+        first_column = last.repeat_interleave(batch // len(last))[:, None]
+        rows = torch.arange(len(responses), device=last.device) + len(prompts)
+        return torch.cat((first_column, responses.padded(rows)), 1)
+
+    def _through(self, layer: Layer, rows: _Pass, x: torch.Tensor) -> torch.Tensor:
+        n = self.normed(x, layer.attention_norm)
+        q, k, v = self.heads(layer, (layer.q(n), layer.k(n), layer.v(n)), rows.cos, rows.sin)
+        x = x + layer.o(self._attended(rows, q, k, v))
+
+        n = self.normed(x, layer.feed_forward_norm)
+        return x + layer.down(layer.activation(layer.gate(n)) * layer.up(n))
+
+    def _attended(self, rows: _Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return attention (N, H * r * d) of queries (N, H * r, d) to keys and values (N, H, d)."""
+        prompts, responses, *_ = rows
+        of_prompts, of_responses = zip(*(part.split((len(prompts), len(responses))) for part in (q, k, v)), strict=True)
+
+        q, k, v = (prompts.padded(part) for part in of_prompts)
+        attended = [prompts.rows(_attend_within(q, k, v))]
+        if len(responses) > 0:
+            own_q, own_k, own_v = (responses.padded(part) for part in of_responses)
+            bias = prompts.padding_bias(q.dtype)
+            attended.append(responses.rows(_attend_to_prompts_too(own_q, (k, v), (own_k, own_v), bias)))
+        return torch.cat(attended).flatten(1)
+
+    def heads(
+        self, layer: Layer, products: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries (N, H * r, d), keys and values (N, H, d) from the products with their weights."""
+        q, k, v = (product.unflatten(-1, (-1, self.width)) for product in products)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self.normed(q, layer.q_norm)
+            k = self.normed(k, layer.k_norm)
+        # Scaled here: there are fewer queries than scores.
+        return _rotated(q, cos, sin) * self.width**-0.5, _rotated(k, cos, sin), v
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (N, D) of token ids (N,)."""
+        x = embedding(ids, self.embedding)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def turns(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines (N, 1, d), in the dtype of x, by which positions (N,) turn queries and keys."""
+        cos, sin = self.rotary(x, positions[None])
+        return cos[0, :, None], sin[0, :, None]
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return x (..., D) divided by its root mean square and multiplied by a weight (D,)."""
+        normed: torch.Tensor = rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        return normed
+
+    def steps(self, encoded: Encoded, length: int, group_size: int) -> "LlamaSteps":
+        """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
+        return LlamaSteps(self, encoded, length, group_size)
+
+    def packed(self, rows: int) -> "_PackedWeights":
+        """Return the products with all weights for a batch of `rows`, without LoRAs.
+
+        Under a LoRA the base never changes, so its weights are packed once and kept. Full weights change with every
+        update and are packed anew for every call.
+        """
+        if self._packs:
+            packed: _PackedWeights = self._packs[0]
+            return packed
+
+        layers = [_LayerProducts(*(packed_stack(stack, rows) for stack in _stacks(layer))) for layer in self.layers]
+        packed = _PackedWeights(pack_weights([self.head], rows), layers)
+        if self._packs is not None:
+            self._packs.append(packed)
+        return packed
+
+
+def _weight(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight
+    return weight
+
+
+def _weight_above_one(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight + 1
+    return weight
+
+
+# Token by token
+
+
+class _LayerProducts(NamedTuple):
+    """The products of one layer in sampling. Matrices with the same input are stacked into one product."""
+
+    qkv: Function
+    o: Function
+    gate_up: Function
+    down: Function
+
+
+class _PackedWeights(NamedTuple):
+    head: Function
+    layers: list[_LayerProducts]
+
+
+def _stacks(layer: Layer) -> tuple[tuple[Matrix, ...], ...]:
+    """Return the matrices that each field of `_LayerProducts` stacks, in the order of the fields."""
+    return (layer.q, layer.k, layer.v), (layer.o,), (layer.gate, layer.up), (layer.down,)
+
+
+class LlamaSteps:
+    """Decodes a batch token by token, without gradients.
+
+    It holds packed copies of the weights, the keys and values of the prompts, and room for those of the whole response,
+    which are written in place. Make it under `torch.no_grad()`.
+    """
+
+    def __init__(self, network: LlamaNetwork, encoded: Encoded, length: int, group_size: int) -> None:
+        batch = len(encoded.mask) * group_size
+        packed = network.packed(batch)
+        self._network = network
+        self._head = packed.head
+        self._products = [
+            _LayerProducts(*map(with_lora, products, _stacks(layer)))
+            for products, layer in zip(packed.layers, network.layers, strict=True)
+        ]
+
+        self._encoded = encoded
+        self._group_size = group_size
+        self._length = length
+        # Each row's place among those of all prompts, `group_size` to a prompt.
+        self._places = torch.arange(batch, device=encoded.mask.device)
+        self._prompt: list[tuple[torch.Tensor, torch.Tensor]] = []  # Keys (U, H, d, P) and values (U, H, P, d).
+        self._done = 0  # tokens read of each response
+
+    @torch.inference_mode()
+    def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits (B, V) and hidden states (B, D) that predict the token after `tokens` (B,).
+
+        At the first call `tokens` is None: the first token follows from the prompt alone.
+        """
+        network = self._network
+        if tokens is None:
+            states = self._read_prompts().repeat_interleave(self._group_size, 0)
+            return self._head(states), states
+
+        x = network.embedded(tokens)
+        cos, sin = network.turns(x, self._first_positions + self._done)
+        for layer, products, own, prompt in zip(network.layers, self._products, self._own, self._prompt, strict=True):
+            n = network.normed(x, layer.attention_norm)
+            parts = products.qkv(n).split(self._sizes, -1)
+            q, k, v = network.heads(layer, parts, cos, sin)
+            x = x + products.o(self._attended(q, k, v, own, prompt).to(x.dtype))
+
+            n = network.normed(x, layer.feed_forward_norm)
+            gate, up = products.gate_up(n).chunk(2, -1)
+            x = x + products.down(layer.activation(gate) * up)
+
+        self._done += 1
+        states = network.normed(x, network.norm)
+        return self._head(states), states
+
+    def _read_prompts(self) -> torch.Tensor:
+        """Read each prompt once, keep its keys and values, and return the hidden states (U, D) of the last tokens."""
+        network = self._network
+        ids, prompts = _prompts_on_the_left(self._encoded)
+        x = network.embedded(ids)
+        cos, sin = network.turns(x, prompts.positions)
+        for layer in network.layers:
+            n = network.normed(x, layer.attention_norm)
+            q, k, v = network.heads(layer, (layer.q(n), layer.k(n), layer.v(n)), cos, sin)
+            q, k, v = (prompts.padded(part) for part in (q, k, v))
+            # In float32 even under bfloat16 weights, because a CPU multiplies few rows of bfloat16 more slowly.
+            keys = k.permute(0, 2, 3, 1).float().contiguous()
+            values = v.transpose(1, 2).float().contiguous()
+            self._prompt.append((keys, values))
+            x = x + layer.o(prompts.rows(_attend_within(q, k, v)).flatten(1))
+            n = network.normed(x, layer.feed_forward_norm)
+            x = x + layer.down(layer.activation(layer.gate(n)) * layer.up(n))
+
+        lengths = prompts.mask.sum(1)
+        self._first_positions = lengths.repeat_interleave(self._group_size)
+        self._padding_bias = prompts.padding_bias(torch.float32)
+        heads = self._prompt[0][1].shape[1]
+        self._sizes = [len(matrix.weight) for matrix in _stacks(network.layers[0])[0]]
+        # Keys and values (L, 2, B, H, T, d) of the responses' own tokens.
+        sizes = (len(network.layers), 2, len(self._places), heads, self._length, network.width)
+        self._own = x.new_empty(sizes, dtype=torch.float32)
+        return network.normed(x[lengths.cumsum(0) - 1], network.norm)
+
+    def _attended(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        own: torch.Tensor,
+        prompt: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Return attention (B, H * r * d) of the newest token's queries (B, H * r, d) to the prompt and its response.
+
+        The key and value (B, H, d) join those of the earlier tokens in `own` (2, B, H, T, d).
+        """
+        t = self._done
+        own[0, :, :, t] = k
+        own[1, :, :, t] = v
+        own_keys, own_values = own[:, :, :, : t + 1]
+        keys, values = prompt
+        heads = keys.shape[1]
+        q = q.unflatten(1, (heads, -1)).float()
+
+        to_prompt = self._by_place(q) @ keys
+        if self._padding_bias is not None:
+            to_prompt = to_prompt + self._padding_bias
+        scores = torch.cat((self._by_row(to_prompt), q @ own_keys.transpose(-2, -1)), -1)
+        of_prompt, of_own = scores.softmax(-1).split((keys.shape[-1], t + 1), -1)
+        attended: torch.Tensor = self._by_row(self._by_place(of_prompt) @ values) + of_own @ own_values
+        return attended.flatten(1)
+
+    def _by_place(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (B, H, r, n) as (U, H, k * r, n): the rows that answer one prompt are rows of one product.
+
+        Some responses of a group may have ended. Their places stay, because all groups need the same size.
+        """
+        number = len(self._prompt[0][0])
+        places = number * self._group_size
+        if places > len(x):
+            x = x.new_zeros(places, *x.shape[1:]).index_copy(0, self._places, x)
+        by_prompt: torch.Tensor = x.unflatten(0, (number, self._group_size)).transpose(1, 2).flatten(2, 3)
+        return by_prompt
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (U, H, k * r, n) as (B, H, r, n)."""
+        placed: torch.Tensor = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
+        return placed if len(placed) == len(self._places) else placed[self._places]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows of the batch but those that are True in `rows` (B,), and prompts without rows."""
+        self._own = self._own[:, :, rows]
+        self._first_positions = self._first_positions[rows]
+        prompts, number = (self._places[rows] // self._group_size).unique(return_inverse=True)
+        self._places = number * self._group_size + self._places[rows] % self._group_size
+        if len(prompts) < len(self._prompt[0][0]):
+            self._prompt = [(keys[prompts], values[prompts]) for keys, values in self._prompt]
+            self._padding_bias = None if self._padding_bias is None else self._padding_bias[prompts]
