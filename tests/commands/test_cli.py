@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree, rmtree
 
@@ -142,7 +142,16 @@ def test_each_system_is_sampled_with_its_own_adapter(run: Path, monkeypatch: pyt
         return [[Sample(f"{source.adapter} {initial.adapter} {source.encoder}", None)] for _ in prompts]
 
     monkeypatch.setattr(sampling, "sample_with_likelihoods", name_adapters)
-    found = sampling.sampled_responses(Run(*RunFolder.open(run)), {})
+    folder, config = RunFolder.open(run)
+    small = replace(config, generation=replace(config.generation, batch_size=10))
+    found = sampling.sampled_responses(Run(folder, small), {})
+    # A stop loses one pass at most: 10 responses, or those to one prompt if it has more.
+    batches: dict[str, list[int]] = {}
+    for record in records(run / "responses.jsonl"):
+        batches.setdefault(record["policy"], []).append(len(record["responses"]))
+    assert config.evaluation.samples_per_prompt == 2
+    assert batches["before"] == [1] * 12
+    assert batches["after"] == [5, 5, 2]
     (run / "responses.jsonl").unlink()
     assert found.sharpening == Sharpening(None, "the two policies have different tokens")  # for all that is known
     assert {name: samples[0][0].text for name, samples in found.samples.items()} == {

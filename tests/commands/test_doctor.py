@@ -28,6 +28,7 @@ from detoxrl.commands.workload import StepSeconds, stage_seconds
 from detoxrl.config.recipes import recipe
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.judges import memoized
+from detoxrl.models.llama import LlamaNetwork, LlamaSteps
 from detoxrl.models.loading import load_base, load_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
@@ -141,6 +142,7 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
     monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: (7.0, 9.0, 8.0))
     monkeypatch.setattr(forecast, "_judging_peak", lambda *_: 3.0)
+    monkeypatch.setattr(forecast, "_packed_bytes", lambda _: 5)
     monkeypatch.setattr(forecast, "_peak", lambda _: 4.0)
     monkeypatch.setattr(forecast, "bf16_capable", lambda _: False)
     prepared = prepare_rows(config)
@@ -151,7 +153,7 @@ def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = forecast.weight_bytes(policy.model)
     trained = forecast.weight_bytes(policy)
     assert peaks["sft"] - 4.0 - 4 * whole > 2**28
-    assert peaks["sft"] - peaks["train"] == (4 * whole + 4.0) - (whole + 4 * trained + 9.0)
+    assert peaks["sft"] - peaks["train"] == (4 * whole + 4.0) - (whole + 5 + 4 * trained + 9.0)
     assert peaks["train"] - peaks["evaluate"] == (4 * trained + 9.0) - (4 * trained + 7.0)
 
 
@@ -190,6 +192,24 @@ def test_a_longer_response_holds_its_keys_and_values_too(
     assert 20 * 8 * 4 * kv_numbers <= more < 1.5 * 20 * 8 * 4 * kv_numbers
 
 
+@pytest.mark.parametrize("name", ["t5", "llama", "gpt2"])
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_packed_copies_of_the_weights_count_where_sampling_makes_them(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, has_kernel: bool
+) -> None:
+    config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name]})
+    policy = bare_policy(config, load_tokenizer(str(bases[name])))
+    monkeypatch.setattr(forecast, "has_kernel_on_cpu", lambda dtype: has_kernel)
+    model = policy.weights.active
+    head = model.get_output_embeddings().weight.nbytes
+    if name == "gpt2" or not has_kernel:
+        assert forecast._packed_bytes(policy) == 0
+    else:
+        part = model.decoder if name == "t5" else model.model
+        layers = sum(weight.nbytes for key, weight in part.named_parameters() if "layer" in key and weight.dim() == 2)
+        assert forecast._packed_bytes(policy) == pytest.approx(head + layers, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_memory_of_sampling_from_a_causal_model_bounds_that_of_sampling_token_by_token(
     bases: dict[str, Path], name: str
@@ -207,10 +227,12 @@ def test_memory_of_sampling_from_a_causal_model_bounds_that_of_sampling_token_by
 def test_a_causal_model_is_read_few_times_on_shapes_however_long_its_responses_are(
     bases: dict[str, Path], prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = counted(monkeypatch, LlamaForCausalLM, "forward")
+    forward = counted(monkeypatch, LlamaForCausalLM, "forward")
+    own = counted(monkeypatch, LlamaNetwork, "logprobs", "read_prompts")
     settings = {"policy.base": str(bases["llama"]), "policy.lora_targets": TARGETS["llama"], "sft.steps": 5}
     stage_memory(recipe("own", {**settings, "generation.max_new_tokens": 200}), prepared, [])
-    assert 0 < len(calls) <= 6
+    assert 0 < len(forward) + len(own) <= 6
+    assert len(own) > 0
 
 
 def test_memory_grows_with_the_length_of_responses(place: Path) -> None:
@@ -401,7 +423,10 @@ def test_the_doctor_makes_few_passes_however_long_responses_are(
     if name == "t5":
         counters = [counted(monkeypatch, T5Steps, "next"), counted(monkeypatch, T5Network, "read", "logprobs")]
     else:
-        counters = [counted(monkeypatch, LlamaForCausalLM, "forward")]
+        counters = [
+            counted(monkeypatch, LlamaSteps, "next"),
+            counted(monkeypatch, LlamaNetwork, "logprobs", "read_prompts"),
+        ]
     # Tokens that end a response are removed, so that none is shorter than it may be.
     initial_policy = Run.initial_policy
 

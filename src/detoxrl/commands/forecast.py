@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from detoxrl.commands.prepare import Prepared
 from detoxrl.commands.workload import baseline_names
 from detoxrl.config.schema import Config, GenerationConfig
+from detoxrl.models.linear import has_kernel_on_cpu
 from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy, Scored
@@ -68,7 +69,8 @@ def stage_memory(config: Config, prepared: Prepared, classifiers: list[PreTraine
     """
     policy = bare_policy(config, prepared.tokenizer)
     trained = weight_bytes(policy)
-    models = sum(weight_bytes(model) for model in (policy.model, *classifiers))
+    # The packed copies stay from the first sampling on.
+    models = sum(weight_bytes(model) for model in (policy.model, *classifiers)) + _packed_bytes(policy)
     baselines = len(baseline_names(config, prepared.rows))
     sampling, scoring, update = _policy_peaks(policy, config, prepared)
     judging = _judging_peak(classifiers, config.generation)
@@ -155,20 +157,35 @@ def _sampling_peak(policy: Policy, texts: list[str], length: int, temperature: f
         few, more = peak(2), peak(6)
         return few + (more - few) / 4 * (length - 2)
 
-    # A causal model reads its prompts in the pass that gives the first token. Later passes hold less than that one and
-    # add to the cache only, so the sum is an upper bound.
+    # A causal model reads its prompts in the pass that gives the first token. Later passes hold less than that one
+    # beside the cache, so the sum is an upper bound.
     return peak(1) + _cache_bytes(policy) * len(texts) * (length - 1)
 
 
+def _packed_bytes(policy: Policy) -> int:
+    """Return the bytes of the copies of weights that a fast network packs for sampling on this machine's CPU."""
+    packs = policy.has_fast_network and has_kernel_on_cpu(policy.model.dtype)
+    if not packs or PartialState().device.type != "cpu":
+        return 0
+
+    model: Any = policy.weights.active
+    decoder = model.decoder if policy.has_encoder else model.model
+    head = model.get_output_embeddings()
+    layers = [module.weight for module in decoder.modules() if type(module) is torch.nn.Linear]
+    # The factors of a LoRA are linear layers too, but small.
+    return sum(weight.nbytes for weight in (*layers, head.weight))
+
+
 def _cache_bytes(policy: Policy) -> int:
-    """Return the bytes of the keys and values that a causal model caches for one token."""
+    """Return the bytes of the keys and values that a causal model caches for one token: in float32 at most."""
     token = torch.zeros(1, 1, dtype=torch.long, device=_META)
     with Meter() as meter:
         cache = policy.model(input_ids=token, use_cache=True).past_key_values
         held: int = meter.held  # The cache alone: the other outputs are released.
 
     del cache
-    return held
+    size: int = policy.model.dtype.itemsize
+    return held * torch.float32.itemsize // size
 
 
 def _judging_peak(classifiers: list[PreTrainedModel], config: GenerationConfig) -> int:
@@ -195,12 +212,15 @@ def _finetuning_peak(policy: Policy, config: Config, prepared: Prepared) -> int:
 
     prompt = prepared.account["prompt_tokens"]["p95"]
     target = _reference_tokens(config, prepared)
-    if not policy.has_encoder:  # a causal model reads both in a row
-        prompt = target = prompt + target
+    logits: dict[str, int] = {}
+    if not policy.has_encoder:  # A causal model reads both in a row, and makes no logits of the prompt.
+        prompt += target
+        target += 1
+        logits = {"logits_to_keep": target}
 
     ids = torch.ones(config.sft.batch_size, prompt, dtype=torch.long, device=_META)
     labels = torch.ones(config.sft.batch_size, target, dtype=torch.long, device=_META)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **logits}
     recomputing = recomputing_layers(policy.model) if policy.checkpointing else nullcontext()
     with recomputing:
         return held + _peak(lambda: policy.model(**batch, use_cache=False).loss.backward())

@@ -104,7 +104,7 @@ class _Collection:
         by_row = self._by_row.setdefault(name, {})
         missing = [row for row in order if row not in by_row]
         self._done += (len(order) - len(missing)) * sampling.samples
-        for batch in self._sampler.batches(missing):
+        for batch in self._sampler.batches(missing, sampling.samples):
             sampled = self._sampler.sample(sampling, batch)
             record = {"policy": name, "temperature": sampling.temperature, "responses": list(sampled.items())}
             self._folder.append(RESPONSES, record)
@@ -159,7 +159,7 @@ def _search(run: Run, sampler: "ResponseSampler", before: Samples, share: float)
 
     def entropy_at(temperature: float) -> float:
         sampled: dict[int, list[Sample]] = {}
-        for batch in sampler.batches(rows):
+        for batch in sampler.batches(rows, samples=1):
             sampled.update(sampler.sample(Sampling("before", 1, temperature), batch))
         return first_entropy(sampled)
 
@@ -224,9 +224,13 @@ class ResponseSampler:
         names = [name for name in ("before", "after") if name in self._names and self.identity_order]
         return {name: Sampling(name, settings.samples_per_prompt, temperature) for name in names}
 
-    def batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Return rows in batches that all processes share."""
-        size = self._config.generation.batch_size * self.world.size
+    def batches(self, rows: Sequence[int], samples: int) -> list[list[int]]:
+        """Return rows in batches that all processes share, so small that each has one pass of so many samples a row.
+
+        A stop loses no more than a batch.
+        """
+        prompts = max(1, self._config.generation.batch_size // samples)
+        size = prompts * self.world.size
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     @together

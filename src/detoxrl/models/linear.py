@@ -33,7 +33,12 @@ def without_onednn() -> Iterator[None]:
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:
-    return _onednn_allowed and weight.device.type == "cpu" and _ONEDNN_KERNELS.get(weight.dtype, False)
+    return weight.device.type == "cpu" and has_kernel_on_cpu(weight.dtype)
+
+
+def has_kernel_on_cpu(dtype: torch.dtype) -> bool:
+    """Return whether this machine's CPU multiplies weights of a dtype by oneDNN, and packs copies of them."""
+    return _onednn_allowed and _ONEDNN_KERNELS.get(dtype, False)
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

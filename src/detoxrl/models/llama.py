@@ -1,9 +1,8 @@
 """How does a Llama, or a decoder built like it, run as fast as its matrix products allow?
 
 This is the forward pass of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) written out as plain functions
-of tensors, with what Qwen 2, Qwen 3, Mistral and Gemma do otherwise: biases, norms of queries and keys, scaled
-embeddings. It computes what transformers computes and is tested against it. It is faster for five reasons
-(measurements: docs/performance.md):
+of tensors, with what Qwen 2, Qwen 3 and Mistral do otherwise: biases, and norms of queries and keys. It computes what
+transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
 
 - **No padding.** All tokens of a pass, those of the prompts and those of the responses, are the rows of one matrix, so
   that no product has a row for padding. Only attention sees them as padded sequences.
@@ -18,28 +17,22 @@ responses, N the number of tokens of a pass, D the model's width, H the number o
 own, r the number of queries that share each of them, d the width of a head and V the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
-from transformers import (
-    GemmaForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from detoxrl.models.linear import pack_weights
 from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
-from detoxrl.models.token_logprobs import token_logprobs
+from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import LoraWeights, Weights
 
-_CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, GemmaForCausalLM)
+_CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM)
 _LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # Rotary embeddings whose frequencies depend on the length of the sequences in a pass.
 _ROTARY_BY_LENGTH = {"dynamic", "longrope"}
@@ -81,22 +74,22 @@ def _sees_a_window(config: Any) -> bool:
     """Return whether some layer attends to the latest tokens alone."""
     if config.model_type == "mistral":
         return bool(config.sliding_window is not None)
-    # A Llama and a Gemma have one kind of layer, which sees everything.
+    # Every layer of a Llama sees everything.
     return bool(config.model_type.startswith("qwen") and "sliding_attention" in config.layer_types)
 
 
-def _layer(block: Any, adapter: str | None, norm_of: Any) -> Layer:
+def _layer(block: Any, adapter: str | None) -> Layer:
     attention = block.self_attn
     has_norms = "q_norm" in dict(attention.named_children())
     return Layer(
-        attention_norm=norm_of(block.input_layernorm),
+        attention_norm=block.input_layernorm.weight,
         q=matrix_of(attention.q_proj, adapter),
         k=matrix_of(attention.k_proj, adapter),
         v=matrix_of(attention.v_proj, adapter),
-        q_norm=norm_of(attention.q_norm) if has_norms else None,
-        k_norm=norm_of(attention.k_norm) if has_norms else None,
+        q_norm=attention.q_norm.weight if has_norms else None,
+        k_norm=attention.k_norm.weight if has_norms else None,
         o=matrix_of(attention.o_proj, adapter),
-        feed_forward_norm=norm_of(block.post_attention_layernorm),
+        feed_forward_norm=block.post_attention_layernorm.weight,
         gate=matrix_of(block.mlp.gate_proj, adapter),
         up=matrix_of(block.mlp.up_proj, adapter),
         down=matrix_of(block.mlp.down_proj, adapter),
@@ -112,8 +105,10 @@ class _Sequences:
 
     def __init__(self, mask: torch.Tensor) -> None:
         self.mask = mask  # (S, L) bool: True first, then False.
-        self._is_full = bool(mask.all())
-        self._index = mask.flatten().nonzero().squeeze(1)
+        self.is_full = bool(mask.all())
+        self._index = torch.arange(mask.numel(), device=mask.device)
+        if not self.is_full:
+            self._index = self._index[mask.flatten()]
 
     def __len__(self) -> int:
         return len(self._index)
@@ -126,47 +121,56 @@ class _Sequences:
     def padded(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (n, ...) as (S, L, ...), 0 where there is no token."""
         shape = self.mask.shape
-        if self._is_full:
-            full: torch.Tensor = rows.unflatten(0, shape)
-            return full
-        places = rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, self._index, rows)
+        places = rows
+        if not self.is_full:
+            places = rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, self._index, rows)
         padded: torch.Tensor = places.unflatten(0, shape)
         return padded
 
-    def rows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Return (S, L, ...) as rows (n, ...) of the tokens."""
+    def tokens_of(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return the rows (n, ...) of the tokens among (S, L, ...)."""
         flat = padded.flatten(0, 1)
-        return flat if self._is_full else flat.index_select(0, self._index)
+        return flat if self.is_full else flat.index_select(0, self._index)
 
     def padding_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Return a bias (S, 1, 1, L) that is -inf where there is no token, None if there are tokens everywhere."""
-        if self._is_full:
+        if self.is_full:
             return None
         return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, -torch.inf)[:, None, None]
 
 
-class _Pass(NamedTuple):
+class _Layout(NamedTuple):
     """What every layer of a teacher-forced pass needs of its rows: those of the prompts first, then the responses'."""
 
     prompts: _Sequences
     responses: _Sequences
-    cos: torch.Tensor  # (N, 1, d)
-    sin: torch.Tensor
+    turns: tuple[torch.Tensor, torch.Tensor]  # Cosines and sines (N, 1, d).
+    padding_bias: torch.Tensor | None  # (U, 1, 1, P)
 
 
-def _prompts_on_the_left(encoded: Encoded) -> tuple[torch.Tensor, _Sequences]:
-    """Return the token ids (n,) of prompts, which are padded on the left, as rows, and where they stand."""
+def _prompts_of(encoded: Encoded) -> tuple[torch.Tensor, _Sequences]:
+    """Return the token ids (n,) of prompts as rows, and where they stand. Each has at least one token.
+
+    `encoded` pads them on the left.
+    """
     mask = encoded.mask.bool()
-    lengths = mask.sum(1)
-    columns = torch.arange(int(lengths.max()), device=mask.device)
-    return encoded.states[mask], _Sequences(columns < lengths[:, None])
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    prompts = _Sequences(columns < mask.sum(1, keepdim=True))
+    ids = encoded.states.flatten() if prompts.is_full else encoded.states[mask]
+    return ids, prompts
+
+
+def _last_rows(prompts: _Sequences) -> torch.Tensor:
+    """Return the row (U,) of the last token of each prompt."""
+    return prompts.mask.sum(1).cumsum(0) - 1
 
 
 # Attention
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Return x (..., d) turned by its position (Su et al. 2021, section 3.4.2, in the order of Llama's halves)."""
+    cos, sin = turns
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -242,14 +246,11 @@ class LlamaNetwork:
             self._packs = None
 
         body = model.model
-        is_gemma = type(model) is GemmaForCausalLM
         self.config = model.config
-        self.embedding = body.embed_tokens.weight
-        self.embedding_scale: float = self.config.hidden_size**0.5 if is_gemma else 1.0
-        norm_of = _weight_above_one if is_gemma else _weight
-        self.layers = [_layer(block, adapter, norm_of) for block in body.layers]
-        self.norm = norm_of(body.norm)
+        self.layers = [_layer(block, adapter) for block in body.layers]
+        self.norm = body.norm.weight
         self.head = model.lm_head.weight
+        self.embed: Function = body.embed_tokens  # Token ids (n,) -> (n, D).
         self.rotary = body.rotary_emb
         self.width: int = body.layers[0].self_attn.head_dim
 
@@ -274,81 +275,106 @@ class LlamaNetwork:
 
         Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
         """
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool)
+        counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         # A token is read if a later one counts.
-        is_read = mask[:, 1:].flip(1).cummax(1).values.flip(1)
+        is_read = counts[:, 1:].flip(1).cummax(1).values.flip(1)
         responses = _Sequences(is_read)
-        prompt_ids, prompts = _prompts_on_the_left(encoded)
-        states = self._states(prompt_ids, prompts, ids[:, :-1][is_read], responses)
+        prompt_ids, prompts = _prompts_of(encoded)
+        states = self._states(prompt_ids, prompts, responses.tokens_of(ids[:, :-1]), responses)
 
-        before = self._rows_before(prompts, responses, len(ids))
-        predicting = states.index_select(0, before[mask])
-        chosen, entropy = token_logprobs(predicting, self.head, ids[mask], temperature, entropy_gradient)
+        before = self._rows_before(prompts, responses)
+        predicting = states.index_select(0, select_tokens(before, mask))
+        chosen_ids = select_tokens(ids, mask)
+        chosen, entropy = token_logprobs(predicting, self.head, chosen_ids, temperature, entropy_gradient)
         return chosen, entropy, predicting
 
     def _states(
         self, prompt_ids: torch.Tensor, prompts: _Sequences, response_ids: torch.Tensor, responses: _Sequences
     ) -> torch.Tensor:
         """Return the hidden states (N, D) of the tokens of prompts and responses."""
-        x = self.embedded(torch.cat((prompt_ids, response_ids)))
+        x = self.embed(torch.cat((prompt_ids, response_ids)))
         group_size = len(responses.mask) // len(prompts.mask)
         lengths = prompts.mask.sum(1).repeat_interleave(group_size)
-        positions = responses.positions + responses.rows(lengths[:, None].expand(responses.mask.shape))
-        cos, sin = self.turns(x, torch.cat((prompts.positions, positions)))
-        rows = _Pass(prompts, responses, cos, sin)
+        behind_prompts = responses.tokens_of(lengths[:, None].expand(responses.mask.shape)) + responses.positions
+        turns = self.turns(x, torch.cat((prompts.positions, behind_prompts)))
+        layout = _Layout(prompts, responses, turns, prompts.padding_bias(x.dtype))
 
         for layer in self.layers:
-            function = partial(self._through, layer, rows)
+            function = partial(self._through, layer, turns, partial(self._attended, layout))
             x = recomputed(function, x) if self.checkpointing else function(x)
         return self.normed(x, self.norm)
 
-    def _rows_before(self, prompts: _Sequences, responses: _Sequences, batch: int) -> torch.Tensor:
+    def _rows_before(self, prompts: _Sequences, responses: _Sequences) -> torch.Tensor:
         """Return the row of the token before each token of the responses (B, T), undefined where it was not read."""
-        last = prompts.mask.sum(1).cumsum(0) - 1
-        first_column = last.repeat_interleave(batch // len(last))[:, None]
+        last = _last_rows(prompts).repeat_interleave(len(responses.mask) // len(prompts.mask))
         rows = torch.arange(len(responses), device=last.device) + len(prompts)
-        return torch.cat((first_column, responses.padded(rows)), 1)
+        return torch.cat((last[:, None], responses.padded(rows)), 1)
 
-    def _through(self, layer: Layer, rows: _Pass, x: torch.Tensor) -> torch.Tensor:
+    def _through(
+        self,
+        layer: Layer,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the states (n, D) that a layer makes of x (n, D).
+
+        `attend` makes (n, H * r * d) of queries (n, H * r, d), keys and values (n, H, d).
+        """
         n = self.normed(x, layer.attention_norm)
-        q, k, v = self.heads(layer, (layer.q(n), layer.k(n), layer.v(n)), rows.cos, rows.sin)
-        x = x + layer.o(self._attended(rows, q, k, v))
+        q, k, v = self.heads(layer, (layer.q(n), layer.k(n), layer.v(n)), turns)
+        x = x + layer.o(attend(q, k, v))
 
         n = self.normed(x, layer.feed_forward_norm)
         return x + layer.down(layer.activation(layer.gate(n)) * layer.up(n))
 
-    def _attended(self, rows: _Pass, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attended(self, layout: _Layout, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return attention (N, H * r * d) of queries (N, H * r, d) to keys and values (N, H, d)."""
-        prompts, responses, *_ = rows
-        of_prompts, of_responses = zip(*(part.split((len(prompts), len(responses))) for part in (q, k, v)), strict=True)
+        prompts = layout.prompts
+        responses = layout.responses
+        sizes = (len(prompts), len(responses))
+        of_prompts, of_responses = zip(*(part.split(sizes) for part in (q, k, v)), strict=True)
 
         q, k, v = (prompts.padded(part) for part in of_prompts)
-        attended = [prompts.rows(_attend_within(q, k, v))]
+        attended = [prompts.tokens_of(_attend_within(q, k, v))]
         if len(responses) > 0:
             own_q, own_k, own_v = (responses.padded(part) for part in of_responses)
-            bias = prompts.padding_bias(q.dtype)
-            attended.append(responses.rows(_attend_to_prompts_too(own_q, (k, v), (own_k, own_v), bias)))
+            by_response = _attend_to_prompts_too(own_q, (k, v), (own_k, own_v), layout.padding_bias)
+            attended.append(responses.tokens_of(by_response))
         return torch.cat(attended).flatten(1)
 
+    def read_prompts(self, encoded: Encoded, dtype: torch.dtype) -> "_ReadPrompts":
+        """Return what sampling needs of U prompts, each of which is read once. Keys and values are in `dtype`."""
+        ids, prompts = _prompts_of(encoded)
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (prompts.padded(part) for part in (q, k, v))
+            keys = k.permute(0, 2, 3, 1).to(dtype).contiguous()
+            values = v.transpose(1, 2).to(dtype).contiguous()
+            kept.append((keys, values))
+            return prompts.tokens_of(_attend_within(q, k, v)).flatten(1)
+
+        x = self.embed(ids)
+        turns = self.turns(x, prompts.positions)
+        for layer in self.layers:
+            x = self._through(layer, turns, attend, x)
+        states = self.normed(x[_last_rows(prompts)], self.norm)
+        return _ReadPrompts(states, kept, prompts.mask.sum(1), prompts.padding_bias(dtype))
+
     def heads(
-        self, layer: Layer, products: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Layer, products: Sequence[torch.Tensor], turns: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries (N, H * r, d), keys and values (N, H, d) from the products with their weights."""
+        """Return queries (n, H * r, d), keys and values (n, H, d) from the products with their weights."""
         q, k, v = (product.unflatten(-1, (-1, self.width)) for product in products)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self.normed(q, layer.q_norm)
             k = self.normed(k, layer.k_norm)
         # Scaled here: there are fewer queries than scores.
-        return _rotated(q, cos, sin) * self.width**-0.5, _rotated(k, cos, sin), v
-
-    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (N, D) of token ids (N,)."""
-        x = embedding(ids, self.embedding)
-        return x if self.embedding_scale == 1 else x * self.embedding_scale
+        return _rotated(q, turns) * self.width**-0.5, _rotated(k, turns), v
 
     def turns(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines (N, 1, d), in the dtype of x, by which positions (N,) turn queries and keys."""
+        """Return cosines and sines (n, 1, d), in the dtype of x, by which positions (n,) turn queries and keys."""
         cos, sin = self.rotary(x, positions[None])
         return cos[0, :, None], sin[0, :, None]
 
@@ -361,8 +387,8 @@ class LlamaNetwork:
         """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
         return LlamaSteps(self, encoded, length, group_size)
 
-    def packed(self, rows: int) -> "_PackedWeights":
-        """Return the products with all weights for a batch of `rows`, without LoRAs.
+    def packed(self, batch_size: int) -> "_PackedWeights":
+        """Return the products with all weights, without LoRAs, in the layout for a batch of this size.
 
         Under a LoRA the base never changes, so its weights are packed once and kept. Full weights change with every
         update and are packed anew for every call.
@@ -371,24 +397,25 @@ class LlamaNetwork:
             packed: _PackedWeights = self._packs[0]
             return packed
 
-        layers = [_LayerProducts(*(packed_stack(stack, rows) for stack in _stacks(layer))) for layer in self.layers]
-        packed = _PackedWeights(pack_weights([self.head], rows), layers)
+        layers = [
+            _LayerProducts(*(packed_stack(stack, batch_size) for stack in _stacks(layer))) for layer in self.layers
+        ]
+        packed = _PackedWeights(pack_weights([self.head], batch_size), layers)
         if self._packs is not None:
             self._packs.append(packed)
         return packed
 
 
-def _weight(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight
-    return weight
-
-
-def _weight_above_one(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight + 1
-    return weight
-
-
 # Token by token
+
+
+class _ReadPrompts(NamedTuple):
+    """What sampling needs of prompts that were read."""
+
+    states: torch.Tensor  # (U, D) of their last tokens.
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # Of each layer: keys (U, H, d, P), values (U, H, P, d).
+    lengths: torch.Tensor  # (U,)
+    padding_bias: torch.Tensor | None  # (U, 1, 1, P)
 
 
 class _LayerProducts(NamedTuple):
@@ -426,14 +453,24 @@ class LlamaSteps:
             _LayerProducts(*map(with_lora, products, _stacks(layer)))
             for products, layer in zip(packed.layers, network.layers, strict=True)
         ]
+        self._sizes = [len(matrix.weight) for matrix in _stacks(network.layers[0])[0]]  # Of q, k and v.
 
-        self._encoded = encoded
+        # A CPU multiplies few rows of bfloat16 more slowly than float32.
+        dtype = torch.float32 if encoded.mask.device.type == "cpu" else network.head.dtype
+        read = network.read_prompts(encoded, dtype)
+        self._first_states = read.states
+        self._prompts = read.keys_values
+        self._padding_bias = read.padding_bias
+        self._first_positions = read.lengths.repeat_interleave(group_size)
+
         self._group_size = group_size
-        self._length = length
-        # Each row's place among those of all prompts, `group_size` to a prompt.
+        # Each response's place among those of all prompts, `group_size` to a prompt.
         self._places = torch.arange(batch, device=encoded.mask.device)
-        self._prompt: list[tuple[torch.Tensor, torch.Tensor]] = []  # Keys (U, H, d, P) and values (U, H, P, d).
-        self._done = 0  # tokens read of each response
+        # Keys and values (2, B, H, T, d) of the responses' own tokens in each layer.
+        heads = self._prompts[0][1].shape[1]
+        sizes = (2, batch, heads, length, network.width)
+        self._own = [read.states.new_empty(sizes, dtype=dtype) for _ in network.layers]
+        self._done = 0  # Tokens read of each response.
 
     @torch.inference_mode()
     def next(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -443,16 +480,17 @@ class LlamaSteps:
         """
         network = self._network
         if tokens is None:
-            states = self._read_prompts().repeat_interleave(self._group_size, 0)
-            return self._head(states), states
+            logits = self._head(self._first_states).repeat_interleave(self._group_size, 0)
+            return logits, self._first_states.repeat_interleave(self._group_size, 0)
 
-        x = network.embedded(tokens)
-        cos, sin = network.turns(x, self._first_positions + self._done)
-        for layer, products, own, prompt in zip(network.layers, self._products, self._own, self._prompt, strict=True):
+        x = network.embed(tokens)
+        turns = network.turns(x, self._first_positions + self._done)
+        layers = zip(network.layers, self._products, self._own, self._prompts, strict=True)
+        for layer, products, own, prompts in layers:
             n = network.normed(x, layer.attention_norm)
-            parts = products.qkv(n).split(self._sizes, -1)
-            q, k, v = network.heads(layer, parts, cos, sin)
-            x = x + products.o(self._attended(q, k, v, own, prompt).to(x.dtype))
+            q, k, v = network.heads(layer, products.qkv(n).split(self._sizes, -1), turns)
+            self._append(own, k, v)
+            x = x + products.o(self._attended(q, own, prompts).to(x.dtype))
 
             n = network.normed(x, layer.feed_forward_norm)
             gate, up = products.gate_up(n).chunk(2, -1)
@@ -462,85 +500,57 @@ class LlamaSteps:
         states = network.normed(x, network.norm)
         return self._head(states), states
 
-    def _read_prompts(self) -> torch.Tensor:
-        """Read each prompt once, keep its keys and values, and return the hidden states (U, D) of the last tokens."""
-        network = self._network
-        ids, prompts = _prompts_on_the_left(self._encoded)
-        x = network.embedded(ids)
-        cos, sin = network.turns(x, prompts.positions)
-        for layer in network.layers:
-            n = network.normed(x, layer.attention_norm)
-            q, k, v = network.heads(layer, (layer.q(n), layer.k(n), layer.v(n)), cos, sin)
-            q, k, v = (prompts.padded(part) for part in (q, k, v))
-            # In float32 even under bfloat16 weights, because a CPU multiplies few rows of bfloat16 more slowly.
-            keys = k.permute(0, 2, 3, 1).float().contiguous()
-            values = v.transpose(1, 2).float().contiguous()
-            self._prompt.append((keys, values))
-            x = x + layer.o(prompts.rows(_attend_within(q, k, v)).flatten(1))
-            n = network.normed(x, layer.feed_forward_norm)
-            x = x + layer.down(layer.activation(layer.gate(n)) * layer.up(n))
+    def _append(self, own: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the key and value (B, H, d) of the newest token behind those in `own` (2, B, H, T, d)."""
+        own[0, :, :, self._done] = k
+        own[1, :, :, self._done] = v
 
-        lengths = prompts.mask.sum(1)
-        self._first_positions = lengths.repeat_interleave(self._group_size)
-        self._padding_bias = prompts.padding_bias(torch.float32)
-        heads = self._prompt[0][1].shape[1]
-        self._sizes = [len(matrix.weight) for matrix in _stacks(network.layers[0])[0]]
-        # Keys and values (L, 2, B, H, T, d) of the responses' own tokens.
-        sizes = (len(network.layers), 2, len(self._places), heads, self._length, network.width)
-        self._own = x.new_empty(sizes, dtype=torch.float32)
-        return network.normed(x[lengths.cumsum(0) - 1], network.norm)
+    def _attended(self, q: torch.Tensor, own: torch.Tensor, prompts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return attention (B, H * r * d) of the newest token's queries (B, H * r, d) to its prompt and response.
 
-    def _attended(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        own: torch.Tensor,
-        prompt: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Return attention (B, H * r * d) of the newest token's queries (B, H * r, d) to the prompt and its response.
-
-        The key and value (B, H, d) join those of the earlier tokens in `own` (2, B, H, T, d).
+        Keys and values are (2, B, H, T, d) of the responses, (U, H, d, P) and (U, H, P, d) of the prompts.
         """
-        t = self._done
-        own[0, :, :, t] = k
-        own[1, :, :, t] = v
-        own_keys, own_values = own[:, :, :, : t + 1]
-        keys, values = prompt
-        heads = keys.shape[1]
-        q = q.unflatten(1, (heads, -1)).float()
+        keys, values = prompts
+        own_keys, own_values = own[:, :, :, : self._done + 1]
+        q = q.unflatten(1, (keys.shape[1], -1)).to(own.dtype)
 
         to_prompt = self._by_place(q) @ keys
         if self._padding_bias is not None:
             to_prompt = to_prompt + self._padding_bias
-        scores = torch.cat((self._by_row(to_prompt), q @ own_keys.transpose(-2, -1)), -1)
-        of_prompt, of_own = scores.softmax(-1).split((keys.shape[-1], t + 1), -1)
-        attended: torch.Tensor = self._by_row(self._by_place(of_prompt) @ values) + of_own @ own_values
+        to_own = q @ own_keys.transpose(-2, -1)
+
+        weights = torch.cat((self._by_response(to_prompt), to_own), -1).softmax(-1)
+        of_prompt, of_own = weights.split((keys.shape[-1], self._done + 1), -1)
+        attended: torch.Tensor = self._by_response(self._by_place(of_prompt) @ values) + of_own @ own_values
         return attended.flatten(1)
 
     def _by_place(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x (B, H, r, n) as (U, H, k * r, n): the rows that answer one prompt are rows of one product.
+        """Return x (B, H, r, n) as (U, H, k * r, n): what answers one prompt is a part of one product.
 
         Some responses of a group may have ended. Their places stay, because all groups need the same size.
         """
-        number = len(self._prompt[0][0])
+        number = len(self._prompts[0][0])
         places = number * self._group_size
         if places > len(x):
             x = x.new_zeros(places, *x.shape[1:]).index_copy(0, self._places, x)
         by_prompt: torch.Tensor = x.unflatten(0, (number, self._group_size)).transpose(1, 2).flatten(2, 3)
         return by_prompt
 
-    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+    def _by_response(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (U, H, k * r, n) as (B, H, r, n)."""
         placed: torch.Tensor = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
         return placed if len(placed) == len(self._places) else placed[self._places]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows of the batch but those that are True in `rows` (B,), and prompts without rows."""
-        self._own = self._own[:, :, rows]
-        self._first_positions = self._first_positions[rows]
-        prompts, number = (self._places[rows] // self._group_size).unique(return_inverse=True)
-        self._places = number * self._group_size + self._places[rows] % self._group_size
-        if len(prompts) < len(self._prompt[0][0]):
-            self._prompt = [(keys[prompts], values[prompts]) for keys, values in self._prompt]
+        kept = rows.nonzero().squeeze(1)
+        for number, own in enumerate(self._own):  # One layer after the other, which needs less memory.
+            self._own[number] = own[:, kept]
+        self._first_positions = self._first_positions[kept]
+
+        places = self._places[kept]
+        prompts, number_of = (places // self._group_size).unique(return_inverse=True)
+        self._places = number_of * self._group_size + places % self._group_size
+        if len(prompts) < len(self._prompts[0][0]):
+            self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
             self._padding_bias = None if self._padding_bias is None else self._padding_bias[prompts]

@@ -1,6 +1,7 @@
 """How does a policy read prompts, sample responses, and give log-probs and values, whatever its architecture?"""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -75,6 +76,11 @@ class Policy:
         torch.nn.init.zeros_(head.bias)
         self.value_head = head
         return head
+
+    @property
+    def has_fast_network(self) -> bool:
+        """Whether the model is written out here, with packed weights for sampling."""
+        return self._network_class is not PlainNetwork
 
     @property
     def device(self) -> torch.device:
@@ -238,6 +244,16 @@ class Policy:
     def decode(self, responses: Responses) -> list[str]:
         """Return the texts of the responses without special tokens."""
         return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
+
+    @contextmanager
+    def through_plain_network(self) -> Iterator[None]:
+        """Make passes inside the block call the model's own forward pass, as if it had no fast network."""
+        network_class = self._network_class
+        self._network_class = PlainNetwork
+        try:
+            yield
+        finally:
+            self._network_class = network_class
 
     def _network(self, adapter: str | None) -> Network:
         return self._network_class(self.weights, adapter, self.checkpointing)

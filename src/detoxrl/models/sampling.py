@@ -1,6 +1,7 @@
 """How are prompts turned into responses?"""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -230,8 +231,9 @@ def _responses(policy: Policy, drawn: Responses) -> list[Response]:
 def require_agreement(policy: Policy, base: str) -> None:
     """Raise InputError unless sampling in a padded batch and scoring each text alone give the same log-probs.
 
-    They are scored one by one, and as a group whose prompt is read once. A model without a cache, or one that counts
-    positions or looks ahead in a way of its own, would be trained on wrong log-probs.
+    They are scored one by one, as a group whose prompt is read once, and by the model's own forward pass, which a fast
+    network stands for. A model without a cache, or one that counts positions or looks ahead in a way of its own, would
+    be trained on wrong log-probs.
     """
     texts = ["Thank you.", "Thank you, that is very kind of you. I wish you a good day."]
     prompts = [Prompt(id=text, text=text) for text in texts]
@@ -239,8 +241,10 @@ def require_agreement(policy: Policy, base: str) -> None:
     sampled = policy.sample(policy.encode(texts), chances, 1.0)
 
     bound = _AGREEMENT_BF16 if policy.model.dtype == torch.bfloat16 else _AGREEMENT_FP32
-    for responses in (1, 2):  # of each prompt; two are a group
-        largest = max(_disagreement(policy, text, sampled, 2 * row, responses) for row, text in enumerate(texts))
+    plain = policy.through_plain_network()
+    for responses, network in ((1, nullcontext()), (2, nullcontext()), (1, plain)):  # Two to a prompt are a group.
+        with network:
+            largest = max(_disagreement(policy, text, sampled, 2 * row, responses) for row, text in enumerate(texts))
         rule = f"samples with log-probs up to {largest:.1g} nats off what it scores, so it cannot be trained here"
         require(largest < bound, "policy.base", base, rule, GENERATOR_EXAMPLES)
 
