@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from detoxrl.data.files import read_records, text_of
+from detoxrl.runtime.files import write_text
 
 SETTINGS: dict[str, Any] = {
     "text_column": ["written.text", "broken.text"],
@@ -38,8 +39,7 @@ def write_sentences(pairs: str, column: str, path: Path) -> None:
             broken = {"text": " ".join(corrupted(words, rng)), "fluent": 0}
             lines.append({"written": written, "broken": broken})
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def corrupted(words: Sequence[str], rng: random.Random) -> list[str]:

@@ -3,10 +3,11 @@
     python benchmarks/real_data/paradetox.py PAIRS MODEL ENCODER
 
 PAIRS is a file of ParaDetox, MODEL a folder or hub id of SmolLM2-135M-Instruct, ENCODER one of a sentence encoder.
-First `detoxrl fit` makes a scorer of the pairs, and a classifier of fluent sentences. The reward is the scorer and
-character n-grams in common with the source; what measures civility, similarity and fluency has no part in it. The model
-is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by RL, and "before" is the fine-tuned
-model. Copies of the sources, deleted words and the rewrites of people are measured beside it.
+First the pairs are split, once for all seeds, and `detoxrl fit` makes of the training part a scorer of pairs, and a
+classifier of fluent sentences: nothing before the measurement reads a sentence that is measured, or a near-duplicate.
+The reward is the scorer and character n-grams in common with the source; what measures civility, similarity and fluency
+has no part in it. The model is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by RL, and
+"before" is the fine-tuned model. Copies of the sources, deleted words and the rewrites of people are measured beside it.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
 results, without any text of the set, go to docs/results/paradetox.
@@ -15,20 +16,29 @@ results, without any text of the set, go to docs/results/paradetox.
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import detoxrl
 import fluency
 from detoxrl.config.schema import Config
+from detoxrl.data.duplicates import near_duplicate_groups
+from detoxrl.data.files import Record, read_records, text_of
 from detoxrl.errors import DetoxrlError
+from detoxrl.runtime.files import replace_folder
 from kept_results import RESULTS, fitted, how_to_go_on, keep_run
 from realtoxicity import SCORER
 
 PLACE = RESULTS / "paradetox"
 SEEDS = (0, 1, 2)
+RUDE = "en_toxic_comment"
 CIVIL = "en_neutral_comment"
+HELD_OUT = {"test": 400, "validation": 256}
+"""How many sources these splits have; the others are for training."""
 SFT_STEPS = 750
 """One pass over 12,000 pairs."""
 TRAINING: dict[str, Any] = {
@@ -42,12 +52,42 @@ TRAINING: dict[str, Any] = {
     "rl.lr": 3e-4,
     "rl.kl_coef": 0.05,
     "rl.validate_every": 10,
+    "rl.validation_prompts": HELD_OUT["validation"],
 }
 MEASURING: dict[str, Any] = {
     "evaluation.primary_judge": "perspective-minilm",
     "evaluation.other_judges": ["alt-profanity-check"],
-    "evaluation.prompts": 400,
+    "evaluation.prompts": HELD_OUT["test"],
 }
+
+
+def write_splits(pairs: str, folder: Path) -> None:
+    """Write the pairs into a file for each split; near-duplicate sources, and all rewrites of one, are in the same.
+
+    Raises InputError for pairs that cannot be read.
+    """
+    records = read_records(Path(pairs), "PAIRS")
+    with replace_folder(folder) as made:
+        for split, of_split in _splits(records):
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in of_split)
+            (made / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _splits(records: list[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Yield each split and its records."""
+    sources = [text_of(record, RUDE, "PAIRS", f"row {number}") for number, record in enumerate(records, start=1)]
+    groups: dict[int, list[int]] = {}
+    for row, group in enumerate(near_duplicate_groups(sources)):
+        groups.setdefault(group, []).append(row)
+
+    order = list(groups)
+    random.Random("paradetox").shuffle(order)
+    for split, size in HELD_OUT.items():
+        rows: list[int] = []
+        while len({sources[row] for row in rows}) < size:
+            rows += groups[order.pop()]
+        yield split, [records[row] for row in rows]
+    yield "train", [records[row] for group in order for row in groups[group]]
 
 
 def config_of(pairs: str, model: str, encoder: str, folder: Path, settings: dict[str, Any]) -> Config:
@@ -89,15 +129,19 @@ def main() -> None:
     options = parser.parse_args()
 
     try:
-        fitted(options.pairs, options.out / "scorer", SCORER)
+        pairs = options.out / "pairs"
+        if not pairs.is_dir():
+            write_splits(options.pairs, pairs)
+        training = str(pairs / "train.jsonl")
+        fitted(training, options.out / "scorer", SCORER)
         sentences = options.out / "sentences.jsonl"
         if not sentences.is_file():
-            fluency.write_sentences(options.pairs, CIVIL, sentences)
+            fluency.write_sentences(training, CIVIL, sentences)
         fitted(str(sentences), options.out / "fluency", fluency.SETTINGS)
 
         for seed in options.seeds:
             settings = of_seed(seed, options.out)
-            config = config_of(options.pairs, options.model, options.encoder, options.out, settings)
+            config = config_of(str(pairs), options.model, options.encoder, options.out, settings)
             folder = options.out / f"seed{seed}"
             detoxrl.run(folder, config, if_exists=how_to_go_on(folder))
             keep_run(folder, PLACE / folder.name)

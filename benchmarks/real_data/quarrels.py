@@ -23,6 +23,7 @@ import detoxrl
 from detoxrl.config.schema import Config
 from detoxrl.data.files import read_records, text_of
 from detoxrl.errors import DetoxrlError
+from detoxrl.runtime.files import write_text
 from kept_results import RESULTS, fitted, how_to_go_on, keep_run
 from realtoxicity import SCORER
 
@@ -112,7 +113,7 @@ def main() -> None:
         dialogues = options.out / "quarrels.jsonl"
         if not dialogues.is_file():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in quarrels_of(options.samsum, QUARRELS)]
-            dialogues.write_text("".join(lines), encoding="utf-8")
+            write_text(dialogues, "".join(lines))
 
         for seed in options.seeds:
             folder = options.out / f"seed{seed}"

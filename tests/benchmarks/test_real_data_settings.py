@@ -77,3 +77,34 @@ def test_quarrels_are_the_dialogues_with_the_rudest_turns(tmp_path: Path) -> Non
     found = quarrels.quarrels_of(str(path), most=2)
     # In the order of the file.
     assert found == [{"dialogue": turns[number], "summary": f"s{number}"} for number in (1, 2)]
+
+
+def test_paradetox_is_split_once_with_all_that_is_alike_in_one_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paradetox, "HELD_OUT", {"test": 5, "validation": 3})
+    rng = random.Random(0)
+    sources = [" ".join(rng.choices(["soup", "lamp", "kettle", "garden", "ticket", "window"], k=12)) for _ in range(40)]
+    texts = [*sources, *sources[:20], *(f"{source} now" for source in sources[10:30])]
+    rows = [{paradetox.RUDE: text, paradetox.CIVIL: f"civil {number}"} for number, text in enumerate(texts)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    found: list[dict[str, list[str]]] = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        paradetox.write_splits(str(pairs), folder)
+        splits = {}
+        for path in folder.iterdir():
+            splits[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        written = sorted((row for of_split in splits.values() for row in of_split), key=str)
+        assert written == sorted(rows, key=str)
+        found.append({split: [row[paradetox.RUDE] for row in of_split] for split, of_split in splits.items()})
+
+    assert found[0] == found[1]
+    stems = {split: {text.removesuffix(" now") for text in of_split} for split, of_split in found[0].items()}
+    assert stems.keys() == {"train", "validation", "test"}
+    assert (
+        not stems["train"] & stems["test"] | stems["train"] & stems["validation"] | stems["validation"] & stems["test"]
+    )
+    assert 5 <= len(set(found[0]["test"])) <= 6
+    assert 3 <= len(set(found[0]["validation"])) <= 4
