@@ -5,9 +5,10 @@
 PAIRS is a file of ParaDetox, MODEL a folder or hub id of SmolLM2-135M-Instruct, ENCODER one of a sentence encoder.
 First the pairs are split, once for all seeds, and `detoxrl fit` makes of the training part a scorer of pairs, and a
 classifier of fluent sentences: nothing before the measurement reads a sentence that is measured, or a near-duplicate.
-The reward is the scorer and character n-grams in common with the source; what measures civility, similarity and fluency
-has no part in it. The model is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by RL, and
-"before" is the fine-tuned model. Copies of the sources, deleted words and the rewrites of people are measured beside it.
+The reward is the scorer and character n-grams in common with the source; what measures civility, similarity and
+fluency has no part in it. The model is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by
+RL, and "before" is the fine-tuned model. Copies of the sources, deleted words and the rewrites of people are measured
+beside it.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
 results, without any text of the set, go to docs/results/paradetox.
