@@ -210,7 +210,7 @@ def test_a_measurement_that_was_stopped_goes_on_from_the_responses_it_has(
         lines.write('{"policy": "after", "respon')  # as a kill may leave it
     monkeypatch.setattr(RunFolder, "append", counting)
     assert detoxrl(["run", "--resume", "--run-dir", "broken"]) == 0
-    assert len(asked) == 2  # of 3 batches for each of before and after
+    assert len(asked) == 12  # Of 8 passes for each of before and after: a prompt has more responses than fit into one.
     same_end(place / "whole", place / "broken")
     with monkeypatch.context() as stop:
         stop.setattr(RunFolder, "append", stop_signals)

@@ -79,7 +79,8 @@ class _Linear:
     rows = 100
     order = tuple(range(rows))
 
-    def batches(self, rows: Sequence[int]) -> list[list[int]]:
+    def batches(self, rows: Sequence[int], samples: int) -> list[list[int]]:
+        assert samples == 1
         return [list(rows)]
 
     def sample(self, sampling: responses.Sampling, batch: list[int]) -> dict[int, list[Sample]]:
@@ -161,9 +162,9 @@ def test_a_measurement_that_stops_anywhere_ends_as_if_it_had_not(
     command = [*COMMAND, *words, "--policy", "cold", "--run-dir"]
     assert detoxrl([*command, "whole"]) == 0
     calls = sampling.calls
-    sampled = 2 * 3  # two batches for each of before, after and the control
+    sampled = 10 + 3 + 3  # 16 responses at once: 6 to a prompt before, 2 after and in the control
     assert sampled < calls <= sampled + 5 * 2
-    for stop_at in (1, 2, 4, 5, 6, calls - 2, calls - 1, calls):
+    for stop_at in (1, 2, 10, 11, 13, 14, calls - 2, calls - 1, calls):
         folder = f"broken{stop_at}"
         sampling.calls, sampling.stop_at = 0, stop_at
         assert detoxrl([*command, folder]) == 130
