@@ -162,10 +162,12 @@ def test_a_nucleus_has_the_fewest_likeliest_tokens_that_reach_the_share() -> Non
     assert nucleus(logprobs, 0.3).exp().tolist()[1] == pytest.approx([0.25] * 4)
 
 
-@pytest.mark.parametrize("spread", [0.1, 4.0])  # More tokens than are looked at first, and fewer.
+# More tokens than are looked at first, fewer, and both in one batch.
+@pytest.mark.parametrize("spreads", [[0.1] * 5, [4.0] * 5, [4.0, 0.1, 4.0, 4.0, 0.1]], ids=["large", "small", "both"])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
-def test_a_nucleus_is_that_of_transformers(spread: float, top_p: float) -> None:
+def test_a_nucleus_is_that_of_transformers(spreads: list[float], top_p: float) -> None:
     generator = torch.Generator().manual_seed(3)
+    spread = torch.tensor(spreads)[:, None]
     logprobs = (spread * torch.randn(5, 3000, generator=generator)).log_softmax(-1)
     expected = TopPLogitsWarper(top_p)(torch.zeros(5, 1, dtype=torch.long), logprobs).log_softmax(-1)
     torch.testing.assert_close(nucleus(logprobs, top_p), expected)

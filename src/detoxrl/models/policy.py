@@ -304,13 +304,20 @@ def nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     size = min(_NUCLEUS_GUESS, logprobs.shape[-1])
     likeliest = logprobs.topk(size, -1).values
-    if bool((likeliest.exp().sum(-1) < top_p).any()):
-        likeliest = logprobs.sort(-1, descending=True).values
+    least = _least_likely(likeliest, top_p)
 
-    probability_before = likeliest.exp().cumsum(-1) - likeliest.exp()
-    number = (probability_before < top_p).sum(-1, keepdim=True)
-    least = likeliest.gather(-1, number - 1)
+    # Some rows are less sure than others: these alone are sorted.
+    is_larger = likeliest.exp().sum(-1) < top_p
+    if bool(is_larger.any()):
+        least[is_larger] = _least_likely(logprobs[is_larger].sort(-1, descending=True).values, top_p)
     return logprobs.masked_fill(logprobs < least, -torch.inf).log_softmax(-1)
+
+
+def _least_likely(descending: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the log-prob (B, 1) at which tokens with log-probs (B, n) in descending order reach `top_p`."""
+    probability_before = descending.exp().cumsum(-1) - descending.exp()
+    number = (probability_before < top_p).sum(-1, keepdim=True)
+    return descending.gather(-1, number - 1)
 
 
 def draw_tokens(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
