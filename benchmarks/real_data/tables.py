@@ -210,9 +210,9 @@ def baselines_table(evaluation: Result) -> str:
 
 
 def cost_table(runs: Mapping[int, Result]) -> str:
-    """Return the minutes of each stage, with a column for each seed."""
+    """Return the minutes of the stages that train, with a column for each seed."""
     lines = []
-    for stage in ("sft", "train", "evaluate"):
+    for stage in ("sft", "train"):
         lines.append([stage, *(f"{evaluation['seconds'][stage] / 60:.0f}" for evaluation in runs.values())])
     return markdown(["minutes", *(f"seed {seed}" for seed in runs)], lines)
 
