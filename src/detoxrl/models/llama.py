@@ -2,7 +2,7 @@
 
 This is the forward pass of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) written out as plain functions
 of tensors, with what Qwen 2, Qwen 3 and Mistral do otherwise: biases, and norms of queries and keys. It computes what
-transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
+transformers computes and is tested against it. It is faster for five reasons (measurements: docs/log.md):
 
 - **No padding.** All tokens of a pass, those of the prompts and those of the responses, are the rows of one matrix, so
   that no product has a row for padding. Only attention sees them as padded sequences.
