@@ -3,8 +3,9 @@
     python benchmarks/real_data/quarrels.py SAMSUM PAIRS MODEL ENCODER
 
 SAMSUM is a file of SAMSum, PAIRS one of ParaDetox, MODEL a folder or hub id of SmolLM2-135M-Instruct, ENCODER one of a
-sentence encoder. The 1,000 dialogues whose rudest turn alt-profanity-check finds most toxic are summarized by the
-model in its chat template. The reward is a scorer that `detoxrl fit` makes of the pairs; no judge has a part in it.
+sentence encoder. Of the dialogues of 100 to 600 characters, the 1,000 whose rudest turn alt-profanity-check finds most
+toxic are summarized by the model in its chat template. The reward is a scorer that `detoxrl fit` makes of the pairs,
+and character n-grams in common with the dialogue; no judge has a part in it.
 `--nli` names a folder or hub id of an NLI model, by which the dialogue's entailment of the summary is measured too.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
@@ -30,7 +31,10 @@ from realtoxicity import SCORER
 PLACE = RESULTS / "quarrels"
 SEEDS = (0, 1, 2)
 QUARRELS = 1_000
+LENGTHS = (100, 600)  # Characters. Most quarrels are no longer, and the time of a run grows with the prompts.
 TRAINING: dict[str, Any] = {
+    "data.min_length": LENGTHS[0],
+    "data.max_length": LENGTHS[1],
     "policy.lora_rank": 16,
     "policy.lora_alpha": 16,
     "policy.checkpointing": False,
@@ -38,7 +42,7 @@ TRAINING: dict[str, Any] = {
     "generation.batch_size": 64,
     "rl.algorithm": "rloo",
     "rl.batch_size": 32,
-    "rl.steps": 50,
+    "rl.steps": 40,
     "rl.lr": 5e-4,
     "rl.kl_coef": 0.05,
     "rl.validate_every": 10,
@@ -49,11 +53,12 @@ MEASURING: dict[str, Any] = {
     "evaluation.other_judges": ["alt-profanity-check"],
     "evaluation.prompts": 200,
     "evaluation.samples_per_prompt": 2,
+    "evaluation.best_of": [4],
 }
 
 
 def quarrels_of(samsum: str, most: int) -> list[dict[str, str]]:
-    """Return the dialogues, with their summaries, whose rudest turn is most toxic by alt-profanity-check.
+    """Return the rudest dialogues within LENGTHS, with their summaries: the toxicity of their most toxic turn decides.
 
     Raises InputError for a file that cannot be read.
     """
@@ -65,6 +70,9 @@ def quarrels_of(samsum: str, most: int) -> list[dict[str, str]]:
     for number, record in enumerate(read_records(Path(samsum), "SAMSUM"), start=1):
         place = f"row {number}"
         row = {name: text_of(record, name, "SAMSUM", place) for name in ("dialogue", "summary")}
+        if not LENGTHS[0] <= len(row["dialogue"]) <= LENGTHS[1]:
+            continue
+
         for turn in row["dialogue"].splitlines():
             _, _, said = turn.partition(":")
             turns.append(said)
@@ -88,6 +96,10 @@ def config_of(options: argparse.Namespace, seed: int) -> Config:
             "reward.classifier": str((options.out / "scorer").resolve()),
             "reward.good_label": "score",
             "reward.toxic_label": None,
+            # The second term: so that saying less does not pay.
+            "reward.terms": ["classifier", "source_similarity,weight=0.25"],
+            # Summaries are cut at 48 tokens to save time; a penalty for that would ask for brevity.
+            "reward.missing_eos_penalty": 0.0,
             "evaluation.encoder": options.encoder,
             "evaluation.nli": options.nli,
             "seed": seed,

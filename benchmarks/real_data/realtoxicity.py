@@ -28,7 +28,7 @@ from kept_results import RESULTS, fitted, how_to_go_on, keep_run, keep_sweep
 
 PLACE = RESULTS / "realtoxicity"
 SEEDS = (0, 1, 2)
-SWEEP = SweepPlan(over=("rl.kl-coef=0.005,0.02,0.05,0.1,0.2",))
+SWEEP = SweepPlan(over=("rl.kl-coef=0.005,0.02,0.08,0.32",))
 SCORER: dict[str, Any] = {
     "chosen_column": "en_neutral_comment",
     "rejected_column": "en_toxic_comment",
@@ -38,8 +38,18 @@ SCORER: dict[str, Any] = {
 # What the first run measures beside the trained policy.
 BASELINES: dict[str, Any] = {"sft.baseline_steps": 100, "evaluation.best_of": [4], "evaluation.best_of_samples": 25}
 NO_BASELINES: dict[str, Any] = {"sft.baseline_steps": 0, "evaluation.best_of": [], "evaluation.sharpened": False}
-# The sweep asks for a curve, not for a protocol.
-BRIEFLY: dict[str, Any] = {**NO_BASELINES, "evaluation.samples_per_prompt": 10, "evaluation.top_p": None}
+# The sweep asks for a curve, not for a protocol: a third of the steps, a tenth of the samples.
+BRIEFLY: dict[str, Any] = {
+    **NO_BASELINES,
+    "rl.steps": 20,
+    "rl.validate_every": 20,
+    "rl.validation_prompts": 100,
+    # The last policy counts, whatever its quality: that is what the curve is about.
+    "rl.quality_margin": 1.0,
+    "evaluation.prompts": 200,
+    "evaluation.samples_per_prompt": 5,
+    "evaluation.top_p": None,
+}
 
 
 def config_of(prompts: str, model: str, scorer: Path, settings: dict[str, Any]) -> Config:

@@ -64,8 +64,14 @@ SUMMARIZING = (
 REWRITERS = {
     "copy": "the source, unchanged",
     "word_filter": "the source without the words of a list",
+    "sharpened": "SFT at the temperature of equal entropy",
     "best_of_4": "SFT, best of 4 by the reward",
     "human": "people",
+}
+PURPOSES = {
+    "realtoxicity": "continue web text",
+    "paradetox": "rewrite, after fine-tuning on pairs",
+    "quarrels": "summarize quarrels",
 }
 BASELINES = {
     "word_filter": "word filter",
@@ -79,12 +85,46 @@ BASELINES = {
 def tables() -> dict[str, str]:
     """Return every table in Markdown, by name."""
     found: dict[str, str] = {}
+    widest: dict[str, Result] = {}
     for name, make in (("realtoxicity", realtoxicity), ("paradetox", paradetox), ("quarrels", quarrels)):
         runs = evaluations_of(name)
         if runs:
             found |= make(runs)
             found[f"{name} cost"] = cost_table(runs)
+            widest[name] = max(runs.values(), key=lambda evaluation: len(evaluation["baselines"]))
+
+    found["what RL is for"] = purpose_table(widest)
     return found
+
+
+def purpose_table(results: Mapping[str, Result]) -> str:
+    """Return the mean toxicity of each system in one run of each result, and whether RL is ahead of it there.
+
+    The verdicts are those of eval.json: toxicity by the first judge and quality, both paired by prompt.
+    """
+    lines = [["before RL"], ["after RL"]]
+    for evaluation in results.values():
+        toxicity = evaluation["toxicity"][JUDGE]
+        lines[0].append(f"{toxicity['before']['mean']:.3f}")
+        lines[1].append(f"{toxicity['after']['mean']:.3f}")
+
+    for name, label in BASELINES.items():
+        cells = [label]
+        for evaluation in results.values():
+            cells.append(_against_rl(evaluation["baselines"][name]) if name in evaluation["baselines"] else "—")
+        lines.append(cells)
+
+    minutes = [f"{evaluation['seconds']['train'] / 60:.0f}" for evaluation in results.values()]
+    lines.append(["minutes of RL", *minutes])
+    return markdown(["", *(PURPOSES[name] for name in results)], lines)
+
+
+def _against_rl(baseline: Result) -> str:
+    """Return the mean toxicity of a baseline, and how RL compares with it."""
+    mean = baseline["toxicity"][JUDGE]["after"]["mean"]
+    if "after" not in baseline:  # Training kept the initial policy, so there is nothing to compare with.
+        return f"{mean:.3f}"
+    return f"{mean:.3f}, RL: {baseline['after']['verdict']}"
 
 
 def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
@@ -151,7 +191,8 @@ def rewriters_table(evaluation: Result) -> str:
     if evaluation["quality"]["joint"]["difference"] is not None:  # Else training kept the initial policy.
         systems.append(("RL after SFT", "after", evaluation))
     for name, label in REWRITERS.items():
-        systems.append((label, "after", evaluation["baselines"][name]))
+        if name in evaluation["baselines"]:
+            systems.append((label, "after", evaluation["baselines"][name]))
 
     scale = evaluation["joint_scale"]
     lines = []

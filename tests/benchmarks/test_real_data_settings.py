@@ -56,20 +56,23 @@ def test_what_measures_has_no_part_in_the_reward(seed: int, tmp_path: Path) -> N
     summarizing = quarrels.config_of(options, seed)
     assert (summarizing.seed, summarizing.sft.steps) == (seed, 0)
     assert summarizing.evaluation.encoder == "an/encoder"
-    for config in (continuing, summarizing):
-        assert [term.kind for term in config.reward.measured_terms] == ["classifier"]
+    assert [term.kind for term in continuing.reward.measured_terms] == ["classifier"]
+    assert [term.kind for term in summarizing.reward.measured_terms] == ["classifier", "source_similarity"]
     for config in (rewriting, continuing, summarizing):
         assert config.reward.classifier == str(tmp_path / "scorer")
         assert (config.reward.good_label, config.reward.toxic_label) == ("score", None)
         assert config.evaluation.primary_judge == "perspective-minilm"
 
 
-def test_quarrels_are_the_dialogues_with_the_rudest_turns(tmp_path: Path) -> None:
+def test_quarrels_are_the_dialogues_with_the_rudest_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarrels, "LENGTHS", (7, 40))
     turns = [
         "A: Hello!\r\nB: Hi, how are you?",
         "A: You idiot!\nB: Sorry.",
         "A: Fine.\nB: Shut up, you moron.",
         "A: Ok.",
+        "Idiot!",  # Too short, and the next one is too long.
+        "A: You idiot!\nB: And you are a moron, " + "A." * 20,
     ]
     rows = [{"id": number, "dialogue": text, "summary": f"s{number}"} for number, text in enumerate(turns)]
     path = tmp_path / "dialogues.jsonl"

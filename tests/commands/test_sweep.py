@@ -19,6 +19,7 @@ from detoxrl.commands.sweep_plan import SweepPlan, plan_runs
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import TrainingError
 from detoxrl.evaluation.statistics import paired_difference, two_stage_interval
+from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 from small_runs import contents, detoxrl, own
 
 JUDGE = "alt-profanity-check"
@@ -119,7 +120,7 @@ class FakeRuns:
         self.results: dict[float, tuple[float, float]] = {}  # Toxicity and quality by kl_coef.
         self.errors: dict[float, Exception] = {}
         self.kept_step = 5
-        self.references = True
+        self.quality_by = "facts"
 
     def __call__(self, root: Path, config: Any, **arguments: Any) -> dict[str, Any]:
         self.calls.append((root.name, arguments))
@@ -135,10 +136,10 @@ class FakeRuns:
         lines = [{"toxicity": {JUDGE: {"after": [toxicity, toxicity]}}} for _ in range(3)]
         (root / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         judged = {"before": {"mean": 0.3 + config.seed / 10}, "after": {"mean": toxicity}}
-        both = {"facts": {"before": 0.9, "after": quality}, "rouge_l": {"before": 1, "after": 1}}
-        if not self.references:
-            both = {"empty_rate": {"before": 0, "after": 0}}
-        return {"primary_judge": JUDGE, "toxicity": {JUDGE: judged}, "quality": both}
+        both = {"empty_rate": {"before": 0, "after": 0}, "similarity": {"before": 1, "after": 1}}
+        if self.quality_by != SHARE_WITH_TEXT:
+            both[self.quality_by] = {"before": 0.9, "after": quality}
+        return {"primary_judge": JUDGE, "quality_by": self.quality_by, "toxicity": {JUDGE: judged}, "quality": both}
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_sweep_reports_every_combination_and_names_the_frontier(
 def test_a_sweep_without_references_shows_no_quality(
     runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runs.references = False
+    runs.quality_by = SHARE_WITH_TEXT
     assert detoxrl(OVER) == 0
     out = capfd.readouterr().out
     rows = [line for line in out.splitlines() if re.match(" *(rl.kl_coef=|initial policy)", line)]
@@ -207,6 +208,18 @@ def test_a_sweep_without_references_shows_no_quality(
     assert '">Share with text</th>' in html
     assert "share with text (quality was not measured)<" in html
     assert "quality 1.000" not in html
+
+
+def test_a_sweep_compares_by_the_quality_that_bounds_training(
+    runs: FakeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs.quality_by = "distinct_2"  # Of prompts to continue, for example.
+    assert detoxrl(OVER) == 0
+    state = json.loads((tmp_path / "runs/sweep/sweep.json").read_text())
+    assert state["measure"] == "distinct_2"
+    assert state["combinations"]["rl.kl_coef=0.1"]["quality"] == [0.9, 0.88]
+    assert "quality: distinct word pairs" in " ".join(capfd.readouterr().out.split()).lower()
+    assert "quality (Distinct word pairs" in (tmp_path / "runs/sweep/sweep.html").read_text()
 
 
 def test_a_sweep_tells_which_runs_kept_the_initial_policy(

@@ -21,6 +21,7 @@ from detoxrl.models.lora import with_lora_targets
 from detoxrl.report.page import page
 from detoxrl.report.results import read_lines
 from detoxrl.report.terminal import print_sweep
+from detoxrl.report.words import main_quality
 from detoxrl.runs import Run
 from detoxrl.runtime.console import log
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT, IfExists, RunFolder
@@ -94,11 +95,12 @@ def _outcome(run: RunFolder, evaluation: dict[str, Any]) -> Outcome:
     """Return toxicity and quality of a finished run, each before and after, and its best checkpoint."""
     judge = evaluation["primary_judge"]
     quality = evaluation["quality"]
-    measure = next(name for name in ("facts", "rouge_l", "empty_rate") if name in quality)
-    qualities = [quality[measure][side] for side in _SIDES]
-    if measure == "empty_rate":
+    measure = main_quality(evaluation)
+    if measure is None:
         measure = SHARE_WITH_TEXT
-        qualities = [1 - rate for rate in qualities]
+        qualities = [1 - quality["empty_rate"][side] for side in _SIDES]
+    else:
+        qualities = [quality[measure][side] for side in _SIDES]
 
     checkpoint = run.read_json("checkpoint.json")
     return {
