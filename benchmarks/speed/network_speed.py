@@ -4,16 +4,18 @@
 
 The model has random weights and the exact shapes of SmolLM2-135M, with a LoRA of rank 32 on q and v; no network is
 needed. Both networks sample, score under the reference, and compute the gradients of an update in passes of a few
-groups, in turn, so that other load on the machine affects both. A ratio is of one round; its median and range are
-shown.
+groups, and of fine-tuning on pairs of other lengths, in turn, so that other load on the machine affects both. A ratio
+is of one round; its median and range are shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import POLICY
+from detoxrl.training.finetune import IGNORED, Tuned, loss_of
 from group_case import LORA
 from group_worker import make_model
 from step_case import texts
@@ -40,7 +43,7 @@ class Case(NamedTuple):
 
 
 CASES = (Case(10, 16, 25, 20), Case(16, 16, 4, 20), Case(4, 160, 4, 48))
-# Responses in one backward pass.
+# Responses in one backward pass, and pairs in one of fine-tuning.
 AT_ONCE = 16
 
 
@@ -63,7 +66,26 @@ def parts(policy: Policy, case: Case) -> dict[str, Callable[[], object]]:
             rows = slice(start * case.group_size, (start + prompts) * case.group_size)
             policy.logprobs(some, ids[rows], 1.0, POLICY).logprobs.sum().backward()
 
-    return {"sample": lambda: policy.sample(encoded, uniforms, 1.0), "reference": score, "update": update}
+    inputs, labels = pairs(case)
+
+    def fine_tune() -> None:
+        loss_of(Tuned.of(policy), inputs, labels, bf16=False).backward()
+
+    sample = partial(policy.sample, encoded, uniforms, 1.0)
+    return {"sample": sample, "reference": score, "update": update, "fine-tune": fine_tune}
+
+
+def pairs(case: Case) -> tuple[list[list[int]], list[list[int]]]:
+    """Return input ids and labels of pairs whose prompts and targets have half to one and a half times the tokens."""
+    rng = random.Random(0)
+    inputs = []
+    labels = []
+    for _ in range(AT_ONCE):
+        prompt = rng.choices(range(3, 200), k=rng.randint(case.prompt // 2, 3 * case.prompt // 2))
+        target = rng.choices(range(3, 200), k=rng.randint(case.response // 2, 3 * case.response // 2))
+        inputs.append(prompt + target)
+        labels.append([IGNORED] * len(prompt) + target)
+    return inputs, labels
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -21,7 +21,7 @@ from detoxrl.runtime import checkpoint, files
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
 from detoxrl.runtime.files import replace_folder, write_text
 from detoxrl.runtime.signals import Terminated
-from detoxrl.training.finetune import fine_tune
+from detoxrl.training.finetune import Tuned, fine_tune
 from small_runs import contents
 from test_invariants import learn, loop_config, share_of_e
 
@@ -369,7 +369,7 @@ def test_fine_tuning_that_died_ends_equal(
 
         model = load_base(str(bases["t5"]))[0] if full_weights else make_policy("t5", "loaded").model
         _, tokenizer = load_base(str(bases["t5"]))
-        for done, loss in fine_tune(model, tokenizer, pairs, config, folder):
+        for done, loss in fine_tune(Tuned(model, tokenizer), pairs, config, folder):
             if done == die_at:
                 raise Killed
             losses.append(loss)

@@ -31,7 +31,7 @@ from detoxrl.runtime.cache import cached, tidy_cache
 from detoxrl.runtime.world import World
 from detoxrl.training import sft as sft_module
 from detoxrl.training import train as train_module
-from detoxrl.training.finetune import examples, fine_tune, loss_of, pad_batch
+from detoxrl.training.finetune import Tuned, examples, fine_tune, loss_of, pad_batch
 from detoxrl.training.learner import Learner
 from detoxrl.training.rollout import collect_rollout
 from detoxrl.training.train import train
@@ -279,7 +279,7 @@ def test_validation_reads_prompts_again_where_the_encoder_trains(make_policy: Ma
 def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
 
-    def fine_tune(model: object, tokenizer: object, pairs: Sequence[tuple[str, str]], *_: object) -> Iterator[object]:
+    def fine_tune(tuned: object, pairs: Sequence[tuple[str, str]], *_: object) -> Iterator[object]:
         seen.extend(pairs)
         return iter(())
 
@@ -292,7 +292,6 @@ def test_the_baseline_learns_civil_references_alone(monkeypatch: pytest.MonkeyPa
 def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fresh: Policy, architecture: str) -> None:
     pairs = [(row.prompt, row.references[0]) for row in ROWS["train"][:3]]
     inputs, labels = examples(fresh.tokenizer, pairs, architecture in ENCODER_DECODERS)
-    batch = pad_batch(fresh.tokenizer.pad_token_id, inputs[:3], labels[:3], fresh.device)
     targets = [torch.tensor([[token for token in row if token >= 0]]) for row in labels]
     assert all(target[0, -1] == fresh.tokenizer.eos_token_id for target in targets)
     found = [
@@ -302,15 +301,44 @@ def test_what_fine_tuning_minimises_is_what_the_policy_gives_to_the_targets(fres
     sizes: list[int] = []
     head = fresh.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _, inputs, logits: sizes.append(logits.shape[1]))
-    loss = loss_of(fresh.model, batch, bf16=False)
+    model_alone = Tuned(fresh.model, fresh.tokenizer)
+    loss = loss_of(model_alone, inputs, labels, bf16=False)
     hook.remove()
     torch.testing.assert_close(loss, -torch.cat(found).mean(), rtol=1e-5, atol=1e-6)
-    columns = (batch["labels"] >= 0).any(0)
+    columns = (pad_batch(0, inputs, labels, fresh.device)["labels"] >= 0).any(0)
     first = int(columns.nonzero()[0])
     # A causal model has one more behind the last label.
     expected = len(columns) if architecture in ENCODER_DECODERS else len(columns) - first + 1
     assert sizes == [expected]
     assert fresh.tokenizer.decode(targets[0][0], skip_special_tokens=True).strip() == pairs[0][1]
+
+
+def test_a_policy_with_a_fast_network_is_fine_tuned_through_it(
+    make_policy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("llama", "loaded")
+    disturb(policy)
+    policy.value_head = None  # Fine-tuning has no critic.
+    pairs = [(row.prompt[-30 * number :], row.references[0]) for number, row in enumerate(ROWS["train"][:4], start=1)]
+    inputs, labels = examples(policy.tokenizer, pairs, encoder_decoder=False)
+
+    def gradient(tuned: Tuned, bf16: bool) -> tuple[float, torch.Tensor]:
+        loss = loss_of(tuned, inputs, labels, bf16)
+        parts = torch.autograd.grad(loss, policy.parameters())
+        return loss.item(), torch.cat([part.flatten() for part in parts])
+
+    model_alone = Tuned(policy.model, policy.tokenizer)
+    loss, exact = gradient(model_alone, bf16=False)
+    _, exact_in_bf16 = gradient(model_alone, bf16=True)
+
+    monkeypatch.setattr(policy.model, "forward", Mock(side_effect=AssertionError("the model's own forward pass")))
+    fast_loss, found = gradient(Tuned.of(policy), bf16=False)
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+    fast_loss, found = gradient(Tuned.of(policy), bf16=True)
+    assert fast_loss == pytest.approx(loss, rel=5e-3)
+    assert (found - exact).norm() < 1.5 * (exact_in_bf16 - exact).norm()
 
 
 def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -320,7 +348,7 @@ def test_dropout_of_fine_tuning_follows_from_the_seed(bases: dict[str, Path], tm
         model, tokenizer = load_base(str(bases["t5"]))
         sft = replace(small_config().sft, steps=2, lr=1e-3, batch_size=8)
         config = replace(small_config(), sft=sft, seed=seed)
-        losses[run].extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, tmp_path / str(run)))
+        losses[run].extend(loss for _, loss in fine_tune(Tuned(model, tokenizer), pairs, config, tmp_path / str(run)))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -383,12 +411,12 @@ def test_fine_tuning_lowers_the_loss_and_a_nan_stops_it(tmp_path: Path) -> None:
     sft = replace(small_config().sft, steps=30, lr=3e-3, batch_size=8, warmup_steps=2)
     config = replace(small_config(), sft=sft)
     losses: list[float] = []
-    losses.extend(loss for _, loss in fine_tune(model, tokenizer, pairs, config, tmp_path / "one"))
+    losses.extend(loss for _, loss in fine_tune(Tuned(model, tokenizer), pairs, config, tmp_path / "one"))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="sft stopped at step 0"):
-        next(fine_tune(model, tokenizer, pairs, config, tmp_path / "two"))
+        next(fine_tune(Tuned(model, tokenizer), pairs, config, tmp_path / "two"))
 
 
 def test_what_was_trained_once_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

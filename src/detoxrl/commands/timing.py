@@ -10,8 +10,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from detoxrl.commands.forecast import response_tokens
 from detoxrl.commands.prepare import Prepared
@@ -27,12 +25,11 @@ from detoxrl.rewards.terms import Reward, single_term
 from detoxrl.rl.algorithm import Targets
 from detoxrl.runs import Run
 from detoxrl.runtime.checkpoint import trainable
-from detoxrl.training.finetune import bf16_capable, examples, loss_of, pad_batch
+from detoxrl.training.finetune import Tuned, bf16_capable, examples, loss_of
 from detoxrl.training.learner import Learner
 from detoxrl.training.rollout import collect_rollout
 
 Measurement = TypeVar("Measurement")
-Model = PreTrainedModel | PeftModel
 # Sampling is timed at two lengths of responses, in tokens. The difference is the time of further tokens.
 _FEW_TOKENS = 2
 _MORE_TOKENS = 16
@@ -93,11 +90,11 @@ def finetuning_seconds(run: Run, prepared: Prepared) -> float:
         return 0.0
 
     tokens = response_tokens(config, prepared)
-    model = _finetuned_model(run)
+    tuned = _tuned(run)
 
     def step(rows: list[Row]) -> float:
         pairs = [(row.prompt, _response_like(row, prepared, tokens)) for row in rows]
-        return _timed_finetuning(model, pairs, config, prepared) / len(rows)
+        return _timed_finetuning(tuned, pairs, config) / len(rows)
 
     return growing_batch(step, prepared.rows["train"], config.sft.batch_size) * config.sft.batch_size
 
@@ -213,26 +210,32 @@ def _timed_judging(judges: Mapping[str, Judge], texts: list[str]) -> list[float]
     return seconds
 
 
-def _finetuned_model(run: Run) -> Model:
-    """Return the model that supervised fine-tuning changes, as the sft stage does, in training mode."""
+def _tuned(run: Run) -> Tuned:
+    """Return what supervised fine-tuning changes, as the sft stage does, in training mode."""
     sft = run.config.sft
-    model: Any = run.base(bf16=False).model() if sft.steps > 0 and sft.full_weights else run.initial_policy().model
-    tuned: Model = model.to(run.world.device).train()
+    if sft.steps > 0 and sft.full_weights:
+        base = run.base(bf16=False)
+        tuned = Tuned(base.model(), base.tokenizer)
+    else:
+        tuned = Tuned.of(run.initial_policy())
+
+    model: Any = tuned.model
+    model.to(run.world.device).train()
     return tuned
 
 
-def _timed_finetuning(model: Model, pairs: list[tuple[str, str]], config: Config, prepared: Prepared) -> float:
+def _timed_finetuning(tuned: Tuned, pairs: list[tuple[str, str]], config: Config) -> float:
     """Make one optimizer step on (prompt, target) pairs."""
+    model = tuned.model
     weights = trainable(model).values()
     first = next(iter(weights))
     optimizer = torch.optim.AdamW(weights, lr=config.sft.lr, weight_decay=0.0, fused=True)
-    in_chat = uses_chat_template(config.data, prepared.tokenizer)
-    inputs, labels = examples(prepared.tokenizer, pairs, model.config.is_encoder_decoder, in_chat)
-    batch = pad_batch(prepared.tokenizer.pad_token_id, inputs, labels, first.device)
+    in_chat = uses_chat_template(config.data, tuned.tokenizer)
+    inputs, labels = examples(tuned.tokenizer, pairs, model.config.is_encoder_decoder, in_chat)
     bf16 = config.sft.bf16 and bf16_capable(first.device)
 
     started = time.perf_counter()
-    loss = loss_of(model, batch, bf16)
+    loss = loss_of(tuned, inputs, labels, bf16)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     optimizer.step()

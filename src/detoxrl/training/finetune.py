@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from peft import PeftModel
@@ -12,28 +12,48 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from detoxrl.config.schema import Config, SftConfig
 from detoxrl.errors import TrainingError
 from detoxrl.models.chat import end_of_turn_id, uses_chat_template
+from detoxrl.models.policy import Policy
+from detoxrl.models.types import Encoded
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
 from detoxrl.runtime.randomness import batch_indices, torch_seed
 
 Pairs = Sequence[tuple[str, str]]
 """A prompt and its target each."""
 
-# The label that cross-entropy leaves out.
-_IGNORED = -100
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
 
 
-def fine_tune(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Pairs,
-    config: Config,
-    checkpoint_folder: Path,
-) -> Iterator[tuple[int, float]]:
+class Tuned(NamedTuple):
+    """What is fine-tuned: a model with its tokenizer, and the policy whose weights these are, if they are one's."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy | None = None
+
+    @classmethod
+    def of(cls, policy: Policy) -> Self:
+        """Return the weights of a policy that train."""
+        return cls(policy.model, policy.tokenizer, policy)
+
+    @property
+    def fast_policy(self) -> Policy | None:
+        """The policy, if its fast network can be fine-tuned.
+
+        That of an encoder-decoder cannot: T5 is fine-tuned with dropout, which the network leaves out.
+        """
+        if self.policy is None or self.policy.has_encoder or not self.policy.has_fast_network:
+            return None
+        return self.policy
+
+
+def fine_tune(tuned: Tuned, pairs: Pairs, config: Config, checkpoint_folder: Path) -> Iterator[tuple[int, float]]:
     """Minimise the cross-entropy of the targets over the trainable weights; yield steps done and loss (nats a token).
 
     The learning rate rises linearly to `sft.lr`, then falls linearly to 0. Resumes from `checkpoint_folder`. Raises
     TrainingError when the loss is not finite.
     """
+    model, tokenizer, _ = tuned
     device = model.device
     sft = config.sft
     use_bf16 = sft.bf16 and bf16_capable(device)
@@ -54,10 +74,9 @@ def fine_tune(
             rows = batch_indices(config.seed, "sft", step, sft.batch_size, len(pairs))
             batch_inputs = [inputs[row] for row in rows]
             batch_labels = [labels[row] for row in rows]
-            batch = pad_batch(tokenizer.pad_token_id, batch_inputs, batch_labels, device)
 
             torch.manual_seed(torch_seed(config.seed, f"sft dropout {step}"))
-            loss = loss_of(model, batch, use_bf16)
+            loss = loss_of(tuned, batch_inputs, batch_labels, use_bf16)
             if not loss.isfinite():
                 raise TrainingError(f"sft stopped at step {step}: the loss is {loss.item()}; a lower sft.lr may help")
 
@@ -107,41 +126,71 @@ def examples(
             target_ids = ids[len(prompt_ids) :]
         response = [*target_ids, end]
         inputs.append(prompt_ids + response)
-        labels.append([_IGNORED] * len(prompt_ids) + response)
+        labels.append([IGNORED] * len(prompt_ids) + response)
     return inputs, labels
+
+
+def loss_of(tuned: Tuned, inputs: list[list[int]], labels: list[list[int]], bf16: bool) -> torch.Tensor:
+    """Return the mean cross-entropy (nats) of the labels of a batch, as `examples` makes them."""
+    device = tuned.model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        fast = tuned.fast_policy
+        if fast is not None:
+            return _loss_through_network(fast, inputs, labels)
+
+        batch = pad_batch(tuned.tokenizer.pad_token_id, inputs, labels, device)
+        return _loss_of_model(tuned.model, batch)
+
+
+def _loss_through_network(policy: Policy, inputs: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """Return the loss by the policy's fast network, which has no row for padding and no logits of a prompt."""
+    prompts = []
+    targets = []
+    for row, row_labels in zip(inputs, labels, strict=True):
+        start = row_labels.count(IGNORED)
+        prompts.append(row[:start])
+        targets.append(row[start:])
+
+    ids = _padded(prompts, policy.pad_token_id, "left").to(policy.device)
+    prompt_mask = _padded([[1] * len(row) for row in prompts], 0, "left").to(policy.device)
+    target_ids = _padded(targets, policy.pad_token_id).to(policy.device)
+    mask = _padded([[1] * len(row) for row in targets], 0).bool().to(policy.device)
+    scored = policy.logprobs(Encoded(states=ids, mask=prompt_mask), target_ids, temperature=1.0, mask=mask)
+    return -scored.logprobs.sum() / mask.sum()
 
 
 def pad_batch(
     pad_id: int, inputs: list[list[int]], labels: list[list[int]], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the arguments of a model's forward pass, each (B, T), padded on the right."""
-
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
-
-    mask = padded([[1] * len(row) for row in inputs], 0)
-    return {"input_ids": padded(inputs, pad_id), "attention_mask": mask, "labels": padded(labels, _IGNORED)}
+    return {
+        "input_ids": _padded(inputs, pad_id).to(device),
+        "attention_mask": _padded([[1] * len(row) for row in inputs], 0).to(device),
+        "labels": _padded(labels, IGNORED).to(device),
+    }
 
 
-def loss_of(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor], bf16: bool) -> torch.Tensor:
-    """Return the mean cross-entropy (nats) of the labels of a batch that `pad_batch` made.
+def _padded(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _loss_of_model(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the loss by the model's own forward pass on a batch that `pad_batch` made.
 
     A causal model computes no logits before the first label of the batch: prompts are longer than targets, and logits
     are the largest tensors.
     """
     arguments: dict[str, Any] = {**batch, "use_cache": False}
     if not model.config.is_encoder_decoder:
-        has_label = (batch["labels"] != _IGNORED).any(0)
+        has_label = (batch["labels"] != IGNORED).any(0)
         first = int(has_label.nonzero()[0])
         # The token before it predicts it.
         predicting = batch["labels"].shape[1] - first + 1
         arguments["logits_to_keep"] = predicting
         arguments["labels"] = batch["labels"][:, -predicting:]
 
-    device = batch["labels"].device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        loss: torch.Tensor = model(**arguments).loss
+    loss: torch.Tensor = model(**arguments).loss
     return loss
 
 

@@ -17,7 +17,7 @@ from detoxrl.runs import Run
 from detoxrl.runtime.cache import cached
 from detoxrl.runtime.console import log, progress
 from detoxrl.runtime.files import content_digest, remove_path, replace_folder
-from detoxrl.training.finetune import Pairs, fine_tune
+from detoxrl.training.finetune import Pairs, Tuned, fine_tune
 from detoxrl.training.own_samples import SAMPLES, own_samples
 from detoxrl.training.preferences import PreferencePair, learn_preferences, preference_pairs
 
@@ -89,7 +89,7 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
     pairs = _reference_pairs(run)
     if not config.sft.full_weights:
         policy = run.initial_policy().to(run.world.device)
-        steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
+        steps = fine_tune(Tuned.of(policy), pairs, config, checkpoints)
         with _saving_memory(run, policy.model):
             _show_progress("warm start", config.sft.steps, steps)
         policy.save(folder)
@@ -102,7 +102,7 @@ def warm_start(run: Run, folder: Path, checkpoints: Path) -> None:
         base = run.base(bf16=False)
     model: Any = base.model()
     model.to(run.world.device)
-    steps = fine_tune(model, base.tokenizer, pairs, config, checkpoints)
+    steps = fine_tune(Tuned(model, base.tokenizer), pairs, config, checkpoints)
     with _saving_memory(run, model):
         _show_progress("warm start", config.sft.steps, steps)
     save_base(model, base.tokenizer, folder)
@@ -156,7 +156,7 @@ def _pairs(run: Run) -> list[PreferencePair]:
 def _tune_baseline(name: str, run: Run, policy: Policy, pairs: Pairs, checkpoints: Path) -> None:
     sft = run.config.sft
     config = replace(run.config, sft=replace(sft, steps=sft.baseline_steps, lr=sft.baseline_lr))
-    steps = fine_tune(policy.model, policy.tokenizer, pairs, config, checkpoints)
+    steps = fine_tune(Tuned.of(policy), pairs, config, checkpoints)
     with _saving_memory(run, policy.model):
         _show_progress(name, sft.baseline_steps, steps)
 
