@@ -459,8 +459,9 @@ def test_a_frozen_base_is_packed_once_and_again_after_it_moves(make: Make, monke
     scored(policy, encoded, 1.0)
     after = dict(policy.model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
-    policy.to(policy.device)
-    assert policy.weights.packs == []
+    policy.to(policy.device)  # What was packed is on the device of before.
+    sampled(policy, encoded, 1.0)
+    assert len(calls) == 2 * (1 + 2 * 6)
 
 
 def test_full_weights_are_packed_anew_for_every_batch(make: Make) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from conftest import ENCODER_DECODERS, Make, disturb, small_config
 from detoxrl.config.schema import Config
-from detoxrl.models.groups import split_into_passes
+from detoxrl.models.groups import closed_up, split_into_passes
 from detoxrl.models.plain import PlainNetwork
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, sample_texts
@@ -316,3 +316,10 @@ def rollout_without_values(policy: Policy) -> bool:
     """Whether a rollout of the policy has no values."""
     generation = replace(small_config().generation, max_new_tokens=LENGTH)
     return collect_rollout(policy, [Prompt(id="a", text="Hello.")], generation, Draws(0, "x")).responses.values is None
+
+
+def test_places_close_up_where_a_prompt_has_no_rows_left() -> None:
+    # Of 4 prompts with 3 places each, the first and the third have none left.
+    places, prompts = closed_up(torch.tensor([4, 9, 11]), group_size=3)
+    assert places.tolist() == [1, 3, 5]
+    assert prompts.tolist() == [1, 3]

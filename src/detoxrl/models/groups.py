@@ -25,3 +25,13 @@ def split_into_passes(prompts: torch.Tensor, group_size: int, most: int) -> Iter
         rows = response_rows(part, group_size).view(len(part), group_size)
         for some in rows.split(at_once, 1):
             yield part, some.flatten()
+
+
+def closed_up(places: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places (n,) of rows once prompts without rows are gone, and the prompts (m,) that stay, all long.
+
+    `places` (n,) are the rows' places so far, `group_size` to a prompt. A group keeps its empty places, because all
+    groups need the same size.
+    """
+    prompts, numbers = (places // group_size).unique(return_inverse=True)
+    return numbers * group_size + places % group_size, prompts

@@ -25,12 +25,13 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from detoxrl.models.groups import closed_up
 from detoxrl.models.linear import pack_weights
 from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
-from detoxrl.models.weights import LoraWeights, Weights
+from detoxrl.models.weights import Weights
 
 _CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM)
 _LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -236,14 +237,8 @@ class LlamaNetwork:
 
     def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:
         self.checkpointing = checkpointing
-        self._packs: list[Any] | None
-        if isinstance(weights, LoraWeights):
-            model = weights.active
-            self._packs = weights.packs
-        else:
-            model = weights.models[adapter]
-            adapter = None
-            self._packs = None
+        self._weights = weights
+        model, adapter = weights.of(adapter)
 
         body = model.model
         self.config = model.config
@@ -388,22 +383,15 @@ class LlamaNetwork:
         return LlamaSteps(self, encoded, length, group_size)
 
     def packed(self, batch_size: int) -> "_PackedWeights":
-        """Return the products with all weights, without LoRAs, in the layout for a batch of this size.
+        """Return the products with all weights, without LoRAs, in the layout for a batch of this size."""
 
-        Under a LoRA the base never changes, so its weights are packed once and kept. Full weights change with every
-        update and are packed anew for every call.
-        """
-        if self._packs:
-            packed: _PackedWeights = self._packs[0]
-            return packed
+        def pack() -> _PackedWeights:
+            layers = [
+                _LayerProducts(*(packed_stack(stack, batch_size) for stack in _stacks(layer))) for layer in self.layers
+            ]
+            return _PackedWeights(pack_weights([self.head], batch_size), layers)
 
-        layers = [
-            _LayerProducts(*(packed_stack(stack, batch_size) for stack in _stacks(layer))) for layer in self.layers
-        ]
-        packed = _PackedWeights(pack_weights([self.head], batch_size), layers)
-        if self._packs is not None:
-            self._packs.append(packed)
-        return packed
+        return self._weights.packed(pack)
 
 
 # Token by token
@@ -548,9 +536,7 @@ class LlamaSteps:
             self._own[number] = own[:, kept]
         self._first_positions = self._first_positions[kept]
 
-        places = self._places[kept]
-        prompts, number_of = (places // self._group_size).unique(return_inverse=True)
-        self._places = number_of * self._group_size + places % self._group_size
+        self._places, prompts = closed_up(self._places[kept], self._group_size)
         if len(prompts) < len(self._prompts[0][0]):
             self._prompts = [(keys[prompts], values[prompts]) for keys, values in self._prompts]
             self._padding_bias = None if self._padding_bias is None else self._padding_bias[prompts]

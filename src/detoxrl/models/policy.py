@@ -94,8 +94,7 @@ class Policy:
             self.value_head.to(device)
         for model in self.weights.models.values():
             model.to(device)
-        if isinstance(self.weights, LoraWeights):
-            self.weights.packs.clear()  # copies of weights on the old device
+        self.weights.forget_packed()
         return self
 
     def add(self, name: str, folder: Path) -> None:

@@ -29,12 +29,13 @@ from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attentio
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from detoxrl.models.ends import start_token_ids
+from detoxrl.models.groups import closed_up
 from detoxrl.models.linear import linear, pack_weights
 from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
-from detoxrl.models.weights import LoraWeights, Weights
+from detoxrl.models.weights import Weights
 
 _CLASSES = (T5ForConditionalGeneration, MT5ForConditionalGeneration)
 # Names of the linear layers inside T5's blocks, on which a LoRA may lie.
@@ -197,15 +198,8 @@ class T5Network:
 
     def __init__(self, weights: Weights, adapter: str | None, checkpointing: bool = False) -> None:
         self.checkpointing = checkpointing
-        self._packs: list[Any] | None
-        if isinstance(weights, LoraWeights):
-            model = weights.active
-            self._adapter = adapter
-            self._packs = weights.packs
-        else:
-            model = weights.models[adapter]
-            self._adapter = None
-            self._packs = None
+        self._weights = weights
+        model, self._adapter = weights.of(adapter)
 
         decoder = model.decoder
         self.config = model.config
@@ -352,20 +346,13 @@ class T5Network:
         return T5Steps(self, encoded, length, group_size)
 
     def packed(self, rows: int) -> "_PackedWeights":
-        """Return the products with all decoder weights for a batch of `rows`, without LoRAs.
+        """Return the products with all decoder weights for a batch of `rows`, without LoRAs."""
 
-        Under a LoRA the base never changes, so its weights are packed once and kept. Full weights change with every
-        update and are packed anew for every call.
-        """
-        if self._packs:
-            packed: _PackedWeights = self._packs[0]
-            return packed
+        def pack() -> _PackedWeights:
+            head = pack_weights([self.head], rows)
+            return _PackedWeights(head, [_packed_layer(layer, rows) for layer in self.layers])
 
-        head = pack_weights([self.head], rows)
-        packed = _PackedWeights(head, [_packed_layer(layer, rows) for layer in self.layers])
-        if self._packs is not None:
-            self._packs.append(packed)
-        return packed
+        return self._weights.packed(pack)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return x (..., D) divided by its root mean square and multiplied by a weight (D,)."""
@@ -500,8 +487,7 @@ class T5Steps:
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows of the batch but those that are True in `rows` (B,), and prompts without rows."""
         self._own = self._own[:, :, rows]
-        prompts, number = (self._places[rows] // self._group_size).unique(return_inverse=True)
-        self._places = number * self._group_size + self._places[rows] % self._group_size
+        self._places, prompts = closed_up(self._places[rows], self._group_size)
         if len(prompts) < len(self._cross[0][0]):
             self._cross = [(keys[prompts], values[prompts]) for keys, values in self._cross]
             self._padding_bias = None if self._padding_bias is None else self._padding_bias[prompts]

@@ -1,10 +1,10 @@
 """Which weights does a pass use, and which of them may training change?"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -20,6 +20,8 @@ from detoxrl.runtime.files import explain_corruption
 POLICY = "default"
 REFERENCE = "reference"
 
+T = TypeVar("T")
+
 
 class LoraWeights:
     """One base model and its adapters by name; the name None stands for the base without an adapter."""
@@ -30,11 +32,25 @@ class LoraWeights:
         self._encoder_is_frozen = model.config.is_encoder_decoder and not train_encoder
         self._encoder_weights: dict[str, list[Any]] = {}  # Of each adapter, those that peft makes trainable.
         self._activate(POLICY)
-        self.packs: list[Any] = []
-        """Packed copies of the base's weights, made once by a decoder, as the base never changes."""
+        self._packed: Any = None  # Copies of the base's weights in another layout.
         self.models: dict[str | None, Any] = {POLICY: model}
         self.active: Any = model.get_base_model()
         """The model to call; `using` decides under which adapter."""
+
+    def of(self, name: str | None) -> tuple[Any, str | None]:
+        """Return the model that has the weights `name`, and the adapter on it that they are."""
+        return self.active, name
+
+    def packed(self, pack: Callable[[], T]) -> T:
+        """Return the base's weights in another layout. They are packed once and kept, as the base never changes."""
+        if self._packed is None:
+            self._packed = pack()
+        packed: T = self._packed
+        return packed
+
+    def forget_packed(self) -> None:
+        """Drop what was packed, which is on the device of before."""
+        self._packed = None
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -92,6 +108,17 @@ class FullWeights:
         initial = model.requires_grad_(False)
         self.models: dict[str | None, Any] = {POLICY: self.model, None: initial}
         self.active: Any = self.model
+
+    def of(self, name: str | None) -> tuple[Any, None]:
+        """Return the model that has the weights `name`; no adapter is on it."""
+        return self.models[name], None
+
+    def packed(self, pack: Callable[[], T]) -> T:
+        """Return weights in another layout. They change with every update, so they are packed at each call."""
+        return pack()
+
+    def forget_packed(self) -> None:
+        """Do nothing: what was packed is not kept."""
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
