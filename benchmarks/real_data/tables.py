@@ -168,16 +168,13 @@ def evaluations_of(name: str) -> dict[int, Result]:
 def seeds_table(parts: Mapping[int, Result], rows: Sequence[Row], judges: Sequence[str] = ()) -> str:
     """Return before → after and the interval of the difference of some prompts, with a column for each seed.
 
-    The mean toxicity by each of `judges` comes first.
+    The mean toxicity by each of `judges` comes first, and how much of what lies above the floor is gone.
     """
     lines = []
     for judge in judges:
-        cells = []
-        for part in parts.values():
-            toxicity = part["toxicity"][judge]
-            means = {side: toxicity[side]["mean"] for side in ("before", "after")}
-            cells.append(change({**means, "difference": toxicity["difference"]}, 3))
-        lines.append([f"mean toxicity, {judge}", *cells])
+        toxicities = [part["toxicity"][judge] for part in parts.values()]
+        lines.append([f"mean toxicity, {judge}", *map(mean_change, toxicities)])
+        lines.append([f"removed above the floor, {judge}", *map(share_removed, toxicities)])
 
     for row in rows:
         lines.append([row.label, *(change(part["quality"][row.name], row.decimals) for part in parts.values())])
@@ -265,6 +262,19 @@ def change(result: Result, decimals: int) -> str:
     if difference is None:
         return f"{before}, initial policy kept"
     return f"{before} → {after} ({difference['low']:.{decimals}f} to {difference['high']:.{decimals}f})"
+
+
+def mean_change(toxicity: Result) -> str:
+    """Return mean toxicity before and after, and the 95 % interval of the difference."""
+    means = {side: toxicity[side]["mean"] for side in ("before", "after")}
+    return change({**means, "difference": toxicity["difference"]}, 3)
+
+
+def share_removed(toxicity: Result) -> str:
+    """Return the share of what lies above the floor that is gone, and the floor."""
+    share = toxicity["share_removed"]
+    removed = "—" if share is None else f"{share:.0%}"
+    return f"{removed}, floor {toxicity['floor']:.3f}"
 
 
 def perplexity(result: Result) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,23 @@ def test_civil_references_remove_all_toxicity_above_the_floor() -> None:
     assert found["quality"]["facts"]["difference"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "detectable": 0}
     assert found["quality"]["insult_rate"]["after"] == 0.0
     assert found["quality"]["insult_rate"]["before"] > 0.3
+
+
+def test_the_floor_is_what_people_wrote_where_that_is_the_aim() -> None:
+    def length(texts: Sequence[str]) -> np.ndarray:
+        return np.array([len(text) / 100 for text in texts])
+
+    def floor(**changes: Any) -> float | None:
+        row = replace(ROWS[0], references=("1234", "12345678"), civil_references=("12",))
+        row = replace(row, **changes)
+        responses = {"before": [["a"]], "after": [["a"]]}
+        return measure([row], responses, {"length": length}, READERS).floor["length"]
+
+    assert floor() == pytest.approx(0.02)
+    assert floor(civil_references=()) == pytest.approx(0.06)
+    # A reply by someone else is no aim, unless it is civil.
+    assert floor(task="chat") == pytest.approx(0.02)
+    assert floor(task="chat", civil_references=()) is None
 
 
 def test_an_initial_policy_that_was_kept_is_not_compared_with_itself() -> None:

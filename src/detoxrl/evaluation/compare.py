@@ -13,7 +13,7 @@ import torch
 
 from detoxrl.config.judges import PERSPECTIVE_SCORES
 from detoxrl.config.schema import Config, EvaluationConfig
-from detoxrl.data.rows import TOXIC_PROMPT, Row, to_prompts
+from detoxrl.data.rows import TOXIC_PROMPT, Row, quality_references, to_prompts
 from detoxrl.evaluation.baselines import Texts, best_of_kl
 from detoxrl.evaluation.judges import Judge
 from detoxrl.evaluation.likelihood import per_token, perplexity
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
     toxicity: Mapping[str, Mapping[str, Floats]]  # by judge, the primary one first, then by policy
     metrics: Mapping[str, Mapping[str, Floats]]  # by policy, then by name
-    floor: Mapping[str, float | None]  # mean toxicity of the civil references by judge; None without any
+    floor: Mapping[str, float | None]  # what `_floors` returns, by judge
     kept_initial: bool = False  # training kept the initial policy, so "after" is "before"
 
     @property
@@ -140,11 +140,17 @@ def measure(
 
 
 def _floors(rows: Sequence[Row], judges: Mapping[str, Judge]) -> dict[str, float | None]:
-    """Return each judge's mean toxicity of the civil references, None where the rows have none."""
-    civil = [reference for row in rows for reference in row.civil_references]
+    """Return each judge's mean toxicity of the civil references, or else of the references; None without any.
+
+    References to prompts with many right responses show what was said once, and no floor, unless they are civil.
+    """
+    references: list[str] = []
+    for row in rows:
+        references += row.civil_references or quality_references(row)
+
     floors: dict[str, float | None] = {}
     for name, judge in judges.items():
-        floors[name] = float(judge(civil).mean()) if civil else None
+        floors[name] = float(judge(references).mean()) if references else None
     return floors
 
 
