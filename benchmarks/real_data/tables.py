@@ -84,17 +84,18 @@ BASELINES = {
 
 def tables() -> dict[str, str]:
     """Return every table in Markdown, by name."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     widest: dict[str, Result] = {}
     for name, make in (("realtoxicity", realtoxicity), ("paradetox", paradetox), ("quarrels", quarrels)):
         runs = evaluations_of(name)
         if runs:
-            found |= make(runs)
-            found[f"{name} cost"] = cost_table(runs)
+            by_name |= make(runs)
+            by_name[f"{name} cost"] = cost_table(runs)
             widest[name] = max(runs.values(), key=lambda evaluation: len(evaluation["baselines"]))
 
-    found["what RL is for"] = purpose_table(widest)
-    return found
+    by_name["what RL is for"] = purpose_table(widest)
+    by_name["realtoxicity, KL coefficients"] = sweep_table(read_json(RESULTS / "realtoxicity/sweep/sweep.json"))
+    return by_name
 
 
 def purpose_table(results: Mapping[str, Result]) -> str:
@@ -129,16 +130,16 @@ def _against_rl(baseline: Result) -> str:
 
 def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
     """Return the tables of continued prompts: toxic and other ones, sampled plainly and with top-p, and baselines."""
-    found = {}
+    by_name = {}
     for part in ("toxic prompts", "other prompts"):
         plain = {seed: evaluation["by_prompt"][part] for seed, evaluation in runs.items()}
         nucleus = {seed: evaluation["top_p"]["by_prompt"][part] for seed, evaluation in runs.items()}
-        found[f"realtoxicity, {part}"] = seeds_table(plain, (*EXTREMES, *VARIETY))
-        found[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
+        by_name[f"realtoxicity, {part}"] = seeds_table(plain, (*EXTREMES, *VARIETY))
+        by_name[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
 
     (with_baselines,) = (evaluation for evaluation in runs.values() if "best_of_4" in evaluation["baselines"])
-    found["realtoxicity, baselines"] = baselines_table(with_baselines)
-    return found
+    by_name["realtoxicity, baselines"] = baselines_table(with_baselines)
+    return by_name
 
 
 def paradetox(runs: Mapping[int, Result]) -> dict[str, str]:
@@ -247,6 +248,18 @@ def baselines_table(evaluation: Result) -> str:
     return markdown(head, lines)
 
 
+def sweep_table(sweep: Result) -> str:
+    """Return toxicity and variety of the initial policy and of each value of a sweep's setting."""
+    toxicity, variety = sweep["start"]
+    lines = [["initial policy", f"{toxicity:.3f}", f"{variety:.3f}", "0"]]
+    for label, combination in sweep["combinations"].items():
+        low, high = combination["interval"]
+        after = f"{combination['toxicity'][1]:.3f} ({low:.3f} to {high:.3f})"
+        value = label.partition("=")[2]
+        lines.append([value, after, f"{combination['quality'][1]:.3f}", f"{combination['kl']:.1f}"])
+    return markdown(["KL coefficient", f"mean toxicity, {sweep['judge']}", "distinct-2", "KL, nats"], lines)
+
+
 def cost_table(runs: Mapping[int, Result]) -> str:
     """Return the minutes of the stages that train, with a column for each seed."""
     lines = []
@@ -291,9 +304,9 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def with_tables(page: str, found: Mapping[str, str]) -> str:
+def with_tables(page: str, by_name: Mapping[str, str]) -> str:
     """Return a page with each table in its place. Raises KeyError for a place whose table is unknown."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{found[block['name']]}{block[3]}", page)
+    return _BLOCK.sub(lambda block: f"{block[1]}{by_name[block['name']]}{block[3]}", page)
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ LONGEST_NAME = 60
 
 def test_every_table_of_the_page_is_the_one_that_the_results_make() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    found = tables.tables()
-    assert tables.with_tables(page, found) == page
-    assert all(f"<!-- table: {name} -->" in page for name in found)
+    by_name = tables.tables()
+    assert tables.with_tables(page, by_name) == page
+    assert all(f"<!-- table: {name} -->" in page for name in by_name)
 
 
 def test_results_hold_no_texts_of_the_sets() -> None:

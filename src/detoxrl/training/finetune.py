@@ -40,7 +40,8 @@ class Tuned(NamedTuple):
     def fast_policy(self) -> Policy | None:
         """The policy, if its fast network can be fine-tuned.
 
-        That of an encoder-decoder cannot: T5 is fine-tuned with dropout, which the network leaves out.
+        That of an encoder-decoder cannot: T5 is fine-tuned with dropout, which the network leaves out. It also leaves
+        out the dropout of a LoRA, if an adapter has some, as RL does.
         """
         if self.policy is None or self.policy.has_encoder or not self.policy.has_fast_network:
             return None
