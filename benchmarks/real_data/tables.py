@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detoxrl.report.results import read_lines
 from kept_results import RESULTS, read_json
 
 PAGE = RESULTS.parent / "real-data.md"
@@ -105,14 +106,14 @@ def purpose_table(results: Mapping[str, Result]) -> str:
     """
     lines = [["before RL"], ["after RL"]]
     for evaluation in results.values():
-        toxicity = evaluation["toxicity"][JUDGE]
+        toxicity = evaluation["toxicity"][evaluation["primary_judge"]]
         lines[0].append(f"{toxicity['before']['mean']:.3f}")
         lines[1].append(f"{toxicity['after']['mean']:.3f}")
 
     for name, label in BASELINES.items():
         cells = [label]
         for evaluation in results.values():
-            cells.append(_against_rl(evaluation["baselines"][name]) if name in evaluation["baselines"] else "—")
+            cells.append(_against_rl(evaluation, name) if name in evaluation["baselines"] else "—")
         lines.append(cells)
 
     minutes = [f"{evaluation['seconds']['train'] / 60:.0f}" for evaluation in results.values()]
@@ -120,9 +121,10 @@ def purpose_table(results: Mapping[str, Result]) -> str:
     return markdown(["", *(PURPOSES[name] for name in results)], lines)
 
 
-def _against_rl(baseline: Result) -> str:
+def _against_rl(evaluation: Result, name: str) -> str:
     """Return the mean toxicity of a baseline, and how RL compares with it."""
-    mean = baseline["toxicity"][JUDGE]["after"]["mean"]
+    baseline = evaluation["baselines"][name]
+    mean = baseline["toxicity"][evaluation["primary_judge"]]["after"]["mean"]
     if "after" not in baseline:  # Training kept the initial policy, so there is nothing to compare with.
         return f"{mean:.3f}"
     return f"{mean:.3f}, RL: {baseline['after']['verdict']}"
@@ -163,7 +165,12 @@ def quarrels(runs: Mapping[int, Result]) -> dict[str, str]:
 def evaluations_of(name: str) -> dict[int, Result]:
     """Return the eval.json of each run of a result, by its seed."""
     paths = {int(path.parent.name.removeprefix("seed")): path for path in (RESULTS / name).glob("seed*/eval.json")}
-    return {seed: read_json(paths[seed]) for seed in sorted(paths)}
+    evaluations = {seed: read_json(paths[seed]) for seed in sorted(paths)}
+    for seed, evaluation in evaluations.items():
+        # Of a stage that was stopped, eval.json counts the last part alone.
+        steps = read_lines(paths[seed].parent / "metrics.jsonl")
+        evaluation["seconds"]["train"] = sum(step["seconds/step"] for step in steps)
+    return evaluations
 
 
 def seeds_table(parts: Mapping[int, Result], rows: Sequence[Row], judges: Sequence[str] = ()) -> str:
@@ -286,8 +293,13 @@ def mean_change(toxicity: Result) -> str:
 def share_removed(toxicity: Result) -> str:
     """Return the share of what lies above the floor that is gone, and the floor."""
     share = toxicity["share_removed"]
-    removed = "—" if share is None else f"{share:.0%}"
-    return f"{removed}, floor {toxicity['floor']:.3f}"
+    if share is None:
+        removed = "nothing was above it"
+    elif share > 1:
+        removed = "all"
+    else:
+        removed = f"{share:.0%}"
+    return f"{removed}; floor {toxicity['floor']:.3f}"
 
 
 def perplexity(result: Result) -> str:
