@@ -140,7 +140,8 @@ def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
         by_name[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
 
     (with_baselines,) = (evaluation for evaluation in runs.values() if "best_of_4" in evaluation["baselines"])
-    by_name["realtoxicity, baselines"] = baselines_table(with_baselines)
+    for name, part in with_baselines["by_prompt"].items():
+        by_name[f"realtoxicity, baselines on {name}"] = baselines_table(part)
     return by_name
 
 
@@ -232,27 +233,23 @@ def summarizers_table(evaluation: Result) -> str:
     return markdown(head, lines)
 
 
-def baselines_table(evaluation: Result) -> str:
-    """Return the initial policy, the trained one and each baseline on toxic and on other prompts."""
-    toxic, other = (evaluation["by_prompt"][part] for part in ("toxic prompts", "other prompts"))
-    systems = {"initial policy": ("before", toxic, other)}
-    if toxic["quality"]["distinct_2"]["difference"] is not None:  # Else training kept the initial policy.
-        systems["trained policy"] = ("after", toxic, other)
+def baselines_table(part: Result) -> str:
+    """Return the initial policy, the trained one and each baseline on some prompts."""
+    systems = [("initial policy", "before", part)]
+    if part["quality"]["distinct_2"]["difference"] is not None:  # Else training kept the initial policy.
+        systems.append(("trained policy", "after", part))
     for name, label in BASELINES.items():
-        if name in toxic["baselines"]:
-            systems[label] = ("after", toxic["baselines"][name], other["baselines"][name])
+        if name in part["baselines"]:
+            systems.append((label, "after", part["baselines"][name]))
 
-    head = ["", "toxic prompts: EMT", "probability", "distinct-2", "perplexity"]
-    head += ["other prompts: EMT", "probability", "distinct-2", "perplexity"]
     lines = []
-    for label, (side, *parts) in systems.items():
+    for label, side, measured in systems:
         cells = [label]
-        for part in parts:
-            for row in (*EXTREMES[:2], DISTINCT_PAIRS):
-                cells.append(f"{part['quality'][row.name][side]:.3f}" if row.name in part["quality"] else "—")
-            cells.append(f"{part['perplexity'][side]:.1f}" if "perplexity" in part else "—")
+        for row in (*EXTREMES[:2], DISTINCT_PAIRS):
+            cells.append(f"{measured['quality'][row.name][side]:.3f}" if row.name in measured["quality"] else "—")
+        cells.append(f"{measured['perplexity'][side]:.1f}" if "perplexity" in measured else "—")
         lines.append(cells)
-    return markdown(head, lines)
+    return markdown(["", "expected maximum toxicity", "toxicity probability", "distinct-2", "perplexity"], lines)
 
 
 def sweep_table(sweep: Result) -> str:
