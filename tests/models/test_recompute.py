@@ -34,7 +34,7 @@ from detoxrl.models.recompute import recomputing_layers
 from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.world import World
 from detoxrl.training import memory
-from detoxrl.training.finetune import fine_tune
+from detoxrl.training.finetune import Tuned, fine_tune
 from detoxrl.training.memory import MemoryPlan
 from learning import PROMPTS, TEXTS, learn, loop_config, rollout_of
 from small_runs import detoxrl, own
@@ -189,7 +189,7 @@ def test_fine_tuning_draws_the_same_dropout_and_ends_with_the_same_weights(
     def tuned(recomputes: bool) -> tuple[list[float], torch.Tensor]:
         model, tokenizer = load_base(str(bases[name]))
         model.requires_grad_(True)
-        steps = fine_tune(model, tokenizer, pairs, config, tmp_path / f"{recomputes}")
+        steps = fine_tune(Tuned(model, tokenizer), pairs, config, tmp_path / f"{recomputes}")
         if not recomputes:
             losses = [loss for _, loss in steps]
         else:
