@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
     toxicity: Mapping[str, Mapping[str, Floats]]  # by judge, the primary one first, then by policy
     metrics: Mapping[str, Mapping[str, Floats]]  # by policy, then by name
-    floor: Mapping[str, float | None]  # what `_floors` returns, by judge
+    floor: Mapping[str, float | None]  # mean toxicity of what people wrote, by judge (`_floors`)
     kept_initial: bool = False  # training kept the initial policy, so "after" is "before"
 
     @property

@@ -33,7 +33,7 @@ class Tuned(NamedTuple):
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
-        """Return the weights of a policy that train."""
+        """Return the weights of a policy as what is fine-tuned."""
         return cls(policy.model, policy.tokenizer, policy)
 
     @property
