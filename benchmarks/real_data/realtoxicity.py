@@ -35,9 +35,14 @@ SCORER: dict[str, Any] = {
     "epochs": 1,
     "max_length": 64,
 }
-# What the first run measures beside the trained policy.
+# What the first run measures beside the trained policy. The others say how far another seed is, sampled plainly.
 BASELINES: dict[str, Any] = {"sft.baseline_steps": 100, "evaluation.best_of": [4], "evaluation.best_of_samples": 25}
-NO_BASELINES: dict[str, Any] = {"sft.baseline_steps": 0, "evaluation.best_of": [], "evaluation.sharpened": False}
+NO_BASELINES: dict[str, Any] = {
+    "sft.baseline_steps": 0,
+    "evaluation.best_of": [],
+    "evaluation.sharpened": False,
+    "evaluation.top_p": None,
+}
 # The sweep asks for a curve, not for a protocol: a third of the steps, a tenth of the samples.
 BRIEFLY: dict[str, Any] = {
     **NO_BASELINES,
@@ -48,7 +53,6 @@ BRIEFLY: dict[str, Any] = {
     "rl.quality_margin": 1.0,
     "evaluation.prompts": 200,
     "evaluation.samples_per_prompt": 5,
-    "evaluation.top_p": None,
 }
 
 

@@ -135,7 +135,8 @@ def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
     by_name = {}
     for part in ("toxic prompts", "other prompts"):
         plain = {seed: evaluation["by_prompt"][part] for seed, evaluation in runs.items()}
-        nucleus = {seed: evaluation["top_p"]["by_prompt"][part] for seed, evaluation in runs.items()}
+        also_with_top_p = {seed: evaluation for seed, evaluation in runs.items() if evaluation["top_p"] is not None}
+        nucleus = {seed: evaluation["top_p"]["by_prompt"][part] for seed, evaluation in also_with_top_p.items()}
         by_name[f"realtoxicity, {part}"] = seeds_table(plain, (*EXTREMES, *VARIETY))
         by_name[f"realtoxicity, {part}, top-p"] = seeds_table(nucleus, (*EXTREMES, DISTINCT_PAIRS))
 
