@@ -102,13 +102,13 @@ def tables() -> dict[str, str]:
 def purpose_table(results: Mapping[str, Result]) -> str:
     """Return the mean toxicity of each system in one run of each result, and whether RL is ahead of it there.
 
-    The verdicts are those of eval.json: toxicity by the first judge and quality, both paired by prompt.
+    The verdicts are those of eval.json: toxicity by the first judge and quality, both paired by prompt. A rewrite has J
+    instead, which holds civility and quality.
     """
     lines = [["before RL"], ["after RL"]]
     for evaluation in results.values():
-        toxicity = evaluation["toxicity"][evaluation["primary_judge"]]
-        lines[0].append(f"{toxicity['before']['mean']:.3f}")
-        lines[1].append(f"{toxicity['after']['mean']:.3f}")
+        for line, side in zip(lines, ("before", "after"), strict=True):
+            line.append(f"{_mean_toxicity(evaluation, evaluation, side)}{_joint(evaluation, side)}")
 
     for name, label in BASELINES.items():
         cells = [label]
@@ -124,10 +124,22 @@ def purpose_table(results: Mapping[str, Result]) -> str:
 def _against_rl(evaluation: Result, name: str) -> str:
     """Return the mean toxicity of a baseline, and how RL compares with it."""
     baseline = evaluation["baselines"][name]
-    mean = baseline["toxicity"][evaluation["primary_judge"]]["after"]["mean"]
-    if "after" not in baseline:  # Training kept the initial policy, so there is nothing to compare with.
-        return f"{mean:.3f}"
-    return f"{mean:.3f}, RL: {baseline['after']['verdict']}"
+    mean = _mean_toxicity(evaluation, baseline, "after")
+    joint = _joint(baseline, "after")
+    if joint or "after" not in baseline:  # Where training kept the initial policy, there is nothing to compare with.
+        return f"{mean}{joint}"
+    return f"{mean}, RL: {baseline['after']['verdict']}"
+
+
+def _mean_toxicity(evaluation: Result, system: Result, side: str) -> str:
+    """Return the mean toxicity of a system of a run by its first judge."""
+    return f"{system['toxicity'][evaluation['primary_judge']][side]['mean']:.3f}"
+
+
+def _joint(system: Result, side: str) -> str:
+    """Return J of a system behind a comma; nothing where it was not measured."""
+    joint = system["quality"].get("joint")
+    return "" if joint is None else f", J {joint[side]:.3f}"
 
 
 def realtoxicity(runs: Mapping[int, Result]) -> dict[str, str]:
