@@ -7,8 +7,8 @@ First the pairs are split, once for all seeds, and `detoxrl fit` makes of the tr
 classifier of fluent sentences: nothing before the measurement reads a sentence that is measured, or a near-duplicate.
 The reward is the scorer and character n-grams in common with the source; what measures civility, similarity and
 fluency has no part in it. The model is fine-tuned on the pairs once, by the run of seed 0; every seed then trains it by
-RL, and "before" is the fine-tuned model. Copies of the sources, deleted words, the rewrites of people and, in the first
-run, what needs no training are measured beside it.
+RL, and "before" is the fine-tuned model. Copies of the sources, deleted words and the rewrites of people are measured
+beside it, and in the first run the best of 4 and the temperature of equal entropy.
 
 Everything is made in --out, and what is finished there is not made again, so the same command goes on after a stop. The
 results, without any text of the set, go to docs/results/paradetox.
@@ -116,9 +116,9 @@ def config_of(pairs: str, model: str, encoder: str, folder: Path, settings: dict
 
 
 def of_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Return the settings in which a seed's run differs: the first one fine-tunes, and measures what needs no training.
+    """Return the settings in which a seed's run differs: the first one fine-tunes, the others start from its LoRA.
 
-    The others start from its LoRA, and are compared with that alone.
+    The others also leave out the baselines that sample, which are half of the samples.
     """
     if seed == SEEDS[0]:
         return {"seed": seed, "sft.steps": SFT_STEPS}

@@ -97,6 +97,7 @@ def test_runs_and_sweep_are_kept_as_numbers_and_plots(
     found = tables.tables()
     head, _, *lines = found["realtoxicity, toxic prompts"].splitlines()
     assert head == "|  | seed 0 | seed 1 |"
+    assert found["realtoxicity, toxic prompts, top-p"].splitlines()[0] == "|  | seed 0 |"
     part = json.loads((results / "seed1/eval.json").read_text())["by_prompt"]["toxic prompts"]["quality"]
     assert f"{part['expected_max_toxicity']['before']:.3f}" in lines[0].split(" | ")[2]
     places = "".join(f"<!-- table: {name} -->\nold\n<!-- end of table -->\n" for name in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import tables
 from kept_results import RESULTS
@@ -15,6 +16,25 @@ def test_every_table_of_the_page_is_the_one_that_the_results_make() -> None:
     by_name = tables.tables()
     assert tables.with_tables(page, by_name) == page
     assert all(f"<!-- table: {name} -->" in page for name in by_name)
+
+
+def test_a_rewrite_is_compared_by_j_and_other_texts_by_the_verdict() -> None:
+    def system(before: float, after: float, **quality: float) -> dict[str, Any]:
+        toxicity = {"judge": {"before": {"mean": before}, "after": {"mean": after}}}
+        joint = {"joint": {"before": quality["j"], "after": quality["j"] + 0.1}} if quality else {}
+        return {"toxicity": toxicity, "quality": joint}
+
+    def run(compared: bool, **quality: float) -> dict[str, Any]:
+        filtered = system(0.5, 0.4, **quality) | ({"after": {"verdict": "behind"}} if compared else {})
+        about = {"primary_judge": "judge", "baselines": {"word_filter": filtered}, "seconds": {"train": 120.0}}
+        return system(0.5, 0.25, **quality) | about
+
+    results = {"realtoxicity": run(True), "paradetox": run(True, j=0.3), "quarrels": run(False)}
+    _, _, before, after, word_filter, *_, minutes = tables.purpose_table(results).splitlines()
+    assert before == "| before RL | 0.500 | 0.500, J 0.300 | 0.500 |"
+    assert after == "| after RL | 0.250 | 0.250, J 0.400 | 0.250 |"
+    assert word_filter == "| word filter | 0.400, RL: behind | 0.400, J 0.400 | 0.400 |"
+    assert minutes == "| minutes of RL | 2 | 2 | 2 |"
 
 
 def test_results_hold_no_texts_of_the_sets() -> None:

@@ -50,6 +50,9 @@ def test_what_measures_has_no_part_in_the_reward(seed: int, tmp_path: Path) -> N
     assert [term.kind for term in rewriting.reward.measured_terms] == ["classifier", "source_similarity"]
     assert all(term.source is None for term in rewriting.reward.measured_terms)
     assert rewriting.evaluation.encoder == "an/encoder"
+    assert (rewriting.evaluation.best_of, rewriting.evaluation.sharpened) == (
+        ((4,), True) if seed == 0 else ((), False)
+    )
 
     continuing = realtoxicity.config_of("prompts.jsonl", "a/model", tmp_path / "scorer", {"seed": seed})
     options = Namespace(out=tmp_path, model="a/model", encoder="an/encoder", nli=None)
