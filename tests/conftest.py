@@ -42,6 +42,7 @@ from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.config.tasks import TASKS
 from detoxrl.data.embedded.corpus import generate_utterances
 from detoxrl.data.rows import Row, read_rows
+from detoxrl.models.kernels import Kernels, using_kernels
 from detoxrl.models.loading import save_base
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
@@ -120,6 +121,13 @@ def _llama(vocab: int) -> LlamaForCausalLM:
 
 HELPERS = Path(__file__).parent / "helpers"
 TINY: dict[str, Callable[[int], PreTrainedModel]] = {"t5": _t5, "bart": _bart, "gpt2": _gpt2, "llama": _llama}
+
+
+@pytest.fixture
+def bf16_kernels() -> Iterator[None]:
+    """Multiply in bfloat16, as on a CPU that is fast at it."""
+    with using_kernels(Kernels(onednn=False, packed=False, bf16=True)):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

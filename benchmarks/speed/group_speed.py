@@ -5,9 +5,10 @@
 
 benchmarks/oracle/trl_group-requirements.txt says how to create the environment of trl. No network is needed: the model
 has random weights and the exact shapes of SmolLM2-135M, with a LoRA of rank 32 on q and v, in fp32. A step has 16
-responses of exactly 48 tokens to prompts of 160, the KL to the reference, random scores, and one update of all
-responses. `4 x 4` is 4 prompts with 4 responses each. Both make the update in backward passes of one group, or of 4
-responses without groups; `--microbatch` changes that for all.
+responses of exactly 48 tokens to prompts of 160, or 32 in groups of 8, the KL to the reference, random scores, and one
+update of all responses. `4 x 4` is 4 prompts with 4 responses each. The floor (group_floor.py) is the time of the large
+matrix products alone, at this machine's best rate, measured in its turn. Both contestants make the update in backward
+passes of one group, or of 4 responses without groups; `--microbatch` changes that for all.
 
 Each contestant is a process that keeps its model in memory and makes a step on request. They run in turn, one at a
 time, so that other load on the machine affects all of them. Processor seconds are those of the whole process, user and
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,19 +35,22 @@ from step_speed import Worker, machine, write_rows
 HERE = Path(__file__).parent
 SIZES = ("smollm2-135m", "tiny")
 CONTESTANTS = {
-    "detoxrl ppo 16 x 1": ("group_worker.py", "ppo", 1),
-    "detoxrl grpo 4 x 4": ("group_worker.py", "grpo", 4),
-    "trl grpo 4 x 4": ("trl_group_worker.py", "grpo", 4),
-    "detoxrl grpo 2 x 8": ("group_worker.py", "grpo", 8),
-    "trl grpo 2 x 8": ("trl_group_worker.py", "grpo", 8),
+    "detoxrl ppo 16 x 1": ("group_worker.py", "ppo", 16, 1),
+    "detoxrl grpo 4 x 4": ("group_worker.py", "grpo", 16, 4),
+    "trl grpo 4 x 4": ("trl_group_worker.py", "grpo", 16, 4),
+    "floor 4 x 4": ("group_floor.py", "grpo", 16, 4),
+    "detoxrl grpo 4 x 8": ("group_worker.py", "grpo", 32, 8),
+    "trl grpo 4 x 8": ("trl_group_worker.py", "grpo", 32, 8),
+    "floor 4 x 8": ("group_floor.py", "grpo", 32, 8),
 }
-"""Script, algorithm and group size."""
+"""Script, algorithm, responses and group size."""
 RATIOS = (
     ("trl grpo 4 x 4", "detoxrl ppo 16 x 1"),
     ("trl grpo 4 x 4", "detoxrl grpo 4 x 4"),
-    ("trl grpo 2 x 8", "detoxrl grpo 2 x 8"),
+    ("trl grpo 4 x 8", "detoxrl grpo 4 x 8"),
     ("detoxrl ppo 16 x 1", "detoxrl grpo 4 x 4"),
-    ("detoxrl ppo 16 x 1", "detoxrl grpo 2 x 8"),
+    ("detoxrl grpo 4 x 4", "floor 4 x 4"),
+    ("detoxrl grpo 4 x 8", "floor 4 x 8"),
 )
 """Each is how many times as long the first one takes as the second one, in the same round."""
 
@@ -63,12 +68,13 @@ def measure(options: argparse.Namespace, about: dict[str, Any]) -> Iterator[dict
     models = model_folder(options.out, options.size)
     with ExitStack() as stack:
         workers = {}
-        for name, (script, algorithm, group_size) in CONTESTANTS.items():
+        for name, (script, algorithm, responses, group_size) in CONTESTANTS.items():
             if name not in options.contestants:
                 continue
+            step = TINY if options.size == "tiny" else SMOLLM2
             task = GroupTask(
                 models=models,
-                step=TINY if options.size == "tiny" else SMOLLM2,
+                step=replace(step, batch=responses, minibatch=responses),
                 threads=options.threads,
                 algorithm=algorithm,
                 group_size=group_size,
@@ -99,12 +105,13 @@ def table(rows: Rows, about: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, group in groups.items():
-        lines.append(f"| {name} | {' | '.join(_cells(group))} |")
+        lines.append(f"| {name} | {' | '.join(_cells(group, _is_floor(name)))} |")
 
     lines += ["", "| ratio | of seconds | range | of processor seconds | range |", "|---|--:|---|--:|---|"]
     for slower, faster in RATIOS:
         if slower in groups and faster in groups:
-            cells = [_ratio(groups[slower], groups[faster], key) for key in ("seconds", "processor_seconds")]
+            keys = ("seconds",) if _is_floor(faster) else ("seconds", "processor_seconds")
+            cells = [_ratio(groups[slower], groups[faster], key) for key in keys]
             lines.append(f"| {slower} / {faster} | {' | '.join(cells)} |")
 
     machine_words = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
@@ -115,15 +122,20 @@ def table(rows: Rows, about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(group: Rows) -> list[str]:
+def _is_floor(name: str) -> bool:
+    """Return whether a contestant computes the time of a step from rates, so that its processor time says nothing."""
+    return name.startswith("floor")
+
+
+def _cells(group: Rows, is_floor: bool) -> list[str]:
     seconds = median_and_range([row["seconds"] for row in group])
     step = group[0]["step"]
     return [
         f"{seconds['median']:.2f} ({seconds['low']:.2f} to {seconds['high']:.2f})",
-        f"{median(row['processor_seconds'] for row in group):.2f}",
+        "" if is_floor else f"{median(row['processor_seconds'] for row in group):.2f}",
         *(f"{median(row['stages'][stage] for row in group):.2f}" for stage in ("rollout", "update")),
         f"{step['batch'] * step['response'] / seconds['median']:.0f}",
-        f"{max(row['peak_gib'] for row in group):.2f}",
+        "" if is_floor else f"{max(row['peak_gib'] for row in group):.2f}",
     ]
 
 

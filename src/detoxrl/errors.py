@@ -1,5 +1,8 @@
 """Which errors does detoxrl raise on purpose, and how are they worded?"""
 
+# Characters of another library's message that an error repeats.
+_LONGEST = 300
+
 
 class DetoxrlError(Exception):
     """Base of every error that detoxrl raises on purpose."""
@@ -34,6 +37,12 @@ def require(condition: bool, field: str, value: object, rule: str, remedy: str) 
     """Raise InputError unless `condition` holds."""
     if not condition:
         raise InputError(field, value, rule, remedy)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the start of the message of another library's error in one line, or the error's type without one."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
 
 
 def first_line(error: BaseException) -> str:

@@ -22,12 +22,13 @@ from conftest import TARGETS, policy_config
 from detoxrl.commands import doctor as doctor_module
 from detoxrl.commands import forecast, timing
 from detoxrl.commands.forecast import Meter, bare_policy, stage_memory
-from detoxrl.commands.prepare import Prepared, prepare_rows
+from detoxrl.commands.prepare import Prepared, precision_notice, prepare_rows
 from detoxrl.commands.timing import Timed
 from detoxrl.commands.workload import StepSeconds, stage_seconds
 from detoxrl.config.recipes import recipe
 from detoxrl.data.rows import Row
 from detoxrl.evaluation.judges import memoized
+from detoxrl.models.kernels import PUBLIC, Kernels, using_kernels
 from detoxrl.models.llama import LlamaNetwork, LlamaSteps
 from detoxrl.models.loading import load_base, load_tokenizer
 from detoxrl.models.lora import load_policy
@@ -138,6 +139,22 @@ def test_the_update_of_a_group_holds_its_prompt_once(bases: dict[str, Path], pre
     assert update(16) == update(8)  # A microbatch of 8 is half of a group of 16.
 
 
+def test_weights_in_bfloat16_are_computed_in_float32_only_with_a_notice() -> None:
+    cpu = torch.device("cpu")
+    both = recipe("quickstart", {"policy.base": "it", "policy.bf16": True, "reward.bf16": True})
+    reward = recipe("quickstart", {"reward.bf16": True})
+    with using_kernels(PUBLIC):
+        assert precision_notice(both, cpu) == (
+            "policy.bf16 and reward.bf16: this processor multiplies float32 faster, so their weights are stored in "
+            "bfloat16 and multiplied in float32"
+        )
+        assert precision_notice(reward, cpu).startswith("reward.bf16: this processor multiplies float32 faster, so its")
+        assert precision_notice(recipe("quickstart"), cpu) == ""
+        assert precision_notice(both, torch.device("cuda")) == ""
+    with using_kernels(Kernels(onednn=False, packed=False, bf16=True)):
+        assert precision_notice(both, cpu) == ""
+
+
 def test_memory_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     config = recipe("quickstart", {"data.limit": 128, "rl.validation_prompts": 20, "evaluation.prompts": 10})
     monkeypatch.setattr(forecast, "_policy_peaks", lambda *_: (7.0, 9.0, 8.0))
@@ -199,7 +216,7 @@ def test_packed_copies_of_the_weights_count_where_sampling_makes_them(
 ) -> None:
     config = recipe("own", {"policy.base": str(bases[name]), "policy.lora_targets": TARGETS[name]})
     policy = bare_policy(config, load_tokenizer(str(bases[name])))
-    monkeypatch.setattr(forecast, "has_kernel_on_cpu", lambda dtype: has_kernel)
+    monkeypatch.setattr(forecast, "packed_dtype_on_cpu", lambda stored: stored if has_kernel else None)
     model = policy.weights.active
     head = model.get_output_embeddings().weight.nbytes
     if name == "gpt2" or not has_kernel:

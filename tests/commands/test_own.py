@@ -248,7 +248,7 @@ def a_model_without_its_head(place: Path) -> None:
 
 def an_unfinished_run(place: Path) -> None:
     (place / "runs" / "own").mkdir(parents=True)
-    (place / "runs" / "own" / "config.json").write_text('{"recipe": "own"}')
+    (place / "runs" / "own" / "config.json").write_text(config_to_json(recipe("own")))
 
 
 def a_file_for_a_folder(place: Path) -> None:

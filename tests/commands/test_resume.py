@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree, rmtree
 
@@ -16,6 +17,7 @@ from detoxrl.commands import run as stages
 from detoxrl.config.edit import config_from_json
 from detoxrl.data.embedded.corpus import generate_utterances
 from detoxrl.errors import InputError
+from detoxrl.models.kernels import Kernels, kernels, using_kernels
 from detoxrl.rewards.fit import FitSettings, train_reward_model
 from detoxrl.runtime import checkpoint
 from detoxrl.runtime import run_folder as tracking
@@ -25,31 +27,23 @@ from detoxrl.runtime.run_folder import RunFolder
 from detoxrl.runtime.signals import Terminated, stop_signals
 from detoxrl.training import finetune
 from detoxrl.training.learner import Learner
-from small_runs import contents, detoxrl, make_place, own, same_end, steps_kept, without_timings
+from small_runs import as_it_was, contents, detoxrl, kept_run, own, same_end, steps_kept, without_timings
 
 WORDS = own("--reward.function", "rewards.py:brevity", "--rl.quality-margin", "1")
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path], reward_folder: Path) -> Path:
-    """A place with a run of three steps in runs/own, and a copy of all in which a test may do what it likes."""
-    folder = tmp_path_factory.mktemp("once") / "there"
-    folder.mkdir()
-    make_place(folder, bases, reward_folder)
-    with pytest.MonkeyPatch.context() as there:
-        there.chdir(folder)
-        assert detoxrl(WORDS) == 0
-    return Path(copytree(folder, folder.with_name("kept")))
+    """A place with a run of three steps in runs/own, in which nothing changes."""
+    return kept_run(tmp_path_factory.mktemp("once"), bases, reward_folder, WORDS)
 
 
 @pytest.fixture
 def finished(once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run of three steps, as it was then; runs name their parts by path, so it is always in the same place."""
-    folder = once.with_name("there")
-    rmtree(folder, ignore_errors=True)
-    copytree(once, folder)
-    monkeypatch.chdir(folder)
-    return folder / "runs/own"
+    """The run of three steps, as it was then."""
+    place = as_it_was(once)
+    monkeypatch.chdir(place)
+    return place / "runs/own"
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -502,6 +496,41 @@ def test_a_measurement_that_was_stopped_before_it_began_does_not_train(
             evaluate("measured", config_from_json(finished / "config.json"), policies={"it": finished / "adapter"})
     assert detoxrl(["run", "--resume", "--run-dir", "measured"]) == 2
     assert "and was stopped before it began; measure it again, with overwrite" in capfd.readouterr().err
+
+
+def test_a_resumed_run_multiplies_as_it_began(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(finished)
+    account = folder.read_json("run.json")
+    machine = account["machine"]
+    used = kernels()
+    assert machine["kernels"] == asdict(used)
+    others = replace(used, packed=not used.packed)
+    folder.write_json("run.json", account | {"machine": machine | {"kernels": asdict(others)}})
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    with using_kernels(used):
+        assert detoxrl(RESUME) == 0
+        assert kernels() == others
+
+    elsewhere = machine | {"kernels": asdict(others), "processor": "of another kind"}
+    folder.write_json("run.json", account | {"machine": elsewhere})
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    capfd.readouterr()
+    with using_kernels(used):
+        assert detoxrl(RESUME) == 2
+        assert kernels() == used
+    assert "also different: kernels = " in capfd.readouterr().err
+
+
+def test_the_kernels_of_an_earlier_version_went_by_the_processors_name(finished: Path) -> None:
+    folder = RunFolder(finished)
+    account = folder.read_json("run.json")
+    del account["machine"]["kernels"]
+    folder.write_json("run.json", account)
+    folder.write_json("seconds.json", {"prepare": 1.0, "sft": 1.0, "train": 1.0})
+    with using_kernels(kernels()):
+        assert detoxrl(RESUME) == 0
+        had_onednn = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        assert kernels() == Kernels(onednn=had_onednn, packed=had_onednn, bf16=True)
 
 
 def test_a_run_folder_without_an_account_is_one_of_an_unknown_machine(

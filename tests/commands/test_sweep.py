@@ -133,7 +133,8 @@ class FakeRuns:
         root.mkdir(parents=True, exist_ok=True)
         steps = {"kept_step": self.kept_step, "parted_step": 10 if kl == 0 else None, "stopped_step": None}
         (root / "checkpoint.json").write_text(json.dumps(steps | {"kept": {"kl": 1 / (kl + 0.1)}}))
-        lines = [{"toxicity": {JUDGE: {"after": [toxicity, toxicity]}}} for _ in range(3)]
+        judged_samples = {"toxicity": {JUDGE: {"after": [toxicity, toxicity]}}}
+        lines = [{"id": str(number), "text": "Hello.", "responses": {}, **judged_samples} for number in range(3)]
         (root / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         judged = {"before": {"mean": 0.3 + config.seed / 10}, "after": {"mean": toxicity}}
         both = {"empty_rate": {"before": 0, "after": 0}, "similarity": {"before": 1, "after": 1}}

@@ -7,6 +7,7 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from detoxrl.config.recipes import recipe
 from detoxrl.config.schema import Config
-from detoxrl.data.duplicates import THRESHOLD, near_duplicate_groups, shingles
+from detoxrl.data.duplicates import THRESHOLD, candidates, near_duplicate_groups, sets_of, shingles
 from detoxrl.data.layout import require_usable_source
 from detoxrl.data.prompts import PromptWriter, token_lengths
 from detoxrl.data.rows import Row
@@ -288,6 +289,25 @@ def test_a_dialogue_with_one_changed_word_is_a_near_duplicate_and_another_dialog
     changed = dialogue(0).replace("soup0", "stew")
     a, b, c = near_duplicate_groups([dialogue(0), changed, dialogue(1)])
     assert a == b != c
+
+
+def test_texts_made_of_the_same_lines_are_compared_only_where_they_can_be_near() -> None:
+    lines = [" ".join(f"word{(7 * line * line + 31 * k) % 97}" for k in range(9)) for line in range(30)]
+    drawn = Random(0)
+    texts = ["\n".join(drawn.sample(lines, 8)) for _ in range(300)]
+    compared = sum(len(earlier) for _, earlier in candidates(sets_of([shingles(text) for text in texts])))
+    assert 0 < compared < 300 * 299 / 2 / 20
+
+
+def test_one_of_many_near_texts_speaks_for_the_others() -> None:
+    texts = [f"{dialogue(0)} Well, {end}!" for end in "abcdefgh"]
+    groups = near_duplicate_groups([dialogue(1), *texts, dialogue(2)])
+    assert len(set(groups[1:-1])) == 1
+    assert len(set(groups)) == 3
+
+
+def test_no_texts_have_no_groups() -> None:
+    assert near_duplicate_groups([]) == []
 
 
 # Prompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from dataclasses import replace
@@ -53,8 +52,26 @@ def chrf_by_definition(reference: str, response: str) -> float:
     return 5 * p * r / (4 * p + r)
 
 
+BLOCKS = [
+    *range(0x0E00, 0x0F00), *range(0x1000, 0x10A0), *range(0x1780, 0x1800), *range(0x3040, 0x3100),
+    *range(0x3400, 0xA000), *range(0xF900, 0xFB00),
+]  # fmt: skip
+WITHOUT_SPACES = {chr(code) for code in BLOCKS}
+
+
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Letters and digits, one after the other: in scripts without spaces each is a word, elsewhere a run of them is."""
+    found = [""]
+    for character in text.casefold():
+        is_part = character.isalnum() or character == "_"
+        is_alone = character in WITHOUT_SPACES or 0x20000 <= ord(character) <= 0x3FFFF
+        if is_part and is_alone:
+            found += [character, ""]
+        elif is_part:
+            found[-1] += character
+        else:
+            found.append("")
+    return [word for word in found if word]
 
 
 def copied_by_definition(dialogue: str, response: str) -> float:

@@ -43,6 +43,10 @@ class Hub:
         self.writers: dict[str, str] = {}
         """The owner in whose name a token may write, by token."""
         self.private: set[str] = set()
+        self.headers: dict[str, str] = {}
+        """Headers that replace those of every file."""
+        self.sha: str | None = None
+        """What the description of every repository says instead of its commit."""
         self.kept: Path | None = None
         """The folder that receives pushes."""
         for name, folder in folders.items():
@@ -202,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
                 tags = ModelCard.load(card).data.tags or []
             answer = {
                 "id": name.removeprefix("datasets/"),
-                "sha": commit,
+                "sha": self.hub.sha or commit,
                 "siblings": [{"rfilename": file["path"]} for file in files],
                 "private": name in self.hub.private,
                 "gated": False,
@@ -219,6 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        headers |= self.hub.headers
         begin = 0
         middle = len(data) // 2
         fault = self.hub.fault(name, inside) if self.command == "GET" else None

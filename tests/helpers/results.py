@@ -98,6 +98,9 @@ ROWS = {
 }
 
 
+KEPT = {"kept_step": 2, "parted_step": None, "reason": "least toxic on validation", "kept": {"kl": 1.5}}
+
+
 def write(folder: Path, name: str, value: Any) -> None:
     (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
@@ -116,10 +119,10 @@ def make_run(folder: Path) -> None:
         "data": {"source": "embedded", "task": "summarize"},
     }
     write(folder, "config.json", config)
-    write(folder, "checkpoint.json", {"kept_step": 2, "parted_step": None, "reason": "least toxic on validation"})
+    write(folder, "checkpoint.json", KEPT)
     write(folder, "eval.json", EVALUATION)
     write(folder, "rows.json", ROWS)
-    write(folder, "run.json", {"measures": {"policies": {}, "texts": {}, "names": {}}})
+    write(folder, "run.json", run_record())
     write(folder, "masked_words.json", ["idiot", "pig", "clown"])
     write_lines(folder, "metrics.jsonl", METRICS)
     write_lines(folder, "validation.jsonl", VALIDATIONS)
@@ -127,9 +130,15 @@ def make_run(folder: Path) -> None:
     write(folder, "seconds.json", {"prepare": 1.5, "sft": 0.01, "train": 123.0})
 
 
+def run_record(policies: dict[str, str] | None = None, names: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return what run.json holds of a run with these policies of the user, and these names of what is compared."""
+    measures = {"policies": policies or {}, "texts": {}, "names": names or {}}
+    return {"settings": {}, "machine": {}, "changes": [], "measures": measures}
+
+
 def keep_initial_policy(folder: Path, validations: list[dict[str, Any]]) -> None:
     """Make `make_run`'s run one whose training found no better policy in its `validations`."""
-    write(folder, "checkpoint.json", {"kept_step": 0, "parted_step": None, "reason": "the best", "quality_by": "facts"})
+    write(folder, "checkpoint.json", KEPT | {"kept_step": 0, "reason": "the best", "quality_by": "facts"})
     write(folder, "eval.json", kept_evaluation())
     write_lines(folder, "validation.jsonl", validations)
     same = [

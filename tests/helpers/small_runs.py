@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 from detoxrl import cli
 from test_data import ODD, dialogue
@@ -57,6 +58,24 @@ def make_place(tmp_path: Path, bases: dict[str, Path], reward_folder: Path) -> P
     (tmp_path / "rewards.py").write_text(REWARD)
     (tmp_path / "broken.py").write_text("def f(prompts, responses):\n    return [0.0 for\n")
     return tmp_path
+
+
+def kept_run(folder: Path, bases: dict[str, Path], reward_folder: Path, words: Sequence[str]) -> Path:
+    """Make a run in the new place `folder`/there, and return a copy of that place, for `as_it_was`."""
+    place = folder / "there"
+    place.mkdir()
+    make_place(place, bases, reward_folder)
+    with chdir(place):
+        assert detoxrl(words) == 0
+    return Path(copytree(place, folder / "kept"))
+
+
+def as_it_was(kept: Path) -> Path:
+    """Return the place of a kept run as it was then. It is always the same, because runs name their parts by path."""
+    place = kept.with_name("there")
+    rmtree(place, ignore_errors=True)
+    copytree(kept, place)
+    return place
 
 
 def own(*words: str) -> list[str]:

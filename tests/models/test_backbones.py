@@ -255,7 +255,7 @@ def test_a_decoder_without_a_start_token_is_refused(folder_of: Folders, tmp_path
 def test_a_tokenizer_that_needs_a_missing_package_is_one_line(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*_: object) -> None:
+    def missing(*_: object, **__: object) -> None:
         raise ImportError("\nMarianTokenizer requires the SentencePiece library but it was not found. Check\nthis.")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)

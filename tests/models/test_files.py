@@ -7,8 +7,10 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
+import transformers as hf
 
 from conftest import TARGETS
+from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError, StorageError
 from detoxrl.models import lora
 from detoxrl.models.files import (
@@ -19,7 +21,14 @@ from detoxrl.models.files import (
     read_settings,
     require_model_files,
 )
-from detoxrl.models.loading import load_base, load_shapes, load_tokenizer, scratch_base
+from detoxrl.models.loading import (
+    load_base,
+    load_shapes,
+    load_tokenizer,
+    positions_for,
+    require_positions,
+    scratch_base,
+)
 
 
 @pytest.mark.parametrize("train_encoder", [False, True])
@@ -77,3 +86,36 @@ def test_settings_that_are_missing_or_malformed_are_one_line(tmp_path: Path, con
     with pytest.raises(InputError, match=rf"policy\.base = 'x': {rule}") as raised:
         read_settings(tmp_path, "config.json", "policy.base", "x")
     assert "\n" not in str(raised.value)
+
+
+# Positions
+
+
+@pytest.mark.parametrize(
+    ("settings", "encoder", "decoder"),
+    [
+        (hf.BartConfig(max_position_embeddings=64), 64, 64),
+        (hf.LEDConfig(max_encoder_position_embeddings=512, max_decoder_position_embeddings=16), 512, 16),
+        (hf.T5Config(), None, None),
+        (hf.GPT2Config(n_positions=48), None, 48),
+        (hf.MptConfig(max_seq_len=32), None, 32),
+        (hf.LlamaConfig(max_position_embeddings=128), None, 128),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_positions_are_known_by_any_of_their_names(
+    settings: hf.PreTrainedConfig, encoder: int | None, decoder: int | None
+) -> None:
+    assert positions_for(settings, "decoder") == decoder
+    if settings.is_encoder_decoder:
+        assert positions_for(settings, "encoder") == encoder
+
+    changes = {"data.max_prompt_tokens": 24, "generation.max_new_tokens": 8}
+    require_positions(settings, recipe("own", changes), longest_target=8)
+    for name, value, limit in (("data.max_prompt_tokens", 600, encoder), ("generation.max_new_tokens", 600, decoder)):
+        config = recipe("own", {**changes, name: value})
+        if limit is None and (settings.is_encoder_decoder or decoder is None):
+            require_positions(settings, config, longest_target=8)
+            continue
+        with pytest.raises(InputError, match=f"{name}.*exceeds the {limit or decoder} positions"):
+            require_positions(settings, config, longest_target=8)

@@ -18,6 +18,7 @@ from conftest import disturb
 from detoxrl.config.schema import PolicyConfig
 from detoxrl.errors import InputError
 from detoxrl.models import llama, matrices
+from detoxrl.models.kernels import PUBLIC, using_kernels
 from detoxrl.models.llama import LlamaNetwork
 from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy
@@ -58,6 +59,10 @@ def _qwen2(**settings: Any) -> PreTrainedModel:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA, **settings))
 
 
+def _gemma(**settings: Any) -> PreTrainedModel:
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**_LLAMA, **WIDE, **settings))
+
+
 def _qwen3(**settings: Any) -> PreTrainedModel:
     return hf.Qwen3ForCausalLM(hf.Qwen3Config(**_LLAMA, **WIDE, **settings))
 
@@ -69,6 +74,7 @@ FAMILY: dict[str, Callable[[], PreTrainedModel]] = {
     "llama with yarn": lambda: _llama(rope_parameters=YARN),
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "gemma": _gemma,
     "mistral": lambda: _mistral(sliding_window=None),
 }
 
@@ -182,6 +188,28 @@ def test_whole_groups_may_leave_before_others(tmp_path: Path) -> None:
     assert len(rows) == len(TEXTS) - 2
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_base_stored_in_bfloat16_is_computed_in_float32_where_that_is_faster(name: str, tmp_path: Path) -> None:
+    base = str(save_backbone(moved(FAMILY[name]), tmp_path))
+    configs = [PolicyConfig(base=base, lora_rank=4, bf16=bf16) for bf16 in (True, False)]
+    policies = [load_policy(base, None, config, seed=0) for config in configs]
+    disturb(policies[0])
+    with torch.no_grad():
+        for stored_weight, weight in zip(*(policy.model.parameters() for policy in policies), strict=True):
+            weight.copy_(stored_weight)
+
+    found = []
+    for policy in policies:
+        with using_kernels(PUBLIC):
+            parts = passed(policy, LlamaNetwork, MASK, POLICY)
+            parts["sampled"] = policy.sample(policy.encode(TEXTS), UNIFORMS, 0.7).logprobs
+        found.append(parts)
+
+    for part, exact in found[1].items():
+        torch.testing.assert_close(found[0][part], exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("bf16_kernels")
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_a_base_in_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, tmp_path: Path) -> None:
     base = save_backbone(moved(FAMILY[name]), tmp_path)
@@ -278,20 +306,20 @@ def test_a_frozen_base_is_packed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     calls: list[int] = []
     pack = matrices.pack_weights
 
-    def counting(weights: list[torch.Tensor], rows: int) -> Any:
-        calls.append(rows)
-        return pack(weights, rows)
+    def counting(weights: list[torch.Tensor]) -> Any:
+        calls.append(len(weights))
+        return pack(weights)
 
     for module in (llama, matrices):
         monkeypatch.setattr(module, "pack_weights", counting)
     policy = policy_on(_llama, tmp_path)
     for adapter in (POLICY, None, POLICY):
         policy.sample(policy.encode(TEXTS), UNIFORMS, 1.0, adapter)
-        assert calls == [ROWS] * (1 + 4 * 2)  # The head, and four products in each of two layers.
+        assert len(calls) == 1 + 4 * 2  # The head, and four products in each of two layers.
     assert isinstance(policy.weights, LoraWeights)
     policy.to(policy.device)  # What was packed is on the device of before.
     policy.sample(policy.encode(TEXTS), UNIFORMS, 1.0)
-    assert calls == [ROWS] * 2 * (1 + 4 * 2)
+    assert len(calls) == 2 * (1 + 4 * 2)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import (
 import trl_oracle
 from conftest import ENCODER_DECODERS, Make, disturb, policy_config, small_config
 from detoxrl.errors import InputError, StorageError
+from detoxrl.models import policy as policy_module
 from detoxrl.models.ends import end_token_ids
 from detoxrl.models.loading import load_base
 from detoxrl.models.lora import load_policy
@@ -191,6 +192,36 @@ def test_sampling_with_top_p_draws_from_the_nucleus(make_policy: Make, name: str
             assert float(gained.abs().max()) < 1e-4
     whole_vocabulary = policy.sample(encoded, chances, 1.0)
     assert len(sampled.ids.unique()) < len(whole_vocabulary.ids.unique())
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+def test_how_often_sampling_asks_who_has_ended_changes_no_response(
+    make_policy: Make, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(name, "fresh")
+    policy.eos_token_ids += range(40, 70)
+    uniforms = torch.rand(2 * len(TEXTS), 11, generator=torch.Generator().manual_seed(1))
+    asked: list[int] = []
+    isin = torch.isin
+
+    def counting(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        asked.append(len(tokens))
+        return isin(tokens, ids)
+
+    sampled = []
+    for every in (1, 4):
+        monkeypatch.setitem(policy_module._ASK_EVERY, "cpu", every)
+        sampled.append(policy.sample(policy.encode(TEXTS), uniforms, 1.0))
+    monkeypatch.setattr(torch, "isin", counting)
+    policy.sample(policy.encode(TEXTS), uniforms, 1.0)
+    assert asked[:4] == [len(uniforms)] * 4
+    assert asked[-1] < len(uniforms)
+
+    for often, rarely in zip(*(asdict(responses).values() for responses in sampled), strict=True):
+        if often is not None:
+            torch.testing.assert_close(rarely, often)
+    assert not bool(sampled[0].ended.all())
+    assert bool(sampled[0].ended.any())
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "classifier"])

@@ -19,6 +19,7 @@ from detoxrl.runtime.run_folder import INITIAL_KEPT, RunFolder
 from results import (
     EVALUATION,
     JUDGE,
+    KEPT,
     SAMPLES,
     change,
     keep_initial_policy,
@@ -218,8 +219,7 @@ def test_the_page_needs_no_checkbox_to_search(run_dir: Path) -> None:
 
 
 def test_a_page_without_a_measure_of_quality_says_so_and_shows_no_1(run_dir: Path) -> None:
-    checkpoint = {"kept_step": 0, "parted_step": None, "reason": "the best", "quality_by": "share with text"}
-    write(run_dir, "checkpoint.json", checkpoint)
+    write(run_dir, "checkpoint.json", KEPT | {"kept_step": 0, "reason": "the best", "quality_by": "share with text"})
     found = kept_evaluation()
     found["quality"] = {"length": change(24.0, 24.0) | {"difference": None}}
     for baseline in found["baselines"].values():

@@ -21,11 +21,13 @@ from detoxrl.report.words import changes, measured, number, signed
 from results import (
     EVALUATION,
     JUDGE,
+    KEPT,
     ROWS,
     SAMPLES,
     VALIDATIONS,
     change,
     make_run,
+    run_record,
     sample,
     toxicity,
     write,
@@ -212,7 +214,7 @@ def test_over_optimisation_is_drawn_against_the_distance_and_said_in_words(
 ) -> None:
     assert "Over-optimisation" not in built(run_dir)  # a run that did not measure it
     write_lines(run_dir, "validation.jsonl", FAR)
-    ended = {"kept_step": 2, "parted_step": parted, "stopped_step": None, "reason": "least toxic on validation"}
+    ended = KEPT | {"parted_step": parted, "stopped_step": None}
     write(run_dir, "checkpoint.json", ended)
     html = built(run_dir)
     assert expected in visible(html)
@@ -275,7 +277,7 @@ def test_a_model_that_was_only_evaluated_has_no_training_to_show(run_dir: Path) 
         (run_dir / name).unlink()
     names = {"before": "some-base", "after": "their-LoRA"}
     write(run_dir, "eval.json", EVALUATION | {"names": names})
-    write(run_dir, "run.json", {"measures": {"policies": {"after": "x/y"}, "texts": {}, "names": names}})
+    write(run_dir, "run.json", run_record({"after": "x/y"}, names))
     text = visible(built(run_dir))
     assert "Before is some-base, after is their-LoRA." in text
     assert "Was their-LoRA needed?" in text

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from detoxrl.config.terms import parse_term
 from detoxrl.data.rows import Row, to_prompts
@@ -91,3 +92,61 @@ def test_a_column_of_the_source_keeps_its_own_value() -> None:
     row = Row(id="file_0", text="t", columns={"id": "a7", "toxicity": "high"})
     (prompt,) = to_prompts([row])
     assert (prompt.columns["id"], prompt.columns["toxicity"], prompt.columns["text"]) == ("a7", "high", "t")
+
+
+# Functions written for other libraries, and what is no reward
+
+
+def test_a_function_written_for_trl_gets_everything_by_name() -> None:
+    def reward(completions: list[str], **kwargs: Any) -> Any:
+        seen.update(completions=completions, **kwargs)
+        return [float(len(text)) for text in completions]
+
+    assert scores(reward) == [1.0] * 3
+    assert seen["completions"] == RESPONSES
+    assert seen["prompts"] == ["<0>", "<1>", "<2>"]
+    assert seen["weight"] == [0, 1, 2]
+
+    def alone(*, completions: list[str]) -> Any:
+        return [2.0 for _ in completions]
+
+    def with_prompts(prompts: list[str], completions: list[str], weight: list[int]) -> Any:
+        assert prompts == ["<0>", "<1>", "<2>"]
+        return weight
+
+    assert scores(alone) == [2.0] * 3
+    assert scores(with_prompts) == [0.0, 1.0, 2.0]
+
+    def asks(completions: list[str], completion_ids: list[list[int]]) -> Any:
+        return [0.0 for _ in completions]
+
+    with pytest.raises(InputError, match="asks for completion_ids, and the rows have no such column"):
+        scores(asks)
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"), [(lambda: [0.0], r"\(\)"), (lambda responses: [0.0], r"\(responses\)")]
+)
+def test_a_function_that_cannot_take_prompts_and_responses_is_refused(function: Any, parameters: str) -> None:
+    rule = rf"has the parameters {parameters}, and is called with prompts and responses: .*; write `def score\(prompts"
+    with pytest.raises(InputError, match=rule):
+        scores(function)
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_what_is_no_list_of_numbers_is_refused(number: int) -> None:
+    returned: Any = (
+        torch.ones(3, dtype=torch.complex64), torch.ones(3, device="meta"), torch.ones(3).to_sparse(),
+        [[1.0], 2.0, 3.0], {"a": 1}, None, "abc", [None] * 3, [object()] * 3,
+    )[number]  # fmt: skip
+    with pytest.raises(InputError, match=r"returned .*, not numbers; return one finite number for each response"):
+        scores(lambda prompts, responses: returned)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_other_tensors_are_read(number: int) -> None:
+    returned = (
+        torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.int8),
+        [True] * 3,
+    )[number]  # fmt: skip
+    assert scores(lambda prompts, responses: returned) == [1.0] * 3

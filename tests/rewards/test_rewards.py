@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,17 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from detoxrl.config.recipes import recipe
 from detoxrl.errors import InputError
+from detoxrl.models.loading import load_tokenizer
 from detoxrl.rewards.classifier import Classifier, class_scores, load_classifier
 from detoxrl.rewards.shaping import Normaliser, fit_normaliser, shape_scores
 
@@ -290,3 +296,110 @@ def test_a_classifier_without_a_good_label_scores_one_minus_toxicity(reward_fold
     odds = load_classifier(str(reward_folder), "reward.classifier", TOXIC, CPU, GOOD, "log_odds").score(["", ""], texts)
     logits = toxic_only.logits(texts)
     torch.testing.assert_close(odds, logits[:, 0] - logits[:, 1], rtol=1e-5, atol=1e-5)
+
+
+# Texts and models that are odd
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(classifier: Classifier) -> None:
+    tokenizer = classifier.tokenizer
+    odd = f"Fine {tokenizer.eos_token} bye."
+    ends_of_others = tokenizer("Fine.").input_ids.count(tokenizer.eos_token_id)
+    assert tokenizer(odd).input_ids.count(tokenizer.eos_token_id) == ends_of_others + 1
+    (read,) = classifier._encoded([odd]).values()
+    assert read["input_ids"].count(tokenizer.eos_token_id) == ends_of_others
+    assert len(read["input_ids"]) > len(tokenizer(odd).input_ids)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_text_without_tokens_is_read_as_an_end_alone(family: str, bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(str(bases["gpt2"]))
+    assert tokenizer("").input_ids == []
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    model = {
+        "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=1, n_head=4, **shape)),
+        "llama": lambda: LlamaForSequenceClassification(LlamaConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, **shape)),
+    }[family]()  # fmt: skip
+    reader = Classifier(model, tokenizer, 1, 0)
+    alone = reader.logits([""])
+    assert alone.shape == (1, 2)
+    torch.testing.assert_close(reader.logits(["Good day to you.", "", "Hello."])[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone, reader.logits(["Hello."]))
+
+
+def regression(classifier: Classifier, folder: Path, scale: float, shift: float) -> Path:
+    """Save a classifier with one output: `scale` times the log-odds of toxic, plus `shift`, as a regression."""
+    model = copy.deepcopy(classifier.model)
+    out = model.classifier.out_proj
+    new = torch.nn.Linear(out.in_features, 1)
+    with torch.no_grad():
+        new.weight.copy_(scale * (out.weight[1] - out.weight[0])[None])
+        new.bias.copy_(scale * (out.bias[1] - out.bias[0])[None] + shift)
+    model.classifier.out_proj = new
+    model.config.num_labels = 1
+    model.config.problem_type = "regression"
+    model.config.id2label = {0: "toxicity"}
+    model.config.label2id = {"toxicity": 0}
+    model.save_pretrained(folder)
+    classifier.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_output_of_a_regression_is_the_probability(classifier: Classifier, tmp_path: Path) -> None:
+    folder = regression(classifier, tmp_path / "judge", scale=0.05, shift=0.5)
+    texts = ["You are a stupid pig.", "That sounds fair."]
+    judge = load_classifier(str(folder), "evaluation.primary_judge", {"evaluation.judge_label": "toxicity"}, CPU)
+    outputs = judge.logits(texts)[:, 0]
+    assert bool((outputs > 0).all())
+    assert bool((outputs < 1).all())
+    torch.testing.assert_close(judge.toxicity(texts), outputs)
+    assert outputs[0] > outputs[1]
+
+    reward = load_classifier(
+        str(folder), "reward.classifier", {"reward.toxic_label": "toxicity"}, CPU, kind="not_toxicity"
+    )
+    torch.testing.assert_close(reward.score(texts, texts), 1 - outputs)
+    reward.kind = "log_odds"
+    torch.testing.assert_close(reward.score(texts, texts), -torch.logit(outputs))
+
+
+def test_what_a_regression_exceeds_0_and_1_by_is_cut_or_refused(classifier: Classifier, tmp_path: Path) -> None:
+    texts = ["You are a stupid pig.", "That sounds fair."]
+    raw = load_classifier(str(regression(classifier, tmp_path / "raw", 0.05, 0.5)), "reward.classifier",
+                          {"reward.toxic_label": "toxicity"}, CPU).logits(texts)[:, 0]  # fmt: skip
+    shift = 0.5 - float(raw.min()) - 0.1
+    label = {"evaluation.judge_label": "toxicity"}
+    judge = load_classifier(str(regression(classifier, tmp_path / "low", 0.05, shift)), "judge", label, CPU)
+    assert float(judge.logits(texts).min()) < 0
+    assert float(judge.toxicity(texts).min()) == pytest.approx(1e-6, rel=0.1)
+    with pytest.raises(
+        InputError, match=r"judge = '.*': is a regression whose outputs, .*, are no probabilities; remove"
+    ):
+        load_classifier(str(regression(classifier, tmp_path / "wide", 1.0, 0.0)), "judge", label, CPU)
+
+
+def test_a_regression_with_a_good_label_is_a_scorer_without_bounds(classifier: Classifier, tmp_path: Path) -> None:
+    folder = regression(classifier, tmp_path / "scorer", scale=-1.0, shift=0.0)
+    scorer = load_classifier(str(folder), "reward.classifier", {}, CPU, {"reward.good_label": "toxicity"})
+    texts = ["You are a stupid pig.", "That sounds fair."]
+    torch.testing.assert_close(scorer.score(texts, texts), scorer.logits(texts)[:, 0])
+    assert scorer.score(texts, texts)[0] < 0
+
+
+def test_a_classifier_that_reads_padding_is_refused(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "judge"
+    classifier.model.save_pretrained(folder)
+    classifier.tokenizer.save_pretrained(folder)
+    forward = RobertaForSequenceClassification.forward
+
+    def blind(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any) -> Any:
+        return forward(self, input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **others)
+
+    load_classifier(str(folder), "reward.classifier", TOXIC, CPU, GOOD)
+    monkeypatch.setattr(RobertaForSequenceClassification, "forward", blind)
+    with pytest.raises(InputError, match="gives a text other outputs when a longer one is read beside it, by up to"):
+        load_classifier(str(folder), "reward.classifier", TOXIC, CPU, GOOD)

@@ -407,6 +407,29 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_a_full_disk_is_left_to_t
             fetch_field(field, name)
 
 
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("X-Repo-Commit", "../../../escaped"), ("X-Repo-Commit", "main"), ("X-Repo-Commit", "0" * 39),
+        ("ETag", '"../../../escaped"'), ("ETag", ".."), ("ETag", '"/etc/escaped"'), ("X-Linked-ETag", "a/b"),
+    ],
+)  # fmt: skip
+def test_a_hub_cannot_name_files_outside_of_the_cache(served: Hub, tmp_path: Path, header: str, value: str) -> None:
+    served.headers = {header: value}
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    message = refused("policy.base", SMALLEST)
+    assert f"it answered with {header.lower()} = {value!r}, which is no name in its cache" in message
+    assert {path for path in tmp_path.rglob("*") if path.is_file() and "escaped" in str(path)} == set()
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_hub_cannot_name_a_commit_of_a_data_set_that_is_a_path(served: Hub, tmp_path: Path) -> None:
+    served.sha = "../../escaped"
+    message = refused("data.source", SAMSUM)
+    assert "it answered with the commit '../../escaped', which is none" in message
+    assert not any("escaped" in str(path) for path in tmp_path.rglob("*"))
+
+
 def test_a_hub_that_cannot_be_reached_is_tried_once_and_a_folder_that_may_be_meant_is_named(
     folders: dict[str, Path], tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +444,7 @@ def test_a_hub_that_cannot_be_reached_is_tried_once_and_a_folder_that_may_be_mea
         pytest.fail("the hub is asked again within a minute")
 
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=ask))
+        patch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(event_hooks={"response": []}, head=ask))
         assert f"downloading from {OFF} failed: " in refused("policy.base", SMALLEST)
 
     (tmp_path / "my-model").mkdir()

@@ -14,6 +14,7 @@ from detoxrl.errors import InputError
 from detoxrl.runtime import files, run_folder
 from detoxrl.runtime.files import replace_folder
 from detoxrl.runtime.run_folder import RunFolder
+from detoxrl.runtime.signals import Terminated
 from detoxrl.training.best import BestCheckpoint
 from detoxrl.training.validation import Validation
 
@@ -234,6 +235,33 @@ def test_a_stage_that_starts_again_marks_the_later_ones_as_not_finished(tmp_path
     with pytest.raises(KeyboardInterrupt), folder.timed("train"):
         raise KeyboardInterrupt
     assert list(folder.finished()) == ["prepare", "sft"]
+
+
+def test_seconds_of_a_stage_count_all_parts_that_a_signal_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: clock[0])
+    folder = RunFolder(tmp_path)
+
+    def train(seconds: float, stop: type[KeyboardInterrupt] | None = None) -> dict[str, float]:
+        with folder.timed("train") as taken:
+            clock[0] += seconds
+            if stop:
+                raise stop
+            return taken()
+
+    for stop in (KeyboardInterrupt, Terminated):
+        with pytest.raises(stop):
+            train(10, stop)
+        assert folder.finished() == {}
+    assert train(5) == folder.finished() == {"train": 25}
+    assert {path.name for path in tmp_path.iterdir()} == {"seconds.json"}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(10, KeyboardInterrupt)
+    folder.forget_parts()  # The stage is made again from its beginning.
+    assert train(3) == folder.finished() == {"train": 3}
 
 
 def test_what_an_earlier_run_left_is_named_and_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

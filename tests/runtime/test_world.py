@@ -164,7 +164,7 @@ def test_workers_keep_freed_memory_and_take_the_runs_threads(monkeypatch: pytest
 
     def command() -> object:
         world = current_world()
-        world.set_threads(3)
+        world.set_everywhere(torch.set_num_threads, 3)
         return world.build(Counter, 0).ranks(0)
 
     assert forked_world(command) == ["[(3, []), (3, [1])]", "done"]

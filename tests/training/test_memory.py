@@ -90,6 +90,43 @@ def test_free_memory_decides_once_and_the_run_keeps_it(
     assert plan(policy, folder, config).microbatch_size == 1
 
 
+def test_activations_are_recomputed_where_not_even_one_response_fits(
+    make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = RunFolder(tmp_path), loop_config(batch_size=8, minibatch_size=8, microbatch_size=None)
+    policy = make_policy("gpt2", "loaded")
+    kept = memory._update_bytes(policy, PROMPTS[3], config)
+    with policy.recomputing(True):
+        recomputed = memory._update_bytes(policy, PROMPTS[3], config)
+    assert not policy.checkpointing
+    assert recomputed.response < kept.response
+    assert kept.has_room(kept.response)
+    assert not kept.has_room(kept.response - 1)
+
+    for budget, expected in ((kept.response, False), (kept.response - 1, True)):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, half=budget: 2 * half)
+        (tmp_path / "memory.json").unlink(missing_ok=True)
+        chosen = plan(policy, folder, config)
+        assert chosen.recompute == expected
+        assert MemoryPlan.stored(folder, config, World()) == chosen
+        told = "computes activations again in its backward pass, to fit" in " ".join(capsys.readouterr().err.split())
+        assert told == expected
+
+    assert chosen.microbatch_size == (kept.response - 1) // recomputed.response
+    with policy.recomputing(True):  # It was asked for.
+        assert not MemoryPlan.choose(policy, PROMPTS, config, World()).recompute
+    stored = json.loads((tmp_path / "memory.json").read_text())
+    del stored["recompute"]  # A plan of an earlier version.
+    folder.write_json("memory.json", stored)
+    assert MemoryPlan.stored(folder, config, World()) == replace(chosen, recompute=False)
+
+
+def test_processes_agree_on_the_smallest_plan() -> None:
+    plans = [MemoryPlan(microbatch_size=size, keep_cross=True, recompute=size == 3) for size in (4, 3, 2)]
+    assert plans[0].together_with(plans) == MemoryPlan(microbatch_size=2, keep_cross=True, recompute=True)
+    assert plans[0].together_with(plans[:1]) == plans[0]
+
+
 def test_what_an_update_keeps_grows_with_the_response_and_leaves_weights_out(make_policy: Make) -> None:
     config = loop_config()
     for name, kind in (("t5", "fresh"), ("t5", "full"), ("bart", "fresh"), ("gpt2", "loaded")):
@@ -172,6 +209,32 @@ def test_a_minibatch_that_ran_out_half_way_begins_again_from_no_gradient(
     _, moved = after_sgd_step(make_policy("t5", "loaded"), tmp_path, config, size=2)
     assert calls == 2 + 4
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_at_last_activations_are_recomputed_with_the_same_result(
+    make_policy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = loop_config(minibatch_size=4, epochs=1, max_grad_norm=1e-3, lr=0.1, value_lr=0.1)
+    _, expected = after_sgd_step(make_policy("t5", "loaded"), tmp_path, config, size=4)
+
+    losses = Learner._losses
+    sizes: list[int] = []
+
+    def failing(
+        learner: Learner, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets
+    ) -> dict[str, torch.Tensor]:
+        sizes.append(len(rows))
+        if not learner.policy.checkpointing:
+            raise OUT_OF_MEMORY[0]
+        return losses(learner, prompts, rows, targets)
+
+    monkeypatch.setattr(Learner, "_losses", failing)
+    _, moved = after_sgd_step(make_policy("t5", "loaded"), tmp_path, config, size=4)
+    assert sizes == [4, 2, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "reads 1 responses at once and computes activations again in its backward pass" in told
+    assert json.loads((tmp_path / "memory.json").read_text())["recompute"] is True
 
 
 def test_one_response_that_does_not_fit_and_other_errors_are_raised(

@@ -18,7 +18,7 @@ from detoxrl.config.schema import Config, RewardConfig
 from detoxrl.config.terms import parse_term
 from detoxrl.data.rows import to_prompts
 from detoxrl.errors import TrainingError
-from detoxrl.models.loading import load_base, scratch_base, scratch_tokenizer
+from detoxrl.models.loading import load_base, load_tokenizer, scratch_base, scratch_tokenizer
 from detoxrl.models.lora import load_policy
 from detoxrl.models.policy import Policy
 from detoxrl.models.sampling import Draws, sample_all
@@ -476,3 +476,13 @@ def test_a_build_that_fails_leaves_nothing_in_the_cache(tmp_path: Path, monkeypa
         cached("base", ["a"], tmp_path / "one", fail)
     cached("base", ["a"], tmp_path / "one", Path.mkdir)
     assert (tmp_path / "one").is_dir()
+
+
+def test_targets_of_an_encoder_decoder_end_whether_its_tokenizer_ends_them_or_not(bases: dict[str, Path]) -> None:
+    pairs = [("Read.", "Write."), ("Read.", "")]
+    adds_none, adds = load_tokenizer(str(bases["gpt2"])), load_tokenizer(str(bases["t5"]))
+    assert adds_none("Write.").input_ids[-1] != adds_none.eos_token_id
+    for tokenizer in (adds_none, adds):
+        _, labels = examples(tokenizer, pairs, encoder_decoder=True)
+        assert [row[-1] for row in labels] == [tokenizer.eos_token_id] * 2
+        assert [row.count(tokenizer.eos_token_id) for row in labels] == [1, 1]

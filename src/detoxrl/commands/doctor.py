@@ -20,6 +20,7 @@ from detoxrl.commands.prepare import (
     checked_policy,
     first_prompt,
     load_reward_and_judges,
+    precision_notice,
     prepare_rows,
     require_fitting_shapes,
 )
@@ -71,6 +72,9 @@ def _examine(run: Run) -> None:
         classifiers = _classifier_shapes(config)
     _OUT.print(account_table(prepared.account))
     _print_device(device)
+    notice = precision_notice(config, device)
+    if notice:
+        _OUT.print(notice, soft_wrap=True)
 
     with status("estimating memory"):
         peaks = stage_memory(config, prepared, list(classifiers.values()))

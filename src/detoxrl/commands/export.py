@@ -111,18 +111,28 @@ def _write_adapter(target: Path, folder: RunFolder, config: Config, base: str) -
 
 
 def _write_whole(target: Path, folder: RunFolder, config: Config, base: str) -> _Pair:
-    """Write the whole model, with the LoRA merged into it if there is one. Return it and its tokenizer."""
+    """Write the whole model, with the LoRA merged into it if there is one. Return what was written, read again.
+
+    Raises InputError when that is another model: it is told by its logits.
+    """
     if config.policy.full_weights:
         model, tokenizer = load_base(str(folder / "adapter"), "run folder")
+        expected = _logits(model, tokenizer)
     else:
-        model, tokenizer = _merged(folder, config, base)
+        model, tokenizer, expected = _merged(folder, config, base)
 
     save_base(model, tokenizer, target)
-    return model, tokenizer
+    written, tokenizer = load_base(str(target), "run folder")
+    same = torch.allclose(_logits(written, tokenizer), expected, rtol=1e-3, atol=1e-3)
+    rule = "trains weights that its base uses twice, so a whole model gives other logits once it is read again"
+    require(same, "run folder", str(folder.root), rule, "put the base on a hub, and export without --merged")
+    return written, tokenizer
 
 
-def _merged(folder: RunFolder, config: Config, base: str) -> _Pair:
-    """Return the base with the LoRA merged into it, in fp32. Raises InputError when that changes its logits."""
+def _merged(
+    folder: RunFolder, config: Config, base: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.Tensor]:
+    """Return the base with the LoRA merged into it, in fp32, its tokenizer, and the logits before merging."""
     # If the run measured a bfloat16 base, that is loaded too. In fp32 its weights are the same, and merging is exact.
     model, tokenizer = load_base(base, bf16=config.policy.bf16)
     adapter = folder / "adapter"
@@ -130,11 +140,7 @@ def _merged(folder: RunFolder, config: Config, base: str) -> _Pair:
         lora = PeftModel.from_pretrained(model.float(), str(adapter)).eval()
 
     expected = _logits(lora, tokenizer)
-    model = lora.merge_and_unload()
-    same = torch.allclose(_logits(model, tokenizer), expected, rtol=1e-3, atol=1e-3)
-    rule = "has a LoRA on weights that its base uses twice, so a merged model gives other logits"
-    require(same, "run folder", str(folder.root), rule, "put the base on a hub, and export without --merged")
-    return model, tokenizer
+    return lora.merge_and_unload(), tokenizer, expected
 
 
 def _logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

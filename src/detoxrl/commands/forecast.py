@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from detoxrl.commands.prepare import Prepared
 from detoxrl.commands.workload import baseline_names
 from detoxrl.config.schema import Config, GenerationConfig
-from detoxrl.models.linear import has_kernel_on_cpu
+from detoxrl.models.linear import packed_dtype_on_cpu
 from detoxrl.models.loading import load_shapes, scratch_base
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy, Scored
@@ -163,9 +163,9 @@ def _sampling_peak(policy: Policy, texts: list[str], length: int, temperature: f
 
 
 def _packed_bytes(policy: Policy) -> int:
-    """Return the bytes of the copies of weights that a fast network packs for sampling on this machine's CPU."""
-    packs = policy.has_fast_network and has_kernel_on_cpu(policy.model.dtype)
-    if not packs or PartialState().device.type != "cpu":
+    """Return the bytes of the weights that a fast network packs for sampling on this machine's CPU."""
+    dtype = packed_dtype_on_cpu(policy.model.dtype)
+    if dtype is None or not policy.has_fast_network or PartialState().device.type != "cpu":
         return 0
 
     model: Any = policy.weights.active
@@ -173,7 +173,7 @@ def _packed_bytes(policy: Policy) -> int:
     head = model.get_output_embeddings()
     layers = [module.weight for module in decoder.modules() if type(module) is torch.nn.Linear]
     # The factors of a LoRA are linear layers too, but small.
-    return sum(weight.nbytes for weight in (*layers, head.weight))
+    return sum(weight.numel() * dtype.itemsize for weight in (*layers, head.weight))
 
 
 def _cache_bytes(policy: Policy) -> int:

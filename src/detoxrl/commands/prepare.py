@@ -30,6 +30,7 @@ from detoxrl.evaluation.policies import MeasuredPolicies, try_policies
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
 from detoxrl.models.base import Base
 from detoxrl.models.chat import has_system_role
+from detoxrl.models.kernels import kernels
 from detoxrl.models.loading import (
     load_fitting_shapes,
     load_tokenizer,
@@ -39,15 +40,16 @@ from detoxrl.models.loading import (
 )
 from detoxrl.models.lora import make_policy
 from detoxrl.models.policy import Policy
-from detoxrl.models.sampling import require_agreement
+from detoxrl.models.sampling import require_agreement, require_own_reference
 from detoxrl.report.masking import mask, masking_pattern
 from detoxrl.report.words import data_account
 from detoxrl.rewards.fit import FitSettings, train_reward_model
 from detoxrl.runs import Run
-from detoxrl.runtime.cache import cached
+from detoxrl.runtime.cache import cached, require_cacheable
 from detoxrl.runtime.console import log, progress, status
 from detoxrl.runtime.files import content_digest, remove_path, replace_folder
 from detoxrl.runtime.hub import fetch
+from detoxrl.training.sft import require_cacheable_warm_start
 
 # The embedded reward model: how many utterances it learns from, and how.
 UTTERANCES = 8_000
@@ -89,6 +91,9 @@ def _check(run: Run, subjects: Subjects) -> Prepared:
         run.use_rows(prepared.rows)
     if not subjects.policies:
         require_fitting_shapes(run.config, prepared)
+        if run.uses_embedded_reward:
+            require_cacheable("reward", reward_ingredients(run.config.seed, run.config.reward.encoder))
+        require_cacheable_warm_start(run)
 
     load_reward_and_judges(run)
     if subjects.policies:
@@ -142,7 +147,21 @@ def checked_policy(run: Run, prepared: Prepared) -> Policy:
 
     policy = run.initial_policy()
     require_agreement(policy, config.policy.base)
+    field = "policy.base" if config.policy.adapter is None else "policy.adapter"
+    require_own_reference(policy, field, str(config.policy.adapter or config.policy.base))
     return policy
+
+
+def precision_notice(config: Config, device: torch.device) -> str:
+    """Return what becomes of weights in bfloat16 on a CPU that multiplies float32 faster; empty if that is not so."""
+    asked = {"policy.bf16": config.policy.bf16, "reward.bf16": config.reward.bf16}
+    settings = [name for name, is_asked in asked.items() if is_asked]
+    if not settings or device.type != "cpu" or kernels().bf16:
+        return ""
+
+    weights = "its weights are" if len(settings) == 1 else "their weights are"
+    reason = "this processor multiplies float32 faster"
+    return f"{' and '.join(settings)}: {reason}, so {weights} stored in bfloat16 and multiplied in float32"
 
 
 def write_prepared(run: Run, prepared: Prepared) -> None:
@@ -154,6 +173,9 @@ def write_prepared(run: Run, prepared: Prepared) -> None:
     log.print(account_table(prepared.account))
     if "first_prompt" in prepared.account:
         log.print(first_prompt(run, prepared.account), soft_wrap=True)
+    notice = precision_notice(run.config, run.world.device)
+    if notice:
+        log.print(notice, soft_wrap=True)
 
     if run.config.policy.base == "scratch":
         with replace_folder(folder / "tokenizer") as tokenizer:

@@ -18,6 +18,7 @@ from detoxrl.config.schema import Config
 from detoxrl.config.sources import local_sources
 from detoxrl.errors import InputError, require
 from detoxrl.evaluation.subjects import NO_SUBJECTS, Subjects
+from detoxrl.models.kernels import Kernels, kernels, use_kernels
 from detoxrl.runs import Run
 from detoxrl.runtime.files import content_digest
 from detoxrl.runtime.run_folder import STAGES, RunFolder, products_from
@@ -43,6 +44,8 @@ _FIRST_STAGE = {
     "evaluation.judge_label": "train",
     "evaluation": "evaluate",
 }
+_HAD_ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_KERNELS_OF_EARLIER_VERSIONS = asdict(Kernels(onednn=_HAD_ONEDNN, packed=_HAD_ONEDNN, bf16=True))
 _VERSIONED = ("detoxrl", "torch", "transformers", "peft", "tokenizers", "numpy")
 
 Differences = dict[str, tuple[Any, Any]]
@@ -60,14 +63,13 @@ def new_record(config: Config, measures: dict[str, Any], changes: Sequence[Any] 
 
 
 def machine(config: Config, world: World) -> dict[str, Any]:
-    """Return what decides the last digits of a run beside its settings: threads, processor, versions, local parts."""
+    """Return what decides the last digits of a run beside its settings: threads, kernels, versions, local parts."""
     device = world.device
-    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    properties = {
+    properties: dict[str, Any] = {
         "processes": world.size,
         "threads": torch.get_num_threads(),
-        "processor": f"{processor} bf16" if has_bf16 else processor,
+        "processor": _processor(),
+        "kernels": asdict(kernels()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     for package in _VERSIONED:
@@ -78,6 +80,12 @@ def machine(config: Config, world: World) -> dict[str, Any]:
         if not setting.startswith("data.") and _first_stage(setting) != "evaluate":
             properties[f"content of {setting}"] = content_digest(path)
     return properties
+
+
+def _processor() -> str:
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor} bf16" if has_bf16 else processor
 
 
 def resume_with(run: Run, accept_changes: bool) -> None:
@@ -173,12 +181,16 @@ def _changed_settings(record: dict[str, Any], config: Config) -> Differences:
 
 
 def _machine_differences(record: dict[str, Any], config: Config) -> Differences:
-    """Restore the run's number of threads, and return what else differs on this machine."""
+    """Restore the run's number of threads and its kernels, and return what else differs on this machine."""
     before = {"processes": 1, **record["machine"]}
+    if record["machine"]:
+        before.setdefault("kernels", _KERNELS_OF_EARLIER_VERSIONS)
     before.pop("sharded", None)  # Runs of earlier versions say whether FSDP sharded their base.
     world = current_world()
     if before["processes"] == world.size:  # Another number of processes shares the cores differently.
-        world.set_threads(before.get("threads", torch.get_num_threads()))
+        world.set_everywhere(torch.set_num_threads, before.get("threads", torch.get_num_threads()))
+    if before.get("processor") == _processor():
+        world.set_everywhere(use_kernels, Kernels(**before["kernels"]))
 
     now = machine(config, world)
     return {name: (before.get(name), now.get(name)) for name in {**before, **now} if before.get(name) != now.get(name)}

@@ -90,6 +90,7 @@ def rerun_stage(root: Path, stage: str, reward: RewardFunctions | None = None, t
         current = Run(folder, config, reward)
         _require_earlier_stages(current, stage)
         folder.reopen(stage)
+        folder.forget_parts()
         if stage != "report":
             folder.discard(["responses.jsonl"] if stage == "evaluate" else products_from(stage))
             restart_stage(folder, config, stage)

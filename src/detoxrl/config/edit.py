@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from detoxrl.config.fit import FitConfig
 from detoxrl.config.names import RENAMED, did_you_mean_setting
 from detoxrl.config.schema import Config
-from detoxrl.errors import InputError, require
+from detoxrl.errors import InputError, one_line, require
 
 # What a config means that was stored before these settings existed.
 _BEFORE_THEY_WERE_SETTINGS = {"data.chat_template": False}
@@ -75,8 +75,9 @@ def config_from_json(path: Path) -> Config:
     """Return the config stored at `path`. Raises InputError if a setting is unknown or not allowed."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise InputError("config", str(path), f"is not valid JSON: {error}", "give a run's config.json") from None
+    except (ValueError, RecursionError) as error:  # Neither UTF-8 nor JSON, or too deep to be a config.
+        rule = f"is not valid JSON: {one_line(error)}"
+        raise InputError("config", str(path), rule, "give a run's config.json") from None
 
     is_config = isinstance(stored, dict) and "recipe" in stored
     require(is_config, "config", str(path), "is not the config of a run", "give a run's config.json")

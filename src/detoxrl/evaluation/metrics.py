@@ -8,13 +8,22 @@ from detoxrl.config.tasks import TASKS
 from detoxrl.data.embedded.facts import facts_kept, quarrel_roles
 from detoxrl.data.embedded.phrases import SEEN_INSULTS, UNSEEN_INSULTS, insult_pattern
 from detoxrl.data.rows import Row, quality_references
+from detoxrl.data.words import words_of
 from detoxrl.evaluation.refusals import is_refusal
 from detoxrl.evaluation.statistics import Floats
-from detoxrl.rewards.overlap import WordTokenizer, chrf, copied, word_grams
+from detoxrl.rewards.overlap import chrf, copied, word_grams
 from detoxrl.runtime.run_folder import SHARE_WITH_TEXT
 
 SEEN = insult_pattern(SEEN_INSULTS)
 UNSEEN = insult_pattern(UNSEEN_INSULTS)
+
+
+class _Words:
+    """A tokenizer of rouge-score, whose own knows Latin letters alone."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return words_of(text)
 
 
 def rouge_l(reference: str, response: str) -> float:
@@ -22,7 +31,7 @@ def rouge_l(reference: str, response: str) -> float:
     # rouge-score imports nltk, which takes most of a second.
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words)
     return float(scorer.score(reference, response)["rougeL"].fmeasure)
 
 
@@ -32,7 +41,7 @@ def distinct(samples: Sequence[str]) -> dict[str, float]:
     Li et al. 2016, section 5, except that they divide the n-grams by the number of words. All are in [0, 1], and 0
     without any. They fall with the number of samples and their length, so compare only equal numbers of samples.
     """
-    tokenized = [WordTokenizer.tokenize(text) for text in samples]
+    tokenized = [words_of(text) for text in samples]
     shares = {}
     for length in (1, 2, 3):
         grams = [gram for words in tokenized for gram in word_grams(words, length)]

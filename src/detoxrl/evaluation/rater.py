@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.errors import require
 from detoxrl.evaluation.statistics import Floats
-from detoxrl.models.loading import load_base
+from detoxrl.models.loading import load_base, positions_for
 
 _FIELD = "evaluation.perplexity"
 # Pairs that the model reads at once.
@@ -53,7 +53,7 @@ def _encoded(
     spaced = response if text[-1:].isspace() else f" {response}"
     ids = tokenizer(spaced, add_special_tokens=False).input_ids if response else []
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_for(model.config, "decoder")
     if positions is not None:
         ids = ids[: positions - 1]
         context = context[-(positions - len(ids)) :]

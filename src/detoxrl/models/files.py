@@ -56,6 +56,8 @@ FURTHER_TARGETS = {
 """The layers that a new adapter usually changes, for further types of models that peft knows nothing of."""
 SCRATCH_LAYERS = ("k", "o", "q", "v", "wi_0", "wi_1", "wo")
 """The linear layers of policy.base = 'scratch'."""
+# How peft may begin a LoRA without changing the base.
+_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 # Weights of two dimensions that do not belong to linear layers, in these architectures.
 _EMBEDDINGS = {
     "shared", "embed_tokens", "embed_positions", "embed_in", "word_embeddings", "wte", "wpe", "relative_attention_bias",
@@ -121,6 +123,17 @@ def require_adapter_files(folder: Path, field: str, source: str) -> None:
     remedy = "give a LoRA folder as peft saves it; `detoxrl convert` makes safetensors of a .bin"
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         require((folder / name).is_file(), field, source, f"holds no {name}", remedy)
+
+    settings = read_settings(folder, ADAPTER_CONFIG, field, source)
+    start = settings.get("init_lora_weights", True)
+    rule = f"was begun with init_lora_weights = {start!r}, which changes the base whenever the adapter is loaded"
+    remedy = "save it as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+    require(start in _KEEP_THE_BASE, field, source, rule, remedy)
+
+    bias = settings.get("bias", "none")
+    is_alone = settings.get("task_type") == "SEQ_CLS"  # A classifier's LoRA is merged into its base.
+    rule = f"changes biases too (bias = {bias!r}), and peft cannot hold two such adapters beside each other"
+    require(bias == "none" or is_alone, field, source, rule, "train it with bias = 'none'")
 
 
 def adapter_base(folder: Path, field: str, source: str) -> str:

@@ -1,8 +1,9 @@
 """How does a Llama, or a decoder built like it, run as fast as its matrix products allow?
 
 This is the forward pass of Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) written out as plain functions
-of tensors, with what Qwen 2, Qwen 3 and Mistral do otherwise: biases, and norms of queries and keys. It computes what
-transformers computes and is tested against it. It is faster for five reasons (measurements: docs/log.md):
+of tensors, with what Qwen 2, Qwen 3, Mistral and Gemma do otherwise: biases, norms of queries and keys, and what norms
+multiply by. It computes what transformers computes and is tested against it. It is faster for five reasons
+(measurements: docs/log.md):
 
 - **No padding.** All tokens of a pass, those of the prompts and those of the responses, are the rows of one matrix, so
   that no product has a row for padding. Only attention sees them as padded sequences.
@@ -23,17 +24,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from detoxrl.models.groups import closed_up
-from detoxrl.models.linear import pack_weights
+from detoxrl.models.linear import compute_dtype, pack_weights
 from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
+from detoxrl.models.sequences import Sequences
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import Weights
 
-_CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM)
+_CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, GemmaForCausalLM)
 _LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # Rotary embeddings whose frequencies depend on the length of the sequences in a pass.
 _ROTARY_BY_LENGTH = {"dynamic", "longrope"}
@@ -79,18 +88,24 @@ def _sees_a_window(config: Any) -> bool:
     return bool(config.model_type.startswith("qwen") and "sliding_attention" in config.layer_types)
 
 
+def _norm_weight(norm: Any) -> torch.Tensor:
+    """Return what a norm multiplies by (D,). Gemma stores it minus 1."""
+    weight: torch.Tensor = norm.weight
+    return weight.float() + 1 if type(norm) is GemmaRMSNorm else weight
+
+
 def _layer(block: Any, adapter: str | None) -> Layer:
     attention = block.self_attn
     has_norms = "q_norm" in dict(attention.named_children())
     return Layer(
-        attention_norm=block.input_layernorm.weight,
+        attention_norm=_norm_weight(block.input_layernorm),
         q=matrix_of(attention.q_proj, adapter),
         k=matrix_of(attention.k_proj, adapter),
         v=matrix_of(attention.v_proj, adapter),
         q_norm=attention.q_norm.weight if has_norms else None,
         k_norm=attention.k_norm.weight if has_norms else None,
         o=matrix_of(attention.o_proj, adapter),
-        feed_forward_norm=block.post_attention_layernorm.weight,
+        feed_forward_norm=_norm_weight(block.post_attention_layernorm),
         gate=matrix_of(block.mlp.gate_proj, adapter),
         up=matrix_of(block.mlp.up_proj, adapter),
         down=matrix_of(block.mlp.down_proj, adapter),
@@ -101,67 +116,28 @@ def _layer(block: Any, adapter: str | None) -> Layer:
 # Which row is which token
 
 
-class _Sequences:
-    """Where the tokens of S sequences of up to L tokens stand: as the rows of a matrix, or padded on the right."""
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        self.mask = mask  # (S, L) bool: True first, then False.
-        self.is_full = bool(mask.all())
-        self._index = torch.arange(mask.numel(), device=mask.device)
-        if not self.is_full:
-            self._index = self._index[mask.flatten()]
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """The place of each row's token in its sequence (n,)."""
-        return self._index % self.mask.shape[1]
-
-    def padded(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows (n, ...) as (S, L, ...), 0 where there is no token."""
-        shape = self.mask.shape
-        places = rows
-        if not self.is_full:
-            places = rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, self._index, rows)
-        padded: torch.Tensor = places.unflatten(0, shape)
-        return padded
-
-    def tokens_of(self, padded: torch.Tensor) -> torch.Tensor:
-        """Return the rows (n, ...) of the tokens among (S, L, ...)."""
-        flat = padded.flatten(0, 1)
-        return flat if self.is_full else flat.index_select(0, self._index)
-
-    def padding_bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return a bias (S, 1, 1, L) that is -inf where there is no token, None if there are tokens everywhere."""
-        if self.is_full:
-            return None
-        return torch.zeros_like(self.mask, dtype=dtype).masked_fill(~self.mask, -torch.inf)[:, None, None]
-
-
 class _Layout(NamedTuple):
     """What every layer of a teacher-forced pass needs of its rows: those of the prompts first, then the responses'."""
 
-    prompts: _Sequences
-    responses: _Sequences
+    prompts: Sequences
+    responses: Sequences
     turns: tuple[torch.Tensor, torch.Tensor]  # Cosines and sines (N, 1, d).
     padding_bias: torch.Tensor | None  # (U, 1, 1, P)
 
 
-def _prompts_of(encoded: Encoded) -> tuple[torch.Tensor, _Sequences]:
+def _prompts_of(encoded: Encoded) -> tuple[torch.Tensor, Sequences]:
     """Return the token ids (n,) of prompts as rows, and where they stand. Each has at least one token.
 
     `encoded` pads them on the left.
     """
     mask = encoded.mask.bool()
     columns = torch.arange(mask.shape[1], device=mask.device)
-    prompts = _Sequences(columns < mask.sum(1, keepdim=True))
+    prompts = Sequences(columns < mask.sum(1, keepdim=True))
     ids = encoded.states.flatten() if prompts.is_full else encoded.states[mask]
     return ids, prompts
 
 
-def _last_rows(prompts: _Sequences) -> torch.Tensor:
+def _last_rows(prompts: Sequences) -> torch.Tensor:
     """Return the row (U,) of the last token of each prompt."""
     return prompts.mask.sum(1).cumsum(0) - 1
 
@@ -243,9 +219,10 @@ class LlamaNetwork:
         body = model.model
         self.config = model.config
         self.layers = [_layer(block, adapter) for block in body.layers]
-        self.norm = body.norm.weight
+        self.norm = _norm_weight(body.norm)
         self.head = model.lm_head.weight
-        self.embed: Function = body.embed_tokens  # Token ids (n,) -> (n, D).
+        self.dtype = compute_dtype(self.head)
+        self._embed_tokens: Function = body.embed_tokens
         self.rotary = body.rotary_emb
         self.width: int = body.layers[0].self_attn.head_dim
 
@@ -273,7 +250,7 @@ class LlamaNetwork:
         counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         # A token is read if a later one counts.
         is_read = counts[:, 1:].flip(1).cummax(1).values.flip(1)
-        responses = _Sequences(is_read)
+        responses = Sequences(is_read)
         prompt_ids, prompts = _prompts_of(encoded)
         states = self._states(prompt_ids, prompts, responses.tokens_of(ids[:, :-1]), responses)
 
@@ -284,7 +261,7 @@ class LlamaNetwork:
         return chosen, entropy, predicting
 
     def _states(
-        self, prompt_ids: torch.Tensor, prompts: _Sequences, response_ids: torch.Tensor, responses: _Sequences
+        self, prompt_ids: torch.Tensor, prompts: Sequences, response_ids: torch.Tensor, responses: Sequences
     ) -> torch.Tensor:
         """Return the hidden states (N, D) of the tokens of prompts and responses."""
         x = self.embed(torch.cat((prompt_ids, response_ids)))
@@ -299,11 +276,10 @@ class LlamaNetwork:
             x = recomputed(function, x) if self.checkpointing else function(x)
         return self.normed(x, self.norm)
 
-    def _rows_before(self, prompts: _Sequences, responses: _Sequences) -> torch.Tensor:
+    def _rows_before(self, prompts: Sequences, responses: Sequences) -> torch.Tensor:
         """Return the row of the token before each token of the responses (B, T), undefined where it was not read."""
         last = _last_rows(prompts).repeat_interleave(len(responses.mask) // len(prompts.mask))
-        rows = torch.arange(len(responses), device=last.device) + len(prompts)
-        return torch.cat((last[:, None], responses.padded(rows)), 1)
+        return torch.cat((last[:, None], responses.numbers() + len(prompts)), 1)
 
     def _through(
         self,
@@ -373,23 +349,25 @@ class LlamaNetwork:
         cos, sin = self.rotary(x, positions[None])
         return cos[0, :, None], sin[0, :, None]
 
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (n, D) of token ids (n,), in the precision of the pass."""
+        return self._embed_tokens(ids).to(self.dtype)
+
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return x (..., D) divided by its root mean square and multiplied by a weight (D,)."""
-        normed: torch.Tensor = rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        normed: torch.Tensor = rms_norm(x, weight.shape, weight.to(x.dtype), self.config.rms_norm_eps)
         return normed
 
     def steps(self, encoded: Encoded, length: int, group_size: int) -> "LlamaSteps":
         """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
         return LlamaSteps(self, encoded, length, group_size)
 
-    def packed(self, batch_size: int) -> "_PackedWeights":
-        """Return the products with all weights, without LoRAs, in the layout for a batch of this size."""
+    def packed(self) -> "_PackedWeights":
+        """Return the products with all weights, without LoRAs."""
 
         def pack() -> _PackedWeights:
-            layers = [
-                _LayerProducts(*(packed_stack(stack, batch_size) for stack in _stacks(layer))) for layer in self.layers
-            ]
-            return _PackedWeights(pack_weights([self.head], batch_size), layers)
+            layers = [_LayerProducts(*map(packed_stack, _stacks(layer))) for layer in self.layers]
+            return _PackedWeights(pack_weights([self.head]), layers)
 
         return self._weights.packed(pack)
 
@@ -434,7 +412,7 @@ class LlamaSteps:
 
     def __init__(self, network: LlamaNetwork, encoded: Encoded, length: int, group_size: int) -> None:
         batch = len(encoded.mask) * group_size
-        packed = network.packed(batch)
+        packed = network.packed()
         self._network = network
         self._head = packed.head
         self._products = [

@@ -1,7 +1,8 @@
 """Where do the base model and its tokenizer come from?"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ from transformers.models.marian.modeling_marian import MarianSinusoidalPositiona
 from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
 
 from detoxrl.config.schema import Config
-from detoxrl.errors import InputError, StorageError, first_line, require
+from detoxrl.errors import InputError, StorageError, first_line, one_line, require
 from detoxrl.models.ends import as_ids, end_token_ids, require_common_end
 from detoxrl.models.files import generation_settings
 from detoxrl.models.support import require_generator
 from detoxrl.runtime.hub import fetch
 from detoxrl.runtime.randomness import torch_seed
 
+# What transformers raises when settings, weights and a class of it do not fit.
+_LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, ArithmeticError, AssertionError,
+    RecursionError, MemoryError, StrictDataclassError,
+)  # fmt: skip
 _GENERATOR = "give the folder or hub id of a text generator"
 # Positions that are a fixed table. It is held as a weight, gets no gradient, and is not saved.
 _FIXED_POSITIONS = (MarianSinusoidalPositionalEmbedding, PegasusSinusoidalPositionalEmbedding)
@@ -93,6 +99,7 @@ def load_base(
     )
 
     _require_complete(base, field, info["missing_keys"])
+    require_finite(model, field, base)
     _set_generation(model, generation)
     _require_matching_tokenizer(base, field, model, tokenizer)
 
@@ -105,7 +112,7 @@ def load_shapes(base: str, bf16: bool) -> PreTrainedModel:
     folder = fetch(base, "policy.base", weights=False)
     config = load_pretrained(AutoConfig, folder, base, "policy.base")
     require_generator("policy.base", base, config)
-    with torch.device("meta"):
+    with torch.device("meta"), explain_loading(base, "policy.base"):
         model = _generator_class(config).from_config(config, dtype=_dtype(bf16))
     _set_generation(model, _generation_config(config, folder, base, "policy.base"))
     return _prepared(model)
@@ -121,17 +128,34 @@ def load_fitting_shapes(base: str, tokenizer: PreTrainedTokenizerBase, bf16: boo
 def load_pretrained(kind: Any, folder: str, source: str, field: str, remedy: str = _GENERATOR, **settings: Any) -> Any:
     """Return what `kind`, one of transformers' auto classes, loads from a folder with some `settings`.
 
-    Errors name `field` and its value `source`. Raises InputError, or StorageError when the weights are corrupted.
+    Code that comes with a model is never run. Raises as `explain_loading`.
+    """
+    with explain_loading(source, field, remedy):
+        return kind.from_pretrained(folder, trust_remote_code=False, **settings)
+
+
+@contextmanager
+def explain_loading(source: str, field: str, remedy: str = _GENERATOR) -> Iterator[None]:
+    """Turn what transformers raises inside the block into errors that name `field` and its value `source`.
+
+    Raises InputError, or StorageError when the weights are corrupted.
     """
     try:
-        return kind.from_pretrained(folder, **settings)
+        yield
     except SafetensorError as error:
         raise StorageError(f"the weights of {source} are corrupted: {first_line(error)}") from error
-    except ImportError as error:  # Some tokenizers are read by packages of their own.
-        reason = first_line(error).partition(". ")[0]
+    except ImportError as error:  # Some tokenizers and attentions come from packages of their own.
+        reason = one_line(error).partition(". ")[0]
         raise InputError(field, source, f"cannot be loaded: {reason}", "install it with pip") from error
-    except (OSError, ValueError, RuntimeError, TypeError, StrictDataclassError) as error:
-        raise InputError(field, source, f"cannot be loaded: {first_line(error)}", remedy) from error
+    except _LOADING_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            rule = "needs code that comes with it, which detoxrl never runs"
+            raise InputError(field, source, rule, "give a model of an architecture that transformers has") from error
+        raise InputError(field, source, f"cannot be loaded: {one_line(error)}", remedy) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class for a tokenizer.json that it cannot read.
+            raise
+        raise InputError(field, source, f"cannot be loaded: {one_line(error)}", remedy) from error
 
 
 def _generation_config(config: PreTrainedConfig, folder: str, source: str, field: str) -> GenerationConfig:
@@ -194,8 +218,16 @@ def require_vocabulary(field: str, source: str, tokenizer: PreTrainedTokenizerBa
     require(decoded != "", field, source, rule, "give a folder with its tokenizer files")
 
     embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    rule = f"has a tokenizer of {len(tokenizer)} tokens, but embeddings for {embeddings}"
-    require(len(tokenizer) <= embeddings, field, source, rule, _TRAINED_WITH)
+    tokens = 1 + max(tokenizer.get_vocab().values())  # Ids may have gaps.
+    rule = f"has a tokenizer of {tokens} tokens, but embeddings for {embeddings}"
+    require(tokens <= embeddings, field, source, rule, _TRAINED_WITH)
+
+
+def require_finite(model: torch.nn.Module, field: str, source: str) -> None:
+    """Raise InputError when a weight is NaN or infinite: whatever reads it would be too, hours later perhaps."""
+    for name, weight in model.named_parameters():
+        rule = f"has weights that are not finite, {name} for one"
+        require(bool(weight.isfinite().all()), field, source, rule, "restore its files, or give another model")
 
 
 def name_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,23 +246,37 @@ def require_positions(settings: PreTrainedConfig, config: Config, longest_target
     `longest_target` is the length in tokens of the longest fine-tuning target. A causal model reads prompt and response
     as one sequence, so there the sum of both counts. `settings` is the model's own config.
     """
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if positions is None:  # T5's positions are relative, so its texts may have any length
-        return
-
     prompt = config.data.max_prompt_tokens
     lengths = {
         "generation.max_new_tokens": config.generation.max_new_tokens,
         "tokens of the longest reference": longest_target,
     }
+    limits: dict[str, int | None]
     if settings.is_encoder_decoder:
+        limits = dict.fromkeys(lengths, positions_for(settings, "decoder"))
         lengths["data.max_prompt_tokens"] = prompt
+        limits["data.max_prompt_tokens"] = positions_for(settings, "encoder")
     else:
         lengths = {f"data.max_prompt_tokens + {name}": prompt + length for name, length in lengths.items()}
+        limits = dict.fromkeys(lengths, positions_for(settings, "decoder"))
 
     for name, length in lengths.items():
+        positions = limits[name]
         rule = f"exceeds the {positions} positions of {config.policy.base}"
-        require(length <= positions, name, length, rule, "give a smaller value")
+        require(positions is None or length <= positions, name, length, rule, "give a smaller value")
+
+
+def positions_for(settings: PreTrainedConfig, part: str) -> int | None:
+    """Return how many tokens the encoder or decoder of a model has positions for.
+
+    None stands for any number, as of T5, whose positions are relative.
+    """
+    text = settings.get_text_config(decoder=part == "decoder")
+    for name in (f"max_{part}_position_embeddings", "max_position_embeddings", "max_seq_len"):
+        positions = getattr(text, name, None)
+        if isinstance(positions, int):
+            return positions
+    return None
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:

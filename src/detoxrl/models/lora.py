@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from detoxrl.config.schema import Config, PolicyConfig
 from detoxrl.errors import InputError, first_line, require
 from detoxrl.models.files import ARCHITECTURES, FURTHER_TARGETS, adapted_part, read_settings, require_targets
-from detoxrl.models.loading import load_base
+from detoxrl.models.loading import load_base, require_finite
 from detoxrl.models.policy import Policy
 from detoxrl.models.recompute import layers_to_recompute
 from detoxrl.models.weights import POLICY, REFERENCE, FullWeights, LoraWeights, Weights, loading_adapter, require_layers
@@ -163,5 +163,6 @@ def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     with loading_adapter("policy.adapter", folder):
         peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=POLICY, is_trainable=True)
     require_layers(peft_model, POLICY, "policy.adapter", folder)
+    require_finite(peft_model, "policy.adapter", str(folder))
     peft_model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     return peft_model

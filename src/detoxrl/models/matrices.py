@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from detoxrl.models.linear import linear, pack_weights
+from detoxrl.models.linear import compute_dtype, linear, pack_weights
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -78,9 +78,9 @@ def is_plain(module: Any, is_linear: bool) -> bool:
 # Token by token
 
 
-def packed_stack(matrices: Sequence[Matrix], rows: int) -> Function:
-    """Return the product with several matrices that have the same input, without their LoRAs, for a batch of `rows`."""
-    product = pack_weights([matrix.weight for matrix in matrices], rows)
+def packed_stack(matrices: Sequence[Matrix]) -> Function:
+    """Return the product with several matrices that have the same input, without their LoRAs."""
+    product = pack_weights([matrix.weight for matrix in matrices])
     biases = [matrix.bias for matrix in matrices]
     if all(bias is None for bias in biases):
         return product
@@ -94,13 +94,13 @@ def packed_stack(matrices: Sequence[Matrix], rows: int) -> Function:
 
 
 def with_lora(product: Function, matrices: Sequence[Matrix]) -> Function:
-    """Return a product of stacked matrices plus what their LoRAs add, in the precision of the weights.
+    """Return a product of stacked matrices plus what their LoRAs add, in the precision of the products.
 
     The LoRAs of a stack also have the same input x, so they need two thin products together instead of two each. Their
     A are stacked, and their B, times the scales, are the blocks of a block-diagonal matrix: each B meets its own A x
     alone. A matrix without a LoRA has a block of zero columns. Gradients do not flow through the result.
     """
-    dtype = matrices[0].weight.dtype
+    dtype = compute_dtype(matrices[0].weight)
     loras = [matrix.lora for matrix in matrices if matrix.lora is not None]
     if not loras:
         return product

@@ -23,6 +23,10 @@ Network = T5Network | LlamaNetwork | PlainNetwork
 # Maximum number of tokens, padding included, that an encoder reads at once on a CPU: larger batches are no faster there
 # and waste more on padding. A GPU reads 32 times as many.
 _ENCODER_TOKENS = 1024
+# After how many tokens sampling asks which rows have ended. On a CPU that costs nothing; a GPU has to finish all that
+# was queued before it can answer.
+_ASK_EVERY = {"cpu": 1}
+_ASK_GPU_EVERY = 16
 # Finished rows leave the sampling batch once at most this share of its rows is unfinished.
 _SHRINK_AT = 0.75
 # A nucleus rarely has more tokens; finding these takes a fraction of the time of sorting a vocabulary.
@@ -206,6 +210,7 @@ class Policy:
         steps = self._network(adapter).steps(encoded, length, group_size)
         eos_ids = torch.tensor(self.eos_token_ids, device=self.device)
         rows = torch.arange(len(uniforms), device=self.device)  # still in the batch; some may have ended
+        ask_every = _ASK_EVERY.get(self.device.type, _ASK_GPU_EVERY)
         tokens = None
 
         for t in range(length):
@@ -227,6 +232,8 @@ class Policy:
                 responses.values[rows, t] = torch.where(counts, self._values(states, self.value_head), 0.0)
             responses.ended[rows] |= torch.isin(tokens, eos_ids)
 
+            if (t + 1) % ask_every > 0:
+                continue
             unfinished = ~responses.ended[rows]
             if bool(unfinished.all()):
                 continue
@@ -243,6 +250,16 @@ class Policy:
     def decode(self, responses: Responses) -> list[str]:
         """Return the texts of the responses without special tokens."""
         return [text.strip() for text in self.tokenizer.batch_decode(responses.ids, skip_special_tokens=True)]
+
+    @contextmanager
+    def recomputing(self, activations: bool) -> Iterator[None]:
+        """Make backward passes of what is computed inside the block recompute activations, or keep them."""
+        before = self.checkpointing
+        self.checkpointing = activations
+        try:
+            yield
+        finally:
+            self.checkpointing = before
 
     @contextmanager
     def through_plain_network(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,7 +19,7 @@ from detoxrl.errors import require
 from detoxrl.models.encoder import load_adapted
 from detoxrl.models.files import adapter_base, has_tokenizer
 from detoxrl.models.linear import FastLinear
-from detoxrl.models.loading import load_pretrained, name_padding, require_vocabulary
+from detoxrl.models.loading import load_pretrained, name_padding, require_finite, require_vocabulary
 from detoxrl.models.policy import length_batches
 from detoxrl.runtime.hub import adapts_classifier, fetch
 
@@ -44,7 +45,6 @@ class Reader:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_length = min(_stated_limit(tokenizer), positions_of(model.config))
-        self._truncation: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding_side": "right"}
 
     @torch.no_grad()
     def read(
@@ -57,26 +57,40 @@ class Reader:
         """
         device = self.model.device
         batch_tokens = tokens or tokens_at_once(device)
-        lengths, ordered = self._by_length(texts)
+        encoded = self._encoded(texts)
+        ordered = sorted(encoded, key=lambda text: (len(encoded[text]["input_ids"]), text))
+        lengths = [len(encoded[text]["input_ids"]) for text in ordered]
 
         rows = []
         with FastLinear():
             for batch in length_batches(lengths, batch_tokens):
-                inputs = self.tokenizer(ordered[batch], return_tensors="pt", padding=True, **self._truncation).to(
-                    device
-                )
+                inputs = self._padded([encoded[text] for text in ordered[batch]]).to(device)
                 output = self.model(**inputs)[0]
                 rows.append(reduce(output, inputs["attention_mask"]).cpu())
 
         row_of = {text: row for row, text in enumerate(ordered)}
         return torch.cat(rows)[[row_of[text] for text in texts]]
 
-    def _by_length(self, texts: Texts) -> tuple[list[int], list[Any]]:
-        """Return the distinct texts, shortest first, and their lengths in tokens."""
+    def _encoded(self, texts: Texts) -> dict[Any, dict[str, list[int]]]:
+        """Return what the model reads of each distinct text, by the name of its argument.
+
+        Texts are data: "</s>" in one is five characters. A text without any token is read as an end or padding alone.
+        """
         distinct: list[Any] = list(set(texts))
-        lengths = [len(ids) for ids in self.tokenizer(distinct, **self._truncation).input_ids]
-        ordered = sorted(zip(lengths, distinct, strict=True))
-        return [length for length, _ in ordered], [text for _, text in ordered]
+        columns = self.tokenizer(distinct, truncation=True, max_length=self.max_length, split_special_tokens=True)
+        encoded = {}
+        for number, text in enumerate(distinct):
+            encoded[text] = {name: values[number] for name, values in columns.items()}
+            if not encoded[text]["input_ids"]:
+                stand_in = self.tokenizer.eos_token_id
+                ids = [self.tokenizer.pad_token_id if stand_in is None else stand_in]
+                encoded[text] = {name: [0] for name in columns} | {"input_ids": ids, "attention_mask": [1]}
+        return encoded
+
+    def _padded(self, rows: Sequence[dict[str, list[int]]]) -> BatchEncoding:
+        """Return the arguments of the model for a batch, each (B, T)."""
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return self.tokenizer.pad(columns, padding_side="right", return_tensors="pt")
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -119,6 +133,7 @@ def load_reader(
 
     require(tokenizer.pad_token is not None, field, source, "has a tokenizer without a padding token", remedy)
     require_vocabulary(field, source, tokenizer, model)
+    require_finite(model, field, source)
     name_padding(model, tokenizer)
     return model.requires_grad_(False).to(device), tokenizer  # type: ignore[arg-type]
 

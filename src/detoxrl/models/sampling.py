@@ -249,6 +249,19 @@ def require_agreement(policy: Policy, base: str) -> None:
         require(largest < bound, "policy.base", base, rule, GENERATOR_EXAMPLES)
 
 
+@torch.no_grad()
+def require_own_reference(policy: Policy, field: str, source: str) -> None:
+    """Raise InputError unless the policy and its reference give a text the same log-probs, so that KL begins at 0."""
+    text = "Thank you, that is very kind of you."
+    ids = torch.tensor([policy.tokenizer(text, add_special_tokens=False).input_ids], device=policy.device)
+    own = policy.logprobs(policy.encode([text]), ids, 1.0).logprobs
+    by_reference = policy.logprobs(policy.encode([text], policy.reference), ids, 1.0, policy.reference).logprobs
+    distance = float((own - by_reference).abs().max())
+    rule = f"starts {distance:.1g} nats a token away from its own reference, so the KL would not begin at 0"
+    remedy = "give a plain LoRA, without modules_to_save on weights that the base ties"
+    require(distance < _AGREEMENT_FP32, field, source, rule, remedy)
+
+
 def _disagreement(policy: Policy, text: str, sampled: Responses, first: int, responses: int) -> float:
     """Return the largest difference (nats) between sampled and scored log-probs of responses to a text."""
     rows = slice(first, first + responses)

@@ -2,8 +2,10 @@
 
 This is the forward pass of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683) and mT5 written out as plain
 functions of tensors, gated as in FLAN-T5 or not, under full weights or with a LoRA on any of its matrices. It computes
-what transformers computes and is tested against it. It is faster for five reasons (measurements: docs/performance.md):
+what transformers computes and is tested against it. It is faster for six reasons (measurements: docs/performance.md):
 
+- **No padding.** All tokens of a pass are the rows of one matrix, so that no product has a row for padding. Only
+  attention sees them as padded sequences.
 - **Thin LoRA products**, which change no weight (detoxrl.models.matrices).
 - **Shared cross-attention.** The keys and values of cross-attention are products of the encoder's states and the base
   weights. If neither changes in training, they are computed once (`T5Network.with_shared_cross`) for sampling, the
@@ -19,7 +21,7 @@ In comments, B is the batch, P the prompt length, T the response length, D the m
 d the width of a head, L the number of decoder layers and V the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,9 +32,10 @@ from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 
 from detoxrl.models.ends import start_token_ids
 from detoxrl.models.groups import closed_up
-from detoxrl.models.linear import linear, pack_weights
+from detoxrl.models.linear import compute_dtype, linear, pack_weights
 from detoxrl.models.matrices import Function, Matrix, is_plain, matrix_of, packed_stack, with_lora
 from detoxrl.models.recompute import recomputed
+from detoxrl.models.sequences import Sequences
 from detoxrl.models.token_logprobs import select_tokens, token_logprobs
 from detoxrl.models.types import Encoded
 from detoxrl.models.weights import Weights
@@ -167,18 +170,6 @@ def _attend_to_prompts(
     return _attend(q, k, v, bias).reshape(batch, length, -1)
 
 
-def _padding_bias(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
-    """Return a bias (B, 1, 1, P) that is -inf at padding and 0 elsewhere, in the dtype of `like`.
-
-    It is None when nothing is padded, which saves an addition in every layer.
-    """
-    padding = mask == 0
-    if padding.device.type != "meta" and not padding.any():
-        return None
-
-    return torch.zeros_like(padding, dtype=like.dtype).masked_fill(padding, -torch.inf)[:, None, None]
-
-
 def _narrowed(wide: Sequence[torch.Tensor], narrow: Function, activation: Function) -> torch.Tensor:
     """Return the output (..., D) of a feed-forward sublayer from its one or two widened states (..., F)."""
     activated = activation(wide[0])
@@ -188,6 +179,14 @@ def _narrowed(wide: Sequence[torch.Tensor], narrow: Function, activation: Functi
 
 
 # Whole sequences
+
+
+class _Layout(NamedTuple):
+    """What every decoder layer of a teacher-forced pass needs of its rows, which are tokens of responses."""
+
+    responses: Sequences
+    causal_bias: torch.Tensor  # (1, H, T, T)
+    padding_bias: torch.Tensor | None  # (U, 1, 1, P), of the prompts.
 
 
 class T5Network:
@@ -204,12 +203,12 @@ class T5Network:
         decoder = model.decoder
         self.config = model.config
         self.encoder = model.encoder
+        self._decoder = decoder
         self.layers = [_decoder_layer(block, self._adapter) for block in decoder.block]
-        self.embedding = decoder.embed_tokens.weight
+        self._embedding = decoder.embed_tokens.weight
         self.norm = decoder.final_layer_norm.weight
         self.head = model.lm_head.weight
-        # Returns T5's relative position bias (1, H, n, m) for n queries and m keys, which all layers share.
-        self.position_bias: Callable[[int, int], torch.Tensor] = decoder.block[0].layer[0].SelfAttention.compute_bias
+        self.dtype = compute_dtype(self.head)
         # A T5 whose head is tied to its embeddings scales the states before the head. An mT5 never does.
         scales = type(model) is T5ForConditionalGeneration and self.config.scale_decoder_outputs
         self.scale = self.config.d_model**-0.5 if scales else 1.0
@@ -220,17 +219,18 @@ class T5Network:
         return 1024
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the encoder's hidden states (B, P, D) for prompts of token ids (B, P)."""
-        length = ids.shape[1]
-        x = embedding(ids, self.encoder.embed_tokens.weight)
-        bias = self.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)
-        padding_bias = _padding_bias(mask, x)
+        """Return the encoder's hidden states (B, P, D) for prompts of token ids (B, P), 0 at padding."""
+        prompts = Sequences(mask.bool())
+        x = embedding(prompts.tokens_of(ids), self.encoder.embed_tokens.weight).to(self.dtype)
+        bias = self._position_bias(self.encoder, ids.shape[1])
+        padding_bias = prompts.padding_bias(x.dtype)
         if padding_bias is not None:
             bias = bias + padding_bias
 
         for block in self.encoder.block:
-            x = self._computed(partial(self._through_encoder_layer, _encoder_layer(block, self._adapter), bias), x)
-        return self.normed(x, self.encoder.final_layer_norm.weight)
+            layer = _encoder_layer(block, self._adapter)
+            x = self._computed(partial(self._through_encoder_layer, layer, prompts, bias), x)
+        return prompts.padded(self.normed(x, self.encoder.final_layer_norm.weight))
 
     def with_shared_cross(self, encoded: Encoded) -> Encoded:
         """Return the prompts with the keys and values of cross-attention under the bare base, without any LoRA.
@@ -263,18 +263,20 @@ class T5Network:
 
         Without a mask, all B * T tokens count. Entropies have a gradient only with `entropy_gradient`.
         """
-        length = ids.shape[1]
+        counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        # A place is read if its token, which it predicts, or a later one counts.
+        responses = Sequences(counts.flip(1).cummax(1).values.flip(1))
         start = ids.new_full((len(ids), 1), self.config.decoder_start_token_id)
-        x = embedding(torch.cat([start, ids[:, :-1]], 1), self.embedding)
+        x = self.embed(responses.tokens_of(torch.cat([start, ids[:, :-1]], 1)))
 
+        length = ids.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-        causal_bias = self.position_bias(length, length).masked_fill(future, -torch.inf)
-        padding_bias = _padding_bias(encoded.mask, x)
-
+        causal_bias = self.position_bias(length).masked_fill(future, -torch.inf)
+        layout = _Layout(responses, causal_bias, Sequences(encoded.mask.bool()).padding_bias(x.dtype))
         for i in range(len(self.layers)):
-            x = self._computed(partial(self._through_decoder_layer, i, encoded, causal_bias, padding_bias), x)
+            x = self._computed(partial(self._through_decoder_layer, i, encoded, layout), x)
 
-        states = select_tokens(self.normed(x, self.norm), mask)
+        states = self.normed(x, self.norm).index_select(0, select_tokens(responses.numbers(), mask))
         chosen_ids = select_tokens(ids, mask)
         chosen, entropy = token_logprobs(states * self.scale, self.head, chosen_ids, temperature, entropy_gradient)
         return chosen, entropy, states
@@ -284,16 +286,16 @@ class T5Network:
         output: torch.Tensor = recomputed(layer, x) if self.checkpointing else layer(x)
         return output
 
-    def _through_encoder_layer(self, layer: EncoderLayer, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        x = self._self_attended(x, layer.self_attention, bias)
+    def _through_encoder_layer(
+        self, layer: EncoderLayer, prompts: Sequences, bias: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        x = self._self_attended(x, layer.self_attention, prompts, bias)
         return self._fed_forward(x, layer.feed_forward)
 
-    def _through_decoder_layer(
-        self, i: int, encoded: Encoded, causal_bias: torch.Tensor, padding_bias: torch.Tensor | None, x: torch.Tensor
-    ) -> torch.Tensor:
+    def _through_decoder_layer(self, i: int, encoded: Encoded, layout: _Layout, x: torch.Tensor) -> torch.Tensor:
         layer = self.layers[i]
-        x = self._self_attended(x, layer.self_attention, causal_bias)
-        x = self._cross_attended(x, i, encoded, padding_bias)
+        x = self._self_attended(x, layer.self_attention, layout.responses, layout.causal_bias)
+        x = self._cross_attended(x, i, encoded, layout)
         return self._fed_forward(x, layer.feed_forward)
 
     def cross_keys_values(self, i: int, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,21 +322,22 @@ class T5Network:
         change = self.split_heads(matrix.lora.product(encoded.states))
         return torch.add(heads, change, alpha=matrix.lora.scale)
 
-    def _self_attended(self, x: torch.Tensor, attention: Attention, bias: torch.Tensor) -> torch.Tensor:
-        n = self.normed(x, attention.norm)
-        q = self.split_heads(attention.q(n))
-        k = self.split_heads(attention.k(n))
-        v = self.split_heads(attention.v(n))
-        return x + attention.o(_attend(q, k, v, bias))
-
-    def _cross_attended(
-        self, x: torch.Tensor, i: int, encoded: Encoded, padding_bias: torch.Tensor | None
+    def _self_attended(
+        self, x: torch.Tensor, attention: Attention, sequences: Sequences, bias: torch.Tensor
     ) -> torch.Tensor:
+        """Return x (N, D), the tokens of sequences, with what they attend to in their own."""
+        n = self.normed(x, attention.norm)
+        q, k, v = (self.split_heads(sequences.padded(matrix(n))) for matrix in (attention.q, attention.k, attention.v))
+        return x + attention.o(sequences.tokens_of(_attend(q, k, v, bias)))
+
+    def _cross_attended(self, x: torch.Tensor, i: int, encoded: Encoded, layout: _Layout) -> torch.Tensor:
+        """Return x (N, D), the tokens of responses, with what they attend to in their prompts."""
         attention = self.layers[i].cross_attention
         n = self.normed(x, attention.norm)
-        q = self.split_heads(attention.q(n))
+        q = self.split_heads(layout.responses.padded(attention.q(n)))
         keys, values = self.cross_keys_values(i, encoded)
-        return x + attention.o(_attend_to_prompts(q, keys, values, padding_bias))
+        attended = _attend_to_prompts(q, keys, values, layout.padding_bias)
+        return x + attention.o(layout.responses.tokens_of(attended))
 
     def _fed_forward(self, x: torch.Tensor, layer: FeedForward) -> torch.Tensor:
         n = self.normed(x, layer.norm)
@@ -345,18 +348,29 @@ class T5Network:
         """Return an object that decodes responses of up to `length` tokens to the prompts, token by token."""
         return T5Steps(self, encoded, length, group_size)
 
-    def packed(self, rows: int) -> "_PackedWeights":
-        """Return the products with all decoder weights for a batch of `rows`, without LoRAs."""
+    def packed(self) -> "_PackedWeights":
+        """Return the products with all decoder weights, without LoRAs."""
 
         def pack() -> _PackedWeights:
-            head = pack_weights([self.head], rows)
-            return _PackedWeights(head, [_packed_layer(layer, rows) for layer in self.layers])
+            return _PackedWeights(pack_weights([self.head]), [_packed_layer(layer) for layer in self.layers])
 
         return self._weights.packed(pack)
 
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (..., D) of token ids (...) in the decoder, in the precision of the pass."""
+        return embedding(ids, self._embedding).to(self.dtype)
+
+    def position_bias(self, length: int) -> torch.Tensor:
+        """Return T5's relative position bias (1, H, n, n) for n tokens in the decoder, which all layers share."""
+        return self._position_bias(self._decoder, length)
+
+    def _position_bias(self, stack: Any, length: int) -> torch.Tensor:
+        bias: torch.Tensor = stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
+        return bias.to(self.dtype)
+
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return x (..., D) divided by its root mean square and multiplied by a weight (D,)."""
-        normed: torch.Tensor = rms_norm(x, weight.shape, weight, self.config.layer_norm_epsilon)
+        normed: torch.Tensor = rms_norm(x, weight.shape, weight.to(x.dtype), self.config.layer_norm_epsilon)
         return normed
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -390,8 +404,8 @@ def _stacks(layer: DecoderLayer) -> tuple[tuple[Matrix, ...], ...]:
     return (own.q, own.k, own.v), (own.o,), (cross.q,), (cross.o,), feed_forward.wide, (feed_forward.narrow,)
 
 
-def _packed_layer(layer: DecoderLayer, rows: int) -> _LayerProducts:
-    return _LayerProducts(*(packed_stack(matrices, rows) for matrices in _stacks(layer)))
+def _packed_layer(layer: DecoderLayer) -> _LayerProducts:
+    return _LayerProducts(*map(packed_stack, _stacks(layer)))
 
 
 def _with_loras(products: _LayerProducts, layer: DecoderLayer) -> _LayerProducts:
@@ -407,7 +421,7 @@ class T5Steps:
 
     def __init__(self, network: T5Network, encoded: Encoded, length: int, group_size: int) -> None:
         batch = len(encoded.states) * group_size
-        packed = network.packed(batch)
+        packed = network.packed()
         self._network = network
         self._head = packed.head
         layers = zip(packed.layers, network.layers, strict=True)
@@ -418,13 +432,13 @@ class T5Steps:
             keys, values = network.cross_keys_values(i, encoded)
             # Every token reads them, so they are copied once if they are not contiguous.
             self._cross.append((keys.contiguous(), values.contiguous()))
-        self._padding_bias = _padding_bias(encoded.mask, encoded.states)
+        self._padding_bias = Sequences(encoded.mask.bool()).padding_bias(encoded.states.dtype)
         self._group_size = group_size
         # Each row's place among those of all prompts, `group_size` to a prompt.
         self._places = torch.arange(batch, device=encoded.mask.device)
 
         self._heads: int = network.config.num_heads
-        self._position_bias = network.position_bias(length, length)
+        self._position_bias = network.position_bias(length)
         # Keys and values (L, 2, B, H, T, d) of the response's own tokens. They are in float32 even under bfloat16
         # weights, because a CPU multiplies few rows of bfloat16 more slowly, and they take little memory.
         sizes = (len(network.layers), 2, batch, self._heads, length, network.config.d_kv)
@@ -442,7 +456,7 @@ class T5Steps:
             start = network.config.decoder_start_token_id
             tokens = torch.full((self._own.shape[2],), start, device=self._own.device)
 
-        x = embedding(tokens, network.embedding)
+        x = network.embed(tokens)
         t = self._done
         bias = self._position_bias[:, :, t : t + 1, : t + 1]
         for layer, products, own, cross in zip(network.layers, self._products, self._own, self._cross, strict=True):

@@ -50,6 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprob_gradients = []
         entropy_gradients = []
         size = max(1, MAX_LOGITS // len(head))
+        head = head.to(states.dtype)  # Once for all chunks, where it is stored in less precision.
 
         for chunk, chunk_ids in zip(states.split(size), ids.split(size), strict=True):
             logits = linear(chunk, head).float()

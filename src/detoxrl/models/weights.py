@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from detoxrl.errors import InputError, require
 from detoxrl.models.files import ADAPTER_WEIGHTS, require_adapter_files
-from detoxrl.models.loading import load_base, save_base
+from detoxrl.models.loading import load_base, require_finite, save_base
 from detoxrl.runtime.files import explain_corruption
 
 # peft's name for the adapter that `save_pretrained` writes to the top of a folder.
@@ -83,6 +83,7 @@ class LoraWeights:
         with loading_adapter("adapter", folder):
             self.model.load_adapter(str(folder), adapter_name=name)
         require_layers(self.model, name, "adapter", folder)
+        require_finite(self.model, "adapter", str(folder))
 
     def save(self, folder: Path) -> None:
         """Write the policy's adapter as a folder that peft loads on the base."""
@@ -168,6 +169,7 @@ def require_layers(model: PeftModel, name: str, field: str, folder: Path) -> Non
     """Raise InputError when the LoRA `name` came from a folder with other layers, which peft ignores silently."""
     loaded = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     stored = set(load_file(folder / ADAPTER_WEIGHTS))
-    different = sorted(loaded ^ stored)
+    # peft saves the base's own weight beside a LoRA on embeddings.
+    different = sorted(key for key in loaded ^ stored if not key.endswith(".base_layer.weight"))
     rule = f"belongs to a base with other layers, {different[0]} for one" if different else ""
     require(not different, field, str(folder), rule, "give an adapter of this base")

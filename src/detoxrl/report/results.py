@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from detoxrl.report.words import kept_initial
+from detoxrl.runtime.files import explain_corruption
+from detoxrl.runtime.run_files import require_contents
 from detoxrl.runtime.run_folder import INITIAL_KEPT, RunFolder
 
 Validation = dict[str, Any]  # a line of validation.jsonl
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file. Raises ValueError if a line is incomplete."""
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    """Return the objects of a JSON-lines file. Raises StorageError if a line is torn or lacks what it has to hold."""
+    with explain_corruption(path, "put the file back, or make the stage that writes it again"):
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        require_contents(path.name, records)
+    return records
 
 
 def read_validations(folder: RunFolder) -> list[Validation]:

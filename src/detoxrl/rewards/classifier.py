@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from detoxrl.errors import InputError
-from detoxrl.models.loading import load_pretrained
+from detoxrl.errors import InputError, require
+from detoxrl.models.loading import explain_loading, load_pretrained
 from detoxrl.models.reader import Reader, Texts, load_reader
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.calibration import Isotonic, read_isotonic, to_log_odds
@@ -24,7 +24,14 @@ from detoxrl.runtime.hub import fetch
 # Every usable classifier tells these sentences apart; they are tried before training.
 CIVIL_PROBE = "Thank you, that is very kind of you."
 TOXIC_PROBE = "You are a stupid idiot!"
+# What stands for an output of 0 or below by a regression, whose log-odds would be infinite.
+_LEAST_PROBABILITY = 1e-6
+# How far an output of a regression to [0, 1] may leave it.
+_OVERSHOOT = 0.25
+# How far the outputs for a text may differ when a longer one is read beside it, relative to the largest.
+_SAME_IN_BATCH = 1e-3
 _REVERSED_BY = 0.1  # A label counts as reversed only when its probabilities differ by more than this.
+_MANY_TOKENS = 10_000  # Two sentences are one batch.
 _REMEDY = "give the folder or hub id of a sequence classifier"
 
 
@@ -93,10 +100,19 @@ class Classifier(Reader):
         self.good = good
         self.kind = kind
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the only output is the toxicity itself, as of a regression that was fitted to scores in [0, 1].
+
+        A regression with a good label is a scorer, such as a reward model: its output has no bounds.
+        """
+        config = self.model.config
+        return self.toxic is not None and config.num_labels == 1 and config.problem_type == "regression"
+
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
         """Return the score (B,) of each response by `class_scores`. The prompts are not read."""
         multi_label = is_multi_label(self.model.config)
-        return class_scores(self.logits(responses), self.kind, self.toxic, self.good, multi_label)
+        return class_scores(self._unbounded(responses), self.kind, self.toxic, self.good, multi_label)
 
     def toxicity(self, texts: Texts) -> torch.Tensor:
         """Return the probability (B,) of the toxic label; without one, 1 less that of the good label."""
@@ -105,13 +121,20 @@ class Classifier(Reader):
 
     def probabilities(self, texts: Texts) -> torch.Tensor:
         """Return the probability (B, labels) of each label; rows sum to 1 unless a text may have several labels."""
-        logits = self.logits(texts)
+        logits = self._unbounded(texts)
         multi_label = is_multi_label(self.model.config)
         if self.isotonic is None:
             return logits.sigmoid() if multi_label else logits.softmax(-1)
 
         log_odds = to_log_odds(logits.double().numpy(), "scores" if multi_label else "classes")
         return torch.from_numpy(self.isotonic(log_odds, sums_to_one=not multi_label)).float()
+
+    def _unbounded(self, texts: Texts) -> torch.Tensor:
+        """Return the logits (B, labels); of a regression, those whose sigmoid its outputs are."""
+        outputs = self.logits(texts)
+        if not self.gives_probabilities:
+            return outputs
+        return torch.logit(outputs, eps=_LEAST_PROBABILITY)
 
     def logits(self, texts: Texts, tokens: int | None = None) -> torch.Tensor:
         """Return the logits (B, labels) in fp32 on the CPU; `tokens` is the maximum number of tokens in a batch."""
@@ -133,6 +156,7 @@ def load_classifier(
     """
     classifier = load_unprobed_classifier(source, field, toxic, device, good)
     classifier.kind = kind
+    _require_sound(classifier, field, source)
     probe(classifier, toxic, good or {})
     return classifier
 
@@ -166,10 +190,29 @@ def load_classifier_shapes(source: str, field: str, labels: Mapping[str, str]) -
     config = load_pretrained(AutoConfig, folder, source, field, _REMEDY)
     require_labels(config.id2label, labels)
 
-    with torch.device("meta"):
+    with torch.device("meta"), explain_loading(source, field, _REMEDY):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     model.eval()
     return model
+
+
+def _require_sound(classifier: Classifier, field: str, source: str) -> None:
+    """Raise InputError unless a classifier gives a text the same outputs in every batch, and those of its kind."""
+    alone = classifier.logits([CIVIL_PROBE])[0]
+    beside = classifier.logits([CIVIL_PROBE, f"{TOXIC_PROBE} {CIVIL_PROBE}"], tokens=_MANY_TOKENS)[0]
+    difference = float((alone - beside).abs().max())
+    allowed = _SAME_IN_BATCH * max(1.0, float(alone.abs().max()))
+    rule = f"gives a text other outputs when a longer one is read beside it, by up to {difference:.2g}"
+    remedy = "name another classifier, or save it with the tokenizer and padding it was trained with"
+    require(difference < allowed, field, source, rule, remedy)
+
+    if classifier.gives_probabilities:
+        outputs = classifier.logits([CIVIL_PROBE, TOXIC_PROBE])
+        lowest, highest = float(outputs.min()), float(outputs.max())
+        rule = f"is a regression whose outputs, {lowest:.2f} and {highest:.2f} for two sentences, are no probabilities"
+        is_probability = lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT
+        remedy = "remove problem_type from its config.json if they are log-odds"
+        require(is_probability, field, source, rule, remedy)
 
 
 def probe(classifier: Classifier, toxic: Mapping[str, str], good: Mapping[str, str]) -> None:

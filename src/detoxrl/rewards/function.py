@@ -4,7 +4,8 @@ import importlib
 import inspect
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,13 +15,15 @@ import torch
 
 from detoxrl.config.schema import RewardConfig
 from detoxrl.config.terms import Term, parse_terms
-from detoxrl.errors import InputError, require
+from detoxrl.errors import InputError, first_line, require
 from detoxrl.models.types import Prompt
 from detoxrl.rewards.names import FUNCTION, IN_PYTHON, missing_function, require_function, split_function_name
 from detoxrl.rewards.terms import Score
 
 # What every function gets: prompts and responses. A column of such a name cannot be given too.
 _OWN_PARAMETERS = ("prompts", "responses")
+# What a function that was written for trl calls the responses; trl passes everything by name.
+_COMPLETIONS = "completions"
 
 
 class RewardFunction(Protocol):
@@ -99,15 +102,32 @@ def _defined_in(module: str, name: str) -> dict[str, Any]:
         path = Path(module)
         sys.path.append(str(path.resolve().parent))  # The file can import its neighbours, as a script can.
         try:
-            return runpy.run_path(module, run_name=f"reward_{path.stem}")
+            with _own_process(name):
+                return runpy.run_path(module, run_name=f"reward_{path.stem}")
         except SyntaxError as error:
             rule = f"line {error.lineno} is not valid Python: {error.msg}"
             raise InputError(FUNCTION, name, rule, "fix the file") from None
 
     try:
-        return vars(importlib.import_module(module))
+        with _own_process(name):
+            return vars(importlib.import_module(module))
     except (ModuleNotFoundError, TypeError):
         raise InputError(FUNCTION, name, f"there is no module {module}", "write FILE.py:NAME") from None
+
+
+@contextmanager
+def _own_process(name: str) -> Iterator[None]:
+    """Let a user's code run inside the block without ending the run or moving it to another folder.
+
+    Raises InputError, with `name` as the value, for code that calls `sys.exit`: the run would end as if all were well.
+    """
+    try:
+        with chdir("."):  # Back to the present folder at the end.
+            yield
+    except SystemExit as error:
+        rule = f"ended Python with sys.exit({'' if error.code is None else repr(error.code)})"
+        remedy = "raise an exception instead, and put a script's own work below `if __name__ == '__main__':`"
+        raise InputError(FUNCTION, name, rule, remedy) from error
 
 
 def validated_reward(function: RewardFunction, name: str) -> Score:
@@ -117,13 +137,57 @@ def validated_reward(function: RewardFunction, name: str) -> Score:
     finite number for each response.
     """
     asked, asks_for_all = _asked_columns(function)
+    signature = _signature(function)
+    is_of_trl = signature is not None and _COMPLETIONS in signature.parameters
 
     def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+        texts = [prompt.text for prompt in prompts]
         columns = _columns(prompts, asked, asks_for_all, name)
-        returned = function([prompt.text for prompt in prompts], list(responses), **columns)
+        positional: tuple[list[str], ...] = (texts, list(responses))
+        if is_of_trl:
+            columns = _named_as_in_trl(signature, texts, responses, columns)
+            positional = ()
+
+        _require_callable(signature, positional, columns, name)
+        with _own_process(name):
+            returned = function(*positional, **columns)
         return _validated_scores(returned, len(responses), name)
 
     return reward
+
+
+def _signature(function: RewardFunction) -> inspect.Signature | None:
+    """Return the signature of a function; some builtins have none."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        return None
+
+
+def _named_as_in_trl(
+    signature: inspect.Signature | None, prompts: list[str], responses: Sequence[str], columns: dict[str, list[Any]]
+) -> dict[str, list[Any]]:
+    """Return the arguments by name for a function written for trl, which calls the responses completions."""
+    assert signature is not None
+    parameters = signature.parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    arguments = {**columns, _COMPLETIONS: list(responses)}
+    if takes_all or "prompts" in parameters:
+        arguments["prompts"] = prompts
+    return arguments
+
+
+def _require_callable(
+    signature: inspect.Signature | None, positional: Sequence[Any], columns: Mapping[str, Any], name: str
+) -> None:
+    """Raise InputError unless a function can be called with these arguments."""
+    if signature is None:
+        return
+    try:
+        signature.bind(*positional, **columns)
+    except TypeError as error:
+        rule = f"has the parameters {signature}, and is called with prompts and responses: {first_line(error)}"
+        raise InputError(FUNCTION, name, rule, "write `def score(prompts, responses):`") from None
 
 
 def _asked_columns(function: RewardFunction) -> tuple[list[inspect.Parameter], bool]:
@@ -131,17 +195,21 @@ def _asked_columns(function: RewardFunction) -> tuple[list[inspect.Parameter], b
 
     A function that names neither prompts nor responses, such as a wrapper with `*args, **kwargs`, gets no columns.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # Some builtins have no signature.
+    signature = _signature(function)
+    if signature is None:
         return [], False
+
+    parameters = signature.parameters.values()
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    if _COMPLETIONS in signature.parameters:
+        by_name = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        return [each for each in by_name if each.name not in (*_OWN_PARAMETERS, _COMPLETIONS)], takes_any
 
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     given = len(_OWN_PARAMETERS)
     asked = [each for each in positional[given:] if each.kind is each.POSITIONAL_OR_KEYWORD]
     asked += [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters) and len(positional) >= given
-    return asked, takes_all
+    return asked, takes_any and len(positional) >= given
 
 
 def _columns(
@@ -180,8 +248,10 @@ def _validated_scores(returned: Any, size: int, name: str) -> torch.Tensor:
 def _as_array(returned: Any) -> np.ndarray[Any, Any]:
     """Return what a function returned as an array, which has dtype object if it does not hold numbers."""
     if isinstance(returned, torch.Tensor):
+        if returned.is_complex() or returned.is_meta or returned.layout != torch.strided:
+            return np.asarray(None)
         returned = returned.detach().float().cpu()
     try:
         return np.asarray(returned)
-    except ValueError:  # Nested lists of unequal length.
+    except (ValueError, TypeError, RuntimeError):  # Nested lists of unequal length, for example.
         return np.asarray(None)

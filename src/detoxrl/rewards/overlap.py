@@ -1,23 +1,15 @@
 """How much do two texts have in common, and how much does a text repeat itself?"""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 from sacrebleu.metrics.chrf import CHRF
 
+from detoxrl.data.words import words_of
 from detoxrl.models.sentences import Encode, Vectors
 
 _Gram = tuple[str, ...]
-
-
-class WordTokenizer:
-    """Lower-cased words of any script; the tokenizer of rouge-score knows Latin letters only."""
-
-    @staticmethod
-    def tokenize(text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
 
 
 _CHRF = CHRF()
@@ -42,7 +34,7 @@ def copied(text: str, response: str) -> float:
     if not grams:
         return 0.0
 
-    text_grams = set(word_grams(WordTokenizer.tokenize(text), len(grams[0])))
+    text_grams = set(word_grams(words_of(text), len(grams[0])))
     return sum(gram in text_grams for gram in grams) / len(grams)
 
 
@@ -105,14 +97,14 @@ def _comparable_grams(responses: Sequence[str], grams: Sequence[Sequence[_Gram]]
     lengths = sorted({len(of_response[0]) for of_response in grams if of_response})
     comparable = []
     for response in responses:
-        words = WordTokenizer.tokenize(response)
+        words = words_of(response)
         comparable.append(list(dict.fromkeys(gram for length in lengths for gram in word_grams(words, length))))
     return comparable
 
 
 def _four_grams(text: str) -> list[_Gram]:
     """Return the word 4-grams of a text: one n-gram for fewer than four words, none for an empty text."""
-    words = WordTokenizer.tokenize(text)
+    words = words_of(text)
     if not words:
         return []
     return word_grams(words, min(4, len(words)))
@@ -123,7 +115,7 @@ def repeated(text: str) -> float:
 
     1 - distinct-3 of the text alone (Li et al. 2016, section 5, over n-grams instead of words).
     """
-    grams = word_grams(WordTokenizer.tokenize(text), 3)
+    grams = word_grams(words_of(text), 3)
     if len(grams) < 2:
         return 0.0
     return 1 - len(set(grams)) / len(grams)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from detoxrl.errors import InputError, require
 from detoxrl.runtime.console import log
 from detoxrl.runtime.files import copy_path, remove_leftovers
 from detoxrl.runtime.shipped import shipped_model, unpack
@@ -27,13 +28,33 @@ _SOURCES = (
 )
 # What the models are called in messages.
 _TITLES = {"base": "warm start", "reward": "reward model", "baseline": "civil baseline"}
+_NAME_CACHE = "set DETOXRL_CACHE to a folder that can be written"
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers")
 
 
 def cache_dir() -> Path:
-    """Return $DETOXRL_CACHE, or by default `detoxrl` in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DETOXRL_CACHE") or Path(user_cache) / "detoxrl")
+    """Return $DETOXRL_CACHE, or by default `detoxrl` in the user's cache folder. Raises InputError without one."""
+    named = os.environ.get("DETOXRL_CACHE")
+    if named:
+        return Path(named)
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named) / "detoxrl"
+    try:
+        return Path.home() / ".cache" / "detoxrl"
+    except RuntimeError:  # A container may run under a user that has no entry and no home.
+        raise InputError("HOME", None, "is not set, and this user has no home folder", _NAME_CACHE) from None
+
+
+def require_cacheable(name: str, ingredients: Sequence[str]) -> None:
+    """Raise InputError unless the model `name` is there, or can be kept in the cache once it is trained."""
+    folder = cache_dir()
+    if shipped_model(name, ingredients) is not None or _entry(name, ingredients).is_dir():
+        return
+
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    require(is_writable, "DETOXRL_CACHE", str(folder), f"cannot be written: {existing} is not writable", _NAME_CACHE)
 
 
 def tidy_cache() -> None:
@@ -55,7 +76,7 @@ def cached(name: str, ingredients: Sequence[str], destination: Path, build: Call
         log.print(f"{_TITLES[name]}: trained before, comes with detoxrl")
         return
 
-    entry = cache_dir() / f"{name}-{_key(ingredients)}"
+    entry = _entry(name, ingredients)
     if entry.is_dir():
         copy_path(entry, destination)
         log.print(f"{_TITLES[name]}: trained before, copied from the cache")
@@ -68,6 +89,11 @@ def cached(name: str, ingredients: Sequence[str], destination: Path, build: Call
     with FileLock(entry.with_name(".lock")):
         if not entry.is_dir():
             copy_path(destination, entry)
+
+
+def _entry(name: str, ingredients: Sequence[str]) -> Path:
+    """Return the folder in the cache that a model has or will have."""
+    return cache_dir() / f"{name}-{_key(ingredients)}"
 
 
 def _key(ingredients: Iterable[str]) -> str:

@@ -160,7 +160,7 @@ def explain_corruption(path: Path, remedy: str) -> Iterator[None]:
     """Turn errors about a corrupted or missing file inside the block into a StorageError with the remedy."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {first_line(error)}; {remedy}") from error
 
 

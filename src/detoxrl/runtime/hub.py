@@ -28,6 +28,11 @@ disable_progress_bars()
 
 _NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(rf"(?![^@]*(--|\.\.)){_NAME}(/{_NAME})?(@[\w.-]+(/[\w.-]+)*)?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
+# A tag names a file of the cache: no separators, and not the folder above.
+_TAG = re.compile(r'(W/)?"?(?!\.\.?"?$)[\w.:+=-]+"?', re.ASCII)
+_NAMES_IN_HEADERS = {"x-repo-commit": _COMMIT, "x-linked-etag": _TAG, "etag": _TAG}
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".gz", ".zst", ".parquet", ".arrow")
 _FILE_SUFFIXES = (*_DATA_SUFFIXES, ".txt", ".py", ".bin", ".safetensors", ".zip", ".git")
 _MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # Configuration and tokenizer: everything but the weights.
@@ -164,12 +169,20 @@ def weight_files(folder: Path, source: str, field: str) -> list[str]:
     index = folder / f"{weights}.index.json"
     if not index.is_file():
         return [weights]
+    remedy = "name another revision" if is_hub_id(source) else "restore the file"
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        return sorted(set(weight_map.values()))
-    except (ValueError, TypeError, KeyError) as error:
-        remedy = "name another revision" if is_hub_id(source) else "restore the file"
+        names = sorted(set(map(str, weight_map.values())))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(field, source, f"has a malformed {index.name}", remedy) from error
+
+    require(len(names) > 0, field, source, f"has an {index.name} without any weights", remedy)
+    for name in names:
+        # Another format may hold a pickle, which can run code; another folder is not the model's.
+        is_own = _SHARD.fullmatch(name) is not None
+        rule = f"names {name!r} in {index.name}, and weights are read from safetensors in the same folder alone"
+        require(is_own, field, source, rule, "give a model saved as safetensors")
+    return names
 
 
 def adapts_classifier(folder: Path) -> bool:
@@ -281,7 +294,8 @@ def _download_snapshot(source: str, repo_type: str, patterns: list[str]) -> Path
 
 def _or_cached(download: Callable[..., Any], revision: str | None) -> Any:
     """Return the result of a download, taken from the cache alone if the hub cannot be reached."""
-    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    is_commit = revision is not None and _COMMIT.fullmatch(revision)
+    _guard_session()
     try:
         if not is_commit:  # What the cache holds of a commit needs no hub.
             _require_answer(constants.ENDPOINT)
@@ -290,6 +304,35 @@ def _or_cached(download: Callable[..., Any], revision: str | None) -> Any:
         raise
     except errors.HTTPError:  # type: ignore[attr-defined]
         return download(local_files_only=True)
+
+
+def _guard_session() -> None:
+    """Have every answer of a hub checked before huggingface_hub makes names of files from it."""
+    session = huggingface_hub.get_session()
+    hooks = session.event_hooks
+    if _require_safe_names not in hooks["response"]:
+        hooks["response"].append(_require_safe_names)
+        session.event_hooks = hooks
+
+
+def _require_safe_names(response: Any) -> None:
+    """Raise ValueError for an answer of a hub with a commit, a tag or a file that would be a path out of the cache."""
+    for header, pattern in _NAMES_IN_HEADERS.items():
+        value = response.headers.get(header)
+        if value is not None and pattern.fullmatch(value) is None:
+            raise ValueError(f"it answered with {header} = {value!r}, which is no name in its cache")
+
+    is_description = "/api/" in response.url.path and "json" in response.headers.get("content-type", "")
+    if not is_description or not response.is_success:
+        return
+    response.read()
+    description = response.json()
+    if not isinstance(description, dict):
+        return
+
+    commit = description.get("sha")
+    if commit is not None and _COMMIT.fullmatch(str(commit)) is None:
+        raise ValueError(f"it answered with the commit {commit!r}, which is none")
 
 
 def _require_answer(endpoint: str) -> None:

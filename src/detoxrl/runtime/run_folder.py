@@ -16,6 +16,7 @@ from detoxrl.config.schema import Config
 from detoxrl.errors import InputError, require
 from detoxrl.runtime.console import log
 from detoxrl.runtime.files import explain_corruption, is_temporary, remove_leftovers, remove_path, write_text
+from detoxrl.runtime.run_files import require_contents
 
 # The name in eval.json of the reward's own classifier when it is a judge too; it is not an independent judge.
 REWARD_JUDGE = "reward classifier"
@@ -40,6 +41,8 @@ PRODUCTS = {
     "report": ("report.html", "samples.csv", "compared.csv", "blind_sheet.csv", "blind_key.csv"),
 }  # fmt: skip
 _LOCK = ".lock"
+PARTS = "seconds_before_stop.json"
+"""The seconds of a stage up to the signal that has stopped it; there is no such file once the stage is finished."""
 _REBUILD = "remove seconds.json and run again with --resume, which rebuilds it"
 
 
@@ -101,9 +104,14 @@ class RunFolder:
     def begin(self, config: Config, account: dict[str, Any], overwrite: bool) -> None:
         """Turn the locked folder into a new run. Raises InputError when it has contents that may not be replaced."""
         self.require_usable(self.root, overwrite)
+        # Written out first: what cannot be written must not cost the old run.
+        texts = {"run.json": as_json(account), "config.json": config_to_json(config)}
+        for text in texts.values():
+            _require_encodable(text)
+
         self._delete_old_run()
-        self.write_json("run.json", account)
-        self.write("config.json", config_to_json(config))
+        for name, text in texts.items():
+            self.write(name, text)
 
     def _delete_old_run(self) -> None:
         # After a kill in here the folder is still the old run: seconds.json goes first, so that no stage counts as
@@ -144,13 +152,15 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as indented JSON, atomically. Raises ValueError for NaN."""
-        self.write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write(name, as_json(value))
 
     def read_json(self, name: str) -> Any:
-        """Return the value in a JSON file. Raises StorageError when the file is missing or corrupted."""
+        """Return the value in a JSON file. Raises StorageError if it is missing or lacks what it has to hold."""
         path = self / name
-        with explain_corruption(path, _REBUILD):
-            return json.loads(path.read_text(encoding="utf-8"))
+        with explain_corruption(path, _remedy(name)):
+            value = json.loads(path.read_text(encoding="utf-8"))
+            require_contents(name, value)
+            return value
 
     def kept_initial_policy(self) -> bool:
         """Return whether training ended without a better policy than the initial one; False if nothing was trained."""
@@ -220,18 +230,55 @@ class RunFolder:
     def timed(self, stage: str, started: float | None = None) -> Iterator[Callable[[], dict[str, float]]]:
         """Mark a stage as not finished, and record its seconds in seconds.json when the block ends.
 
-        `started` is an earlier `time.perf_counter()` to count from. Yields a function that returns what would be
-        recorded now.
+        `started` is an earlier `time.perf_counter()` to count from. Those of an earlier part of the stage, which a
+        signal has stopped, count too. Yields a function that returns what would be recorded now.
         """
         earlier = self.reopen(stage)
+        before = self._seconds_of_parts().get(stage, 0.0)
         if started is None:
             started = time.perf_counter()
 
         def seconds() -> dict[str, float]:
-            return {**earlier, stage: round(time.perf_counter() - started, 2)}
+            return {**earlier, stage: round(before + time.perf_counter() - started, 2)}
 
-        yield seconds
+        try:
+            yield seconds
+        except KeyboardInterrupt:
+            self.write_json(PARTS, {stage: seconds()[stage]})
+            raise
         self.write_json("seconds.json", seconds())
+        self.forget_parts()
+
+    def _seconds_of_parts(self) -> dict[str, float]:
+        return dict(self.read_json(PARTS)) if (self / PARTS).is_file() else {}
+
+    def forget_parts(self) -> None:
+        """Let the stage that comes now begin at 0 seconds."""
+        remove_path(self / PARTS)
+
+
+def as_json(value: Any) -> str:
+    """Return `value` as indented JSON. Raises ValueError for NaN."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _require_encodable(text: str) -> None:
+    """Raise InputError for text that UTF-8 cannot hold: half a pair of surrogates, as of a file name in other bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.end].splitlines()[-1]
+        rule = "holds a character that no file can be written with"
+        raise InputError("settings", ascii(part), rule, "rename the file, or change the setting") from None
+
+
+def _remedy(name: str) -> str:
+    """Return what makes a file of a run again."""
+    if name in ("eval.json", "masked_words.json"):
+        return "run `detoxrl evaluate` on the run again, which writes it"
+    if name in ("run.json", "checkpoint.json", "memory.json"):
+        return "put the file back, or start over with --overwrite"
+    return _REBUILD
 
 
 def _ignore_line() -> None:
@@ -266,9 +313,9 @@ def _likely_run(root: Path) -> str:
 
 
 def _is_run(root: Path) -> bool:
-    # Model folders have a config.json too; only that of a run names a recipe.
-    config = root / "config.json"
+    """Return whether a folder holds a run, by its config: those of models and of other things lack its sections."""
     try:
-        return config.is_file() and '"recipe"' in config.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        config = json.loads((root / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(config, dict) and all(isinstance(config.get(name), dict) for name in ("data", "policy", "rl"))

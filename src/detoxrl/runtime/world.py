@@ -62,8 +62,11 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _SetThreads:
-    number: int
+class _Set:
+    """Every process makes a setting of its own."""
+
+    make: Callable[[Any], None]
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,10 @@ class World:
                 weight.copy_(value)
         optimizer.load_state_dict(state | {"state": moments})
 
-    def set_threads(self, number: int) -> None:
-        """Let every process compute on `number` threads. The main process calls this."""
-        self.broadcast(_SetThreads(number))
-        torch.set_num_threads(number)
+    def set_everywhere(self, make: Callable[[T], None], value: T) -> None:
+        """Call `make(value)`, a function of a module, in every process. The main process calls this."""
+        self.broadcast(_Set(make, value))
+        make(value)
 
     def build(self, factory: Callable[..., T], *arguments: Any) -> T:
         """Return `factory(*arguments)`, built in every process; the main process calls this.
@@ -220,8 +223,8 @@ class World:
                         built = self.gather_built(lambda task=task: task.factory(*task.arguments))  # type: ignore[misc]
                     case _Call():
                         getattr(built, task.method)(*task.arguments)
-                    case _SetThreads():
-                        torch.set_num_threads(task.number)
+                    case _Set():
+                        task.make(task.value)
                     case _End():
                         return
             except Relayed:

@@ -85,21 +85,21 @@ class BestCheckpoint:
     def offer(self, policy: Policy, validation: Validation) -> bool:
         """Save the policy to adapter/ if it is the best so far; return whether it is. The initial one comes first."""
         self.series.append(validation)
-        best = best_validation(self.series, self.margin)
-        is_best = best is validation
+        kept = self.kept
+        is_best = kept is validation
         if is_best:
             with replace_folder(self.folder / "adapter") as adapter:
                 policy.save(adapter)
 
         diverged = divergence(self.series, self.margin)
         record = {
-            "kept_step": best.step,
+            "kept_step": kept.step,
             "parted_step": None if diverged is None else diverged.step,
             "stopped_step": self.stopped_step,
             "reason": _REASON.format(margin=self.margin, quality=self._quality_name),
             "quality_by": self.quality_by,
             "quality_margin": self.margin,
-            "kept": asdict(best),
+            "kept": asdict(kept),
             "start": asdict(self.series[0]),
         }
         self.folder.write_json("checkpoint.json", record)
@@ -114,13 +114,17 @@ class BestCheckpoint:
         return bool(self.series) and self.series[-1].step == step
 
     @property
+    def kept(self) -> Validation:
+        """The validation of the policy in adapter/."""
+        return best_validation(self.series, self.margin)
+
+    @property
     def stopped_step(self) -> int | None:
         """The step at which training stops early: `rl.patience` validations after the best one. None: it does not."""
         if not self.series or self.rl.patience is None:
             return None
 
-        best = best_validation(self.series, self.margin)
-        since_best = len(self.series) - 1 - self.series.index(best)
+        since_best = len(self.series) - 1 - self.series.index(self.kept)
         step = self.series[-1].step
         return step if since_best >= self.rl.patience and step < self.rl.steps else None
 

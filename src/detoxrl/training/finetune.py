@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from detoxrl.config.schema import Config, SftConfig
 from detoxrl.errors import TrainingError
 from detoxrl.models.chat import end_of_turn_id, uses_chat_template
+from detoxrl.models.kernels import kernels
 from detoxrl.models.policy import Policy
 from detoxrl.models.types import Encoded
 from detoxrl.runtime.checkpoint import Checkpoints, trainable
@@ -101,15 +102,18 @@ def examples(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Return input ids and labels of (prompt, target) pairs.
 
-    An encoder-decoder reads the prompt and writes the target. A causal model reads both in one sequence: the target
-    follows a space, ends with EOS, and the labels of the prompt are ignored. `in_chat` says that prompts went through a
+    A target ends with EOS, whether the tokenizer adds it or not: a response that never ends cannot be learnt from. An
+    encoder-decoder reads the prompt and writes the target. A causal model reads both in one sequence: the target
+    follows a space, and the labels of the prompt are ignored. `in_chat` says that prompts went through a
     chat template, so they hold their special tokens; a target then ends as a turn of the assistant does.
     """
     special = not in_chat
     prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=special).input_ids
     if encoder_decoder:
         # Some tokenizers write another language than they read: a Marian has two vocabularies, an mBART two languages.
-        return prompts, tokenizer(text_target=[target for _, target in pairs]).input_ids
+        targets = tokenizer(text_target=[target for _, target in pairs]).input_ids
+        eos = tokenizer.eos_token_id
+        return prompts, [ids if eos in ids else [*ids, eos] for ids in targets]
 
     spaced = [target if prompt[-1:].isspace() else f" {target}" for prompt, target in pairs]
     alone = tokenizer(spaced, add_special_tokens=False).input_ids
@@ -198,5 +202,5 @@ def _loss_of_model(model: PreTrainedModel | PeftModel, batch: dict[str, torch.Te
 def bf16_capable(device: torch.device) -> bool:
     """Return whether the hardware computes in bfloat16."""
     if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return kernels().bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -161,7 +161,7 @@ class Learner:
 
         Gradients are sums over microbatches and over the processes' rows, divided by the minibatch's token count, so a
         microbatch changes memory only. A process in which one does not fit into memory begins its part of the minibatch
-        again with microbatches of half the size.
+        again with microbatches of half the size, and at last recomputes activations in the backward pass.
         """
         return self._update(targets.to(torch.device("cpu")), step)  # A pickled tensor knows only its own GPU.
 
@@ -196,7 +196,7 @@ class Learner:
         """Make one optimizer step for each minibatch, and add what all processes measured to `totals`."""
         rollout = self._last_rollout()
         weights = self._optimized_weights()
-        size_before = self.memory.microbatch_size
+        before = self.memory
         measured: list[tuple[list[Metrics], float]] = []
         for prompts in minibatches(self.config, step, epoch, len(rollout.prompts)):
             sums = self._backward(torch.tensor(prompts, device=self.policy.device), targets, step)
@@ -206,7 +206,7 @@ class Learner:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        self._agree_on_memory(size_before)
+        self._agree_on_memory(before)
         for of_minibatch in zip(*self.world.gather(measured), strict=True):
             of_microbatches = [sums for parts, _ in of_minibatch for sums in parts]
             _, gradient_norm = of_minibatch[0]
@@ -232,18 +232,19 @@ class Learner:
             try:
                 return self._backward_in_microbatches(mine, targets, tokens)
             except RuntimeError as error:
-                if self.memory.microbatch_size == 1 or not should_reduce_batch_size(error):
+                smaller = self.memory.reduced(self.policy)
+                if smaller is None or not should_reduce_batch_size(error):
                     raise
-                self.memory = self.memory.halved()
+                self.memory = smaller
                 self.optimizer.zero_grad()
-                size = self.memory.microbatch_size
-                log.print(f"step {step}: out of memory, so from now on an update reads {size} responses at once")
+                log.print(f"step {step}: out of memory, so from now on an update {smaller}")
 
     def _backward_in_microbatches(self, prompts: torch.Tensor, targets: Targets, tokens: int) -> list[Metrics]:
         group_size = self._last_rollout().group_size
         measured = []
         for part, rows in split_into_passes(prompts, group_size, self.memory.microbatch_size):
-            sums = self._losses(part, rows, targets)
+            with self.policy.recomputing(self.policy.checkpointing or self.memory.recompute):
+                sums = self._losses(part, rows, targets)
             loss = self._objective(sums, targets.kl_coef) / tokens
             loss.backward()
             measured.append({name: float(value.detach()) for name, value in sums.items()})
@@ -261,11 +262,10 @@ class Learner:
             objective = objective - rl.entropy_coef * sums["entropy"]
         return objective
 
-    def _agree_on_memory(self, size_before: int) -> None:
-        """Take the smallest microbatch size of all processes, and store it if it has become smaller."""
-        smallest = min(self.world.gather(self.memory.microbatch_size))
-        self.memory = MemoryPlan(microbatch_size=smallest, keep_cross=self.memory.keep_cross)
-        if self.world.is_main and smallest < size_before:
+    def _agree_on_memory(self, before: MemoryPlan) -> None:
+        """Take the plan that fits into the memory of all processes, and store it if it has changed."""
+        self.memory = self.memory.together_with(self.world.gather(self.memory))
+        if self.world.is_main and self.memory != before:
             self.memory.save(self.run.folder, self.config, self.world)
 
     def _losses(self, prompts: torch.Tensor, rows: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 import os
 import weakref
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 import psutil
@@ -19,6 +20,7 @@ from detoxrl.runtime.world import World
 _FILE = "memory.json"
 # The share of free memory that a rollout's keys and values may take. An update's activations may take twice that.
 _SHARE = 0.25
+_RECOMPUTES = "computes activations again in its backward pass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class MemoryPlan:
 
     microbatch_size: int  # Responses per pass of an update.
     keep_cross: bool  # Whether an update shares the keys and values of cross-attention, or computes them again.
+    recompute: bool = False  # Whether a backward pass computes activations again, although nobody asked for that.
 
     @classmethod
     def choose(cls, policy: Policy, prompts: list[Prompt], config: Config, world: World) -> Self:
@@ -38,9 +41,16 @@ class MemoryPlan:
         needed = _update_bytes(policy, longest, config)
 
         free = _SHARE * free_bytes(policy.device)
+        recompute = not needed.has_room(2 * free) and _could_recompute(policy)
+        if recompute:
+            with policy.recomputing(True):
+                needed = _update_bytes(policy, longest, config)
+            log.print(f"train: an update {_RECOMPUTES}, to fit into memory")
+
         fitting = needed.fitting(2 * free, group_size)
         prompts_here = -(-config.rl.prompts_per_step // world.size)  # Each process keeps those of its own part.
-        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=needed.cross * prompts_here < free)
+        keep_cross = needed.cross * prompts_here < free
+        plan = cls(microbatch_size=min(asked or fitting, most), keep_cross=keep_cross, recompute=recompute)
         if asked is None and plan.microbatch_size < most:
             log.print(f"train: an update reads {plan.microbatch_size} of {most} responses at once, to fit into memory")
         return plan
@@ -56,20 +66,37 @@ class MemoryPlan:
             "checkpointing": False,
             "group_size": 1,
             "entropy_bonus": False,
+            "recompute": False,
             **folder.read_json(_FILE),
         }
         conditions = _conditions(config, world)
         if any(stored[name] != value for name, value in conditions.items()):
             return None
-        return cls(microbatch_size=stored["microbatch_size"], keep_cross=stored["keep_cross"])
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
     def save(self, folder: RunFolder, config: Config, world: World) -> None:
         """Write memory.json: the plan, and the conditions under which it holds."""
         folder.write_json(_FILE, _conditions(config, world) | asdict(self))
 
-    def halved(self) -> Self:
-        """Return the plan with microbatches of half the size, rounded up."""
-        return replace(self, microbatch_size=-(-self.microbatch_size // 2))
+    def reduced(self, policy: Policy) -> Self | None:
+        """Return a plan that takes less memory: microbatches of half the size, at last with activations recomputed.
+
+        None if nothing is left to save.
+        """
+        if self.microbatch_size > 1:
+            return replace(self, microbatch_size=-(-self.microbatch_size // 2))
+        if not self.recompute and _could_recompute(policy):
+            return replace(self, recompute=True)
+        return None
+
+    def together_with(self, others: Sequence[Self]) -> Self:
+        """Return the plan that takes no more memory than any of several processes' does."""
+        smallest = min(plan.microbatch_size for plan in others)
+        return replace(self, microbatch_size=smallest, recompute=any(plan.recompute for plan in others))
+
+    def __str__(self) -> str:
+        also = f" and {_RECOMPUTES}" if self.recompute else ""
+        return f"reads {self.microbatch_size} responses at once{also}"
 
 
 def _conditions(config: Config, world: World) -> dict[str, Any]:
@@ -95,6 +122,10 @@ class UpdateBytes(NamedTuple):
     cross: int  # Shared keys and values of cross-attention, of each prompt.
     prompt: int  # Activations of a prompt, which the responses of its group share.
     response: int  # Activations of a response; without groups, those of its prompt too.
+
+    def has_room(self, budget: float) -> bool:
+        """Return whether a response and its prompt fit."""
+        return self.prompt + self.response <= budget
 
     def fitting(self, budget: float, group_size: int) -> int:
         """Return how many responses a microbatch may have: whole groups, or a part of one."""
@@ -125,9 +156,8 @@ def _held_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Confi
     held = _saved_bytes(policy, longest, encoded, config, responses)
     if policy.checkpointing:
         # The backward pass adds the activations of one layer at a time to the inputs of all layers.
-        policy.checkpointing = False
-        whole = _saved_bytes(policy, longest, encoded, config, responses)
-        policy.checkpointing = True
+        with policy.recomputing(False):
+            whole = _saved_bytes(policy, longest, encoded, config, responses)
         held += (whole - held) // _decoder_layers(policy)
     return held
 
@@ -156,6 +186,11 @@ def _saved_bytes(policy: Policy, longest: Prompt, encoded: Encoded, config: Conf
         with_entropy = config.rl.entropy_coef > 0
         policy.logprobs(encoded, ids, config.generation.temperature, entropy_gradient=with_entropy)
     return saved
+
+
+def _could_recompute(policy: Policy) -> bool:
+    """Return whether activations could be recomputed that are kept now."""
+    return not policy.checkpointing and len(layers_to_recompute(policy.model)) > 0
 
 
 def _decoder_layers(policy: Policy) -> int:

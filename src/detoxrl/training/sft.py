@@ -14,7 +14,7 @@ from detoxrl.models.loading import load_tokenizer, save_base, scratch_base
 from detoxrl.models.policy import Policy
 from detoxrl.models.recompute import recomputing_layers
 from detoxrl.runs import Run
-from detoxrl.runtime.cache import cached
+from detoxrl.runtime.cache import cached, require_cacheable
 from detoxrl.runtime.console import log, progress
 from detoxrl.runtime.files import content_digest, remove_path, replace_folder
 from detoxrl.training.finetune import Pairs, Tuned, fine_tune
@@ -26,6 +26,13 @@ _OWN_SAMPLES = f"{_CHECKPOINTS}/samples.json"
 
 Tune = Callable[[Run, Path, Path], None]
 """Fine-tunes for a run, into a folder, with checkpoints in another."""
+
+
+def require_cacheable_warm_start(run: Run) -> None:
+    """Raise InputError when the run has a warm start that goes to the cache, and the cache cannot be written."""
+    if run.config.sft.steps > 0 and run.config.policy.base == "scratch":
+        name = "base" if run.config.sft.full_weights else "start"
+        require_cacheable(name, warm_start_ingredients(run))
 
 
 def run_sft(run: Run) -> None:

@@ -234,7 +234,7 @@ def _report_end(run: Run, best: BestCheckpoint) -> None:
         patience = best.rl.patience
         log.print(f"train: stopped at step {best.stopped_step} after {patience} validations without improvement")
 
-    kept = Validation(**record["kept"])
+    kept = best.kept
     choice = f"best checkpoint is step {kept.step}"
     if kept.step == 0:
         choice = "no checkpoint is better than the initial policy, which is kept"
