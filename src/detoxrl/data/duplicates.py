@@ -11,8 +11,7 @@ from detoxrl.data.words import words_of
 THRESHOLD = 0.7
 # So many texts are compared with all earlier ones at once, roughly: with 24,000 texts, that takes about 100 MB.
 _TEXTS_AT_ONCE = 256
-
-# So many of these are looked at closely at once.
+# So many texts that can be near one are compared with it at once.
 _OTHERS_AT_ONCE = 256
 
 Shingle = tuple[str, ...]
@@ -70,28 +69,36 @@ def candidates(sets: Sets) -> Iterator[tuple[int, np.ndarray]]:
     in the prefix of the other. They have no more in common than their overlap with that prefix, and all that follows
     it: this tells texts apart that are made of the same lines.
     """
-    from scipy.sparse import csr_array
-
     sizes = np.diff(sets.indptr)
     prefix_sizes = (sizes * (1 - THRESHOLD)).astype(np.int64) + 1
-    owners = np.repeat(np.arange(len(sizes)), sizes)
-    places = np.arange(len(owners)) - sets.indptr[owners]
-    in_prefix = places < prefix_sizes[owners]
-    prefixes = csr_array((sets.data[in_prefix], (owners[in_prefix], sets.indices[in_prefix])), sets.shape)
+    prefixes = _first_elements(sets, prefix_sizes)
 
     for start in range(0, len(sizes), _TEXTS_AT_ONCE):
         end = start + _TEXTS_AT_ONCE
         overlaps = (sets[start:end] @ prefixes[:end].T).tocoo()
         i = overlaps.row + start
         j = overlaps.col
-        most_shared = np.minimum(overlaps.data + (sizes - prefix_sizes)[j], sizes[i])
-        # What two sets share is at least threshold / (1 + threshold) of the sum of their sizes.
+
+        behind_prefix = sizes[j] - prefix_sizes[j]
+        most_shared = np.minimum(overlaps.data + behind_prefix, sizes[i])
+        # What two near sets share is at least threshold / (1 + threshold) of the sum of their sizes.
         least_shared = THRESHOLD / (1 + THRESHOLD) * (sizes[i] + sizes[j])
         can_be_near = (j < i) & (most_shared >= least_shared - 1e-6)
 
         counts = np.bincount(overlaps.row[can_be_near], minlength=len(sizes[start:end]))
-        of_each = np.split(j[can_be_near], np.cumsum(counts)[:-1])
-        yield from enumerate(of_each, start)
+        ends = np.cumsum(counts)
+        yield from enumerate(np.split(j[can_be_near], ends[:-1]), start)
+
+
+def _first_elements(sets: Sets, counts: np.ndarray) -> Sets:
+    """Return the sets with their first elements alone, so many of each (sets,)."""
+    from scipy.sparse import csr_array
+
+    sizes = np.diff(sets.indptr)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(owners)) - sets.indptr[owners]
+    is_first = places < counts[owners]
+    return csr_array((sets.data[is_first], (owners[is_first], sets.indices[is_first])), sets.shape)
 
 
 def _are_near(sets: Sets, i: int, others: np.ndarray) -> np.ndarray:
